@@ -1,0 +1,24 @@
+"""OREPA: online convolutional re-parameterisation for OpenMMLab.
+
+Importing this package registers its layers, networks, hooks and optimizer
+constructor with MMEngine, so that ``custom_imports = dict(imports=['mmorepa'])``
+is all that a config needs.
+"""
+
+from .utils.requirements import check_requirements
+
+check_requirements()
+
+from . import backbones, engine, functional, layers  # noqa: E402
+from .layers import is_switchable, switch_to_deploy  # noqa: E402
+from .version import __version__  # noqa: E402
+
+__all__ = [
+    '__version__',
+    'backbones',
+    'engine',
+    'functional',
+    'is_switchable',
+    'layers',
+    'switch_to_deploy',
+]

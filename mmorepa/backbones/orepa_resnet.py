@@ -1,0 +1,464 @@
+"""ResNets whose convs are re-parameterised."""
+
+from collections.abc import Sequence
+from typing import Optional, Union
+
+import torch.utils.checkpoint as cp
+from mmcv.cnn import build_activation_layer
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..layers import ReparamConv2d, build_conv
+
+
+class _ResidualBlock(BaseModule):
+    """``act(branch(x) + shortcut(x))``; subclasses make the branch.
+
+    Args:
+        in_channels (int): Channels of the input.
+        channels (int): Width of the branch, before expansion.
+        stride (int): Defaults to 1.
+        dilation (int): Defaults to 1.
+        groups (int): Groups of the 3×3 conv of a bottleneck. Defaults to 1.
+        width_per_group (int): Width of a group for 64 channels. Defaults to 64.
+        block (str): Block type of the convs. Defaults to ``'orepa'``.
+        norm_cfg (dict): Normalisation of every conv.
+        act_cfg (dict): Activation.
+        with_cp (bool): Recomputes activations in the backward pass.
+            Defaults to False.
+        deploy (bool): Builds the deployed form. Defaults to False.
+    """
+
+    expansion: int
+    # Basic blocks keep a plain projection, also in the paper's OREPA networks.
+    shortcut_block: Optional[str] = None
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        width_per_group: int = 64,
+        block: str = 'orepa',
+        norm_cfg: Optional[dict] = None,
+        act_cfg: Optional[dict] = None,
+        with_cp: bool = False,
+        deploy: bool = False,
+    ) -> None:
+        super().__init__()
+        self.with_cp = with_cp
+        self.block = block
+        self.conv_cfg = dict(bias=False, norm_cfg=norm_cfg, deploy=deploy)
+        self.act_cfg = act_cfg
+        out_channels = channels * self.expansion
+        self.build_branch(
+            in_channels,
+            channels,
+            out_channels,
+            stride,
+            dilation,
+            groups,
+            width_per_group,
+        )
+        self.downsample: Optional[ReparamConv2d] = None
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = build_conv(
+                self.shortcut_block or block,
+                in_channels,
+                out_channels,
+                1,
+                stride=stride,
+                **self.conv_cfg,
+            )
+        self.act = build_activation_layer(act_cfg)
+
+    def build_branch(
+        self,
+        in_channels: int,
+        channels: int,
+        out_channels: int,
+        stride: int,
+        dilation: int,
+        groups: int,
+        width_per_group: int,
+    ) -> None:
+        raise NotImplementedError
+
+    @property
+    def convs(self) -> list[ReparamConv2d]:
+        """The convs of the branch, in order."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, C, H, W) to (N, C', H/stride, W/stride)."""
+        if self.with_cp and x.requires_grad:
+            return cp.checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        for conv in self.convs:
+            x = conv(x)
+        return self.act(x + shortcut)
+
+
+class BasicBlock(_ResidualBlock):
+    """Two 3×3 convs (ResNet-18 and 34)."""
+
+    expansion = 1
+    shortcut_block = 'none'
+
+    def build_branch(
+        self,
+        in_channels: int,
+        channels: int,
+        out_channels: int,
+        stride: int,
+        dilation: int,
+        groups: int,
+        width_per_group: int,
+    ) -> None:
+        if groups != 1 or width_per_group != 64:
+            raise ValueError(
+                'depth 18 and 34 have no grouped form: groups and width_per_group '
+                f'need a bottleneck (depth 50 and more), found groups={groups}, '
+                f'width_per_group={width_per_group}'
+            )
+        self.conv1 = build_conv(
+            self.block,
+            in_channels,
+            channels,
+            3,
+            stride=stride,
+            padding=dilation,
+            dilation=dilation,
+            act_cfg=self.act_cfg,
+            **self.conv_cfg,
+        )
+        self.conv2 = build_conv(
+            self.block, channels, out_channels, 3, padding=1, **self.conv_cfg
+        )
+
+    @property
+    def convs(self) -> list[ReparamConv2d]:
+        return [self.conv1, self.conv2]
+
+
+class Bottleneck(_ResidualBlock):
+    """1×1, 3×3 with the stride, 1×1 (ResNet-50 and deeper, ResNeXt)."""
+
+    expansion = 4
+
+    def build_branch(
+        self,
+        in_channels: int,
+        channels: int,
+        out_channels: int,
+        stride: int,
+        dilation: int,
+        groups: int,
+        width_per_group: int,
+    ) -> None:
+        width = channels * width_per_group // 64 * groups
+        self.conv1 = build_conv(
+            self.block, in_channels, width, 1, act_cfg=self.act_cfg, **self.conv_cfg
+        )
+        self.conv2 = build_conv(
+            self.block,
+            width,
+            width,
+            3,
+            stride=stride,
+            padding=dilation,
+            dilation=dilation,
+            groups=groups,
+            act_cfg=self.act_cfg,
+            **self.conv_cfg,
+        )
+        self.conv3 = build_conv(self.block, width, out_channels, 1, **self.conv_cfg)
+
+    @property
+    def convs(self) -> list[ReparamConv2d]:
+        return [self.conv1, self.conv2, self.conv3]
+
+
+@MODELS.register_module()
+class OREPAResNet(BaseModule):
+    """ResNet and ResNeXt of OREPA convs, or of any other block type.
+
+    With ``block='orepa'`` all 3×3 convs, the 1×1 convs of bottlenecks and the
+    7×7 stem (in its deep linear form) are OREPA convs, as in the paper's networks;
+    the projection shortcut of basic blocks is plain. Each conv holds its
+    BatchNorm, so that the deployed network is plain convs with bias, and ReLUs.
+
+    Args:
+        depth (int): 18, 34, 50, 101 or 152.
+        block (str): Block type, a key of :data:`mmorepa.layers.BLOCKS`: ``'orepa'``
+            or ``'none'``, the plain ResNet. Defaults to ``'orepa'``.
+        in_channels (int): Channels of the image. Defaults to 3.
+        base_channels (int): Width of the stem and of the first stage, before
+            expansion. Defaults to 64.
+        width_mult (float): Multiplies every width, ``base_channels`` included; 1.5
+            and 2 give the paper's wide ResNet-18. Defaults to 1.0.
+        groups (int): Groups of the bottlenecks' 3×3 conv. Defaults to 1.
+        width_per_group (int): Channels of a group where ``base_channels`` is 64;
+            ``groups=32, width_per_group=4`` gives ResNeXt 32×4d. Defaults to 64.
+        num_stages (int): Stages to build, 1 to 4. Defaults to 4.
+        strides (Sequence[int]): Stride of the first block of each stage.
+            Defaults to (1, 2, 2, 2).
+        dilations (Sequence[int]): Dilation of each stage. Defaults to (1, 1, 1, 1).
+        contract_dilation (bool): Whether the first block of a dilated stage has
+            half its dilation. Defaults to False.
+        multi_grid (Sequence[int], optional): Dilation of each block of the last
+            stage. Defaults to None.
+        out_indices (Sequence[int]): Stages whose output is returned.
+            Defaults to (0, 1, 2, 3).
+        style (str): Only ``'pytorch'``, the stride on the 3×3 conv.
+        frozen_stages (int): 0 freezes the stem, n the stages up to the n-th as
+            well: no gradient and BatchNorm in eval mode. Defaults to -1, nothing.
+        norm_cfg (dict): Defaults to ``dict(type='BN', requires_grad=True)``.
+        norm_eval (bool): Whether BatchNorm stays in eval mode while training.
+            Defaults to False.
+        act_cfg (dict): Defaults to ``dict(type='ReLU', inplace=True)``.
+        with_cp (bool): Saves memory by computing each block again in the backward
+            pass. Defaults to False.
+        zero_init_residual (bool): Whether the last BatchNorm of each block starts
+            at zero. Defaults to False.
+        deploy (bool): Builds the deployed form. Checkpoints of the training form
+            are folded as they are loaded. Defaults to False.
+        init_cfg (dict | list[dict], optional): ``dict(type='Pretrained',
+            checkpoint=..., prefix='backbone.')`` loads the backbone of a whole
+            model's checkpoint; without ``prefix``, that of a backbone alone.
+            Defaults to None, each block's own initialisation.
+
+    Raises:
+        ValueError: If an argument has no meaning for this network.
+
+    Examples:
+        >>> from mmengine.registry import MODELS
+        >>> net = MODELS.build(dict(type='OREPAResNet', depth=50))
+        >>> [tuple(y.shape) for y in net(torch.rand(1, 3, 64, 64))]
+        [(1, 256, 16, 16), (1, 512, 8, 8), (1, 1024, 4, 4), (1, 2048, 2, 2)]
+    """
+
+    ARCHITECTURES = {
+        18: (BasicBlock, (2, 2, 2, 2)),
+        34: (BasicBlock, (3, 4, 6, 3)),
+        50: (Bottleneck, (3, 4, 6, 3)),
+        101: (Bottleneck, (3, 4, 23, 3)),
+        152: (Bottleneck, (3, 8, 36, 3)),
+    }
+
+    def __init__(
+        self,
+        depth: int,
+        block: str = 'orepa',
+        in_channels: int = 3,
+        base_channels: int = 64,
+        width_mult: float = 1.0,
+        groups: int = 1,
+        width_per_group: int = 64,
+        num_stages: int = 4,
+        strides: Sequence[int] = (1, 2, 2, 2),
+        dilations: Sequence[int] = (1, 1, 1, 1),
+        contract_dilation: bool = False,
+        multi_grid: Optional[Sequence[int]] = None,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        style: str = 'pytorch',
+        frozen_stages: int = -1,
+        norm_cfg: Optional[dict] = None,
+        norm_eval: bool = False,
+        act_cfg: Optional[dict] = None,
+        with_cp: bool = False,
+        zero_init_residual: bool = False,
+        deploy: bool = False,
+        init_cfg: Union[dict, list[dict], None] = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        residual_block, depths = self._architecture(depth)
+        self._check_stages(num_stages, strides, dilations, out_indices, frozen_stages)
+        if style != 'pytorch':
+            raise ValueError(
+                "OREPAResNet has the stride on the 3x3 conv, style='pytorch'; "
+                f'found style={style!r}'
+            )
+        if multi_grid is not None and len(multi_grid) != depths[num_stages - 1]:
+            raise ValueError(
+                f'multi_grid gives the dilation of each of the '
+                f'{depths[num_stages - 1]} blocks of the last stage, found {multi_grid}'
+            )
+        self.depth = depth
+        self.out_indices = tuple(out_indices)
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.zero_init_residual = zero_init_residual
+        norm_cfg = norm_cfg or dict(type='BN', requires_grad=True)
+        act_cfg = act_cfg or dict(type='ReLU', inplace=True)
+
+        base_channels = int(base_channels * width_mult)
+        self.stem = build_conv(
+            block,
+            in_channels,
+            base_channels,
+            7,
+            stride=2,
+            padding=3,
+            bias=False,
+            norm_cfg=norm_cfg,
+            act_cfg=act_cfg,
+            deploy=deploy,
+        )
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        channels = base_channels
+        self.stage_names: list[str] = []
+        for i in range(num_stages):
+            width = base_channels * 2**i
+            is_last = i == num_stages - 1
+            stage = nn.Sequential()
+            for j, dilation in enumerate(
+                _block_dilations(
+                    depths[i],
+                    dilations[i],
+                    contract_dilation,
+                    multi_grid if is_last else None,
+                )
+            ):
+                stage.append(
+                    residual_block(
+                        channels,
+                        width,
+                        stride=strides[i] if j == 0 else 1,
+                        dilation=dilation,
+                        groups=groups,
+                        width_per_group=width_per_group,
+                        block=block,
+                        norm_cfg=norm_cfg,
+                        act_cfg=act_cfg,
+                        with_cp=with_cp,
+                        deploy=deploy,
+                    )
+                )
+                channels = width * residual_block.expansion
+            name = f'layer{i + 1}'
+            self.add_module(name, stage)
+            self.stage_names.append(name)
+        self.feat_dim = channels
+        self._freeze_stages()
+
+    @property
+    def stages(self) -> list[nn.Sequential]:
+        """The stages, in order."""
+        return [getattr(self, name) for name in self.stage_names]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Returns the outputs of the stages in ``out_indices``.
+
+        Args:
+            x (Tensor): Shape (N, in_channels, H, W).
+
+        Returns:
+            tuple[Tensor, ...]: Each of shape (N, C_i, H_i, W_i).
+        """
+        x = self.maxpool(self.stem(x))
+        outputs = []
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if i in self.out_indices:
+                outputs.append(x)
+        return tuple(outputs)
+
+    def init_weights(self) -> None:
+        """Initialises as ``init_cfg`` says; blocks have initialised themselves."""
+        if self.zero_init_residual:
+            for stage in self.stages:
+                for block in stage:
+                    # Deployed, the norm is gone and so is the choice.
+                    if block.convs[-1].norm is not None:
+                        nn.init.zeros_(block.convs[-1].norm.weight)
+        super().init_weights()
+
+    def train(self, mode: bool = True) -> 'OREPAResNet':
+        """Sets the mode; frozen stages, and BatchNorm with ``norm_eval``, stay."""
+        super().train(mode)
+        self._freeze_stages()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def _freeze_stages(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        for module in [self.stem, *self.stages[: self.frozen_stages]]:
+            module.eval()
+            module.requires_grad_(False)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        # MMEngine only warns when nothing fits, and training would go on from
+        # random weights.
+        if not prefix and f'backbone.{self._a_key}' in _first_parts(state_dict, 2):
+            raise RuntimeError(
+                "the keys of this checkpoint start with 'backbone.': it is a whole "
+                "model's. Give init_cfg=dict(type='Pretrained', checkpoint=..., "
+                "prefix='backbone.')"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    _a_key = 'stem'
+
+    @classmethod
+    def _architecture(cls, depth: int) -> tuple[type[_ResidualBlock], tuple[int, ...]]:
+        if depth not in cls.ARCHITECTURES:
+            raise ValueError(
+                f'unknown depth {depth!r} of OREPAResNet; choose one of '
+                f'{", ".join(map(str, cls.ARCHITECTURES))}'
+            )
+        return cls.ARCHITECTURES[depth]
+
+    @staticmethod
+    def _check_stages(
+        num_stages: int,
+        strides: Sequence[int],
+        dilations: Sequence[int],
+        out_indices: Sequence[int],
+        frozen_stages: int,
+    ) -> None:
+        if not 1 <= num_stages <= 4:
+            raise ValueError(f'num_stages is 1 to 4, found {num_stages}')
+        if len(strides) < num_stages or len(dilations) < num_stages:
+            raise ValueError(
+                f'strides and dilations need a value for each of the {num_stages} '
+                f'stages, found strides={strides}, dilations={dilations}'
+            )
+        if not all(0 <= i < num_stages for i in out_indices):
+            raise ValueError(
+                f'out_indices counts the stages from 0 to {num_stages - 1}, found '
+                f'{tuple(out_indices)}'
+            )
+        if not -1 <= frozen_stages <= num_stages:
+            raise ValueError(
+                f'frozen_stages is -1 (none), 0 (stem) or up to {num_stages}, found '
+                f'{frozen_stages}'
+            )
+
+
+def _block_dilations(
+    depth: int,
+    dilation: int,
+    contract_dilation: bool,
+    multi_grid: Optional[Sequence[int]],
+) -> list[int]:
+    """The dilation of each block of a stage."""
+    if multi_grid is not None:
+        return list(multi_grid)
+    first = dilation // 2 if contract_dilation and dilation > 1 else dilation
+    return [first] + [dilation] * (depth - 1)
+
+
+def _first_parts(keys: Sequence[str], count: int) -> set:
+    return {'.'.join(key.split('.')[:count]) for key in keys}

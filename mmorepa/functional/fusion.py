@@ -1,0 +1,41 @@
+"""Folding of a normalisation layer into the convolution before it."""
+
+from typing import Optional
+
+from torch import Tensor
+
+
+def fuse_bn(
+    kernel: Tensor,
+    bias: Optional[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    gamma: Optional[Tensor],
+    beta: Optional[Tensor],
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """A conv followed by BatchNorm in eval mode, as one conv with bias.
+
+    ``kernel' = kernel · γ/√(σ²+ε)``, ``bias' = β + (bias − μ) · γ/√(σ²+ε)``
+
+    Args:
+        kernel (Tensor): Shape (O, Ig, k, k).
+        bias (Tensor, optional): Shape (O,). None stands for zeros.
+        mean (Tensor): Running mean μ, shape (O,).
+        var (Tensor): Running variance σ², shape (O,).
+        gamma (Tensor, optional): Weight γ, shape (O,). None stands for ones.
+        beta (Tensor, optional): Bias β, shape (O,). None stands for zeros.
+        eps (float): ε.
+
+    Returns:
+        tuple[Tensor, Tensor]: The kernel, shape (O, Ig, k, k), and the bias,
+        shape (O,).
+    """
+    scale = (var + eps).rsqrt()
+    if gamma is not None:
+        scale = scale * gamma
+    shift = -mean if bias is None else bias - mean
+    fused_bias = shift * scale
+    if beta is not None:
+        fused_bias = fused_bias + beta
+    return kernel * scale[:, None, None, None], fused_bias

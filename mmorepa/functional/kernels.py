@@ -1,0 +1,206 @@
+"""Kernels of linear branches, and the kernels that their compositions equal.
+
+Every kernel is a cross-correlation weight as :func:`torch.nn.functional.conv2d`
+takes it. Shapes use ``O``/``I`` for output/input channels, ``g`` for groups,
+``Ig = I / g`` and ``k`` for the (square) kernel size. All functions are
+differentiable, keep the dtype and device of their arguments, and hold no state.
+
+The formulas are those of "Online Convolutional Re-parameterization" (Hu et al.,
+CVPR 2022), sections 3.2 and 3.3.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def embed_1x1(weight: Tensor, kernel_size: int) -> Tensor:
+    """Zero-pads a 1×1 kernel to k×k: ``K[o, i, k//2, k//2] = weight[o, i]``.
+
+    Args:
+        weight (Tensor): Shape (O, Ig, 1, 1).
+        kernel_size (int): Odd k.
+
+    Returns:
+        Tensor: Shape (O, Ig, k, k).
+    """
+    margin = kernel_size // 2
+    return F.pad(weight, [margin] * 4)
+
+
+def average_kernel(weight: Tensor, kernel_size: int) -> Tensor:
+    """A 1×1 conv followed by k×k average pooling: ``K[o, i] = weight[o, i] / k²``.
+
+    Args:
+        weight (Tensor): Shape (O, Ig, 1, 1).
+        kernel_size (int): k, the size of the pooling window.
+
+    Returns:
+        Tensor: Shape (O, Ig, k, k), equal at every tap.
+    """
+    scaled = weight / kernel_size**2
+    return scaled.expand(-1, -1, kernel_size, kernel_size)
+
+
+def frequency_prior(
+    channels: int,
+    kernel_size: int,
+    dtype: Optional[torch.dtype] = None,
+    device: Optional[torch.device] = None,
+) -> Tensor:
+    """Fixed cosine filters, one per output channel.
+
+    The first half of the rows varies along the height,
+    ``prior[o, h, w] = cos(π (h + ½) (o + 1) / k)``; the second half along the
+    width, ``prior[o, h, w] = cos(π (w + ½) (o + 1 − O/2) / k)``.
+
+    Args:
+        channels (int): O.
+        kernel_size (int): k.
+        dtype (torch.dtype, optional): Defaults to torch's default dtype.
+        device (torch.device, optional): Defaults to torch's default device.
+
+    Returns:
+        Tensor: Shape (O, k, k).
+    """
+    half = channels / 2
+    row = torch.arange(channels, dtype=torch.float64)
+    tap = math.pi * (torch.arange(kernel_size, dtype=torch.float64) + 0.5) / kernel_size
+    along_height = torch.cos((row + 1)[:, None] * tap)[:, :, None]
+    along_width = torch.cos((row + 1 - half)[:, None] * tap)[:, None, :]
+    first_half = (row < half)[:, None, None]
+    prior = torch.where(first_half, along_height, along_width)
+    return prior.to(dtype=dtype or torch.get_default_dtype(), device=device)
+
+
+def filtered_kernel(weight: Tensor, filters: Tensor) -> Tensor:
+    """A 1×1 conv followed by one fixed filter per output channel.
+
+    ``K[o, i] = weight[o, i] · filters[o]``
+
+    Args:
+        weight (Tensor): Shape (O, Ig, 1, 1).
+        filters (Tensor): Shape (O, k, k).
+
+    Returns:
+        Tensor: Shape (O, Ig, k, k).
+    """
+    return weight * filters[:, None]
+
+
+def identity_1x1(
+    rows: int,
+    columns: int,
+    dtype: Optional[torch.dtype] = None,
+    device: Optional[torch.device] = None,
+) -> Tensor:
+    """A 1×1 kernel that repeats its group's input: ``E[t, t mod columns] = 1``.
+
+    Args:
+        rows (int): T, the number of outputs over all groups.
+        columns (int): Inputs of one group.
+        dtype (torch.dtype, optional): Defaults to torch's default dtype.
+        device (torch.device, optional): Defaults to torch's default device.
+
+    Returns:
+        Tensor: Shape (T, columns, 1, 1).
+    """
+    eye = torch.zeros(rows, columns, 1, 1, dtype=dtype, device=device)
+    row = torch.arange(rows, device=device)
+    eye[row, row % columns] = 1
+    return eye
+
+
+def compose_1x1_kxk(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:
+    """A 1×1 conv followed by a k×k conv (k = 1 included).
+
+    Within each group, ``K[o, i] = Σ_t second[o, t] · first[t, i]``.
+
+    Args:
+        first (Tensor): Shape (T, Ig, 1, 1), the 1×1 conv that runs first.
+        second (Tensor): Shape (O, T/g, k, k).
+        groups (int): g, the groups of both convs. Defaults to 1.
+
+    Returns:
+        Tensor: Shape (O, Ig, k, k).
+    """
+    inputs = first.shape[1]
+    outputs, hidden, *taps = second.shape
+    kernel = torch.einsum(
+        'gotk,gti->goik',
+        second.reshape(groups, outputs // groups, hidden, -1),
+        first.reshape(groups, hidden, inputs),
+    )
+    return kernel.reshape(outputs, inputs, *taps)
+
+
+def depthwise_separable_kernel(
+    depthwise: Tensor, pointwise: Tensor, groups: int = 1, expansion: int = 8
+) -> Tensor:
+    """A depthwise k×k conv that makes m maps of each input, then a 1×1 conv.
+
+    ``K[o, i] = Σ_{t<m} pointwise[o, i·m + t] · depthwise[i·m + t]`` with ``i``
+    counted within the group of ``o`` for the columns of ``pointwise``, and over
+    all groups for the rows of ``depthwise``.
+
+    Args:
+        depthwise (Tensor): Shape (m·I, 1, k, k).
+        pointwise (Tensor): Shape (O, m·Ig, 1, 1).
+        groups (int): g, the groups of the 1×1 conv. Defaults to 1.
+        expansion (int): m. Defaults to 8, the paper's.
+
+    Returns:
+        Tensor: Shape (O, Ig, k, k).
+    """
+    outputs, columns = pointwise.shape[:2]
+    taps = depthwise.shape[-2:]
+    inputs = columns // expansion
+    kernel = torch.einsum(
+        'goim,gimk->goik',
+        pointwise.reshape(groups, outputs // groups, inputs, expansion),
+        depthwise.reshape(groups, inputs, expansion, -1),
+    )
+    return kernel.reshape(outputs, inputs, *taps)
+
+
+def compose_deep_linear(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:
+    """Two kernels composed into a larger one, the deep linear stem's step.
+
+    Within each group, ``K[o, i] = Σ_m second[o, m] ⋆ first[m, i]`` where ``⋆`` is
+    the full *cross-correlation* of the two kernels. ``second`` therefore acts as
+    if flipped: running the two convs one after another on a feature map gives
+    another result. Published checkpoints are parameterised this way.
+
+    Args:
+        first (Tensor): Shape (M, Ig, j, j).
+        second (Tensor): Shape (O, M/g, k, k).
+        groups (int): g, the groups of both convs. Defaults to 1.
+
+    Returns:
+        Tensor: Shape (O, Ig, j + k − 1, j + k − 1).
+    """
+    mid, inputs, *size = first.shape
+    # The input channels of a group act as the batch, so the groups of `first`
+    # stand side by side as the channels of a grouped conv.
+    images = first.reshape(groups, mid // groups, inputs, *size)
+    images = images.permute(2, 0, 1, 3, 4).reshape(inputs, mid, *size)
+    padding = second.shape[-1] - 1
+    return F.conv2d(images, second, padding=padding, groups=groups).transpose(0, 1)
+
+
+def scaled_sum(kernels: Sequence[Tensor], scales: Tensor) -> Tensor:
+    """The linear scaling layers: ``K[o] = Σ_b scales[b, o] · kernels[b][o]``.
+
+    Args:
+        kernels (Sequence[Tensor]): B kernels of shape (O, Ig, k, k).
+        scales (Tensor): Shape (B, O).
+
+    Returns:
+        Tensor: Shape (O, Ig, k, k).
+    """
+    terms = zip(scales[:, :, None, None, None], kernels)
+    return sum(scale * kernel for scale, kernel in terms)

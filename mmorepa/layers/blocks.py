@@ -1,0 +1,59 @@
+"""Which conv a network builds where, by the name of its block."""
+
+from dataclasses import dataclass
+
+from .orepa import DEEP_LINEAR_FROM, OREPAConv2d
+from .plain import PlainConv2d
+from .reparam_conv import ReparamConv2d
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """The convs of one kind of network.
+
+    Args:
+        kxk (type[ReparamConv2d]): For 3×3 and 5×5 convs.
+        pointwise (type[ReparamConv2d]): For 1×1 convs.
+        large (type[ReparamConv2d]): For 7×7 convs and larger, the stem.
+    """
+
+    kxk: type[ReparamConv2d]
+    pointwise: type[ReparamConv2d] = PlainConv2d
+    large: type[ReparamConv2d] = PlainConv2d
+
+    def conv(self, kernel_size: int) -> type[ReparamConv2d]:
+        """The class for a conv of this kernel size."""
+        if kernel_size == 1:
+            return self.pointwise
+        return self.kxk if kernel_size < DEEP_LINEAR_FROM else self.large
+
+
+BLOCKS: dict[str, BlockType] = {
+    'none': BlockType(PlainConv2d),
+    'orepa': BlockType(OREPAConv2d, OREPAConv2d, OREPAConv2d),
+}
+"""Block types by name; add your own entry to use it as ``block=...``."""
+
+
+def build_conv(
+    block: str, in_channels: int, out_channels: int, kernel_size: int, **kwargs
+) -> ReparamConv2d:
+    """Builds the conv that networks of this block type use.
+
+    Args:
+        block (str): A key of :data:`BLOCKS`.
+        in_channels (int): I.
+        out_channels (int): O.
+        kernel_size (int): k.
+        **kwargs: See :class:`ReparamConv2d`.
+
+    Returns:
+        ReparamConv2d: The conv.
+
+    Raises:
+        ValueError: If ``block`` is not a key of :data:`BLOCKS`.
+    """
+    if block not in BLOCKS:
+        raise ValueError(f'unknown block {block!r}; choose one of {", ".join(BLOCKS)}')
+    conv = BLOCKS[block].conv(kernel_size)
+    return conv(in_channels, out_channels, kernel_size, **kwargs)

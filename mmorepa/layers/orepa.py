@@ -1,0 +1,337 @@
+"""OREPA convolutions: many linear branches, one kernel, one convolution."""
+
+from collections.abc import Sequence
+from typing import Optional, Union
+
+import torch
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from ..functional import (
+    average_kernel,
+    compose_1x1_kxk,
+    compose_deep_linear,
+    depthwise_separable_kernel,
+    embed_1x1,
+    filtered_kernel,
+    frequency_prior,
+    identity_1x1,
+    scaled_sum,
+)
+from .reparam_conv import IntPair, ReparamConv2d
+
+# From this kernel size on, the paper's networks use the deep linear form.
+DEEP_LINEAR_FROM = 7
+
+
+class OREPAKernel(nn.Module):
+    """The k×k kernel of OREPA: a scaled sum of six linear branches.
+
+    ``K = Σ_b scale_b · K_b`` per output channel (paper, section 3.2; the scaling
+    replaces a BatchNorm in every branch). The branches, in the order of the rows
+    of ``scale``:
+
+    ========================= ==================================================
+    ``origin``                a plain k×k kernel
+    ``average``               1×1 conv, then k×k average pooling
+    ``frequency``             1×1 conv, then a fixed cosine filter per channel
+    ``pointwise_kxk``         1×1 conv (initially the identity), then a k×k conv
+    ``pointwise``             1×1 conv
+    ``depthwise_separable``   depthwise k×k conv with expansion 8, then a 1×1 conv
+    ========================= ==================================================
+
+    Args:
+        out_channels (int): O.
+        in_channels (int): I.
+        kernel_size (int): k.
+        groups (int): g. Defaults to 1.
+        branches (Sequence[str], optional): The names of the branches to build.
+            Defaults to all.
+        initial_scales (dict[str, float], optional): Initial values of ``scale``
+            by branch, over :attr:`INITIAL_SCALES`. Defaults to None.
+        kaiming_a (float): The negative slope that the Kaiming-uniform
+            initialisation of every weight assumes. Defaults to 0.
+
+    Raises:
+        ValueError: If a branch is not known, or none is left.
+    """
+
+    INITIAL_SCALES = {
+        'origin': 0.25,
+        'average': 0.25,
+        'frequency': 0.0,
+        'pointwise_kxk': 0.5,
+        'pointwise': 1.0,
+        'depthwise_separable': 0.5,
+    }
+    EXPANSION = 8
+
+    def __init__(
+        self,
+        out_channels: int,
+        in_channels: int,
+        kernel_size: int,
+        groups: int = 1,
+        branches: Optional[Sequence[str]] = None,
+        initial_scales: Optional[dict[str, float]] = None,
+        kaiming_a: float = 0.0,
+    ) -> None:
+        super().__init__()
+        scales = _initial_scales(self.INITIAL_SCALES, branches, initial_scales)
+        self.branches = tuple(scales)
+        self.kernel_size = kernel_size
+        self.groups = groups
+        inputs = in_channels // groups
+
+        def weight(rows: int, columns: int, size: int = 1) -> nn.Parameter:
+            return _kaiming_uniform((rows, columns, size, size), kaiming_a)
+
+        if 'origin' in scales:
+            self.weight_origin = weight(out_channels, inputs, kernel_size)
+        if 'average' in scales:
+            self.weight_average = weight(out_channels, inputs)
+        if 'frequency' in scales:
+            self.weight_frequency = weight(out_channels, inputs)
+            prior = frequency_prior(out_channels, kernel_size)
+            self.register_buffer('filters', prior, persistent=False)
+        if 'pointwise_kxk' in scales:
+            hidden = in_channels if groups <= 4 else 2 * in_channels
+            # Learns the difference from the identity.
+            self.weight_pointwise_kxk_1 = nn.Parameter(
+                torch.zeros(hidden, inputs, 1, 1)
+            )
+            self.weight_pointwise_kxk_2 = weight(
+                out_channels, hidden // groups, kernel_size
+            )
+            identity = identity_1x1(hidden, inputs)
+            self.register_buffer('identity', identity, persistent=False)
+        if 'pointwise' in scales:
+            self.weight_pointwise = weight(out_channels, inputs)
+        if 'depthwise_separable' in scales:
+            self.weight_depthwise = weight(self.EXPANSION * in_channels, 1, kernel_size)
+            self.weight_separable = weight(out_channels, self.EXPANSION * inputs)
+        self.scale = _scale(scales, out_channels)
+
+    def forward(self) -> Tensor:
+        """Returns the kernel, shape (O, Ig, k, k)."""
+        kernels = [getattr(self, f'_{name}')() for name in self.branches]
+        return scaled_sum(kernels, self.scale)
+
+    def _origin(self) -> Tensor:
+        return self.weight_origin
+
+    def _average(self) -> Tensor:
+        return average_kernel(self.weight_average, self.kernel_size)
+
+    def _frequency(self) -> Tensor:
+        return filtered_kernel(self.weight_frequency, self.filters)
+
+    def _pointwise_kxk(self) -> Tensor:
+        first = self.weight_pointwise_kxk_1 + self.identity
+        return compose_1x1_kxk(first, self.weight_pointwise_kxk_2, self.groups)
+
+    def _pointwise(self) -> Tensor:
+        return embed_1x1(self.weight_pointwise, self.kernel_size)
+
+    def _depthwise_separable(self) -> Tensor:
+        return depthwise_separable_kernel(
+            self.weight_depthwise, self.weight_separable, self.groups, self.EXPANSION
+        )
+
+
+class OREPAPointwiseKernel(nn.Module):
+    """The 1×1 kernel of OREPA: ``K = scale_0 · origin + scale_1 · (second ∘ first)``.
+
+    The wider of the two composed 1×1 convs is square and starts as the identity.
+
+    Args:
+        out_channels (int): O.
+        in_channels (int): I.
+        groups (int): g. Defaults to 1.
+        branches (Sequence[str], optional): Names out of ``'origin'`` and
+            ``'pointwise_pointwise'``. Defaults to both.
+        initial_scales (dict[str, float], optional): As for :class:`OREPAKernel`.
+        kaiming_a (float): As for :class:`OREPAKernel`. Defaults to 1.
+
+    Raises:
+        ValueError: If a branch is not known, or none is left.
+    """
+
+    INITIAL_SCALES = {'origin': 1.0, 'pointwise_pointwise': 0.5}
+
+    def __init__(
+        self,
+        out_channels: int,
+        in_channels: int,
+        groups: int = 1,
+        branches: Optional[Sequence[str]] = None,
+        initial_scales: Optional[dict[str, float]] = None,
+        kaiming_a: float = 1.0,
+    ) -> None:
+        super().__init__()
+        scales = _initial_scales(self.INITIAL_SCALES, branches, initial_scales)
+        self.branches = tuple(scales)
+        self.groups = groups
+        inputs = in_channels // groups
+        if 'origin' in scales:
+            self.weight_origin = _kaiming_uniform(
+                (out_channels, inputs, 1, 1), kaiming_a
+            )
+        if 'pointwise_pointwise' in scales:
+            if out_channels > in_channels:
+                first = nn.Parameter(identity_1x1(in_channels, inputs))
+                second = _kaiming_uniform((out_channels, inputs, 1, 1), kaiming_a)
+            else:
+                first = _kaiming_uniform((out_channels, inputs, 1, 1), kaiming_a)
+                second = nn.Parameter(
+                    identity_1x1(out_channels, out_channels // groups)
+                )
+            self.weight_first, self.weight_second = first, second
+        self.scale = _scale(scales, out_channels)
+
+    def forward(self) -> Tensor:
+        """Returns the kernel, shape (O, Ig, 1, 1)."""
+        kernels = [getattr(self, f'_{name}')() for name in self.branches]
+        return scaled_sum(kernels, self.scale)
+
+    def _origin(self) -> Tensor:
+        return self.weight_origin
+
+    def _pointwise_pointwise(self) -> Tensor:
+        return compose_1x1_kxk(self.weight_first, self.weight_second, self.groups)
+
+
+class OREPADeepLinearKernel(nn.Module):
+    """A large kernel composed of (k−1)/2 OREPA 3×3 kernels: the deep linear stem.
+
+    The factors map I to O channels, then O to O (paper, section 3.3).
+
+    Args:
+        out_channels (int): O.
+        in_channels (int): I.
+        kernel_size (int): k, odd, at least 3.
+        groups (int): g. Defaults to 1.
+        **kwargs: Passed to every :class:`OREPAKernel`.
+    """
+
+    def __init__(
+        self,
+        out_channels: int,
+        in_channels: int,
+        kernel_size: int,
+        groups: int = 1,
+        **kwargs,
+    ) -> None:
+        super().__init__()
+        self.groups = groups
+        widths = [in_channels] + [out_channels] * ((kernel_size - 1) // 2 - 1)
+        self.factors = nn.ModuleList(
+            OREPAKernel(out_channels, width, 3, groups, **kwargs) for width in widths
+        )
+
+    def forward(self) -> Tensor:
+        """Returns the kernel, shape (O, Ig, k, k)."""
+        kernel, *factors = [factor() for factor in self.factors]
+        for factor in factors:
+            kernel = compose_deep_linear(kernel, factor, self.groups)
+        return kernel
+
+
+@MODELS.register_module()
+class OREPAConv2d(ReparamConv2d):
+    """A conv that trains as OREPA's branches, folded online into one kernel.
+
+    Registered as a conv layer: ``conv_cfg=dict(type='OREPAConv2d')`` gives any
+    OpenMMLab module that takes ``conv_cfg`` such convs. The kernel is an
+    :class:`OREPAPointwiseKernel` for k = 1, an :class:`OREPAKernel` for 3 and 5,
+    and an :class:`OREPADeepLinearKernel` from 7 on, as in the paper's networks.
+
+    Args:
+        branches (Sequence[str], optional): The names of the branches to build,
+            for ablations. Defaults to all.
+        initial_scales (dict[str, float], optional): Initial scale by branch name.
+            Defaults to None, the paper's.
+        *args, **kwargs: See :class:`ReparamConv2d`.
+
+    Examples:
+        >>> conv = OREPAConv2d(64, 128, 3, stride=2, padding=1, bias=False)
+        >>> y = conv(torch.rand(1, 64, 56, 56))  # (1, 128, 28, 28)
+        >>> conv.switch_to_deploy()  # now a plain conv with the same outputs
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: IntPair,
+        stride: IntPair = 1,
+        padding: Union[IntPair, str] = 0,
+        dilation: IntPair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = 'zeros',
+        *,
+        branches: Optional[Sequence[str]] = None,
+        initial_scales: Optional[dict[str, float]] = None,
+        **kwargs,
+    ) -> None:
+        self._kernel_options = dict(branches=branches, initial_scales=initial_scales)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            **kwargs,
+        )
+
+    def build_branches(self) -> nn.Module:
+        size = self.kernel_size[0]
+        channels = (self.out_channels, self.in_channels)
+        options = dict(groups=self.groups, **self._kernel_options)
+        if size == 1:
+            return OREPAPointwiseKernel(*channels, **options)
+        if size < DEEP_LINEAR_FROM:
+            return OREPAKernel(*channels, size, **options)
+        return OREPADeepLinearKernel(*channels, size, **options)
+
+
+def _kaiming_uniform(shape: Sequence[int], a: float) -> nn.Parameter:
+    weight = nn.Parameter(torch.empty(*shape))
+    nn.init.kaiming_uniform_(weight, a=a)
+    return weight
+
+
+def _scale(scales: dict[str, float], out_channels: int) -> nn.Parameter:
+    """The linear scaling layers, shape (branches, O)."""
+    rows = torch.tensor(list(scales.values()))
+    return nn.Parameter(rows[:, None].repeat(1, out_channels))
+
+
+def _initial_scales(
+    defaults: dict[str, float],
+    branches: Optional[Sequence[str]],
+    initial_scales: Optional[dict[str, float]],
+) -> dict[str, float]:
+    """The chosen branches, in their fixed order, each with its initial scale."""
+    chosen = tuple(defaults) if branches is None else tuple(branches)
+    given = initial_scales or {}
+    for name in (*chosen, *given):
+        if name not in defaults:
+            raise ValueError(
+                f'unknown branch {name!r}; the branches of this kernel are '
+                f'{", ".join(defaults)}'
+            )
+    if not chosen:
+        raise ValueError(
+            f'no branch is left; choose at least one of {", ".join(defaults)}'
+        )
+    return {
+        name: given.get(name, initial)
+        for name, initial in defaults.items()
+        if name in chosen
+    }

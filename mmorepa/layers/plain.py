@@ -1,0 +1,45 @@
+"""The plain conv in the same dress: the baseline of every comparison."""
+
+import torch
+from torch import Tensor, nn
+
+from .reparam_conv import ReparamConv2d
+
+
+class PlainKernel(nn.Module):
+    """One kernel, initialised for ReLU networks as OpenMMLab's ResNets are.
+
+    Args:
+        out_channels (int): O.
+        in_channels_per_group (int): Ig.
+        kernel_size (int): k.
+    """
+
+    def __init__(
+        self, out_channels: int, in_channels_per_group: int, kernel_size: int
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(
+            torch.empty(out_channels, in_channels_per_group, kernel_size, kernel_size)
+        )
+        nn.init.kaiming_normal_(self.weight, mode='fan_out', nonlinearity='relu')
+
+    def forward(self) -> Tensor:
+        """Returns the kernel, shape (O, Ig, k, k)."""
+        return self.weight
+
+
+class PlainConv2d(ReparamConv2d):
+    """Conv, normalisation, activation, with nothing folded but the BatchNorm.
+
+    Takes the arguments of :class:`ReparamConv2d`.
+    """
+
+    def build_branches(self) -> PlainKernel:
+        return PlainKernel(
+            self.out_channels, self.in_channels // self.groups, self.kernel_size[0]
+        )
+
+    def kernel(self) -> Tensor:
+        # Nothing to compute, so nothing to cache.
+        return self.weight if self.deployed else self.branches.weight

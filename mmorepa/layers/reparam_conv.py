@@ -1,0 +1,337 @@
+"""The life of a re-parameterised conv: train, fold, load, deploy."""
+
+import copy
+import logging
+from typing import Optional, Union
+
+import torch
+from mmcv.cnn import build_activation_layer, build_norm_layer
+from mmengine.logging import print_log
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.utils import _pair
+
+from ..functional import fuse_bn
+from .online_fold import OnlineFold
+
+IntPair = Union[int, tuple[int, int]]
+
+
+class ReparamConv2d(nn.Conv2d):
+    """A conv that trains as several linear branches and deploys as one plain conv.
+
+    In training form the branches live in :attr:`branches`, and
+    :attr:`weight` is None. Deployed, :attr:`branches` and a BatchNorm
+    :attr:`norm` are gone, and :attr:`weight` and :attr:`bias` are those of a
+    plain :class:`torch.nn.Conv2d`, whose ``state_dict`` keys it shares.
+
+    A new block is a subclass with a ``build_branches`` that returns a module
+    whose ``forward()`` maps its parameters to the kernel. Fold, convolution,
+    normalisation, activation, deployment and loading follow from it.
+
+    Args:
+        in_channels (int): I.
+        out_channels (int): O.
+        kernel_size (int | tuple[int, int]): k, odd and square.
+        stride (int | tuple[int, int]): Defaults to 1.
+        padding (int | tuple[int, int] | str): Zero padding, as
+            :class:`torch.nn.Conv2d` takes it. Defaults to 0.
+        dilation (int | tuple[int, int]): Defaults to 1.
+        groups (int): g. Defaults to 1.
+        bias (bool): Whether a bias is added to the conv. Defaults to True.
+        padding_mode (str): Only ``'zeros'``. Defaults to ``'zeros'``.
+        norm_cfg (dict, optional): Normalisation after the conv. Batch
+            normalisation is folded for deployment, any other kind stays.
+            Defaults to None.
+        act_cfg (dict, optional): Activation after all that. Defaults to None.
+        deploy (bool): Builds the deployed form directly. Defaults to False.
+
+    Raises:
+        ValueError: If the arguments describe a conv that has no fold.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: IntPair,
+        stride: IntPair = 1,
+        padding: Union[IntPair, str] = 0,
+        dilation: IntPair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = 'zeros',
+        *,
+        norm_cfg: Optional[dict] = None,
+        act_cfg: Optional[dict] = None,
+        deploy: bool = False,
+    ) -> None:
+        _check_has_fold(type(self).__name__, kernel_size, padding, padding_mode)
+        # On 'meta', the kernel of the plain conv takes no memory, no time and no
+        # random numbers: only the deployed form has one.
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device='meta',
+        )
+        self.conv_bias = bias
+        self.norm_cfg = norm_cfg
+        self.act: Optional[nn.Module] = None
+        if act_cfg is not None:
+            self.act = build_activation_layer(act_cfg)
+        self._online_fold = OnlineFold()
+        self._become_training_form(with_branches=not deploy)
+        if deploy:
+            self._become_plain(bias or self._norm_is_foldable)
+
+    def build_branches(self) -> nn.Module:
+        """Makes the parameters of the training form.
+
+        The attributes of :class:`torch.nn.Conv2d` (``in_channels``, ``groups``,
+        …) are set when this is called.
+
+        Returns:
+            nn.Module: Its ``forward()`` takes nothing and returns the kernel,
+            shape (O, Ig, k, k).
+        """
+        raise NotImplementedError
+
+    def kernel(self) -> Tensor:
+        """The kernel that the conv runs with, before normalisation.
+
+        In training form it carries the gradient to the branches if gradients
+        are enabled.
+
+        Returns:
+            Tensor: Shape (O, Ig, k, k).
+        """
+        if self.deployed:
+            return self.weight
+        return self._online_fold(self.branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolution, normalisation, activation.
+
+        Args:
+            x (Tensor): Shape (N, I, H, W).
+
+        Returns:
+            Tensor: Shape (N, O, H', W').
+        """
+        x = self._conv_forward(x, self.kernel(), self.bias)
+        if self.norm is not None:
+            x = self.norm(x)
+        return x if self.act is None else self.act(x)
+
+    @torch.no_grad()
+    def equivalent_kernel_bias(self) -> tuple[Tensor, Optional[Tensor]]:
+        """The plain conv that equals this one in eval mode, BatchNorm included.
+
+        Equation: ``W_eq = W·γ/√(σ²+ε)``, ``b_eq = β + (b − μ)·γ/√(σ²+ε)``.
+
+        Returns:
+            tuple[Tensor, Tensor | None]: Kernel, shape (O, Ig, k, k), and bias,
+            shape (O,), both in float64.
+        """
+        bias = None if self.bias is None else _double(self.bias)
+        if self.deployed:
+            return _double(self.weight), bias
+        tensors = {
+            **dict(self.branches.named_parameters()),
+            **dict(self.branches.named_buffers()),
+        }
+        wide = {name: _double(tensor) for name, tensor in tensors.items()}
+        kernel = functional_call(self.branches, wide, ())
+        if not self._norm_is_foldable:
+            return kernel, bias
+        norm = self.norm
+        return fuse_bn(
+            kernel,
+            bias,
+            _double(norm.running_mean),
+            _double(norm.running_var),
+            _double(norm.weight) if norm.affine else None,
+            _double(norm.bias) if norm.affine else None,
+            norm.eps,
+        )
+
+    def switch_to_deploy(self) -> None:
+        """Turns this module into the plain conv, in place.
+
+        The fold is computed in float64 and stored in the dtype and on the device
+        of the branches. Calling it again does nothing.
+        """
+        if self.deployed:
+            return
+        # Outside of inference mode, whose tensors could never be trained again.
+        with torch.inference_mode(False):
+            like = next(self.branches.parameters())
+            requires_grad = any(p.requires_grad for p in self.parameters())
+            kernel, bias = self.equivalent_kernel_bias()
+            self._become_plain(bias is not None, like)
+            with torch.no_grad():
+                self.weight.copy_(kernel)
+                if bias is not None:
+                    self.bias.copy_(bias)
+            self.weight.requires_grad_(requires_grad)
+            if bias is not None:
+                self.bias.requires_grad_(requires_grad)
+
+    def init_weights(self) -> None:
+        """Called by MMEngine. The branches were initialised when they were built.
+
+        It keeps the rule of a parent, which is meant for plain kernels, from
+        being applied to the branches.
+        """
+
+    def train(self, mode: bool = True) -> 'ReparamConv2d':
+        self._online_fold.clear()
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        form = 'deployed' if self.deployed else 'training form'
+        plain = nn.Conv2d.extra_repr(self)
+        return f'{plain}, {form}'
+
+    @property
+    def _norm_is_foldable(self) -> bool:
+        # Without running statistics the normalisation depends on the batch.
+        return isinstance(self.norm, _BatchNorm) and self.norm.track_running_stats
+
+    def _become_training_form(self, with_branches: bool = True) -> None:
+        """Gives this module fresh parameters of the training form."""
+        self.deployed = False
+        self.weight, self.bias = None, None
+        if self.conv_bias:
+            self.bias = nn.Parameter(torch.zeros(self.out_channels))
+        self.norm: Optional[nn.Module] = None
+        if self.norm_cfg is not None:
+            self.norm = build_norm_layer(self.norm_cfg, self.out_channels)[1]
+        self.branches = self.build_branches() if with_branches else None
+
+    def _become_plain(self, with_bias: bool, like: Optional[Tensor] = None) -> None:
+        """Gives this module fresh parameters of the deployed form."""
+        self.deployed = True
+        del self.branches
+        if self._norm_is_foldable:
+            self.norm = None
+        plain = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            groups=self.groups,
+            bias=with_bias,
+            device=None if like is None else like.device,
+            dtype=None if like is None else like.dtype,
+        )
+        self.weight, self.bias = plain.weight, plain.bias
+        self._online_fold.clear()
+
+    def _apply(self, *args, **kwargs) -> 'ReparamConv2d':
+        self._online_fold.clear()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Loads; folds a training form where the module is deployed.
+
+        MMEngine's loader and PyTorch's own both call this for every module.
+        """
+        has_branches = any(k.startswith(f'{prefix}branches.') for k in state_dict)
+        if self.deployed and has_branches:
+            _log_once_per_load(missing_keys)
+            self._fold_state_dict(state_dict, prefix)
+        elif not self.deployed and not has_branches and f'{prefix}weight' in state_dict:
+            raise RuntimeError(
+                f"'{prefix}weight' is the kernel of a deployed (plain) conv, and "
+                f'{type(self).__name__} is in training form: a plain kernel cannot '
+                'be split into branches again. Build the model with deploy=True (or '
+                'call mmorepa.switch_to_deploy on it) before loading this '
+                'checkpoint, or load the checkpoint that it was made from'
+            )
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+        self._online_fold.clear()
+
+    def _fold_state_dict(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Replaces this module's entries, a training form, by the deployed form."""
+        own = {k: state_dict.pop(k) for k in list(state_dict) if k.startswith(prefix)}
+        twin = copy.deepcopy(self)
+        with torch.random.fork_rng(devices=[]):
+            twin._become_training_form()
+        try:
+            twin.load_state_dict({k[len(prefix) :]: v for k, v in own.items()})
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the training form under '{prefix}' cannot be folded while loading: "
+                f'{error}'
+            ) from error
+        twin.switch_to_deploy()
+        for name, value in twin.state_dict().items():
+            state_dict[prefix + name] = value
+
+
+_last_load: Optional[list] = None
+
+
+def _log_once_per_load(missing_keys: list[str]) -> None:
+    """One line a checkpoint, not one a layer.
+
+    All modules that are loaded by one call are handed the same list.
+    """
+    global _last_load
+    if _last_load is not missing_keys:
+        _last_load = missing_keys
+        print_log(
+            'The checkpoint holds the training form and the model is deployed: '
+            'folding the branches while loading.',
+            logger='current',
+            level=logging.INFO,
+        )
+
+
+def _check_has_fold(
+    name: str, kernel_size: IntPair, padding: Union[IntPair, str], padding_mode: str
+) -> None:
+    height, width = _pair(kernel_size)
+    if height != width or height % 2 == 0 or height < 1:
+        raise ValueError(
+            f'{name} takes an odd, square kernel (1, 3, 5, 7, …), since its branches '
+            f'share one centre; found kernel_size={kernel_size}'
+        )
+    if padding_mode != 'zeros':
+        raise ValueError(
+            f"{name} takes padding_mode='zeros' only, found {padding_mode!r}; pad the "
+            'input yourself (torch.nn.functional.pad) and use padding=0'
+        )
+    if not isinstance(padding, str) and min(_pair(padding)) < 0:
+        raise ValueError(f'{name} takes padding >= 0, found padding={padding}')
+
+
+def _double(tensor: Tensor) -> Tensor:
+    # Apple's GPUs have no float64.
+    device = 'cpu' if tensor.device.type == 'mps' else tensor.device
+    return tensor.detach().to(device, torch.float64)

@@ -1,0 +1,1 @@
+"""What every other part may need and none owns."""
