@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Sets up the environment, checks style, and runs the test suite.
+# Arguments go to pytest, as in: bash tools/run_tests.sh -m 'not slow' -x
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export VENV=${VENV:-$PWD/.venv}
+
+bash tools/setup_env.sh --ops --tests
+"$VENV/bin/ruff" check .
+"$VENV/bin/ruff" format --check .
+"$VENV/bin/python" -m pytest --durations=15 "$@"
