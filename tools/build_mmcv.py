@@ -1,0 +1,356 @@
+"""Builds mmcv's wheel with compiled operators, or takes it from the cache.
+
+Run it with the Python of the environment that is to use the wheel, after torch,
+ninja and setuptools < 81 are there (``tools/setup_env.sh --ops`` sees to all that)::
+
+    python tools/build_mmcv.py --stack openmmlab
+
+The path of the wheel is all that goes to standard output; progress goes to standard
+error. A plain ``pip install mmcv`` fails or silently leaves the operators out, because
+mmcv's build
+
+* needs the installed torch, which pip's build isolation hides;
+* asks for C++17 while the headers of current torch demand C++20;
+* parses all of torch's headers in each of its 77 files. One precompiled header saves
+  more than half of the time.
+
+Compiled code depends on Python, torch and mmcv alone, so the wheel is kept in a cache
+outside the repository and serves every checkout.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Optional
+
+ROOT = Path(__file__).resolve().parent.parent
+# Includes mmcv's header that pulls in torch, as every file of the operators does.
+HEADER = 'precompiled.hpp'
+HEADER_TEXT = '#include "pytorch_cpp_helper.hpp"\n'
+SECONDS_BETWEEN_REPORTS = 15
+
+
+class BuildError(Exception):
+    """The wheel could not be built; the message says why and what to do."""
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def pinned_mmcv(stack: str) -> tuple[str, str]:
+    """Returns the distribution name and the version of mmcv in a stack."""
+    path = ROOT / 'requirements' / f'{stack}-ops.txt'
+    match = re.search(r'^([\w-]+)==([\w.]+)$', path.read_text(), re.MULTILINE)
+    if match is None:
+        raise BuildError(f'{path} has no line like mmcv==2.1.0')
+    return match.group(1), match.group(2)
+
+
+def wants_cuda() -> bool:
+    """Tells whether CUDA operators are wanted and can be compiled here.
+
+    mmcv compiles them where torch sees a GPU or FORCE_CUDA is 1, whether or not there
+    is a CUDA compiler.
+    """
+    import torch
+
+    if not torch.cuda.is_available() and os.environ.get('FORCE_CUDA') != '1':
+        return False
+    # Warns where there is no GPU, and so is imported only now.
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if CUDA_HOME is None:
+        say('    There is a GPU but no CUDA toolkit (nvcc): the operators will run')
+        say('    on the CPU only.')
+    return CUDA_HOME is not None
+
+
+def cache_folder(name: str, version: str, cuda: bool) -> Path:
+    """Returns the folder of the cache that belongs to this Python, torch and mmcv."""
+    import torch
+
+    base = os.environ.get('MMOREPA_CACHE')
+    if not base:
+        user_cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+        base = Path(user_cache) / 'mmorepa'
+    python = f'cp{sys.version_info.major}{sys.version_info.minor}'
+    platform = sysconfig.get_platform().replace('-', '_')
+    device = '-cuda' if cuda else ''
+    return (
+        Path(base).absolute()
+        / 'wheels'
+        / f'{python}-{platform}-torch{torch.__version__}-{name}-{version}{device}'
+    )
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting: Optional[str] = None) -> Iterator[None]:
+    """Holds the lock file for the time of the block; the system frees it at exit."""
+    with path.open('w') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting:
+                say(waiting)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# ---- the compiler that the build is given ------------------------------------------
+
+
+def flags_of(arguments: list[str], source: str) -> list[str]:
+    """Returns a compiler's arguments less those that name its input and outputs."""
+    flags = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument in ('-o', '-MF'):
+            next(rest)
+        elif argument not in ('-c', '-MD', '-MMD', source):
+            flags.append(argument)
+    return flags
+
+
+def precompile(compiler: str, flags: list[str], header: Path) -> None:
+    """Compiles the header with the flags of a file that is about to include it."""
+    part = header.with_suffix('.part')
+    command = [compiler, *flags, '-x', 'c++-header', '-c', str(header), '-o', str(part)]
+    if subprocess.run(command).returncode == 0:
+        part.replace(precompiled(header))
+
+
+def precompiled(header: Path) -> Path:
+    """Returns the path at which the compiler looks for the precompiled header."""
+    return header.with_name(f'{header.name}.gch')
+
+
+def compile_as(compiler: str, folder: Path, arguments: list[str]) -> None:
+    """Stands in for the compiler: compiles with the header precompiled beforehand.
+
+    A precompiled header is only taken up if it was compiled with exactly the flags of
+    the file that includes it, and those differ between versions of setuptools and
+    torch. The first file that comes by tells them.
+    """
+    source = next((name for name in arguments if name.endswith('.cpp')), None)
+    if source is not None and '-c' in arguments:
+        header = folder / HEADER
+        with locked(folder / 'lock'):
+            if not header.exists():
+                header.write_text(HEADER_TEXT)
+                precompile(compiler, flags_of(arguments, source), header)
+        if precompiled(header).exists():
+            # First on the command line, since it counts only before any other code.
+            arguments = ['-include', str(header), '-Winvalid-pch', *arguments]
+    os.execvp(compiler, [compiler, *arguments])
+
+
+def write_compiler(folder: Path) -> Path:
+    """Writes the executable that the build takes for its compiler; see compile_as."""
+    real = shutil.which(os.environ.get('CXX', 'g++'))
+    if real is None:
+        raise BuildError(
+            'no C++ compiler: install one (on Debian and Ubuntu: apt-get install g++) '
+            'or name it in the environment variable CXX'
+        )
+    command = [sys.executable, str(Path(__file__).resolve()), '--as-compiler']
+    script = folder / 'g++'
+    script.write_text(
+        f'#!/bin/sh\nexec {shlex.join([*command, real, str(folder)])} "$@"\n'
+    )
+    script.chmod(0o755)
+    return script
+
+
+# ---- the build ---------------------------------------------------------------------
+
+
+def search_path() -> str:
+    """Returns PATH with the folder of this Python, whose ninja may not be on it."""
+    return f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
+
+
+def check_tools() -> None:
+    """Raises BuildError if something is missing that only shows minutes later."""
+    include = Path(sysconfig.get_path('include'))
+    if not (include / 'Python.h').is_file():
+        raise BuildError(
+            f'no Python.h in {include}: install the headers of this Python '
+            '(on Debian and Ubuntu: apt-get install python3-dev)'
+        )
+    if shutil.which('ninja', path=search_path()) is None:
+        raise BuildError('no ninja: pip install ninja')
+
+
+def unpack_source(name: str, version: str, folder: Path, log: Path) -> Path:
+    """Downloads and unpacks mmcv's source, and mends what torch does not compile."""
+    command = [sys.executable, '-m', 'pip', 'download', '--no-deps']
+    command += ['--no-build-isolation', '--no-binary', name]
+    command += ['--dest', str(folder), f'{name}=={version}']
+    with log.open('a') as file:
+        status = subprocess.run(command, stdout=file, stderr=file).returncode
+    archives = list(folder.glob('*.tar.gz'))
+    if status != 0 or not archives:
+        raise BuildError(f'cannot download {name} {version}; see {log}')
+    shutil.unpack_archive(archives[0], folder)
+    source = archives[0].with_name(archives[0].name[: -len('.tar.gz')])
+    # torch adds the standard that its headers need if the build names none.
+    setup = source / 'setup.py'
+    setup.write_text(re.sub(r"'-std=c\+\+\d\d'", '', setup.read_text()))
+    return source
+
+
+def build_environment(compiler: Path, cuda: bool) -> dict[str, str]:
+    environment = dict(os.environ)
+    environment.update(PATH=search_path(), CXX=str(compiler), CFLAGS='-g0 -O2')
+    environment.setdefault('MAX_JOBS', str(len(os.sched_getaffinity(0))))
+    if not cuda:
+        environment.pop('FORCE_CUDA', None)
+        environment['CUDA_VISIBLE_DEVICES'] = ''
+    return environment
+
+
+def report_progress(build: subprocess.Popen, log: Path, header: Path) -> None:
+    """Says from time to time how far ninja's log has come, until the build ends."""
+    start = time.monotonic()
+    last = None
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            build.wait(timeout=SECONDS_BETWEEN_REPORTS)
+            return
+        done = re.findall(r'\[(\d+)/(\d+)\]', log.read_text(errors='replace'))
+        if done:
+            message = '{} of {} files compiled'.format(*done[-1])
+        elif precompiled(header).exists():
+            message = 'precompiled header ready, compiling the first files'
+        else:
+            message = 'precompiling the header of torch'
+        if message != last:
+            say(f'    … {message} ({time.monotonic() - start:.0f} s)')
+        last = message
+
+
+def run_build(source: Path, work: Path, cuda: bool, log: Path) -> Path:
+    """Builds the wheel from the unpacked source and returns its path."""
+    compiler_folder = work / 'compiler'
+    compiler_folder.mkdir()
+    compiler = write_compiler(compiler_folder)
+    header = compiler_folder / HEADER
+    command = [sys.executable, '-m', 'pip', 'wheel', '--verbose', '--no-deps']
+    command += ['--no-build-isolation', '--no-cache-dir']
+    command += ['--wheel-dir', str(work / 'wheels'), str(source)]
+    with log.open('a') as file:
+        build = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=build_environment(compiler, cuda),
+        )
+        try:
+            report_progress(build, log, header)
+        except BaseException:
+            build.terminate()
+            build.wait()
+            raise
+
+    text = log.read_text(errors='replace')
+    if build.returncode != 0:
+        errors = [line.strip() for line in text.splitlines() if 'error:' in line]
+        hint = ''.join(f'\n    {line}' for line in errors[:5])
+        cpu = '; CUDA_VISIBLE_DEVICES="" leaves the CUDA operators out' if cuda else ''
+        raise BuildError(f'compiling mmcv failed{cpu}; the log is {log}{hint}')
+    if not precompiled(header).exists() or 'invalid-pch' in text:
+        say(f'    The compiler did not take up the precompiled header; see {log}')
+        say('    The wheel is as good, it only took longer.')
+
+    wheel = next((work / 'wheels').glob('*.whl'))
+    with zipfile.ZipFile(wheel) as archive:
+        if not any(re.match(r'mmcv/_ext.*\.so', name) for name in archive.namelist()):
+            raise BuildError(f'mmcv was built without operators; the log is {log}')
+    return wheel
+
+
+def find_or_build(stack: str) -> Path:
+    """Returns the path of the wheel, built now unless the cache has it."""
+    name, version = pinned_mmcv(stack)
+    cuda = wants_cuda()
+    cache = cache_folder(name, version, cuda)
+    cache.mkdir(parents=True, exist_ok=True)
+    with locked(cache / 'lock', 'Waiting for another build of the same wheel to end'):
+        finished = next(cache.glob('*.whl'), None)
+        if finished is not None:
+            return finished
+
+        devices = 'CPU and GPU (30 minutes or more)' if cuda else 'CPU (5 minutes)'
+        say(f'==> Compile the operators of {name} {version} for the {devices}')
+        check_tools()
+        start = time.monotonic()
+        # A build that was killed could not clean up; the lock says that none is alive.
+        for leftover in cache.glob('build-*'):
+            shutil.rmtree(leftover)
+        log = cache / 'build.log'
+        log.write_text('')
+        with tempfile.TemporaryDirectory(prefix='build-', dir=cache) as folder:
+            work = Path(folder)
+            source = unpack_source(name, version, work, log)
+            wheel = run_build(source, work, cuda, log)
+            # In one step, so that the cache never shows half a wheel.
+            finished = wheel.replace(cache / wheel.name)
+        say(f'    done in {time.monotonic() - start:.0f} s')
+        return finished
+
+
+def verify() -> None:
+    """Runs an operator of the installed mmcv."""
+    import torch
+    from mmcv.ops import nms, roi_align
+
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [1.0, 1.0, 10.0, 10.0]])
+    _, kept = nms(boxes, torch.tensor([0.5, 0.9]), iou_threshold=0.5)
+    if kept.tolist() != [1]:
+        raise BuildError(f'nms of the installed mmcv kept {kept.tolist()}, not [1]')
+    image = torch.full((1, 1, 8, 8), 3.0)
+    pooled = roi_align(image, torch.tensor([[0.0, 0.0, 0.0, 4.0, 4.0]]), (2, 2))
+    if not torch.allclose(pooled, torch.full((1, 1, 2, 2), 3.0)):
+        raise BuildError('roi_align of the installed mmcv returns wrong values')
+
+
+def main() -> None:
+    if sys.argv[1:2] == ['--as-compiler']:
+        compile_as(sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        '--stack',
+        choices=['openmmlab', 'onedl'],
+        default='openmmlab',
+        help='whose mmcv to build: mmcv itself or onedl-mmcv (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--verify',
+        action='store_true',
+        help='build nothing; run two operators of the mmcv that is installed',
+    )
+    arguments = parser.parse_args()
+    try:
+        if arguments.verify:
+            verify()
+        else:
+            print(find_or_build(arguments.stack))
+    except BuildError as error:
+        sys.exit(f'build_mmcv: {error}')
+
+
+if __name__ == '__main__':
+    main()
