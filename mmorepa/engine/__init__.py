@@ -1,1 +1,22 @@
-"""What plugs into MMEngine's runner."""
+"""What plugs into MMEngine's runner: hooks, optimizers, checkpoints."""
+
+from .checkpoint import (
+    allow_mmengine_checkpoints,
+    deploy_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
+from .hooks import SwitchToDeployHook
+from .optimizers import BFloat16OptimWrapper, OREPAOptimWrapperConstructor
+
+allow_mmengine_checkpoints()
+
+__all__ = [
+    'BFloat16OptimWrapper',
+    'OREPAOptimWrapperConstructor',
+    'SwitchToDeployHook',
+    'allow_mmengine_checkpoints',
+    'deploy_checkpoint',
+    'read_checkpoint',
+    'write_checkpoint',
+]

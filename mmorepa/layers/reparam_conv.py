@@ -1,6 +1,7 @@
 """The life of a re-parameterised conv: train, fold, load, deploy."""
 
 import copy
+import functools
 import logging
 from typing import Optional, Union
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.utils import _pair
+from torch.nn.utils import skip_init
 
 from ..functional import fuse_bn
 from .online_fold import OnlineFold
@@ -218,20 +220,24 @@ class ReparamConv2d(nn.Conv2d):
         self.branches = self.build_branches() if with_branches else None
 
     def _become_plain(self, with_bias: bool, like: Optional[Tensor] = None) -> None:
-        """Gives this module fresh parameters of the deployed form."""
+        """Gives this module parameters of the deployed form.
+
+        They are initialised, or left for the caller to fill where ``like`` gives
+        their device and dtype.
+        """
         self.deployed = True
         del self.branches
         if self._norm_is_foldable:
             self.norm = None
-        plain = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            groups=self.groups,
-            bias=with_bias,
-            device=None if like is None else like.device,
-            dtype=None if like is None else like.dtype,
-        )
+        shape = (self.in_channels, self.out_channels, self.kernel_size)
+        options = dict(groups=self.groups, bias=with_bias)
+        if like is None:
+            plain = nn.Conv2d(*shape, **options)
+        else:
+            # Uninitialised: a switch or a load takes no random numbers away from
+            # the training that goes on around it.
+            options.update(device=like.device, dtype=like.dtype)
+            plain = skip_init(nn.Conv2d, *shape, **options)
         self.weight, self.bias = plain.weight, plain.bias
         self._online_fold.clear()
 
@@ -282,6 +288,9 @@ class ReparamConv2d(nn.Conv2d):
         twin = copy.deepcopy(self)
         with torch.random.fork_rng(devices=[]):
             twin._become_training_form()
+        # In the widest dtype at hand, so that the result is rounded once.
+        dtypes = [v.dtype for v in own.values() if v.is_floating_point()]
+        twin.to(functools.reduce(torch.promote_types, dtypes, self.weight.dtype))
         try:
             twin.load_state_dict({k[len(prefix) :]: v for k, v in own.items()})
         except RuntimeError as error:

@@ -1,0 +1,214 @@
+"""Checkpoints: read without trust, fold, write without leaving halves behind."""
+
+import copy
+import os
+import pickle
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.model import is_model_wrapper
+from torch import Tensor, nn
+
+from ..layers import is_switchable, switch_to_deploy
+from ..version import __version__
+
+_HISTORY_STATISTICS = ('mean', 'max', 'min', 'current')
+
+
+def allow_mmengine_checkpoints() -> None:
+    """Lets ``torch.load(weights_only=True)`` read what MMEngine's runner saves.
+
+    A runner's checkpoint holds the history of the logged values: MMEngine's
+    ``HistoryBuffer`` with numpy arrays, and four of its methods, which pickle
+    writes as calls of ``getattr``. PyTorch refuses all of them since 2.6, and so
+    MMEngine 0.10.7 can neither resume from nor test its own checkpoints. This
+    allows these classes and, in the place of ``getattr``, a function that serves
+    only the four methods; everything else stays refused.
+    """
+    if not hasattr(torch.serialization, 'add_safe_globals'):
+        return  # Before PyTorch 2.5 there is no list to add to.
+    scalar_types = [np.float64, np.float32, np.int64, np.int32, np.bool_]
+    numpy_core = np._core if hasattr(np, '_core') else np.core
+    torch.serialization.add_safe_globals(
+        [
+            HistoryBuffer,
+            (_history_statistic, 'builtins.getattr'),
+            # Both names: numpy 2 moved the module, and files name either.
+            (numpy_core.multiarray._reconstruct, 'numpy.core.multiarray._reconstruct'),
+            (numpy_core.multiarray._reconstruct, 'numpy._core.multiarray._reconstruct'),
+            (numpy_core.multiarray.scalar, 'numpy.core.multiarray.scalar'),
+            (numpy_core.multiarray.scalar, 'numpy._core.multiarray.scalar'),
+            np.ndarray,
+            np.dtype,
+            *{type(np.dtype(scalar)) for scalar in scalar_types},
+        ]
+    )
+
+
+def _history_statistic(owner: Any, name: str) -> Any:
+    """``getattr`` for the one use that MMEngine's checkpoints make of it."""
+    if owner is HistoryBuffer and name in _HISTORY_STATISTICS:
+        return getattr(owner, name)
+    raise pickle.UnpicklingError(
+        f'the checkpoint asks for attribute {name!r} of {owner!r}; only '
+        f"{', '.join(_HISTORY_STATISTICS)} of MMEngine's HistoryBuffer are allowed"
+    )
+
+
+def read_checkpoint(path: str) -> dict:
+    """Reads a checkpoint file without running code that it may hold.
+
+    Args:
+        path (str): A file of ``torch.save``: a dict with a ``state_dict``, or a
+            bare state dict.
+
+    Returns:
+        dict: With ``state_dict`` (``module.`` prefixes taken off) and, where the
+        file has them, ``meta`` and whatever else it holds.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a checkpoint, or holds more than tensors and
+            plain containers.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'no checkpoint at {path!r}')
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f'{path!r} cannot be read as a checkpoint of tensors and plain '
+            f'containers, and nothing else is loaded for safety: {reason}'
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(
+            f'{path!r} holds a {type(checkpoint).__name__}, not a checkpoint dict'
+        )
+    if 'state_dict' not in checkpoint:
+        checkpoint = {'state_dict': checkpoint}
+    state = checkpoint['state_dict']
+    if not isinstance(state, dict) or not all(
+        isinstance(value, Tensor) for value in state.values()
+    ):
+        raise ValueError(
+            f'{path!r} has no state dict of tensors: neither under '
+            "'state_dict' nor as a whole"
+        )
+    checkpoint['state_dict'] = {
+        key.removeprefix('module.'): value for key, value in state.items()
+    }
+    return checkpoint
+
+
+def write_checkpoint(checkpoint: dict, path: str) -> None:
+    """Writes a checkpoint under a temporary name, then renames it.
+
+    Args:
+        checkpoint (dict): What ``torch.save`` takes.
+        path (str): The file. Its folder is made if need be.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(
+        dir=folder, prefix=f'.{os.path.basename(path)}.'
+    )
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            torch.save(checkpoint, file)
+        # mkstemp's file is private to its owner; a checkpoint is an ordinary file.
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def load_training_form(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Loads a training checkpoint, every key of it, into the training form.
+
+    Args:
+        model (nn.Module): In training form.
+        state_dict (dict[str, Tensor]): Loaded strictly.
+
+    Raises:
+        ValueError: If the model has nothing to switch, the checkpoint is deployed
+            already, or keys or shapes do not fit, which are named.
+    """
+    if not is_switchable(model):
+        raise ValueError(
+            'the model has no re-parameterised conv in training form: is deploy=True '
+            'in its config, or does it use none of the types of mmorepa?'
+        )
+    own = model.state_dict()
+    trains = [key for key in own if '.branches.' in f'.{key}']
+    if not any(key in state_dict for key in trains) and any(
+        key.split('branches.')[0] + 'weight' in state_dict for key in trains
+    ):
+        raise ValueError(
+            'the checkpoint is deployed already: it holds plain kernels and no '
+            f'branches, where the training form has {trains[0]!r}'
+        )
+    problems = [
+        _name_keys('missing from the checkpoint', own.keys() - state_dict.keys()),
+        _name_keys('not known to the model', state_dict.keys() - own.keys()),
+        _name_keys(
+            'of another shape',
+            [
+                f'{key} ({tuple(state_dict[key].shape)}, not {tuple(own[key].shape)})'
+                for key in own.keys() & state_dict.keys()
+                if own[key].shape != state_dict[key].shape
+            ],
+        ),
+    ]
+    if any(problems):
+        raise ValueError(
+            'the checkpoint does not fit the config: '
+            + '; '.join(filter(None, problems))
+        )
+    model.load_state_dict(state_dict)
+
+
+def deploy_checkpoint(model: nn.Module, checkpoint: dict) -> dict:
+    """The deployed checkpoint that belongs to a training checkpoint.
+
+    Args:
+        model (nn.Module): The training form; it is left as it is.
+        checkpoint (dict): With ``state_dict`` and, optionally, ``meta``.
+
+    Returns:
+        dict: ``meta``, kept and marked as deployed, and ``state_dict``. The state
+        of the optimizer, schedulers and logs is dropped.
+
+    Raises:
+        ValueError: As :func:`load_training_form`.
+    """
+    if is_model_wrapper(model):
+        model = model.module
+    model = copy.deepcopy(model).cpu().eval()
+    load_training_form(model, checkpoint['state_dict'])
+    switch_to_deploy(model)
+    meta = dict(
+        checkpoint.get('meta') or {}, mmorepa_version=__version__, deployed=True
+    )
+    return {'meta': meta, 'state_dict': model.state_dict()}
+
+
+def _name_keys(what: str, keys: Sequence[str], most: int = 4) -> str:
+    """'3 keys …: a, b, c', or nothing if there are none."""
+    if not keys:
+        return ''
+    keys = sorted(keys)
+    more = f' and {len(keys) - most} more' if len(keys) > most else ''
+    noun = 'key' if len(keys) == 1 else 'keys'
+    return f'{len(keys)} {noun} {what}: {", ".join(keys[:most])}{more}'

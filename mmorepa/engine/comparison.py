@@ -1,0 +1,91 @@
+"""Whether two forms of a model say the same."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from torch import Tensor, nn
+
+
+class Difference(NamedTuple):
+    """The largest difference between two outputs.
+
+    Args:
+        absolute (float): ``max |a − b|``.
+        relative (float): ``max |a − b| / max |a|``, the worst of all tensors.
+    """
+
+    absolute: float
+    relative: float
+
+
+@torch.no_grad()
+def raw_outputs(model: nn.Module, data_batch: Any) -> list[Tensor]:
+    """What the network computes for a batch, before anything is selected from it.
+
+    Args:
+        model (nn.Module): A model of mmpretrain, mmdet or mmseg, or any MMEngine
+            ``BaseModel`` that knows ``mode='tensor'``; wrapped or not.
+        data_batch (Any): A batch as the test dataloader yields it.
+
+    Returns:
+        list[Tensor]: Logits, feature maps or the outputs of dense heads.
+    """
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        if isinstance(model, BaseTTAModel):
+            data_batch = {key: value[0] for key, value in data_batch.items()}
+        model = model.module
+    data = model.data_preprocessor(copy.deepcopy(data_batch), False)
+    if hasattr(model, 'roi_head'):
+        # Proposals are taken by rank, and rounding may swap two of them: hold
+        # against each other what the ranks are made of.
+        features = model.extract_feat(data['inputs'])
+        return list(_tensors([features, model.rpn_head(features)]))
+    return list(_tensors(model(**data, mode='tensor')))
+
+
+def largest_difference(expected: list[Tensor], found: list[Tensor]) -> Difference:
+    """The largest difference between two lists of tensors of the same shapes.
+
+    Args:
+        expected (list[Tensor]): For example, of the training form.
+        found (list[Tensor]): For example, of the deployed form.
+
+    Returns:
+        Difference: NaN where an output is not finite.
+
+    Raises:
+        ValueError: If there is nothing to compare, or shapes differ.
+    """
+    shapes = [[tuple(t.shape) for t in tensors] for tensors in (expected, found)]
+    if not shapes[0] or shapes[0] != shapes[1]:
+        raise ValueError(f'outputs of shapes {shapes[0]} against {shapes[1]}')
+    differences = torch.tensor(
+        [_difference(a.double(), b.double()) for a, b in zip(expected, found)]
+    )
+    # max() of a tensor, unlike Python's, lets a NaN through.
+    return Difference(*differences.max(dim=0).values.tolist())
+
+
+def _difference(a: Tensor, b: Tensor) -> tuple[float, float]:
+    if a.numel() == 0:
+        return 0.0, 0.0
+    absolute = (a - b).abs().max()
+    size = a.abs().max()
+    if absolute == 0:
+        return 0.0, 0.0
+    return absolute.item(), (absolute / size).item()
+
+
+def _tensors(outputs: Any) -> Iterator[Tensor]:
+    """The floating-point tensors inside nested lists, tuples and dicts."""
+    if isinstance(outputs, Tensor):
+        if outputs.is_floating_point():
+            yield outputs
+    elif isinstance(outputs, dict):
+        yield from _tensors(list(outputs.values()))
+    elif isinstance(outputs, (list, tuple)):
+        for output in outputs:
+            yield from _tensors(output)

@@ -1,0 +1,249 @@
+"""From a config and a command line to a runner, for all toolboxes alike."""
+
+import argparse
+import copy
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Optional
+
+import torch
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.device import is_cuda_available, is_npu_available
+from mmengine.logging import print_log
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+_LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that training and testing share, named as mmpretrain's."""
+    parser.add_argument('--work-dir', help='the folder for logs and checkpoints')
+    parser.add_argument(
+        '--no-pin-memory',
+        action='store_true',
+        help='do not pin memory in dataloaders',
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='settings that override the config, for example '
+        'train_cfg.max_epochs=10 model.backbone.strides="(1,2,2,1)"',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='how the processes of a distributed run were started',
+    )
+    # torch.distributed.launch passes it with a hyphen since PyTorch 2.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Reads the config and applies the common flags.
+
+    Args:
+        args (argparse.Namespace): With ``config`` and the flags of
+            :func:`add_common_arguments`.
+
+    Returns:
+        Config: ``--cfg-options`` come last and so win.
+
+    Raises:
+        FileNotFoundError: If there is no such config.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if not os.path.isfile(args.config):
+        raise FileNotFoundError(f'no config at {args.config!r}')
+    cfg = Config.fromfile(args.config)
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = os.path.join('work_dirs', Path(args.config).stem)
+    for name in _LOADERS:
+        if cfg.get(name) is not None:
+            cfg[name].setdefault('pin_memory', is_cuda_available())
+            if args.no_pin_memory:
+                cfg[name].pin_memory = False
+            if cfg.get('default_scope') == 'mmpretrain':
+                # mmpretrain's preprocessor wants stacked images; its own tools set
+                # this default, which is not the runner's.
+                cfg[name].setdefault('collate_fn', dict(type='default_collate'))
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    return cfg
+
+
+def use_amp(cfg: Config) -> None:
+    """Turns on mixed-precision training, with loss scaling where it applies.
+
+    On a machine without accelerator, where MMEngine's ``AmpOptimWrapper`` refuses
+    to run, :class:`BFloat16OptimWrapper` is used.
+
+    Args:
+        cfg (Config): Changed in place.
+
+    Raises:
+        ValueError: If the config has an optimizer wrapper that is neither plain nor
+            already one for mixed precision.
+    """
+    kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    if kind in ('AmpOptimWrapper', 'BFloat16OptimWrapper'):
+        return
+    if kind != 'OptimWrapper':
+        raise ValueError(
+            f'--amp replaces OptimWrapper by its mixed-precision form; found {kind!r} '
+            'in the config: set mixed precision there'
+        )
+    if is_cuda_available() or is_npu_available():
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    else:
+        cfg.optim_wrapper.type = 'BFloat16OptimWrapper'
+        print_log('No accelerator: --amp trains in bfloat16 on the CPU.')
+
+
+def build_runner(cfg: Config, phases: tuple[str, ...]) -> Runner:
+    """Builds the runner after checks whose errors a user can act upon.
+
+    Args:
+        cfg (Config): The complete config.
+        phases (tuple[str, ...]): Out of ``'train'``, ``'val'`` and ``'test'``: those
+            whose data will be read.
+
+    Returns:
+        Runner: Ready to train or test.
+
+    Raises:
+        FileNotFoundError: If a data folder is missing.
+    """
+    check_data_folders(cfg, phases)
+    if cfg.launcher != 'none' and not is_cuda_available():
+        _prepare_distributed_cpu(cfg)
+    return Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+
+
+def check_data_folders(cfg: Config, phases: tuple[str, ...]) -> None:
+    """Checks that the data of these phases are there.
+
+    Args:
+        cfg (Config): The config. Its ``data_preparation``, if any, is the advice
+            that the error gives.
+        phases (tuple[str, ...]): Out of ``'train'``, ``'val'`` and ``'test'``.
+
+    Raises:
+        FileNotFoundError: If the ``data_root`` of a dataset is missing.
+    """
+    for phase in phases:
+        loader = cfg.get(f'{phase}_dataloader')
+        dataset = loader.get('dataset') if loader else None
+        while dataset is not None:  # Wrappers hold the real one.
+            root = dataset.get('data_root')
+            if root and '://' not in root and not os.path.isdir(root):
+                advice = cfg.get('data_preparation', 'set data_root to where it is')
+                raise FileNotFoundError(
+                    f'the data folder {root!r} is missing; {advice}'
+                )
+            dataset = dataset.get('dataset')
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the program with one line for errors that are the user's to mend.
+
+    Set ``MMOREPA_TRACEBACK=1`` to see where they come from.
+    """
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError, ValueError, KeyError) as error:
+        if os.environ.get('MMOREPA_TRACEBACK'):
+            raise
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        sys.exit(f'error: {text}')
+
+
+def _prepare_distributed_cpu(cfg: Config) -> None:
+    """Makes up for what MMEngine takes for granted: a GPU per process."""
+    if not torch.distributed.is_initialized():
+        # MMEngine's own launcher would call torch.cuda.set_device.
+        torch.distributed.init_process_group('gloo')
+    cfg.model_wrapper_cfg = dict(
+        type='MMDistributedDataParallel',
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+        device_ids=None,
+    )
+    if _replace_sync_bn(cfg.model):
+        print_log('SyncBN needs GPUs: training with BN, statistics per process.')
+
+
+def _replace_sync_bn(node: object) -> bool:
+    """Replaces SyncBN by BN inside a model config; whether there was any."""
+    if isinstance(node, list):
+        return any(_replace_sync_bn(value) for value in node)
+    if not isinstance(node, dict):
+        return False
+    found = node.get('type') == 'SyncBN'
+    if found:
+        node['type'] = 'BN'
+    return any([found, *[_replace_sync_bn(value) for value in node.values()]])
+
+
+def use_tta(cfg: Config) -> None:
+    """Turns on test-time augmentation.
+
+    Args:
+        cfg (Config): Changed in place. Without ``tta_model``, classifiers average
+            over horizontal flips, as mmpretrain does.
+
+    Raises:
+        ValueError: If the config of another toolbox defines none.
+    """
+    if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
+        if cfg.get('default_scope') != 'mmpretrain':
+            raise ValueError('--tta needs tta_model and tta_pipeline in the config')
+        cfg.tta_model = dict(type='AverageClsScoreTTA')
+        *steps, pack = copy.deepcopy(cfg.test_dataloader.dataset.pipeline)
+        flips = [dict(type='RandomFlip', prob=p) for p in (1.0, 0.0)]
+        cfg.tta_pipeline = [
+            *steps,
+            dict(type='TestTimeAug', transforms=[flips, [pack]]),
+        ]
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+
+
+def use_visualization(
+    cfg: Config, show: bool, show_dir: Optional[str], interval: int, wait_time: float
+) -> None:
+    """Turns on the toolbox's hook that draws predictions.
+
+    Args:
+        cfg (Config): Changed in place.
+        show (bool): Whether to open windows.
+        show_dir (str, optional): Where to write images.
+        interval (int): Draws every so many images.
+        wait_time (float): Seconds that a window stays.
+
+    Raises:
+        ValueError: If the config has no such hook.
+    """
+    hook = cfg.get('default_hooks', {}).get('visualization')
+    if hook is None:
+        raise ValueError(
+            '--show and --show-dir need a visualization hook in default_hooks'
+        )
+    hook.update(show=show, wait_time=wait_time, interval=interval)
+    if cfg.get('default_scope') == 'mmpretrain':
+        hook.update(enable=True, out_dir=show_dir)
+    else:
+        hook.draw = True
+        if show_dir is not None:
+            cfg.visualizer.save_dir = show_dir

@@ -1,0 +1,107 @@
+"""Testing the deployed form, and writing it after training."""
+
+import os
+from typing import Any, Optional
+
+import torch
+from mmengine.dist import master_only
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner, find_latest_checkpoint
+
+from ...layers import is_switchable, switch_to_deploy
+from ..checkpoint import deploy_checkpoint, read_checkpoint, write_checkpoint
+from ..comparison import largest_difference, raw_outputs
+
+
+@HOOKS.register_module()
+class SwitchToDeployHook(Hook):
+    """Switches the model to its plain form before it is tested.
+
+    At the first test batch, when the weights are loaded and an ``EMAHook`` has put
+    its averages in place, every re-parameterised conv of the model (and of the
+    EMA's copy, so that both can still be swapped) becomes a plain one. The outputs
+    for that batch are held against each other. Validation during training does
+    not switch anything.
+
+    Args:
+        tolerance (float, optional): The largest difference of the raw outputs,
+            relative to the largest value, that is accepted. None skips the
+            comparison. Defaults to 1e-4.
+        save_after_train (bool): Whether to write, after training, the deployed
+            form of the last checkpoint beside it, as ``NAME_deploy.pth``.
+            Defaults to False.
+
+    Examples:
+        >>> custom_hooks = [dict(type='SwitchToDeployHook')]
+    """
+
+    priority = 'VERY_LOW'
+
+    def __init__(
+        self, tolerance: Optional[float] = 1e-4, save_after_train: bool = False
+    ) -> None:
+        self.tolerance = tolerance
+        self.save_after_train = save_after_train
+
+    def before_test_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None
+    ) -> None:
+        """Switches at the first batch.
+
+        Args:
+            runner (Runner): The runner of the test.
+            batch_idx (int): Index of the batch.
+            data_batch (Any): The batch that the comparison uses.
+
+        Raises:
+            RuntimeError: If the outputs differ by more than the tolerance.
+        """
+        if batch_idx != 0 or not is_switchable(runner.model):
+            return
+        compare = self.tolerance is not None
+        if compare:
+            before = raw_outputs(runner.model, data_batch)
+        switch_to_deploy(runner.model)
+        for hook in runner.hooks:
+            ema_model = getattr(hook, 'ema_model', None)
+            if isinstance(ema_model, torch.nn.Module):
+                switch_to_deploy(ema_model)
+        if not compare:
+            runner.logger.info('Switched the model to its deployed form.')
+            return
+        difference = largest_difference(before, raw_outputs(runner.model, data_batch))
+        runner.logger.info(
+            'Switched the model to its deployed form; largest difference of the '
+            f'outputs for the first batch: {difference.absolute:.2e} absolute, '
+            f'{difference.relative:.2e} relative.'
+        )
+        # Not `>`, which a NaN would pass.
+        if not difference.relative <= self.tolerance:
+            raise RuntimeError(
+                'the deployed form differs from the training form: '
+                f'{difference.relative:.2e} of the largest output, tolerance '
+                f'{self.tolerance:.0e}. In float32 this should not happen; with '
+                'weights in half precision, or running variances near zero, raise '
+                "the hook's tolerance, or set it to None to skip the comparison"
+            )
+
+    @master_only
+    def after_train(self, runner: Runner) -> None:
+        """Writes the deployed checkpoint if asked to.
+
+        Args:
+            runner (Runner): The runner of the training.
+        """
+        if not self.save_after_train:
+            return
+        last = find_latest_checkpoint(runner.work_dir)
+        if last is None:
+            runner.logger.warning(
+                'No checkpoint was saved, so there is none to deploy: is a '
+                'CheckpointHook among the hooks?'
+            )
+            return
+        path = f'{os.path.splitext(last)[0]}_deploy.pth'
+        write_checkpoint(deploy_checkpoint(runner.model, read_checkpoint(last)), path)
+        runner.logger.info(f'Wrote the deployed form of {last} to {path}.')

@@ -1,0 +1,144 @@
+"""Learning rates and weight decays by what a parameter is for."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Optional, Union
+
+from mmengine.logging import MMLogger
+from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from torch import nn
+from torch.nn import GroupNorm, LayerNorm
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from ...utils.tables import format_table
+
+_NORMS = (_BatchNorm, _InstanceNorm, GroupNorm, LayerNorm)
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """MMEngine's constructor with multipliers for what OREPA networks add.
+
+    All options of MMEngine's ``paramwise_cfg`` keep their meaning. These are
+    added, and multiply what the others give (in ``custom_keys``, a match would
+    switch the other rules off):
+
+    - ``norm_bias_lr_mult`` (float): Learning rate of the biases of normalisation
+      layers, which ``bias_lr_mult`` leaves out.
+
+    Parameters with the same settings share one group, so that the optimizer can
+    update them together; the groups are logged as one table.
+
+    Raises:
+        ValueError: If a multiplier fits no parameter that is trained.
+
+    Examples:
+        >>> # The paper's recipe: biases learn at twice the rate, without decay.
+        >>> optim_wrapper = dict(
+        ...     optimizer=dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=1e-4),
+        ...     constructor='OREPAOptimWrapperConstructor',
+        ...     paramwise_cfg=dict(
+        ...         norm_decay_mult=0.0,
+        ...         bias_decay_mult=0.0,
+        ...         bias_lr_mult=2.0,
+        ...         norm_bias_lr_mult=2.0,
+        ...     ),
+        ... )
+    """
+
+    def add_params(
+        self,
+        params: list[dict],
+        module: nn.Module,
+        prefix: str = '',
+        is_dcn_module: Optional[Union[int, float]] = None,
+    ) -> None:
+        """Adds the parameters of ``module`` to ``params``, in groups.
+
+        Args:
+            params (list[dict]): Parameter groups, extended in place.
+            module (nn.Module): The module.
+            prefix (str): Its name within the model. Defaults to ``''``, the model.
+            is_dcn_module (int | float | None): As in the base class.
+        """
+        if prefix:  # The base class calls this for every child.
+            super().add_params(params, module, prefix, is_dcn_module)
+            return
+        singles: list[dict] = []
+        with _without_a_line_per_parameter():
+            super().add_params(singles, module)
+        multiplier = self.paramwise_cfg.get('norm_bias_lr_mult')
+        if multiplier is not None:
+            self._multiply_lr(singles, _norm_biases(module), multiplier)
+        groups = self._merge(singles)
+        params.extend(groups)
+        self._log(groups, module)
+
+    def _multiply_lr(
+        self, singles: list[dict], chosen: list[nn.Parameter], multiplier: float
+    ) -> None:
+        identities = {id(param) for param in chosen}
+        matches = [s for s in singles if id(s['params'][0]) in identities]
+        if not matches:
+            raise ValueError(
+                f'norm_bias_lr_mult={multiplier} has no effect: the model has no '
+                'normalisation layer with a bias that is trained'
+            )
+        for single in matches:
+            single['lr'] = single.get('lr', self.base_lr) * multiplier
+
+    @staticmethod
+    def _merge(singles: list[dict]) -> list[dict]:
+        groups: dict[tuple, dict] = {}
+        for single in singles:
+            settings = {k: v for k, v in single.items() if k != 'params'}
+            key = tuple(sorted((k, repr(v)) for k, v in settings.items()))
+            group = groups.setdefault(key, dict(params=[], **settings))
+            group['params'].extend(single['params'])
+        return list(groups.values())
+
+    def _log(self, groups: list[dict], module: nn.Module) -> None:
+        names = {id(param): name for name, param in module.named_parameters()}
+        rows = [
+            (
+                names[id(group['params'][0])],
+                f'{len(group["params"])}',
+                f'{sum(p.numel() for p in group["params"]):,}',
+                f'{group.get("lr", self.base_lr)}',
+                f'{group.get("weight_decay", self.base_wd)}',
+            )
+            for group in groups
+        ]
+        frozen = sum(not param.requires_grad for param in module.parameters())
+        headers = ('group, by its first', 'tensors', 'parameters', 'lr', 'weight decay')
+        MMLogger.get_current_instance().info(
+            f'Parameter groups ({frozen} tensors are frozen and in none):\n'
+            f'{format_table(headers, rows)}'
+        )
+
+
+def _norm_biases(module: nn.Module) -> list[nn.Parameter]:
+    norms = (m for m in module.modules() if isinstance(m, _NORMS))
+    return [norm.bias for norm in norms if getattr(norm, 'bias', None) is not None]
+
+
+@contextmanager
+def _without_a_line_per_parameter() -> Iterator[None]:
+    """Silences what the base class logs for every single tensor."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return not (
+            message.startswith('paramwise_options -- ')
+            or 'is skipped since its requires_grad=' in message
+        )
+
+    logger = MMLogger.get_current_instance()
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)

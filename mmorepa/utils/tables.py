@@ -1,0 +1,28 @@
+"""Tables for people."""
+
+import io
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+
+def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A plain-text table, the first column flush left and the others right.
+
+    Args:
+        headers (Sequence[str]): Names of the columns.
+        rows (Sequence[Sequence[str]]): A text for each column.
+
+    Returns:
+        str: Several lines without a newline at the end.
+    """
+    table = Table(box=None, pad_edge=False)
+    for i, header in enumerate(headers):
+        table.add_column(header, justify='right' if i else 'left', no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    text = io.StringIO()
+    # Wide enough for any row: a log is no terminal, and must not be cut.
+    Console(file=text, width=400, color_system=None).print(table, markup=False)
+    return '\n'.join(line.rstrip() for line in text.getvalue().rstrip().splitlines())

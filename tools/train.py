@@ -1,0 +1,75 @@
+"""Trains a classifier, a detector or a segmenter from its config."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Optional
+
+from mmorepa.engine.config import (
+    add_common_arguments,
+    build_runner,
+    load_config,
+    one_line_errors,
+    use_amp,
+)
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description='Trains a classifier, a detector or a segmenter from its config.'
+    )
+    parser.add_argument('config', help='the config file')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='go on from this checkpoint, or, without one, from the last in the work '
+        'folder',
+    )
+    parser.add_argument('--amp', action='store_true', help='train in mixed precision')
+    parser.add_argument(
+        '--no-validate', action='store_true', help='do not validate while training'
+    )
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate to the actual batch size',
+    )
+    parser.add_argument(
+        '--no-persistent-workers',
+        action='store_true',
+        help='start the workers of the dataloaders anew for every epoch',
+    )
+    add_common_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    with one_line_errors():
+        cfg = load_config(args)
+        if args.no_validate:
+            cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+        if args.amp:
+            use_amp(cfg)
+        if args.resume is not None:
+            cfg.resume = True
+            cfg.load_from = None if args.resume == 'auto' else args.resume
+        if args.auto_scale_lr:
+            if 'auto_scale_lr' not in cfg:
+                raise ValueError(
+                    '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in '
+                    'the config'
+                )
+            cfg.auto_scale_lr.enable = True
+        if args.no_persistent_workers:
+            for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+                if cfg.get(name):
+                    cfg[name].persistent_workers = False
+        phases = ('train',) if cfg.get('val_cfg') is None else ('train', 'val')
+        runner = build_runner(cfg, phases)
+    runner.train()
+
+
+if __name__ == '__main__':
+    main()
