@@ -44,16 +44,11 @@ class OnlineFold:
         """
         if torch.compiler.is_compiling():
             # The compiler differentiates and fuses the formulas themselves.
-            return _fold(branches, _named_tensors(branches))
-        tensors = _named_tensors(branches)
-        with_grad = torch.is_grad_enabled() and any(
-            t.requires_grad for t in tensors.values()
-        )
+            return _fold(branches, dict(_named_tensors(branches)))
         entry = self._entry
-        if entry is None or not entry.serves(tensors, with_grad):
-            entry = _Entry.of(branches, tensors, with_grad)
-            self._entry = entry
-        return entry.kernel if with_grad else entry.kernel.detach()
+        if entry is None or not entry.is_current():
+            entry = self._entry = _Entry(branches)
+        return entry.kernel(branches)
 
     def clear(self) -> None:
         """Forgets the kernel."""
@@ -66,57 +61,67 @@ class OnlineFold:
         return OnlineFold, ()
 
 
-class _State(NamedTuple):
-    """What shows that a tensor is still the same, with the same content."""
+class _Place(NamedTuple):
+    """Where a module keeps a tensor, and what the tensor was like."""
 
+    store: dict
+    name: str
     tensor: weakref.ref
-    pointer: int
-    version: int
-    requires_grad: bool
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> '_State':
-        return cls(
-            weakref.ref(tensor),
-            tensor.data_ptr(),
-            0 if tensor.is_inference() else tensor._version,
-            tensor.requires_grad,
-        )
+    state: tuple
 
 
-class _Entry(NamedTuple):
-    kernel: Tensor
-    states: list[_State]
-    samples: list[Tensor]
-    content: Optional[Tensor]
+class _Entry:
+    """The kernel of one state of the branches.
 
-    @classmethod
-    def of(
-        cls, branches: nn.Module, tensors: dict[str, Tensor], with_grad: bool
-    ) -> '_Entry':
-        # Outside of inference mode, since a kernel made inside of it could not
-        # serve a later pass that needs a gradient with respect to its input.
-        with torch.inference_mode(False):
-            states = [_State.of(t) for t in tensors.values()]
-            samples = [_sample(t) for t in tensors.values()]
-            content = _content(samples)
-            if with_grad:
-                kernel = _Fold.apply(branches, tuple(tensors), *tensors.values())
-            else:
-                with torch.no_grad():
-                    kernel = _fold(branches, tensors)
-        return cls(kernel, states, samples, content)
+    Args:
+        branches (nn.Module): What the kernel is folded from.
+    """
 
-    def serves(self, tensors: dict[str, Tensor], with_grad: bool) -> bool:
-        if with_grad and not self.kernel.requires_grad:
-            return False
-        if len(tensors) != len(self.states):
-            return False
-        for tensor, state in zip(tensors.values(), self.states):
+    def __init__(self, branches: nn.Module) -> None:
+        self._places = [
+            _Place(store, name, weakref.ref(tensor), _state(tensor))
+            for module in branches.modules()
+            for store in (module._parameters, module._buffers)
+            for name, tensor in store.items()
+            if tensor is not None
+        ]
+        tensors = [place.tensor() for place in self._places]
+        self._is_trained = any(tensor.requires_grad for tensor in tensors)
+        self._samples = [] if tensors[0].is_meta else [_sample(t) for t in tensors]
+        self._content = self._read_samples()
+        self._kernel: Optional[Tensor] = None
+
+    def is_current(self) -> bool:
+        """Whether the branches are still in the state of this entry."""
+        for store, name, reference, state in self._places:
+            tensor = store[name]
             # `is`, since a new tensor may live where a freed one did.
-            if state.tensor() is not tensor or state[1:] != _State.of(tensor)[1:]:
+            if reference() is not tensor or _state(tensor) != state:
                 return False
-        return self.content is None or torch.equal(_content(self.samples), self.content)
+        return not self._samples or torch.equal(self._read_samples(), self._content)
+
+    def kernel(self, branches: nn.Module) -> Tensor:
+        """The kernel, with a gradient where that is asked for."""
+        with_grad = self._is_trained and torch.is_grad_enabled()
+        if self._kernel is None or (with_grad and not self._kernel.requires_grad):
+            # Outside of inference mode, since a kernel made inside of it could not
+            # serve a later pass that needs a gradient with respect to its input.
+            with torch.inference_mode(False), torch.set_grad_enabled(with_grad):
+                names, tensors = zip(*_named_tensors(branches))
+                self._kernel = _Fold.apply(branches, names, *tensors)
+        return self._kernel if with_grad else self._kernel.detach()
+
+    def _read_samples(self) -> Optional[Tensor]:
+        return torch.cat(self._samples) if self._samples else None
+
+
+def _state(tensor: Tensor) -> tuple:
+    return tensor.data_ptr(), _version(tensor), tensor.requires_grad
+
+
+def _version(tensor: Tensor) -> Optional[int]:
+    # Tensors made in inference mode are not counted.
+    return None if tensor.is_inference() else tensor._version
 
 
 class _Fold(torch.autograd.Function):
@@ -132,23 +137,24 @@ class _Fold(torch.autograd.Function):
         ctx, branches: nn.Module, names: tuple[str, ...], *tensors: Tensor
     ) -> Tensor:
         ctx.branches, ctx.names, ctx.tensors = branches, names, tensors
-        ctx.versions = [t._version for t in tensors]
+        ctx.versions = [_version(t) for t in tensors]
         return _fold(branches, dict(zip(names, tensors)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Optional[Tensor], ...]:
-        if [t._version for t in ctx.tensors] != ctx.versions:
+        if [_version(t) for t in ctx.tensors] != ctx.versions:
             raise RuntimeError(
                 'a parameter of a re-parameterised conv was changed in place between '
                 'the forward and the backward pass; run backward() before '
                 'the optimizer step (or whatever changed it)'
             )
         leaves = [t.detach().requires_grad_(t.requires_grad) for t in ctx.tensors]
-        with torch.enable_grad():
-            kernel = _fold(ctx.branches, dict(zip(ctx.names, leaves)))
         needed = [leaf for leaf in leaves if leaf.requires_grad]
-        grads = iter(torch.autograd.grad(kernel, needed, grad, allow_unused=True))
+        # backward() may be called inside of autocast, as the forward pass was.
+        with torch.enable_grad(), _no_autocast(grad.device.type):
+            kernel = _fold(ctx.branches, dict(zip(ctx.names, leaves)))
+            grads = iter(torch.autograd.grad(kernel, needed, grad, allow_unused=True))
         return (
             None,
             None,
@@ -176,19 +182,18 @@ def _no_autocast(device_type: str) -> Iterator[None]:
         yield
 
 
-def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 def _sample(tensor: Tensor) -> Tensor:
     """A view of up to about 64 elements, spread over the storage of ``tensor``."""
     flat = tensor.detach()
-    count = min(flat.numel(), 64)
-    step = flat.numel() // max(count, 1)
-    return flat.as_strided((count,), (max(step, 1),), flat.storage_offset())
-
-
-def _content(samples: list[Tensor]) -> Optional[Tensor]:
-    if samples[0].is_meta:
-        return None
-    return torch.cat([s.float() for s in samples])
+    # From the first element to the last: an expanded tensor has fewer in storage
+    # than its shape says.
+    extent = 1 + sum((n - 1) * step for n, step in zip(flat.shape, flat.stride()))
+    extent = extent if flat.numel() else 0
+    count = min(extent, 64)
+    step = max(extent // max(count, 1), 1)
+    return flat.as_strided((count,), (step,), flat.storage_offset())
