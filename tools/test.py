@@ -17,6 +17,7 @@ from mmorepa.engine.config import (
     use_tta,
     use_visualization,
 )
+from mmorepa.utils.errors import CheckpointError
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -85,7 +86,8 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
         runner = build_runner(prepare(args), ('test',))
     if args.out and args.out_item != 'metrics':
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
-    metrics = runner.test()
+    with one_line_errors((CheckpointError,)):
+        metrics = runner.test()
     if args.out and args.out_item == 'metrics':
         mmengine.dump(metrics, args.out)
     return metrics

@@ -11,6 +11,7 @@ from mmorepa.engine.config import (
     one_line_errors,
     use_amp,
 )
+from mmorepa.utils.errors import CheckpointError
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -68,7 +69,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                     cfg[name].persistent_workers = False
         phases = ('train',) if cfg.get('val_cfg') is None else ('train', 'val')
         runner = build_runner(cfg, phases)
-    runner.train()
+    with one_line_errors((CheckpointError,)):
+        runner.train()
 
 
 if __name__ == '__main__':

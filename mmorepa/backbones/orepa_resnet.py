@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import ReparamConv2d, build_conv
+from ..utils.errors import CheckpointError
 
 
 class _ResidualBlock(BaseModule):
@@ -402,7 +403,7 @@ class OREPAResNet(BaseModule):
         # MMEngine only warns when nothing fits, and training would go on from
         # random weights.
         if not prefix and f'backbone.{self._a_key}' in _first_parts(state_dict, 2):
-            raise RuntimeError(
+            raise CheckpointError(
                 "the keys of this checkpoint start with 'backbone.': it is a whole "
                 "model's. Give init_cfg=dict(type='Pretrained', checkpoint=..., "
                 "prefix='backbone.')"

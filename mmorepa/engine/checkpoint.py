@@ -14,6 +14,7 @@ from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
 from ..layers import is_switchable, switch_to_deploy
+from ..utils.errors import CheckpointError
 from ..version import __version__
 
 _HISTORY_STATISTICS = ('mean', 'max', 'min', 'current')
@@ -142,11 +143,11 @@ def load_training_form(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
         state_dict (dict[str, Tensor]): Loaded strictly.
 
     Raises:
-        ValueError: If the model has nothing to switch, the checkpoint is deployed
+        CheckpointError: If the model has nothing to switch, the checkpoint is deployed
             already, or keys or shapes do not fit, which are named.
     """
     if not is_switchable(model):
-        raise ValueError(
+        raise CheckpointError(
             'the model has no re-parameterised conv in training form: is deploy=True '
             'in its config, or does it use none of the types of mmorepa?'
         )
@@ -155,7 +156,7 @@ def load_training_form(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     if not any(key in state_dict for key in trains) and any(
         key.split('branches.')[0] + 'weight' in state_dict for key in trains
     ):
-        raise ValueError(
+        raise CheckpointError(
             'the checkpoint is deployed already: it holds plain kernels and no '
             f'branches, where the training form has {trains[0]!r}'
         )
@@ -172,7 +173,7 @@ def load_training_form(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
         ),
     ]
     if any(problems):
-        raise ValueError(
+        raise CheckpointError(
             'the checkpoint does not fit the config: '
             + '; '.join(filter(None, problems))
         )
@@ -191,7 +192,7 @@ def deploy_checkpoint(model: nn.Module, checkpoint: dict) -> dict:
         of the optimizer, schedulers and logs is dropped.
 
     Raises:
-        ValueError: As :func:`load_training_form`.
+        CheckpointError: As :func:`load_training_form`.
     """
     if is_model_wrapper(model):
         model = model.module

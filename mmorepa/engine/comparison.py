@@ -38,12 +38,30 @@ def raw_outputs(model: nn.Module, data_batch: Any) -> list[Tensor]:
             data_batch = {key: value[0] for key, value in data_batch.items()}
         model = model.module
     data = model.data_preprocessor(copy.deepcopy(data_batch), False)
+    return network_outputs(model, data['inputs'], data.get('data_samples'))
+
+
+@torch.no_grad()
+def network_outputs(
+    model: nn.Module, inputs: Tensor, data_samples: Any = None
+) -> list[Tensor]:
+    """As :func:`raw_outputs`, for images that are normalised and batched already.
+
+    Args:
+        model (nn.Module): Not wrapped.
+        inputs (Tensor): Shape (N, C, H, W).
+        data_samples (Any): What the toolbox keeps about each image. Defaults to
+            None.
+
+    Returns:
+        list[Tensor]: Logits, feature maps or the outputs of dense heads.
+    """
     if hasattr(model, 'roi_head'):
         # Proposals are taken by rank, and rounding may swap two of them: hold
         # against each other what the ranks are made of.
-        features = model.extract_feat(data['inputs'])
+        features = model.extract_feat(inputs)
         return list(_tensors([features, model.rpn_head(features)]))
-    return list(_tensors(model(**data, mode='tensor')))
+    return list(_tensors(model(inputs, data_samples, mode='tensor')))
 
 
 def largest_difference(expected: list[Tensor], found: list[Tensor]) -> Difference:

@@ -16,6 +16,8 @@ from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from ..utils.errors import CheckpointError
+
 _LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
 
@@ -154,15 +156,30 @@ def check_data_folders(cfg: Config, phases: tuple[str, ...]) -> None:
             dataset = dataset.get('dataset')
 
 
+USER_ERRORS = (
+    CheckpointError,
+    FileExistsError,
+    FileNotFoundError,
+    KeyError,
+    ValueError,
+)
+
+
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(
+    kinds: tuple[type[Exception], ...] = USER_ERRORS,
+) -> Iterator[None]:
     """Ends the program with one line for errors that are the user's to mend.
 
     Set ``MMOREPA_TRACEBACK=1`` to see where they come from.
+
+    Args:
+        kinds (tuple[type[Exception], ...]): Which errors. Defaults to all that bad
+            arguments, configs and files cause.
     """
     try:
         yield
-    except (FileNotFoundError, FileExistsError, ValueError, KeyError) as error:
+    except kinds as error:
         if os.environ.get('MMOREPA_TRACEBACK'):
             raise
         text = error.args[0] if isinstance(error, KeyError) and error.args else error

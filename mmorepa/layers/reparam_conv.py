@@ -15,6 +15,7 @@ from torch.nn.modules.utils import _pair
 from torch.nn.utils import skip_init
 
 from ..functional import fuse_bn
+from ..utils.errors import CheckpointError
 from .online_fold import OnlineFold
 
 IntPair = Union[int, tuple[int, int]]
@@ -264,7 +265,7 @@ class ReparamConv2d(nn.Conv2d):
             _log_once_per_load(missing_keys)
             self._fold_state_dict(state_dict, prefix)
         elif not self.deployed and not has_branches and f'{prefix}weight' in state_dict:
-            raise RuntimeError(
+            raise CheckpointError(
                 f"'{prefix}weight' is the kernel of a deployed (plain) conv, and "
                 f'{type(self).__name__} is in training form: a plain kernel cannot '
                 'be split into branches again. Build the model with deploy=True (or '
@@ -294,7 +295,7 @@ class ReparamConv2d(nn.Conv2d):
         try:
             twin.load_state_dict({k[len(prefix) :]: v for k, v in own.items()})
         except RuntimeError as error:
-            raise RuntimeError(
+            raise CheckpointError(
                 f"the training form under '{prefix}' cannot be folded while loading: "
                 f'{error}'
             ) from error

@@ -1,0 +1,84 @@
+"""What a network costs: parameters, multiply-adds, time."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Callable
+
+import torch
+from mmengine.analysis import FlopAnalyzer
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+
+from .comparison import network_outputs
+
+
+class RawNetwork(nn.Module):
+    """A model as a function of an image batch: see :func:`network_outputs`.
+
+    Args:
+        model (nn.Module): A classifier, detector or segmenter.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """Maps (N, C, H, W) to the raw outputs."""
+        return tuple(network_outputs(self.model, inputs))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The number of parameters, trained or not."""
+    return sum(param.numel() for param in model.parameters())
+
+
+def count_bytes(model: nn.Module) -> int:
+    """The bytes of what a checkpoint stores of the model."""
+    return sum(t.numel() * t.element_size() for t in model.state_dict().values())
+
+
+def count_gflops(model: nn.Module, inputs: Tensor) -> float:
+    """Multiply-adds of one forward pass in eval mode, in 1e9, as papers count.
+
+    The fold of a training form is not part of it: it is done once for many
+    forward passes.
+
+    Args:
+        model (nn.Module): A classifier, detector or segmenter.
+        inputs (Tensor): Shape (1, C, H, W).
+
+    Returns:
+        float: GFLOPs.
+    """
+    network = RawNetwork(model).eval()
+    network(inputs)  # Folds, so that the trace below finds the kernels made.
+    analyzer = FlopAnalyzer(network, (inputs,))
+    # Losses are never called, and additions and pooling are not counted by anyone.
+    analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    return analyzer.total() / 1e9
+
+
+def median_seconds(
+    functions: Sequence[Callable[[], object]], rounds: int = 15, warmup: int = 3
+) -> list[float]:
+    """Times functions in turn, so that all of them meet the same machine.
+
+    Args:
+        functions (Sequence[Callable]): Each takes nothing.
+        rounds (int): Counted calls of each. Defaults to 15.
+        warmup (int): Calls of each before. Defaults to 3.
+
+    Returns:
+        list[float]: The median time of each, in seconds.
+    """
+    timers = [
+        Timer(
+            'function()', globals=dict(function=f), num_threads=torch.get_num_threads()
+        )
+        for f in functions
+    ]
+    for timer in timers:
+        timer.timeit(warmup)
+    times = [[timer.timeit(1).mean for timer in timers] for _ in range(rounds)]
+    return [statistics.median(column) for column in zip(*times)]

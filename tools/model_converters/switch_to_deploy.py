@@ -1,0 +1,187 @@
+"""Writes the deployed form of a training checkpoint, and shows what it gains."""
+
+import argparse
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from mmorepa import switch_to_deploy
+from mmorepa.engine import deploy_checkpoint, read_checkpoint, write_checkpoint
+from mmorepa.engine.checkpoint import load_training_form
+from mmorepa.engine.comparison import (
+    Difference,
+    largest_difference,
+    network_outputs,
+    raw_outputs,
+)
+from mmorepa.engine.complexity import (
+    count_bytes,
+    count_gflops,
+    count_parameters,
+    median_seconds,
+)
+from mmorepa.engine.config import check_data_folders, one_line_errors
+from mmorepa.utils.tables import format_table
+
+DEFAULT_SIZE = 224
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description='Writes the deployed form of a training checkpoint.'
+    )
+    parser.add_argument('config', help='the config of the training')
+    parser.add_argument('checkpoint', help='the training checkpoint')
+    parser.add_argument('out', help='the deployed checkpoint to write')
+    parser.add_argument(
+        '--shape',
+        nargs=2,
+        type=int,
+        metavar=('HEIGHT', 'WIDTH'),
+        help='image size of the check with random input and of the figures; by default '
+        f'that of the test images, or {DEFAULT_SIZE} {DEFAULT_SIZE} without data',
+    )
+    parser.add_argument(
+        '--tolerance',
+        type=float,
+        default=1e-4,
+        help='largest difference, relative to the largest output (default: 1e-4)',
+    )
+    parser.add_argument('--json', help='a file for the figures of the table')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='settings that override the config',
+    )
+    return parser.parse_args(argv)
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """The model of a config, in eval mode on the CPU.
+
+    Its ``init_cfg`` is not run: the checkpoint gives every weight.
+    """
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    return MODELS.build(cfg.model).eval()
+
+
+def test_batch(cfg: Config) -> Optional[dict]:
+    """A batch of the test data, or None if they are not on this machine."""
+    if cfg.get('test_dataloader') is None:
+        return None
+    try:
+        check_data_folders(cfg, ('test',))
+    except FileNotFoundError:
+        return None
+    loader = copy.deepcopy(cfg.test_dataloader)
+    loader.update(num_workers=0, persistent_workers=False)
+    if cfg.get('default_scope') == 'mmpretrain':
+        loader.setdefault('collate_fn', dict(type='default_collate'))
+    return next(iter(Runner.build_dataloader(loader)))
+
+
+def compare(
+    training: nn.Module, deployed: nn.Module, image: Tensor, batch: Optional[dict]
+) -> dict[str, Difference]:
+    """The largest difference for random and, if there is any, real input."""
+    differences = {
+        'random input': largest_difference(
+            network_outputs(training, image), network_outputs(deployed, image)
+        )
+    }
+    if batch is not None:
+        differences['test images'] = largest_difference(
+            raw_outputs(training, batch), raw_outputs(deployed, batch)
+        )
+    return differences
+
+
+def measure(training: nn.Module, deployed: nn.Module, image: Tensor) -> list[dict]:
+    """The figures of both forms."""
+    forms = (training, deployed)
+    seconds = median_seconds([lambda m=m: network_outputs(m, image) for m in forms])
+    return [
+        dict(
+            params=count_parameters(model),
+            gflops=count_gflops(model, image),
+            latency_ms=latency * 1000,
+            megabytes=count_bytes(model) / 1e6,
+        )
+        for model, latency in zip(forms, seconds)
+    ]
+
+
+def main(argv: Optional[Sequence[str]] = None) -> dict:
+    args = parse_args(argv)
+    with one_line_errors():
+        if not Path(args.config).is_file():
+            raise FileNotFoundError(f'no config at {args.config!r}')
+        cfg = Config.fromfile(args.config)
+        if args.cfg_options is not None:
+            cfg.merge_from_dict(args.cfg_options)
+        checkpoint = read_checkpoint(args.checkpoint)
+        training = build_model(cfg)
+        load_training_form(training, checkpoint['state_dict'])
+        result = deploy_checkpoint(training, checkpoint)
+
+    deployed = switch_to_deploy(copy.deepcopy(training))
+    deployed.load_state_dict(result['state_dict'])
+    batch = test_batch(cfg)
+    size = args.shape or (DEFAULT_SIZE, DEFAULT_SIZE)
+    if batch is not None and args.shape is None:
+        inputs = training.data_preprocessor(copy.deepcopy(batch), False)['inputs']
+        size = inputs.shape[-2:]
+    image = torch.randn(1, 3, *size)
+
+    differences = compare(training, deployed, image, batch)
+    worst = max(difference.relative for difference in differences.values())
+    if not worst <= args.tolerance:
+        raise SystemExit(
+            f'error: the deployed form differs by {worst:.2e} of the largest output, '
+            f'tolerance {args.tolerance:.0e}; nothing was written. Are the running '
+            'variances of the checkpoint near zero, or its weights in half precision?'
+        )
+    before, after = measure(training, deployed, image)
+    write_checkpoint(result, args.out)
+
+    rows = [
+        (
+            name,
+            f'{form["params"]:,}',
+            f'{form["gflops"]:.4g}',
+            f'{form["latency_ms"]:.2f}',
+            f'{form["megabytes"]:.2f}',
+        )
+        for name, form in (('training form', before), ('deployed', after))
+    ]
+    headers = ('form', 'parameters', 'GFLOPs', 'latency (ms)', 'size (MB)')
+    print(f'\nOne image of {size[0]}x{size[1]}, on {torch.get_num_threads()} threads:')
+    print(format_table(headers, rows))
+    for kind, difference in differences.items():
+        print(
+            f'Largest difference for {kind}: {difference.absolute:.2e} absolute, '
+            f'{difference.relative:.2e} relative.'
+        )
+    print(f'Wrote {args.out}.')
+    figures = dict(
+        training_form=before,
+        deployed=after,
+        differences={k: d._asdict() for k, d in differences.items()},
+    )
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures, indent=2) + '\n')
+    return figures
+
+
+if __name__ == '__main__':
+    main()
