@@ -202,5 +202,5 @@ def scaled_sum(kernels: Sequence[Tensor], scales: Tensor) -> Tensor:
     Returns:
         Tensor: Shape (O, Ig, k, k).
     """
-    terms = zip(scales[:, :, None, None, None], kernels)
+    terms = zip(scales[:, :, None, None, None].unbind(), kernels)
     return sum(scale * kernel for scale, kernel in terms)

@@ -45,6 +45,9 @@ class OnlineFold:
         if torch.compiler.is_compiling():
             # The compiler differentiates and fuses the formulas themselves.
             return _fold(branches, dict(_named_tensors(branches)))
+        if torch.jit.is_tracing():
+            # A trace records the formulas, and cannot call modules by stand-ins.
+            return branches()
         entry = self._entry
         if entry is None or not entry.is_current():
             entry = self._entry = _Entry(branches)
@@ -94,7 +97,8 @@ class _Entry:
     def is_current(self) -> bool:
         """Whether the branches are still in the state of this entry."""
         for store, name, reference, state in self._places:
-            tensor = store[name]
+            # Pruning and parametrisation take a parameter away.
+            tensor = store.get(name)
             # `is`, since a new tensor may live where a freed one did.
             if reference() is not tensor or _state(tensor) != state:
                 return False
@@ -178,8 +182,11 @@ def _fold(branches: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
 
 @contextmanager
 def _no_autocast(device_type: str) -> Iterator[None]:
-    with torch.autocast(device_type, enabled=False):
+    if device_type == 'meta':  # has no autocast
         yield
+    else:
+        with torch.autocast(device_type, enabled=False):
+            yield
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
