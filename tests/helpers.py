@@ -1,0 +1,108 @@
+"""States, comparisons and counters that the tests share."""
+
+import copy
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+# Compares a random projection of the Jacobian: a hundred times faster, and as sharp.
+gradcheck = partial(torch.autograd.gradcheck, fast_mode=True)
+
+
+def trained_like(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Gives ``module`` a state such as training leaves, nothing at its start value.
+
+    What it does not save (fixed filters) is not touched.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(tensor, low, high):
+        values = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+        return values * (high - low) + low
+
+    def normal(tensor, std):
+        values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        return values * std
+
+    for key, tensor in module.state_dict().items():
+        name = key.rsplit('.', 1)[-1]
+        if name == 'num_batches_tracked':
+            tensor.fill_(100)
+        elif name == 'running_var':
+            tensor.copy_(uniform(tensor, 0.5, 1.5))
+        elif name == 'scale':
+            tensor.copy_(uniform(tensor, 0.1, 0.6))
+        elif name in ('running_mean', 'bias'):
+            tensor.copy_(normal(tensor, 0.2))
+        elif tensor.dim() == 1:
+            tensor.copy_(uniform(tensor, 0.4, 0.9))
+        else:
+            tensor.copy_(normal(tensor, tensor[0].numel() ** -0.5))
+    return module
+
+
+def deployed_twin(module: nn.Module) -> nn.Module:
+    """A deployed copy; ``module`` stays as it is."""
+    from mmorepa import switch_to_deploy
+
+    return switch_to_deploy(copy.deepcopy(module))
+
+
+def assert_near(actual, expected, tolerance: float = 1e-5) -> None:
+    """Compares relative to the largest value, for one tensor or several."""
+    if isinstance(expected, (tuple, list)):
+        assert len(actual) == len(expected)
+        for one, other in zip(actual, expected):
+            assert_near(one, other, tolerance)
+        return
+    assert actual.shape == expected.shape
+    assert torch.isfinite(actual).all()
+    largest = expected.abs().max().double()
+    assert largest > 0, 'a comparison with zeros shows nothing'
+    error = (actual.double() - expected.double()).abs().max() / largest
+    assert error <= tolerance, f'relative error {error:.1e}, allowed {tolerance:.0e}'
+
+
+def gradients(output: torch.Tensor, module: nn.Module) -> dict[str, torch.Tensor]:
+    """Gradients of a fixed random projection of ``output``, by parameter."""
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    names, parameters = zip(*module.named_parameters())
+    loss = (output * weights.to(output.dtype)).sum()
+    return dict(zip(names, torch.autograd.grad(loss, parameters)))
+
+
+def assert_same_gradients(actual, expected, tolerance: float = 1e-5) -> None:
+    """Compares two results of :func:`gradients`."""
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        try:
+            assert_near(actual[name], gradient, tolerance)
+        except AssertionError as error:
+            raise AssertionError(f'gradient of {name}: {error}') from None
+
+
+@contextmanager
+def counted_folds(conv: nn.Module):
+    """Counts how often the kernel of ``conv`` is computed from its branches."""
+    calls = []
+    hook = conv.branches.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def import_models(package: str):
+    """Imports the models of an OpenMMLab package, or skips the test.
+
+    mmdet and mmseg import mmcv's compiled operators, which mmcv-lite lacks.
+    """
+    return pytest.importorskip(
+        f'{package}.models',
+        reason=f'{package} needs mmcv with its compiled operators',
+        exc_type=ImportError,
+    )

@@ -1,0 +1,614 @@
+"""The cache of folded kernels: one fold for many passes, and never a stale one."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    assert_near,
+    assert_same_gradients,
+    counted_folds,
+    gradients,
+    trained_like,
+)
+from torch import nn
+from torch.func import functional_call
+from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
+
+from mmorepa.layers import OREPAConv2d
+
+
+def make(k=3, **kwargs):
+    options = dict(padding=k // 2, bias=False, groups=2)
+    return trained_like(OREPAConv2d(4, 6, k, **{**options, **kwargs}))
+
+
+def image(**kwargs):
+    return torch.randn(2, 4, 7, 7, **kwargs)
+
+
+def uncached(conv, x):
+    """What ``conv`` must return, straight from its parameters."""
+    return F.conv2d(
+        x, conv.branches(), conv.bias, padding=conv.padding, groups=conv.groups
+    )
+
+
+def assert_fresh(conv, tolerance=1e-6):
+    """Checks outputs and gradients, with and without grad, against no cache at all."""
+    x = image(dtype=next(conv.parameters()).dtype)
+    with torch.no_grad():
+        assert_near(conv(x), uncached(conv, x), tolerance)
+    with torch.inference_mode():
+        assert_near(conv(x), uncached(conv, x), tolerance)
+    y = conv(x)
+    assert_near(y, uncached(conv, x), tolerance)
+    if y.requires_grad:
+        assert_same_gradients(gradients(y, conv), gradients(uncached(conv, x), conv))
+
+
+# How many folds
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize(
+    'mode', [torch.no_grad, torch.inference_mode, torch.enable_grad]
+)
+def test_one_fold_for_many_forwards(mode, training):
+    conv = make().train(training)
+    with counted_folds(conv) as folds, mode():
+        outputs = [conv(image()) for _ in range(3)]
+        assert len(folds) == 1
+    assert all(y.requires_grad == (mode is torch.enable_grad) for y in outputs)
+
+
+def test_frozen_conv_folds_once_in_train_mode():
+    conv = make().train().requires_grad_(False)
+    with counted_folds(conv) as folds:
+        for _ in range(3):
+            x = image(requires_grad=True)
+            y = conv(x)
+            y.sum().backward()
+            assert x.grad.any()
+        assert len(folds) == 1
+
+
+def test_partly_frozen_branches():
+    conv = make()
+    conv.branches.scale.requires_grad_(False)
+    conv(image()).sum().backward()
+    assert conv.branches.scale.grad is None
+    assert conv.branches.weight_origin.grad.any()
+
+
+def test_a_kernel_with_gradient_serves_passes_without():
+    conv = make().eval()
+    with counted_folds(conv) as folds:
+        conv(image())
+        with torch.no_grad():
+            assert not conv(image()).requires_grad
+            assert not conv.kernel().requires_grad
+        with torch.inference_mode():
+            conv(image())
+        assert conv(image()).requires_grad
+        assert len(folds) == 1
+
+
+def test_one_fold_a_training_step():
+    conv = make().train()
+    optimizer = torch.optim.SGD(conv.parameters(), lr=0.1)
+    with counted_folds(conv) as folds:
+        for step in range(3):
+            conv(image()).sum().backward()
+            # The backward pass computes the terms again instead of storing them.
+            assert len(folds) == 2 * (step + 1)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_shared_conv_folds_once_and_its_gradients_add_up():
+    conv = make()
+    levels = [torch.randn(2, 4, size, size) for size in (3, 5, 7, 9)]
+    with counted_folds(conv) as folds:
+        outputs = [conv(x) for x in levels]
+        assert len(folds) == 1
+        flat = torch.cat([y.flatten(1) for y in outputs], 1)
+        actual = gradients(flat, conv)
+        assert len(folds) == 2
+    flat = torch.cat([uncached(conv, x).flatten(1) for x in levels], 1)
+    assert_same_gradients(actual, gradients(flat, conv))
+
+
+def test_mode_change_forgets_the_kernel():
+    """Training loops switch modes at every validation: no kernel outlives it."""
+    conv = make().eval()
+    with counted_folds(conv) as folds, torch.no_grad():
+        conv(image())
+        conv.train()
+        conv(image())
+        assert len(folds) == 2
+
+
+# Never a stale one
+
+
+def test_gradients_of_kernel_sizes():
+    for k in (1, 3, 5, 7):
+        assert_fresh(make(k))
+
+
+def filled(conv, shift):
+    return {name: v + shift for name, v in conv.state_dict().items()}
+
+
+@pytest.mark.parametrize('assign', [False, True])
+def test_load_state_dict(assign):
+    conv = make().eval()
+    assert_fresh(conv)
+    conv.load_state_dict(filled(conv, 0.1), assign=assign)
+    assert_fresh(conv)
+
+
+@pytest.mark.parametrize('assign', [False, True])
+def test_load_state_dict_of_the_branches_alone(assign):
+    conv = make().eval()
+    assert_fresh(conv)
+    conv.branches.load_state_dict(filled(conv.branches, 0.1), assign=assign)
+    assert_fresh(conv)
+
+
+OPTIMIZERS = [
+    (torch.optim.SGD, dict(momentum=0.9)),
+    (torch.optim.SGD, dict(foreach=True)),
+    (torch.optim.SGD, dict(fused=True)),
+    (torch.optim.AdamW, dict()),
+    (torch.optim.AdamW, dict(foreach=True)),
+    (torch.optim.AdamW, dict(fused=True)),
+]
+
+
+@pytest.mark.parametrize(('kind', 'options'), OPTIMIZERS)
+def test_optimizer_steps(kind, options):
+    conv = make().train()
+    twin = copy.deepcopy(conv)
+    optimizers = [kind(c.parameters(), lr=0.05, **options) for c in (conv, twin)]
+    for _ in range(3):
+        x = image()
+        conv(x).square().mean().backward()
+        uncached(twin, x).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_fresh(conv)
+    assert_near(conv.kernel(), twin.branches(), 1e-4)
+
+
+@pytest.mark.parametrize('learning_rate', [0.0, 1e-6])
+def test_smallest_steps(learning_rate):
+    conv = make().train()
+    optimizer = torch.optim.SGD(conv.parameters(), lr=learning_rate, fused=True)
+    for _ in range(2):
+        conv(image()).sum().backward()
+        optimizer.step()
+        assert torch.equal(conv.kernel(), conv.branches())
+
+
+def test_dtype_change():
+    conv = make().eval()
+    x = image()
+    assert_fresh(conv)
+    conv.double()
+    assert conv(x.double()).dtype == torch.float64
+    assert_fresh(conv)
+    conv.branches.float()
+    assert conv.kernel().dtype == torch.float32
+    assert_fresh(conv)
+    conv.bfloat16()
+    assert conv(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_deepcopy_is_independent():
+    conv = make().eval()
+    x = image()
+    before = conv(x)
+    other = copy.deepcopy(conv)
+    with torch.no_grad():
+        other.branches.weight_origin.add_(1)
+    assert_fresh(other)
+    assert torch.equal(conv(x), before)
+    with torch.no_grad():
+        conv.branches.weight_origin.sub_(1)
+    assert_fresh(conv)
+    assert_fresh(other)
+
+
+@pytest.mark.parametrize('name', list(dict(make().branches.named_parameters())))
+@pytest.mark.parametrize('with_grad', [True, False])
+def test_write_through_data(name, with_grad):
+    """How EMA hooks swap weights, with neither a mode change nor a version count."""
+    conv = make().eval()
+    parameter = conv.branches.get_parameter(name)
+    with torch.set_grad_enabled(with_grad):
+        before = conv.kernel()
+        own = parameter.data.clone()
+        parameter.data.copy_(own * 1.001 + 1e-3)
+        swapped = conv.kernel()
+        assert not torch.equal(swapped, before)
+        assert torch.equal(swapped, conv.branches())
+        parameter.data.copy_(own)
+        assert torch.equal(conv.kernel(), before)
+    assert_fresh(conv)
+
+
+def test_exchange_of_data():
+    conv = make().eval()
+    weight = conv.branches.weight_origin
+    assert_fresh(conv)
+    for _ in range(5):
+        # Freed storage is likely to be handed out again at the same address.
+        weight.data = weight.data + 1
+        assert_fresh(conv)
+
+
+def test_small_changes_in_place():
+    """One element, which a sample of the tensor may miss and the version shows."""
+    conv = make()
+    weight = conv.branches.weight_pointwise_kxk_2
+    for index in range(0, weight.numel(), 5):
+        conv(image())
+        with torch.no_grad():
+            weight.view(-1)[index] += 1
+        assert torch.equal(conv.kernel(), conv.branches())
+
+
+def test_exchange_of_parameters():
+    conv = make().eval()
+    assert_fresh(conv)
+    weight = conv.branches.weight_origin
+    conv.branches.weight_origin = nn.Parameter(weight.detach() + 1)
+    assert_fresh(conv)
+
+
+def test_pruning():
+    """It replaces the parameter by another one and a mask."""
+    conv = make().eval()
+    assert_fresh(conv)
+    prune.l1_unstructured(conv.branches, 'weight_origin', amount=0.5)
+    assert_fresh(conv)
+    prune.remove(conv.branches, 'weight_origin')
+    assert (conv.branches.weight_origin == 0).sum() >= 0.4 * 6 * 2 * 9
+    assert_fresh(conv)
+
+
+def test_parametrisation():
+    conv = make().eval()
+    assert_fresh(conv)
+    parametrizations.weight_norm(conv.branches, 'weight_origin')
+    assert_fresh(conv)
+
+
+def test_change_of_a_buffer():
+    conv = make().eval()
+    assert_fresh(conv)
+    conv.branches.filters.mul_(2)
+    assert_fresh(conv)
+
+
+def test_functional_call():
+    """The passed tensors serve that call alone, and their gradients are right."""
+    conv = make().eval()
+    x = image()
+    own = conv(x)
+    names = [name for name, _ in conv.named_parameters()]
+    for shift in (0.1, 0.2):
+        values = [(p.detach() + shift).requires_grad_() for p in conv.parameters()]
+        y = functional_call(conv, dict(zip(names, values)), (x,))
+        twin = copy.deepcopy(conv)
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.add_(shift)
+        expected = uncached(twin, x)
+        assert_near(y, expected, 1e-6)
+        assert_near(
+            torch.autograd.grad(y.square().sum(), values),
+            torch.autograd.grad(expected.square().sum(), list(twin.parameters())),
+        )
+        assert torch.equal(conv(x), own)
+
+
+def test_functional_call_with_expanded_tensors():
+    """Whose storage is smaller than their shape."""
+    conv = make().eval()
+    value = torch.ones(1)
+    values = {n: value.expand(p.shape) for n, p in conv.named_parameters()}
+    x = image()
+    y = functional_call(conv, values, (x,))
+    value.data.mul_(2)
+    # Products of two weights, or three, and a scale.
+    assert functional_call(conv, values, (x,)).abs().max() > 3 * y.abs().max()
+
+
+def test_flips_of_requires_grad():
+    conv = make()
+    x = image()
+    for requires_grad in (True, False, True, False):
+        conv.requires_grad_(requires_grad)
+        assert conv(x).requires_grad == requires_grad
+        assert_fresh(conv)
+    weight = conv.branches.weight_origin.requires_grad_()
+    conv(x).sum().backward()
+    assert weight.grad.any()
+
+
+def test_moving_between_modes():
+    conv = make().eval()
+    modes = [torch.no_grad, torch.inference_mode, torch.enable_grad]
+    for first in modes:
+        for second in modes:
+            for mode in (first, second):
+                with mode():
+                    conv(image())
+                with torch.no_grad():
+                    conv.branches.weight_origin.add_(0.1)
+                with mode():
+                    x = image()
+                    assert_near(conv(x), uncached(conv, x), 1e-6)
+                assert_fresh(conv)
+
+
+def test_inference_mode_first():
+    """Its tensors cannot be saved for a backward pass: the cache must hold none."""
+    conv = make()
+    with torch.inference_mode():
+        conv(image())
+    conv.requires_grad_(False)
+    with torch.inference_mode():
+        conv(image())
+    x = image(requires_grad=True)
+    conv(x).sum().backward()
+    assert x.grad.any()
+    conv.requires_grad_(True)
+    assert_fresh(conv)
+
+
+def test_parameters_made_in_inference_mode():
+    with torch.inference_mode():
+        conv = make().eval()
+        x = image()
+        assert_near(conv(x), uncached(conv, x), 1e-6)
+        conv.branches.weight_origin.add_(1)
+        assert_near(conv(x), uncached(conv, x), 1e-6)
+    with torch.no_grad():
+        assert_near(conv(image() * 0 + 1), uncached(conv, torch.ones(2, 4, 7, 7)), 1e-6)
+
+
+# Autograd
+
+
+def test_two_forwards_then_two_backwards():
+    """As generators and discriminators, or two losses, do."""
+    conv = make()
+    xs = [image(), image()]
+    losses = [conv(x).square().sum() for x in xs]
+    expected = [uncached(conv, x).square().sum() for x in xs]
+    parameters = list(conv.parameters())
+    for loss, other in zip(losses, expected):
+        assert_near(
+            torch.autograd.grad(loss, parameters),
+            torch.autograd.grad(other, parameters, retain_graph=True),
+        )
+
+
+def test_gradient_accumulation():
+    conv = make()
+    twin = copy.deepcopy(conv)
+    for _ in range(3):
+        x = image()
+        conv(x).square().sum().backward()
+        uncached(twin, x).square().sum().backward()
+    for actual, expected in zip(conv.parameters(), twin.parameters()):
+        assert_near(actual.grad, expected.grad)
+
+
+def test_retain_graph():
+    conv = make()
+    loss = conv(image()).square().sum()
+    parameters = list(conv.parameters())
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    second = torch.autograd.grad(loss, parameters)
+    assert_near(second, first, 1e-7)
+
+
+def test_gradient_penalty_on_the_input():
+    """A second derivative that passes through the kernel once."""
+    conv = make()
+    x = image(requires_grad=True)
+
+    def penalty(y):
+        (grad,) = torch.autograd.grad(y.tanh().sum(), x, create_graph=True)
+        return gradients(grad.square(), conv)
+
+    assert_same_gradients(penalty(conv(x)), penalty(uncached(conv, x)))
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda conv: conv.branches.weight_origin.detach().add_(1),
+        lambda conv: conv.branches.filters.mul_(2),
+        lambda conv: conv.load_state_dict(filled(conv, 0.1)),
+        lambda conv: torch.optim.SGD(conv.parameters(), lr=0.1).step(),
+    ],
+    ids=['parameter', 'buffer', 'load_state_dict', 'optimizer'],
+)
+def test_change_between_forward_and_backward(change):
+    conv = make()
+    conv(image()).sum().backward()
+    loss = conv(image()).sum()
+    change(conv)
+    with pytest.raises(RuntimeError, match='changed in place between the forward and'):
+        loss.backward()
+    # The next step is as any other.
+    assert_fresh(conv)
+
+
+@pytest.mark.parametrize('backward_inside', [False, True])
+def test_autocast(backward_inside):
+    conv = make()
+    x = image(requires_grad=True)
+    dtypes = []
+    hook = conv.branches.register_forward_hook(lambda *a: dtypes.append(a[-1].dtype))
+    with torch.autocast('cpu', torch.bfloat16):
+        y = conv(x)
+        if backward_inside:
+            actual = gradients(y, conv)
+    if not backward_inside:
+        actual = gradients(y, conv)
+    hook.remove()
+    assert y.dtype == torch.bfloat16
+    assert dtypes == [torch.float32] * 2
+    assert conv.kernel().dtype == torch.float32
+    assert torch.equal(conv.kernel(), conv.branches())
+
+    # The convolution is rounded to bfloat16, the fold and its gradient are not.
+    kernel = conv.branches().detach().requires_grad_()
+    with torch.autocast('cpu', torch.bfloat16):
+        y = F.conv2d(x, kernel, padding=1, groups=2)
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    (grad,) = torch.autograd.grad((y * weights.to(y.dtype)).sum(), kernel)
+    names, parameters = zip(*conv.named_parameters())
+    expected = torch.autograd.grad(conv.branches(), parameters, grad)
+    assert_same_gradients(actual, dict(zip(names, expected)), 1e-6)
+
+
+def test_half_precision_parameters_fold_in_float32():
+    conv = make().bfloat16()
+    dtypes = []
+    hook = conv.branches.register_forward_hook(lambda *a: dtypes.append(a[-1].dtype))
+    y = conv(image(dtype=torch.bfloat16))
+    assert y.dtype == torch.bfloat16 and dtypes == [torch.float32]
+    hook.remove()
+    wide = copy.deepcopy(conv).float()
+    assert torch.equal(conv.kernel(), wide.branches().bfloat16())
+    actual = gradients(conv.kernel(), conv)
+    assert all(grad.dtype == torch.bfloat16 for grad in actual.values())
+    assert_same_gradients(actual, gradients(wide.branches(), wide), 2e-2)
+
+
+@pytest.mark.parametrize('k', [1, 3, 7])
+@pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
+def test_compile(backend, k):
+    torch.compiler.reset()
+    conv = trained_like(
+        OREPAConv2d(4, 6, k, padding=k // 2, norm_cfg=dict(type='BN'))
+    ).eval()
+    compiled = torch.compile(conv, backend=backend, fullgraph=True)
+    for _ in range(2):
+        x = image()
+        y = compiled(x)
+        assert_near(y, conv(x))
+        assert_same_gradients(gradients(y, conv), gradients(conv(x), conv), 1e-4)
+        with torch.no_grad():
+            assert_near(compiled(x), conv(x))
+            conv.branches.get_parameter('scale' if k < 7 else 'factors.0.scale').mul_(2)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize('cached', [True, False])
+@pytest.mark.parametrize('use_reentrant', [True, False])
+def test_checkpoint(use_reentrant, cached):
+    """Two checkpointed passes through the same convs, and one that is not."""
+    first = OREPAConv2d(4, 4, 3, padding=1, norm_cfg=dict(type='BN'))
+    second = OREPAConv2d(4, 4, 3, padding=1, groups=2)
+    net = trained_like(nn.Sequential(first, nn.ReLU(), second)).eval()
+    x = image(requires_grad=True)
+    net(net(net(x))).square().sum().backward()
+    expected = {name: p.grad for name, p in net.named_parameters()}
+    net.zero_grad()
+    if not cached:
+        net.train().eval()
+
+    y = checkpoint(net, x, use_reentrant=use_reentrant)
+    y = net(checkpoint(net, y, use_reentrant=use_reentrant))
+    y.square().sum().backward()
+    assert_same_gradients({n: p.grad for n, p in net.named_parameters()}, expected)
+
+
+def test_distributed_data_parallel(tmp_path):
+    """Whose hooks sit on the parameters that the kernel's one node leads to."""
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        'gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1
+    )
+    try:
+        conv = make()
+        conv(image())
+        twin = copy.deepcopy(conv)
+        model = nn.parallel.DistributedDataParallel(conv)
+        for _ in range(3):
+            x = image()
+            model(x).square().sum().backward()
+            uncached(twin, x).square().sum().backward()
+        for actual, expected in zip(conv.parameters(), twin.parameters()):
+            assert_near(actual.grad, expected.grad)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ema_of_mmengine():
+    from mmengine.model import ExponentialMovingAverage
+
+    conv = make().train()
+    conv(image())
+    ema = ExponentialMovingAverage(conv, momentum=0.5).eval()
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in conv.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        ema.update_parameters(conv)
+        assert_fresh(ema.module)
+        assert_fresh(conv)
+
+
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.enable_grad])
+def test_trace(mode):
+    """How MMEngine counts parameters and operations."""
+    conv = make().eval()
+    with mode():
+        conv(image())
+        traced = torch.jit.trace(conv, image())
+        x = image()
+        assert_near(traced(x), conv(x))
+
+
+def test_meta_device():
+    with torch.device('meta'):
+        conv = OREPAConv2d(4, 6, 3, norm_cfg=dict(type='BN'))
+        x = image()
+    y = conv(x)
+    assert y.is_meta and y.shape == (2, 6, 5, 5)
+    y.sum().backward()
+    with torch.no_grad():
+        assert conv.eval()(x).shape == (2, 6, 5, 5)
+    conv.switch_to_deploy()
+    assert conv.weight.is_meta
+
+
+def test_no_warnings():
+    """The fold is silent."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert_fresh(make())
+
+
+def test_second_derivatives_of_the_parameters_say_that_there_are_none():
+    conv = make()
+    loss = conv(image()).square().sum()
+    (grad,) = torch.autograd.grad(loss, conv.branches.weight_origin, create_graph=True)
+    with pytest.raises(RuntimeError, match='differentiate twice'):
+        grad.sum().backward()

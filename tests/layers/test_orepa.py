@@ -1,0 +1,280 @@
+"""Every kernel against its branches, run one after another on the feature map."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_near, assert_same_gradients, gradients, trained_like
+
+from mmorepa.layers import (
+    OREPAConv2d,
+    OREPADeepLinearKernel,
+    OREPAKernel,
+    OREPAPointwiseKernel,
+)
+
+
+def run_branches(kernel, x, groups):
+    """The six branches on a feature map that was padded beforehand, valid borders."""
+    out_channels, in_channels = kernel.weight_origin.shape[0], x.shape[1]
+    k = kernel.weight_origin.shape[-1]
+    half = out_channels / 2
+
+    average = F.avg_pool2d(
+        F.conv2d(x, kernel.weight_average, groups=groups), k, stride=1
+    )
+
+    filters = torch.zeros(out_channels, 1, k, k)
+    for o in range(out_channels):
+        for h in range(k):
+            for w in range(k):
+                tap, row = (h, o + 1) if o < half else (w, o + 1 - half)
+                filters[o, 0, h, w] = math.cos(math.pi * (tap + 0.5) * row / k)
+    mixed = F.conv2d(x, kernel.weight_frequency, groups=groups)
+    frequency = F.conv2d(mixed, filters, groups=out_channels)
+
+    first = kernel.weight_pointwise_kxk_1
+    identity = torch.zeros_like(first)
+    for t in range(first.shape[0]):
+        identity[t, t % (in_channels // groups)] = 1
+    hidden = F.conv2d(x, first + identity, groups=groups)
+    pointwise_kxk = F.conv2d(hidden, kernel.weight_pointwise_kxk_2, groups=groups)
+
+    margin = k // 2
+    inner = x[:, :, margin:-margin, margin:-margin]
+
+    maps = F.conv2d(x, kernel.weight_depthwise, groups=in_channels)
+    outputs = [
+        F.conv2d(x, kernel.weight_origin, groups=groups),
+        average,
+        frequency,
+        pointwise_kxk,
+        F.conv2d(inner, kernel.weight_pointwise, groups=groups),
+        F.conv2d(maps, kernel.weight_separable, groups=groups),
+    ]
+    return sum(
+        scale[:, None, None] * output for scale, output in zip(kernel.scale, outputs)
+    )
+
+
+def run_deep_linear(kernel, x, groups):
+    """The factors one after another; all but the first act as if flipped."""
+    first, *factors = kernel.factors
+    y = run_branches(first, x, groups)
+    for factor in factors:
+        y = run_branches(factor, y.flip(2, 3), groups).flip(2, 3)
+    return y
+
+
+def run_pointwise(kernel, x, groups):
+    origin = F.conv2d(x, kernel.weight_origin, groups=groups)
+    y = F.conv2d(x, kernel.weight_first, groups=groups)
+    y = F.conv2d(y, kernel.weight_second, groups=groups)
+    return kernel.scale[0, :, None, None] * origin + kernel.scale[1, :, None, None] * y
+
+
+CONVS = [
+    # in, out, k, groups
+    (4, 6, 3, 1),
+    (6, 4, 5, 1),
+    (4, 6, 3, 2),
+    (6, 12, 3, 6),
+    (12, 6, 3, 6),
+    (6, 6, 3, 6),
+    (6, 12, 5, 2),
+    (4, 5, 3, 1),
+    (4, 4, 1, 1),
+    (4, 8, 1, 1),
+    (8, 4, 1, 1),
+    (8, 12, 1, 2),
+    (12, 8, 1, 2),
+    (12, 12, 1, 6),
+    (3, 4, 7, 1),
+    (3, 4, 9, 1),
+    (4, 6, 7, 2),
+    (5, 5, 7, 5),
+]
+
+
+@pytest.mark.usefixtures('float64')
+@pytest.mark.parametrize(('in_channels', 'out_channels', 'k', 'groups'), CONVS)
+def test_kernel_equals_its_branches_on_the_feature_map(
+    in_channels, out_channels, k, groups
+):
+    conv = trained_like(
+        OREPAConv2d(
+            in_channels, out_channels, k, padding=k // 2, groups=groups, bias=False
+        )
+    )
+    run = {1: run_pointwise, 3: run_branches, 5: run_branches}.get(k, run_deep_linear)
+    x = torch.randn(2, in_channels, 7, 8)
+    y = conv(x)
+    # The borders agree where the branches see an input that is padded already.
+    expected = run(conv.branches, F.pad(x, [k // 2] * 4), groups)
+    assert_near(y, expected, 1e-12)
+    assert_same_gradients(
+        gradients(y, conv.branches), gradients(expected, conv.branches), 1e-12
+    )
+
+
+@pytest.mark.parametrize(
+    ('k', 'kind'),
+    [
+        (1, OREPAPointwiseKernel),
+        (3, OREPAKernel),
+        (5, OREPAKernel),
+        (7, OREPADeepLinearKernel),
+        (9, OREPADeepLinearKernel),
+    ],
+)
+def test_kernel_by_size(k, kind):
+    conv = OREPAConv2d(2, 4, k)
+    assert type(conv.branches) is kind
+    assert conv.branches().shape == (4, 2, k, k)
+
+
+@pytest.mark.parametrize(('groups', 'hidden'), [(1, 8), (4, 8), (8, 16)])
+def test_width_of_the_composed_branch(groups, hidden):
+    kernel = OREPAKernel(16, 8, 3, groups)
+    assert kernel.weight_pointwise_kxk_1.shape == (hidden, 8 // groups, 1, 1)
+    assert kernel.weight_pointwise_kxk_2.shape == (16, hidden // groups, 3, 3)
+    assert kernel.weight_depthwise.shape == (64, 1, 3, 3)
+    assert kernel.weight_separable.shape == (16, 64 // groups, 1, 1)
+
+
+def assert_kaiming_uniform(weight, a):
+    fan_in = weight[0].numel()
+    bound = math.sqrt(6 / ((1 + a * a) * fan_in))
+    assert weight.abs().max() <= bound
+    assert weight.abs().max() > 0.95 * bound
+    assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+
+
+@pytest.mark.parametrize('a', [0.0, 1.0])
+def test_initialisation_of_the_kxk_kernel(a):
+    kernel = OREPAKernel(32, 16, 3, groups=2, kaiming_a=a)
+    for name in (
+        'weight_origin',
+        'weight_average',
+        'weight_frequency',
+        'weight_pointwise_kxk_2',
+        'weight_pointwise',
+        'weight_depthwise',
+        'weight_separable',
+    ):
+        assert_kaiming_uniform(getattr(kernel, name), a)
+    assert not kernel.weight_pointwise_kxk_1.any()
+    rows = torch.tensor([0.25, 0.25, 0.0, 0.5, 1.0, 0.5])
+    assert torch.equal(kernel.scale, rows[:, None].expand(6, 32))
+
+
+def test_the_kxk_kernel_assumes_relu_by_default():
+    assert_kaiming_uniform(OREPAKernel(32, 16, 3).weight_origin, 0.0)
+
+
+@pytest.mark.parametrize('groups', [1, 2])
+@pytest.mark.parametrize('channels', [(16, 32), (32, 16), (32, 32)])
+def test_initialisation_of_the_pointwise_kernel(channels, groups):
+    in_channels, out_channels = channels
+    kernel = OREPAPointwiseKernel(out_channels, in_channels, groups)
+    assert_kaiming_uniform(kernel.weight_origin, 1.0)
+    if out_channels > in_channels:
+        identity, random, width = kernel.weight_first, kernel.weight_second, in_channels
+    else:
+        identity, random, width = (
+            kernel.weight_second,
+            kernel.weight_first,
+            out_channels,
+        )
+    assert_kaiming_uniform(random, 1.0)
+    x = torch.randn(1, width, 2, 2)
+    assert torch.equal(F.conv2d(x, identity, groups=groups), x)
+    assert identity.requires_grad
+    rows = torch.tensor([1.0, 0.5])
+    assert torch.equal(kernel.scale, rows[:, None].expand(2, out_channels))
+
+
+@pytest.mark.parametrize(('k', 'factors'), [(3, 1), (7, 3), (9, 4)])
+def test_deep_linear_factors(k, factors):
+    kernel = OREPADeepLinearKernel(8, 3, k)
+    shapes = [tuple(factor.weight_origin.shape) for factor in kernel.factors]
+    assert shapes == [(8, 3, 3, 3)] + [(8, 8, 3, 3)] * (factors - 1)
+    assert kernel().shape == (8, 3, k, k)
+
+
+def test_fixed_filters_are_not_saved():
+    kernel = OREPAKernel(4, 4, 3)
+    saved = {name for name, _ in kernel.named_parameters()}
+    assert set(kernel.state_dict()) == saved
+
+
+@pytest.mark.parametrize(
+    'branches',
+    [
+        ['origin'],
+        ['average'],
+        ['frequency'],
+        ['pointwise_kxk'],
+        ['pointwise'],
+        ['depthwise_separable'],
+        # The rows of the scale keep their order, whichever way they were named.
+        ['depthwise_separable', 'origin', 'average'],
+    ],
+)
+@pytest.mark.usefixtures('float64')
+def test_branches_by_name(branches):
+    full = trained_like(OREPAKernel(4, 6, 3, groups=2))
+    part = OREPAKernel(4, 6, 3, groups=2, branches=branches)
+    order = list(OREPAKernel.INITIAL_SCALES)
+    rows = sorted(order.index(name) for name in branches)
+    state = full.state_dict()
+    state['scale'] = state['scale'][rows]
+    part.load_state_dict({name: state[name] for name in part.state_dict()})
+
+    with torch.no_grad():
+        for i in range(len(order)):
+            if i not in rows:
+                full.scale[i] = 0
+    assert_near(part(), full(), 1e-14)
+    assert len(list(part.parameters())) < len(list(full.parameters()))
+
+
+def test_branches_reach_all_factors_of_a_large_conv():
+    conv = OREPAConv2d(3, 4, 7, branches=['origin', 'pointwise'])
+    assert [factor.branches for factor in conv.branches.factors] == [
+        ('origin', 'pointwise')
+    ] * 3
+
+
+def test_initial_scales():
+    conv = OREPAConv2d(4, 6, 3, initial_scales=dict(frequency=0.1, origin=2.0))
+    rows = torch.tensor([2.0, 0.25, 0.1, 0.5, 1.0, 0.5])
+    assert torch.equal(conv.branches.scale, rows[:, None].expand(6, 6))
+
+    conv = OREPAConv2d(4, 6, 1, initial_scales=dict(pointwise_pointwise=0.0))
+    rows = torch.tensor([1.0, 0.0])
+    assert torch.equal(conv.branches.scale, rows[:, None].expand(2, 6))
+
+    # A scale for a branch that is left out makes no row.
+    kernel = OREPAKernel(6, 4, 3, branches=['origin'], initial_scales=dict(average=9.0))
+    assert torch.equal(kernel.scale, torch.full((1, 6), 0.25))
+
+
+@pytest.mark.parametrize('k', [1, 3, 7])
+def test_unknown_branch(k):
+    with pytest.raises(ValueError, match="unknown branch 'orign'; .* are origin,"):
+        OREPAConv2d(4, 4, k, branches=['orign'])
+    with pytest.raises(ValueError, match="unknown branch 'averge'; .* are origin,"):
+        OREPAConv2d(4, 4, k, initial_scales=dict(averge=1.0))
+
+
+@pytest.mark.parametrize('k', [1, 3, 7])
+def test_no_branch(k):
+    with pytest.raises(ValueError, match='no branch is left; choose at least one of'):
+        OREPAConv2d(4, 4, k, branches=[])
+
+
+def test_branches_given_as_one_name():
+    with pytest.raises(ValueError, match='unknown branch'):
+        OREPAConv2d(4, 4, 3, branches='origin')

@@ -1,0 +1,447 @@
+"""The life of a re-parameterised conv: training form, deployed form, loading."""
+
+import copy
+import logging
+import pickle
+
+import mmengine.runner.checkpoint as mmengine_checkpoint
+import pytest
+import torch
+from helpers import assert_near, deployed_twin, trained_like
+from mmcv.cnn import ConvModule
+from mmengine.logging import MMLogger
+from torch import nn
+
+from mmorepa import is_switchable, switch_to_deploy
+from mmorepa.layers import OREPAConv2d, PlainConv2d, ReparamConv2d
+
+BN = dict(type='BN')
+RELU = dict(type='ReLU', inplace=True)
+
+
+def make(*args, **kwargs):
+    return trained_like(OREPAConv2d(*args, **kwargs)).eval()
+
+
+FORMS = [
+    # in, out, k and the rest
+    (4, 6, 3, dict()),
+    (4, 6, 3, dict(stride=2, padding=1)),
+    (4, 6, 3, dict(stride=(2, 1), padding=(0, 2), dilation=(1, 2))),
+    (4, 6, (3, 3), dict(padding='same', dilation=2, norm_cfg=BN)),
+    (4, 6, 3, dict(padding='valid', norm_cfg=BN, act_cfg=RELU)),
+    (4, 6, 3, dict(padding=1, bias=False)),
+    (4, 6, 3, dict(padding=1, bias=False, norm_cfg=BN)),
+    (4, 6, 3, dict(padding=1, bias=False, norm_cfg=dict(type='BN', eps=0.5))),
+    (4, 6, 3, dict(padding=1, bias=True, norm_cfg=dict(type='BN', affine=False))),
+    (4, 6, 3, dict(padding=1, bias=False, norm_cfg=BN, act_cfg=dict(type='PReLU'))),
+    (4, 6, 3, dict(bias=False, norm_cfg=dict(type='GN', num_groups=3), act_cfg=RELU)),
+    (4, 6, 3, dict(bias=True, norm_cfg=dict(type='BN', track_running_stats=False))),
+    (8, 12, 3, dict(groups=4, padding=1, norm_cfg=BN)),
+    (6, 6, 3, dict(groups=6, padding=1, norm_cfg=BN)),
+    (6, 4, 5, dict(groups=2, padding=2, stride=2, norm_cfg=BN)),
+    (4, 6, 1, dict(stride=2, norm_cfg=BN, act_cfg=RELU)),
+    (6, 4, 1, dict(groups=2)),
+    (3, 4, 7, dict(stride=2, padding=3, bias=False, norm_cfg=BN, act_cfg=RELU)),
+    (3, 4, 9, dict(padding=4, dilation=2)),
+]
+
+
+@pytest.mark.parametrize(('in_channels', 'out_channels', 'k', 'options'), FORMS)
+@pytest.mark.parametrize('kind', [OREPAConv2d, PlainConv2d])
+def test_deployed_equals_training_form(kind, in_channels, out_channels, k, options):
+    conv = trained_like(kind(in_channels, out_channels, k, **options)).eval()
+    plain = deployed_twin(conv)
+    for dtype, tolerance in [
+        (torch.bfloat16, 3e-2),
+        (torch.float64, 1e-11),
+        (torch.float32, 1e-5),
+    ]:
+        # What is fixed (the cosines) is rounded too: half precision goes by a copy.
+        in_dtype = copy.deepcopy(conv).to(dtype)
+        twin = deployed_twin(in_dtype)
+        x = torch.randn(2, in_channels, 19, 17, dtype=dtype)
+        assert twin.weight.dtype == dtype
+        assert_near(twin(x), in_dtype(x), tolerance)
+
+    foldable = options.get('norm_cfg', {}).get('type') == 'BN' and options[
+        'norm_cfg'
+    ].get('track_running_stats', True)
+    with_bias = options.get('bias', True) or foldable
+    norm_stays = 'norm_cfg' in options and not foldable
+    names = set(plain.state_dict())
+    expected = {'weight', 'bias'} if with_bias else {'weight'}
+    if norm_stays:
+        expected |= {f'norm.{name}' for name in conv.norm.state_dict()}
+    if conv.act is not None:
+        expected |= {f'act.{name}' for name in conv.act.state_dict()}
+    assert names == expected
+
+    built = kind(in_channels, out_channels, k, deploy=True, **options)
+    assert {n: v.shape for n, v in built.state_dict().items()} == {
+        n: v.shape for n, v in plain.state_dict().items()
+    }
+    assert [n for n, _ in built.named_parameters()] == [
+        n for n, _ in plain.named_parameters()
+    ]
+
+
+def test_fold_uses_the_running_statistics():
+    """Without them, the test above would pass for a fold that ignores BatchNorm."""
+    conv = make(4, 6, 3, norm_cfg=BN)
+    kernel, bias = conv.equivalent_kernel_bias()
+    deviation = (conv.norm.running_var.double() + conv.norm.eps).sqrt()
+    factor = conv.norm.weight.double() / deviation
+    assert_near(kernel, conv.branches().double() * factor[:, None, None, None], 1e-6)
+    shift = conv.bias.double() - conv.norm.running_mean.double()
+    assert_near(bias, conv.norm.bias.double() + shift * factor, 1e-12)
+    assert kernel.dtype == bias.dtype == torch.float64
+    assert not kernel.requires_grad and not bias.requires_grad
+
+
+def test_equivalent_kernel_bias_of_the_deployed_form():
+    conv = make(4, 6, 3, norm_cfg=BN)
+    expected = conv.equivalent_kernel_bias()
+    conv.switch_to_deploy()
+    assert_near(conv.equivalent_kernel_bias(), expected, 1e-7)
+
+
+def test_deployed_is_a_plain_conv():
+    conv = make(4, 6, 3, stride=2, padding=1, bias=False, norm_cfg=BN)
+    x = torch.randn(2, 4, 9, 9)
+    expected = conv(x)
+    switch_to_deploy(conv)
+    assert isinstance(conv, nn.Conv2d)
+    assert conv.norm is None and conv.deployed and not hasattr(conv, 'branches')
+    assert not list(conv.children())
+    plain = nn.Conv2d(4, 6, 3, stride=2, padding=1)
+    plain.load_state_dict(conv.state_dict())
+    assert_near(plain(x), expected)
+
+
+def test_switch_is_idempotent():
+    conv = make(4, 6, 3, norm_cfg=BN)
+    conv.switch_to_deploy()
+    weight, bias = conv.weight, conv.bias
+    before = weight.clone()
+    conv.switch_to_deploy()
+    assert conv.weight is weight and conv.bias is bias
+    assert torch.equal(conv.weight, before)
+
+
+def test_switch_inside_inference_mode():
+    conv = make(4, 6, 3, norm_cfg=BN)
+    x = torch.randn(2, 4, 9, 9)
+    with torch.inference_mode():
+        expected = conv(x)
+        conv.switch_to_deploy()
+        assert_near(conv(x), expected)
+    assert not conv.weight.is_inference()
+    conv(x).sum().backward()
+    assert conv.weight.grad.any() and conv.bias.grad.any()
+
+
+def test_switch_takes_no_random_numbers():
+    """A copy that is switched to be validated leaves the training as it was."""
+    conv = make(4, 6, 3, norm_cfg=BN)
+    before = torch.get_rng_state()
+    conv.switch_to_deploy()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize('requires_grad', [True, False])
+def test_switch_keeps_requires_grad(requires_grad):
+    conv = make(4, 6, 3, norm_cfg=BN).requires_grad_(requires_grad)
+    conv.switch_to_deploy()
+    assert conv.weight.requires_grad == conv.bias.requires_grad == requires_grad
+
+
+@pytest.mark.parametrize('deployed', [False, True])
+@pytest.mark.parametrize('training', [False, True])
+def test_copies(deployed, training):
+    """With a kernel in the cache, gradient and all."""
+    conv = make(4, 6, 3, bias=False, norm_cfg=BN).train(training)
+    if deployed:
+        conv.switch_to_deploy()
+    x = torch.randn(2, 4, 9, 9)
+    conv(x)
+    for copied in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))):
+        assert copied.training == training
+        assert_near(copied(x), conv(x), 1e-6)
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.add_(1)
+        assert (copied(x) - conv(x)).abs().max() > 0.1
+
+
+def test_channels_last_input_and_parameters():
+    conv = make(4, 6, 3, norm_cfg=BN)
+    x = torch.randn(2, 4, 9, 9)
+    expected = conv(x)
+    conv = conv.to(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
+    assert_near(conv(x), expected)
+    conv.switch_to_deploy()
+    assert_near(conv(x), expected)
+
+
+def test_building_needs_no_kernel_of_the_plain_conv():
+    """The training form has no second set of weights."""
+    conv = OREPAConv2d(4, 6, 3, bias=False)
+    assert conv.weight is None and conv.bias is None
+    assert all(name.startswith('branches.') for name in conv.state_dict())
+
+
+def test_bias_starts_at_zero_and_is_added():
+    conv = OREPAConv2d(4, 6, 3)
+    assert conv.bias.shape == (6,) and not conv.bias.any()
+    y = conv(torch.zeros(1, 4, 5, 5))
+    nn.init.constant_(conv.bias, 2.0)
+    assert torch.equal(conv(torch.zeros(1, 4, 5, 5)), y + 2)
+
+
+def test_order_of_norm_and_activation():
+    conv = make(4, 6, 3, norm_cfg=BN, act_cfg=dict(type='ReLU'))
+    x = torch.randn(2, 4, 9, 9)
+    y = nn.functional.conv2d(x, conv.branches(), conv.bias)
+    assert_near(conv(x), conv.norm(y).relu())
+
+
+def test_parents_do_not_initialise_the_branches():
+    """Rules of OpenMMLab's networks are meant for plain kernels."""
+    module = ConvModule(4, 6, 3, conv_cfg=dict(type='OREPAConv2d'), norm_cfg=BN)
+    assert type(module.conv) is OREPAConv2d
+    before = copy.deepcopy(module.conv.state_dict())
+    module.init_weights()
+    assert all(torch.equal(v, before[n]) for n, v in module.conv.state_dict().items())
+
+
+def test_repr_says_which_form():
+    conv = make(4, 6, 3, stride=2, norm_cfg=BN)
+    assert 'kernel_size=(3, 3), stride=(2, 2)' in repr(conv)
+    assert 'training form' in repr(conv)
+    conv.switch_to_deploy()
+    assert 'deployed' in repr(conv) and 'training form' not in repr(conv)
+
+
+# Loading
+
+
+class _Lines(logging.Handler):
+    def __init__(self):
+        super().__init__(logging.INFO)
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def log():
+    logger = MMLogger.get_current_instance()
+    handler = _Lines()
+    logger.addHandler(handler)
+    yield handler.lines
+    logger.removeHandler(handler)
+
+
+def torch_load(model, state):
+    model.load_state_dict(state, strict=True)
+
+
+def torch_assign(model, state):
+    model.load_state_dict(state, strict=True, assign=True)
+
+
+def mmengine_load(model, state):
+    mmengine_checkpoint.load_state_dict(model, state, strict=True)
+
+
+def mmengine_lenient(model, state):
+    mmengine_checkpoint.load_state_dict(model, state, strict=False, logger='current')
+
+
+def mmengine_file(model, state, tmp_path):
+    path = tmp_path / 'checkpoint.pth'
+    torch.save(dict(state_dict=state), path)
+    mmengine_checkpoint.load_checkpoint(
+        model, str(path), map_location='cpu', strict=True, logger='current'
+    )
+
+
+LOADERS = [torch_load, torch_assign, mmengine_load, mmengine_lenient, mmengine_file]
+
+
+@pytest.fixture(params=LOADERS, ids=lambda loader: loader.__name__)
+def load(request, tmp_path):
+    if request.param is mmengine_file:
+        return lambda model, state: mmengine_file(model, state, tmp_path)
+    return request.param
+
+
+def network(deploy=False):
+    gn = dict(type='GN', num_groups=2)
+    return nn.Sequential(
+        OREPAConv2d(
+            3, 4, 7, bias=False, norm_cfg=BN, act_cfg=dict(type='PReLU'), deploy=deploy
+        ),
+        nn.Sequential(
+            OREPAConv2d(4, 6, 3, padding=1, norm_cfg=gn, deploy=deploy),
+            nn.Conv2d(6, 6, 1),
+            OREPAConv2d(6, 8, 1, bias=False, deploy=deploy),
+        ),
+        nn.BatchNorm2d(8),
+        PlainConv2d(8, 4, 3, norm_cfg=BN, deploy=deploy),
+    )
+
+
+def test_training_checkpoint_into_deployed_model(load, log):
+    trained = trained_like(network()).eval()
+    state = copy.deepcopy(trained.state_dict())
+    model = network(deploy=True).eval()
+    rng = torch.get_rng_state()
+    load(model, state)
+    assert torch.equal(torch.get_rng_state(), rng)
+
+    x = torch.randn(2, 3, 12, 12)
+    assert_near(model(x), trained(x))
+    assert not is_switchable(model)
+    assert [line for line in log if 'folding' in line] == [
+        'The checkpoint holds the training form and the model is deployed: folding '
+        'the branches while loading.'
+    ]
+    assert not [line for line in log if 'match' in line], 'a warning about keys'
+    # The caller's dict is not touched.
+    assert list(state) == list(trained.state_dict())
+
+    # One line a load, so that the next load says it again.
+    load(model, state)
+    assert len([line for line in log if 'folding' in line]) == 2
+
+
+def test_folded_checkpoint_equals_switch(load):
+    trained = trained_like(network()).eval()
+    model = network(deploy=True)
+    load(model, trained.state_dict())
+    switched = deployed_twin(trained).state_dict()
+    loaded = model.state_dict()
+    assert list(loaded) == list(switched)
+    for name, value in switched.items():
+        assert torch.equal(loaded[name], value), name
+
+
+def test_folding_keeps_the_precision_of_the_checkpoint():
+    trained = trained_like(network()).double().eval()
+    model = network(deploy=True).double().eval()
+    model.load_state_dict(trained.state_dict())
+    x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    assert_near(model(x), trained(x), 1e-12)
+
+    # Rounded once, after the fold, as the weights of the training form are exact.
+    trained = trained.float()
+    half = network(deploy=True).bfloat16()
+    half.load_state_dict(trained.state_dict())
+    expected = deployed_twin(trained).bfloat16().state_dict()
+    assert all(torch.equal(v, expected[n]) for n, v in half.state_dict().items())
+
+
+def test_training_form_into_itself(load):
+    trained = trained_like(network()).eval()
+    model = network().eval()
+    load(model, trained.state_dict())
+    x = torch.randn(2, 3, 12, 12)
+    assert torch.equal(model(x), trained(x))
+
+
+def test_deployed_form_into_itself(load, log):
+    deployed = deployed_twin(trained_like(network()).eval())
+    model = network(deploy=True).eval()
+    load(model, deployed.state_dict())
+    x = torch.randn(2, 3, 12, 12)
+    assert torch.equal(model(x), deployed(x))
+    assert not [line for line in log if 'folding' in line]
+
+
+def test_deployed_checkpoint_into_training_form(load):
+    state = deployed_twin(trained_like(network())).state_dict()
+    message = r"'0\.weight' is the kernel of a deployed .*OREPAConv2d is in training"
+    with pytest.raises(RuntimeError, match=message) as error:
+        load(network(), state)
+    assert 'deploy=True' in str(error.value)
+
+
+def test_incomplete_training_checkpoint(load):
+    state = trained_like(network()).state_dict()
+    del state['1.0.branches.weight_average'], state['1.0.norm.bias']
+    with pytest.raises(RuntimeError) as error:
+        load(network(deploy=True), state)
+    message = str(error.value)
+    assert "the training form under '1.0.' cannot be folded" in message
+    assert '"branches.weight_average"' in message and '"norm.bias"' in message
+
+
+def test_training_checkpoint_of_another_shape(load):
+    state = trained_like(OREPAConv2d(4, 8, 3)).state_dict()
+    with pytest.raises(RuntimeError, match='size mismatch for branches.weight_origin'):
+        load(OREPAConv2d(4, 6, 3, deploy=True), state)
+
+
+def test_checkpoint_with_unknown_keys():
+    state = trained_like(OREPAConv2d(4, 6, 3)).state_dict()
+    state['branches.weight_other'] = torch.zeros(1)
+    with pytest.raises(RuntimeError, match='weight_other'):
+        OREPAConv2d(4, 6, 3, deploy=True).load_state_dict(state)
+    with pytest.raises(RuntimeError, match='weight_other'):
+        OREPAConv2d(4, 6, 3).load_state_dict(state)
+
+
+def test_empty_checkpoint_is_reported():
+    with pytest.raises(RuntimeError, match='Missing key'):
+        OREPAConv2d(4, 6, 3).load_state_dict({})
+    with pytest.raises(RuntimeError, match='Missing key'):
+        OREPAConv2d(4, 6, 3, deploy=True).load_state_dict({})
+
+
+def test_folding_chosen_branches():
+    options = dict(branches=['origin', 'pointwise'], bias=False)
+    trained = trained_like(OREPAConv2d(4, 6, 3, **options))
+    model = OREPAConv2d(4, 6, 3, deploy=True, **options)
+    model.load_state_dict(trained.state_dict())
+    x = torch.randn(2, 4, 9, 9)
+    assert_near(model(x), trained(x))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize('kind', [OREPAConv2d, PlainConv2d])
+@pytest.mark.parametrize('k', [0, 2, 4, (3, 1), (1, 3), (2, 2), -1])
+def test_kernel_without_a_centre(kind, k):
+    with pytest.raises(ValueError, match=f'{kind.__name__} takes an odd, square') as e:
+        kind(4, 4, k)
+    assert f'kernel_size={k}' in str(e.value)
+
+
+@pytest.mark.parametrize('mode', ['reflect', 'circular', 'replicate'])
+def test_padding_mode(mode):
+    with pytest.raises(ValueError, match=f"padding_mode='zeros' only, found '{mode}'"):
+        OREPAConv2d(4, 4, 3, padding=1, padding_mode=mode)
+
+
+@pytest.mark.parametrize('padding', [-1, (1, -1)])
+def test_negative_padding(padding):
+    with pytest.raises(ValueError, match='takes padding >= 0, found padding='):
+        OREPAConv2d(4, 4, 3, padding=padding)
+
+
+@pytest.mark.parametrize(
+    'options', [dict(groups=3), dict(padding='full'), dict(padding='same', stride=2)]
+)
+def test_what_conv2d_rejects(options):
+    with pytest.raises(ValueError):
+        OREPAConv2d(4, 4, 3, **options)
+
+
+def test_a_block_type_needs_branches():
+    with pytest.raises(NotImplementedError):
+        ReparamConv2d(4, 4, 3)
