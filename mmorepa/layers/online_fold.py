@@ -97,10 +97,10 @@ class _Entry:
     def is_current(self) -> bool:
         """Whether the branches are still in the state of this entry."""
         for store, name, reference, state in self._places:
-            # Pruning and parametrisation take a parameter away.
+            # None where pruning or a parametrisation took a parameter away.
             tensor = store.get(name)
             # `is`, since a new tensor may live where a freed one did.
-            if reference() is not tensor or _state(tensor) != state:
+            if tensor is None or reference() is not tensor or _state(tensor) != state:
                 return False
         return not self._samples or torch.equal(self._read_samples(), self._content)
 

@@ -72,6 +72,8 @@ def build_model(cfg: Config) -> nn.Module:
     Its ``init_cfg`` is not run: the checkpoint gives every weight.
     """
     init_default_scope(cfg.get('default_scope', 'mmengine'))
+    if 'data_preprocessor' in cfg:  # The runner hands it on in the same way.
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     return MODELS.build(cfg.model).eval()
 
 

@@ -1,0 +1,119 @@
+"""Sums up what tools/quickstart.sh has done: a table, a JSON file, a chart."""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+
+from mmorepa.utils.tables import format_table
+
+ACCURACY = 'accuracy/top1'
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='Sums up what the quickstart did.')
+    parser.add_argument('work_dir', type=Path, help='the folder of the quickstart')
+    parser.add_argument('--seconds', type=int, required=True, help='of the whole run')
+    parser.add_argument('--training-seconds', type=int, required=True)
+    return parser.parse_args(argv)
+
+
+def summarize(work_dir: Path, seconds: int, training_seconds: int) -> dict:
+    """Collects the figures from the files that the tools have written."""
+    switch = _read(work_dir / 'switch.json')
+    before, after = switch['training_form'], switch['deployed']
+    return dict(
+        train_top1=_read(work_dir / 'test.json')[ACCURACY],
+        deploy_top1=_read(work_dir / 'test_deploy.json')[ACCURACY],
+        max_abs_logit_diff=switch['differences']['test images']['absolute'],
+        params_train=before['params'],
+        params_deploy=after['params'],
+        latency_ms_train_form=before['latency_ms'],
+        latency_ms_deploy=after['latency_ms'],
+        training_seconds=training_seconds,
+        seconds=seconds,
+    )
+
+
+def read_curves(train_dir: Path) -> tuple[list, list]:
+    """(epochs, losses) of training and (epochs, accuracies) of validation."""
+    files = sorted(train_dir.glob('*/vis_data/scalars.json'))
+    if not files:
+        raise FileNotFoundError(f'no scalars.json under {train_dir}')
+    records = [json.loads(line) for line in files[-1].read_text().splitlines()]
+    losses = [r for r in records if 'loss' in r]
+    steps_per_epoch = losses[-1]['step'] / losses[-1]['epoch']
+    return (
+        [(r['step'] / steps_per_epoch, r['loss']) for r in losses],
+        [(r['step'], r[ACCURACY]) for r in records if ACCURACY in r],
+    )
+
+
+def plot(losses: list, accuracies: list, summary: dict, path: Path) -> None:
+    """Draws loss and accuracy over the epochs, side by side."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
+    left.plot(*zip(*losses), color='tab:blue')
+    left.set(title='Training loss', xlabel='epoch', yscale='log')
+    right.plot(*zip(*accuracies), marker='.', color='tab:green', label='training form')
+    right.axhline(
+        summary['deploy_top1'],
+        color='tab:orange',
+        linestyle='--',
+        label=f'deployed, after training: {summary["deploy_top1"]:.2f} %',
+    )
+    right.set(title='Validation accuracy (top-1, %)', xlabel='epoch')
+    right.legend(loc='lower right')
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.set_xlim(left=0)
+    figure.suptitle('OREPA-ResNet-18 (slim) on handwritten digits')
+    temporary = path.with_name(f'.{path.name}')
+    figure.savefig(temporary, dpi=120, format='png')
+    temporary.replace(path)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    summary = summarize(args.work_dir, args.seconds, args.training_seconds)
+    curves = args.work_dir / 'curves.png'
+    plot(*read_curves(args.work_dir / 'train'), summary, curves)
+    target = args.work_dir / 'summary.json'
+    temporary = target.with_name('.summary.json')
+    temporary.write_text(json.dumps(summary, indent=2) + '\n')
+    os.replace(temporary, target)
+
+    headers = ('', 'training form', 'deployed')
+    rows = [
+        ('top-1 accuracy (%)', 'train_top1', 'deploy_top1', '.2f'),
+        ('parameters', 'params_train', 'params_deploy', ',d'),
+        ('latency (ms)', 'latency_ms_train_form', 'latency_ms_deploy', '.2f'),
+    ]
+    print(
+        format_table(
+            headers,
+            [
+                (name, format(summary[a], spec), format(summary[b], spec))
+                for name, a, b, spec in rows
+            ],
+        )
+    )
+    print(
+        f'Largest difference of a logit: {summary["max_abs_logit_diff"]:.1e}. '
+        f'Training took {args.training_seconds} s, everything {args.seconds} s.'
+    )
+    print(f'Figures: {target}   Curves: {curves}')
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+if __name__ == '__main__':
+    main()
