@@ -283,9 +283,12 @@ def test_pruning():
     assert_fresh(conv)
 
 
-def test_parametrisation():
+@pytest.mark.parametrize('with_grad', [True, False])
+def test_parametrisation(with_grad):
+    """It frees the parameter that it replaces, unless a graph still holds it."""
     conv = make().eval()
-    assert_fresh(conv)
+    with torch.set_grad_enabled(with_grad):
+        conv(image())
     parametrizations.weight_norm(conv.branches, 'weight_origin')
     assert_fresh(conv)
 
