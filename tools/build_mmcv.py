@@ -25,6 +25,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -257,11 +258,13 @@ def run_build(source: Path, work: Path, cuda: bool, log: Path) -> Path:
             stdout=file,
             stderr=subprocess.STDOUT,
             env=build_environment(compiler, cuda),
+            # A group of its own, so that the compilers can be ended with it.
+            start_new_session=True,
         )
         try:
             report_progress(build, log, header)
         except BaseException:
-            build.terminate()
+            os.killpg(build.pid, signal.SIGTERM)
             build.wait()
             raise
 
@@ -301,7 +304,8 @@ def find_or_build(stack: str) -> Path:
         for leftover in cache.glob('build-*'):
             shutil.rmtree(leftover)
         log = cache / 'build.log'
-        log.write_text('')
+        # What is left of a killed build may still be writing to its log.
+        log.unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(prefix='build-', dir=cache) as folder:
             work = Path(folder)
             source = unpack_source(name, version, work, log)
@@ -343,6 +347,8 @@ def main() -> None:
         help='build nothing; run two operators of the mmcv that is installed',
     )
     arguments = parser.parse_args()
+    # As an exception, so that a build that is ended cleans up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit('build_mmcv: ended'))
     try:
         if arguments.verify:
             verify()
@@ -350,6 +356,8 @@ def main() -> None:
             print(find_or_build(arguments.stack))
     except BuildError as error:
         sys.exit(f'build_mmcv: {error}')
+    except KeyboardInterrupt:
+        sys.exit('build_mmcv: interrupted')
 
 
 if __name__ == '__main__':

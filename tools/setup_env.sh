@@ -94,11 +94,12 @@ step() {
   rm -f "$state/$name"
   printf '==> %s\n' "$description"
   printf '\n==> %s\n' "$description" >>"$log"
-  local started=$SECONDS
+  local started=$SECONDS first_line
+  first_line=$(($(wc -l <"$log") + 1))
   start_heartbeat
   if ! "$@" >>"$log" 2>&1; then
     stop_heartbeat
-    tail -n 25 "$log" >&2
+    tail -n "+$first_line" "$log" | tail -n 25 | cut -c -300 >&2
     fail "failed: $description. The lines above end the log, $log"
   fi
   stop_heartbeat
