@@ -296,7 +296,7 @@ def find_or_build(stack: str) -> Path:
         if finished is not None:
             return finished
 
-        devices = 'CPU and GPU (30 minutes or more)' if cuda else 'CPU (5 minutes)'
+        devices = 'CPU and GPU (30 minutes or more)' if cuda else 'CPU (3 to 6 minutes)'
         say(f'==> Compile the operators of {name} {version} for the {devices}')
         check_tools()
         start = time.monotonic()

@@ -11,7 +11,7 @@ usage() {
 Usage: bash tools/setup_env.sh [--ops] [--tests]
 
   --ops      mmcv with its compiled operators (NMS, RoIAlign, …), which detection
-             needs; compiled once, in about 5 minutes on 2 cores, then kept in a cache
+             needs; compiled once, in 3 to 6 minutes on 2 cores, then kept in a cache
   --tests    what the tests and the style checks need
   --help     this text
 
