@@ -192,6 +192,25 @@ def compose_deep_linear(first: Tensor, second: Tensor, groups: int = 1) -> Tenso
     return F.conv2d(images, second, padding=padding, groups=groups).transpose(0, 1)
 
 
+def constant_response(kernel: Tensor, constants: Tensor, groups: int = 1) -> Tensor:
+    """What a conv answers to maps that are constant, borders included.
+
+    ``r[o] = Σ_i Σ_{h,w} kernel[o, i, h, w] · constants[i]`` within each group. It
+    is how the bias of one conv passes through the next.
+
+    Args:
+        kernel (Tensor): Shape (O, Ig, k, k).
+        constants (Tensor): Shape (I,).
+        groups (int): g. Defaults to 1.
+
+    Returns:
+        Tensor: Shape (O,).
+    """
+    outputs, inputs = kernel.shape[:2]
+    weights = kernel.sum(dim=(2, 3)).reshape(groups, outputs // groups, inputs)
+    return torch.einsum('goi,gi->go', weights, constants.reshape(groups, -1)).flatten()
+
+
 def scaled_sum(kernels: Sequence[Tensor], scales: Tensor) -> Tensor:
     """The linear scaling layers: ``K[o] = Σ_b scales[b, o] · kernels[b][o]``.
 

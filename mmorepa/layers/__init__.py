@@ -1,6 +1,8 @@
 """Re-parameterised convolutions: parameters, and the life that they share."""
 
 from .blocks import BLOCKS, BlockType, build_conv
+from .dbb import DBBConv2d
+from .multi_branch import MultiBranchConv2d
 from .orepa import (
     OREPAConv2d,
     OREPADeepLinearKernel,
@@ -9,17 +11,22 @@ from .orepa import (
 )
 from .plain import PlainConv2d, PlainKernel
 from .reparam_conv import ReparamConv2d
+from .repvgg import OREPARepVGGConv2d, RepVGGConv2d
 from .switch import is_switchable, switch_to_deploy
 
 __all__ = [
     'BLOCKS',
     'BlockType',
+    'DBBConv2d',
+    'MultiBranchConv2d',
     'OREPAConv2d',
     'OREPADeepLinearKernel',
     'OREPAKernel',
     'OREPAPointwiseKernel',
+    'OREPARepVGGConv2d',
     'PlainConv2d',
     'PlainKernel',
+    'RepVGGConv2d',
     'ReparamConv2d',
     'build_conv',
     'is_switchable',

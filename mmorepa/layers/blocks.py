@@ -1,10 +1,13 @@
 """Which conv a network builds where, by the name of its block."""
 
 from dataclasses import dataclass
+from typing import Optional
 
+from .dbb import DBBConv2d
 from .orepa import DEEP_LINEAR_FROM, OREPAConv2d
 from .plain import PlainConv2d
 from .reparam_conv import ReparamConv2d
+from .repvgg import OREPARepVGGConv2d, RepVGGConv2d
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,21 @@ class BlockType:
 
 BLOCKS: dict[str, BlockType] = {
     'none': BlockType(PlainConv2d),
+    'dbb': BlockType(DBBConv2d),
     'orepa': BlockType(OREPAConv2d, OREPAConv2d, OREPAConv2d),
+    'repvgg': BlockType(RepVGGConv2d),
+    'orepa_repvgg': BlockType(OREPARepVGGConv2d),
 }
 """Block types by name; add your own entry to use it as ``block=...``."""
 
 
 def build_conv(
-    block: str, in_channels: int, out_channels: int, kernel_size: int, **kwargs
+    block: str,
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    block_cfg: Optional[dict] = None,
+    **kwargs,
 ) -> ReparamConv2d:
     """Builds the conv that networks of this block type use.
 
@@ -45,6 +56,9 @@ def build_conv(
         in_channels (int): I.
         out_channels (int): O.
         kernel_size (int): k.
+        block_cfg (dict, optional): Arguments that only convs of this block type
+            take, such as ``branches`` and ``initial_scales``; plain convs in its
+            networks do without. Defaults to None.
         **kwargs: See :class:`ReparamConv2d`.
 
     Returns:
@@ -56,4 +70,6 @@ def build_conv(
     if block not in BLOCKS:
         raise ValueError(f'unknown block {block!r}; choose one of {", ".join(BLOCKS)}')
     conv = BLOCKS[block].conv(kernel_size)
+    if conv is not PlainConv2d:
+        kwargs.update(block_cfg or {})
     return conv(in_channels, out_channels, kernel_size, **kwargs)

@@ -247,11 +247,20 @@ class OREPAConv2d(ReparamConv2d):
     and an :class:`OREPADeepLinearKernel` from 7 on, as in the paper's networks.
 
     Args:
-        branches (Sequence[str], optional): The names of the branches to build,
-            for ablations. Defaults to all.
+        branches (Sequence[str], optional): The names of the branches to build, for
+            ablations: of :class:`OREPAKernel` and :class:`OREPAPointwiseKernel`,
+            each of which takes those that are its own. Defaults to all.
         initial_scales (dict[str, float], optional): Initial scale by branch name.
             Defaults to None, the paper's.
+        single_init (bool): Whether only the plain kernel is scaled by one at the
+            start, and every other branch by zero, but for ``initial_scales``.
+            Defaults to False.
+        kaiming_a (float, optional): See :class:`OREPAKernel`. Defaults to None, the
+            paper's for each kernel.
         *args, **kwargs: See :class:`ReparamConv2d`.
+
+    Raises:
+        ValueError: If a branch is not known, or none is left.
 
     Examples:
         >>> conv = OREPAConv2d(64, 128, 3, stride=2, padding=1, bias=False)
@@ -273,9 +282,15 @@ class OREPAConv2d(ReparamConv2d):
         *,
         branches: Optional[Sequence[str]] = None,
         initial_scales: Optional[dict[str, float]] = None,
+        single_init: bool = False,
+        kaiming_a: Optional[float] = None,
         **kwargs,
     ) -> None:
-        self._kernel_options = dict(branches=branches, initial_scales=initial_scales)
+        # Before the base class, which builds the branches.
+        self._branches = branches
+        self._initial_scales = initial_scales or {}
+        self._single_init = single_init
+        self._kaiming_a = kaiming_a
         super().__init__(
             in_channels,
             out_channels,
@@ -292,12 +307,30 @@ class OREPAConv2d(ReparamConv2d):
     def build_branches(self) -> nn.Module:
         size = self.kernel_size[0]
         channels = (self.out_channels, self.in_channels)
-        options = dict(groups=self.groups, **self._kernel_options)
         if size == 1:
-            return OREPAPointwiseKernel(*channels, **options)
+            return OREPAPointwiseKernel(
+                *channels, **self._kernel_options(OREPAPointwiseKernel)
+            )
+        options = self._kernel_options(OREPAKernel)
         if size < DEEP_LINEAR_FROM:
             return OREPAKernel(*channels, size, **options)
         return OREPADeepLinearKernel(*channels, size, **options)
+
+    def _kernel_options(self, kernel: type[nn.Module]) -> dict:
+        """The arguments for one kind of kernel, out of those for all kinds."""
+        own = kernel.INITIAL_SCALES
+        known = {**OREPAKernel.INITIAL_SCALES, **OREPAPointwiseKernel.INITIAL_SCALES}
+        for name in (*(self._branches or ()), *self._initial_scales):
+            _check_branch(name, known)
+        scales = {k: v for k, v in self._initial_scales.items() if k in own}
+        if self._single_init:
+            scales = {**dict.fromkeys(own, 0.0), 'origin': 1.0, **scales}
+        options = dict(groups=self.groups, initial_scales=scales)
+        if self._branches is not None:
+            options['branches'] = [name for name in self._branches if name in own]
+        if self._kaiming_a is not None:
+            options['kaiming_a'] = self._kaiming_a
+        return options
 
 
 def _kaiming_uniform(shape: Sequence[int], a: float) -> nn.Parameter:
@@ -321,11 +354,7 @@ def _initial_scales(
     chosen = tuple(defaults) if branches is None else tuple(branches)
     given = initial_scales or {}
     for name in (*chosen, *given):
-        if name not in defaults:
-            raise ValueError(
-                f'unknown branch {name!r}; the branches of this kernel are '
-                f'{", ".join(defaults)}'
-            )
+        _check_branch(name, defaults)
     if not chosen:
         raise ValueError(
             f'no branch is left; choose at least one of {", ".join(defaults)}'
@@ -335,3 +364,11 @@ def _initial_scales(
         for name, initial in defaults.items()
         if name in chosen
     }
+
+
+def _check_branch(name: str, known: dict[str, float]) -> None:
+    if name not in known:
+        raise ValueError(
+            f'unknown branch {name!r}; the branches of this kernel are '
+            f'{", ".join(known)}'
+        )

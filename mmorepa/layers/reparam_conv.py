@@ -93,7 +93,7 @@ class ReparamConv2d(nn.Conv2d):
         self._online_fold = OnlineFold()
         self._become_training_form(with_branches=not deploy)
         if deploy:
-            self._become_plain(bias or self._norm_is_foldable)
+            self._become_plain(self._deployed_with_bias)
 
     def build_branches(self) -> nn.Module:
         """Makes the parameters of the training form.
@@ -129,10 +129,24 @@ class ReparamConv2d(nn.Conv2d):
         Returns:
             Tensor: Shape (N, O, H', W').
         """
-        x = self._conv_forward(x, self.kernel(), self.bias)
+        if self.deployed:
+            x = self._conv_forward(x, self.weight, self.bias)
+        else:
+            x = self.convolve(x)
         if self.norm is not None:
             x = self.norm(x)
         return x if self.act is None else self.act(x)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """The training form, up to normalisation.
+
+        Args:
+            x (Tensor): Shape (N, I, H, W).
+
+        Returns:
+            Tensor: Shape (N, O, H', W').
+        """
+        return self._conv_forward(x, self.kernel(), self.bias)
 
     @torch.no_grad()
     def equivalent_kernel_bias(self) -> tuple[Tensor, Optional[Tensor]]:
@@ -147,24 +161,26 @@ class ReparamConv2d(nn.Conv2d):
         bias = None if self.bias is None else _double(self.bias)
         if self.deployed:
             return _double(self.weight), bias
+        kernel, bias = self.fold(bias)
+        return (
+            fold_norm(kernel, bias, self.norm) if self._folds_norm else (kernel, bias)
+        )
+
+    def fold(self, bias: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
+        """The kernel and bias of the branches, before :attr:`norm`, in float64.
+
+        Args:
+            bias (Tensor, optional): This conv's own bias, shape (O,), in float64.
+
+        Returns:
+            tuple[Tensor, Tensor | None]: Shapes (O, Ig, k, k) and (O,).
+        """
         tensors = {
             **dict(self.branches.named_parameters()),
             **dict(self.branches.named_buffers()),
         }
         wide = {name: _double(tensor) for name, tensor in tensors.items()}
-        kernel = functional_call(self.branches, wide, ())
-        if not self._norm_is_foldable:
-            return kernel, bias
-        norm = self.norm
-        return fuse_bn(
-            kernel,
-            bias,
-            _double(norm.running_mean),
-            _double(norm.running_var),
-            _double(norm.weight) if norm.affine else None,
-            _double(norm.bias) if norm.affine else None,
-            norm.eps,
-        )
+        return functional_call(self.branches, wide, ()), bias
 
     def switch_to_deploy(self) -> None:
         """Turns this module into the plain conv, in place.
@@ -205,9 +221,18 @@ class ReparamConv2d(nn.Conv2d):
         return f'{plain}, {form}'
 
     @property
-    def _norm_is_foldable(self) -> bool:
-        # Without running statistics the normalisation depends on the batch.
-        return isinstance(self.norm, _BatchNorm) and self.norm.track_running_stats
+    def _folds_norm(self) -> bool:
+        return is_foldable(self.norm)
+
+    @property
+    def _deployed_with_bias(self) -> bool:
+        return self.conv_bias or self._folds_norm
+
+    def build_norm(self) -> Optional[nn.Module]:
+        """Makes :attr:`norm` from ``norm_cfg``, or none."""
+        if self.norm_cfg is None:
+            return None
+        return build_norm_layer(self.norm_cfg, self.out_channels)[1]
 
     def _become_training_form(self, with_branches: bool = True) -> None:
         """Gives this module fresh parameters of the training form."""
@@ -215,9 +240,7 @@ class ReparamConv2d(nn.Conv2d):
         self.weight, self.bias = None, None
         if self.conv_bias:
             self.bias = nn.Parameter(torch.zeros(self.out_channels))
-        self.norm: Optional[nn.Module] = None
-        if self.norm_cfg is not None:
-            self.norm = build_norm_layer(self.norm_cfg, self.out_channels)[1]
+        self.norm = self.build_norm()
         self.branches = self.build_branches() if with_branches else None
 
     def _become_plain(self, with_bias: bool, like: Optional[Tensor] = None) -> None:
@@ -228,7 +251,7 @@ class ReparamConv2d(nn.Conv2d):
         """
         self.deployed = True
         del self.branches
-        if self._norm_is_foldable:
+        if self._folds_norm:
             self.norm = None
         shape = (self.in_channels, self.out_channels, self.kernel_size)
         options = dict(groups=self.groups, bias=with_bias)
@@ -302,6 +325,36 @@ class ReparamConv2d(nn.Conv2d):
         twin.switch_to_deploy()
         for name, value in twin.state_dict().items():
             state_dict[prefix + name] = value
+
+
+def is_foldable(norm: Optional[nn.Module]) -> bool:
+    """Whether a normalisation layer is linear in eval mode: BatchNorm, as a rule."""
+    # Without running statistics the normalisation depends on the batch.
+    return isinstance(norm, _BatchNorm) and norm.track_running_stats
+
+
+def fold_norm(
+    kernel: Tensor, bias: Optional[Tensor], norm: _BatchNorm
+) -> tuple[Tensor, Tensor]:
+    """A BatchNorm layer folded into the float64 conv before it.
+
+    Args:
+        kernel (Tensor): Shape (O, Ig, k, k), float64.
+        bias (Tensor, optional): Shape (O,), float64.
+        norm (nn.Module): A layer that :func:`is_foldable`.
+
+    Returns:
+        tuple[Tensor, Tensor]: Kernel and bias, in float64.
+    """
+    return fuse_bn(
+        kernel,
+        bias,
+        _double(norm.running_mean),
+        _double(norm.running_var),
+        _double(norm.weight) if norm.affine else None,
+        _double(norm.bias) if norm.affine else None,
+        norm.eps,
+    )
 
 
 _last_load: Optional[list] = None

@@ -17,9 +17,11 @@ def switch_to_deploy(module: nn.Module) -> nn.Module:
     Returns:
         nn.Module: ``module`` itself.
     """
-    for child in list(module.modules()):
-        if isinstance(child, ReparamConv2d):
-            child.switch_to_deploy()
+    if isinstance(module, ReparamConv2d):
+        module.switch_to_deploy()
+    else:
+        for child in module.children():
+            switch_to_deploy(child)
     return module
 
 

@@ -1,0 +1,164 @@
+"""The Diverse Branch Block (Ding et al., CVPR 2021), the paper's baseline."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..functional import (
+    average_kernel,
+    compose_1x1_kxk,
+    constant_response,
+    filtered_kernel,
+    identity_1x1,
+)
+from .multi_branch import MultiBranchConv2d
+from .plain import PlainConv2d
+from .reparam_conv import ReparamConv2d
+
+
+class DBBConv2d(MultiBranchConv2d):
+    """Four branches, each with BatchNorm, that run on the feature map.
+
+    ================= ==========================================================
+    ``origin``        k×k conv
+    ``pointwise``     1×1 conv
+    ``average``       1×1 conv, BatchNorm, k×k average pooling
+    ``pointwise_kxk`` 1×1 conv (initially the identity), BatchNorm, k×k conv
+    ================= ==========================================================
+
+    Args:
+        *args, **kwargs: See :class:`MultiBranchConv2d`.
+    """
+
+    BRANCHES = ('origin', 'pointwise', 'average', 'pointwise_kxk')
+
+    def build_branch(self, name: str) -> nn.Module:
+        kxk = dict(
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            dilation=self.dilation,
+            bias=False,
+            norm_cfg=self.norm_cfg,
+        )
+        pointwise = dict(
+            kernel_size=1, groups=self.groups, bias=False, norm_cfg=self.norm_cfg
+        )
+        inputs, outputs = self.in_channels, self.out_channels
+        if name == 'origin':
+            return PlainConv2d(
+                inputs, outputs, padding=self.padding, groups=self.groups, **kxk
+            )
+        if name == 'pointwise':
+            return PlainConv2d(inputs, outputs, stride=self.stride, **pointwise)
+        if name == 'average':
+            return PointwiseThenConv2d(
+                PlainConv2d(inputs, outputs, **pointwise),
+                AverageConv2d(outputs, outputs, groups=outputs, **kxk),
+                self.padding[0],
+            )
+        return PointwiseThenConv2d(
+            IdentityConv2d(inputs, inputs, **pointwise),
+            PlainConv2d(inputs, outputs, groups=self.groups, **kxk),
+            self.padding[0],
+        )
+
+
+class PointwiseThenConv2d(nn.Module):
+    """A 1×1 conv with BatchNorm, padding, and a k×k conv with BatchNorm.
+
+    The map between the two is padded with what BatchNorm makes of zero, so that the
+    two fold into one zero-padded conv, exactly, at the borders as well.
+
+    Args:
+        first (ReparamConv2d): The 1×1 conv.
+        second (ReparamConv2d): The k×k conv, without padding. Its groups are those
+            of ``first``, or it is depthwise.
+        padding (int): The padding between them.
+    """
+
+    def __init__(
+        self, first: ReparamConv2d, second: ReparamConv2d, padding: int
+    ) -> None:
+        super().__init__()
+        self.first = first
+        self.second = second
+        self.padding = padding
+
+    @property
+    def norm(self) -> nn.Module:
+        """The last BatchNorm."""
+        return self.second.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, I, H, W) to (N, O, H', W')."""
+        x = self.first(x)
+        # After the conv, so that these are the statistics it has just updated.
+        value = _answer_to_zero(self.first.norm).to(x.dtype)[:, None, None]
+        border = F.pad(x.new_zeros(1, 1, *x.shape[-2:]), [self.padding] * 4, value=1)
+        return self.second(F.pad(x, [self.padding] * 4) + border * value)
+
+    def equivalent_kernel_bias(self) -> tuple[Tensor, Tensor]:
+        """Kernel, shape (O, Ig, k, k), and bias, shape (O,), in float64."""
+        first, first_bias = self.first.equivalent_kernel_bias()
+        second, second_bias = self.second.equivalent_kernel_bias()
+        groups = self.second.groups
+        if groups == self.first.groups:
+            kernel = compose_1x1_kxk(first, second, groups)
+        else:
+            kernel = filtered_kernel(first, second[:, 0])
+        return kernel, second_bias + constant_response(second, first_bias, groups)
+
+
+class IdentityConv2d(ReparamConv2d):
+    """A 1×1 conv that learns the difference from the identity."""
+
+    def build_branches(self) -> '_IdentityKernel':
+        return _IdentityKernel(self.in_channels, self.groups)
+
+
+class _IdentityKernel(nn.Module):
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        inputs = channels // groups
+        self.weight = nn.Parameter(torch.zeros(channels, inputs, 1, 1))
+        self.register_buffer(
+            'identity', identity_1x1(channels, inputs), persistent=False
+        )
+
+    def forward(self) -> Tensor:
+        return self.weight + self.identity
+
+
+class AverageConv2d(ReparamConv2d):
+    """Average pooling as the depthwise conv that it is, dilation included."""
+
+    def build_branches(self) -> '_AverageKernel':
+        return _AverageKernel(self.out_channels, self.kernel_size[0])
+
+    def convolve(self, x: Tensor) -> Tensor:
+        if self.dilation == (1, 1):  # Several times faster than a depthwise conv.
+            return F.avg_pool2d(x, self.kernel_size, self.stride, self.padding)
+        return super().convolve(x)
+
+
+class _AverageKernel(nn.Module):
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+        # The division is left to forward(), to be exact in the dtype of the fold.
+        self.register_buffer('ones', torch.ones(channels, 1, 1, 1), persistent=False)
+
+    def forward(self) -> Tensor:
+        return average_kernel(self.ones, self.kernel_size)
+
+
+def _answer_to_zero(norm: nn.Module) -> Tensor:
+    """What a BatchNorm with its running statistics makes of a map of zeros.
+
+    Without a gradient, as published: the border is a constant.
+    """
+    scale = (norm.running_var + norm.eps).rsqrt()
+    value = -norm.running_mean * scale
+    if norm.affine:
+        value = norm.bias.detach() + value * norm.weight.detach()
+    return value

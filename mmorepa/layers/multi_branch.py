@@ -1,0 +1,149 @@
+"""Blocks whose branches run side by side on the feature map, each with its norm."""
+
+from collections.abc import Sequence
+from typing import Optional, Union
+
+from torch import Tensor, nn
+
+from ..functional import embed_1x1
+from .reparam_conv import IntPair, ReparamConv2d, is_foldable
+
+
+class MultiBranchConv2d(ReparamConv2d):
+    """A sum of branches that each end in a BatchNorm of their own.
+
+    The normalisation makes each branch non-linear while training, so that all of
+    them run on the feature map: the price that online folding saves. A branch is a
+    :class:`ReparamConv2d` or any other module with an ``equivalent_kernel_bias`` and
+    a ``norm``; subclasses list their names in :attr:`BRANCHES` and make each in
+    ``build_branch``.
+
+    Args:
+        branches (Sequence[str], optional): The names of the branches to build.
+            Defaults to all.
+        initial_scales (dict[str, float], optional): Initial weight of the last
+            BatchNorm of a branch, by name. Defaults to None, ones.
+        single_init (bool): Whether only ``origin`` starts with ones, and every
+            other branch with zeros, but for ``initial_scales``. Defaults to False.
+        *args, **kwargs: See :class:`ReparamConv2d`; ``norm_cfg`` is that of the
+            branches and defaults to ``dict(type='BN')``.
+
+    Raises:
+        ValueError: If a branch is not known, none is left, the padding differs
+            between the branches' centres, or the norm has no fold.
+    """
+
+    BRANCHES: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: IntPair,
+        stride: IntPair = 1,
+        padding: Union[IntPair, str] = 0,
+        dilation: IntPair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = 'zeros',
+        *,
+        norm_cfg: Optional[dict] = None,
+        branches: Optional[Sequence[str]] = None,
+        initial_scales: Optional[dict[str, float]] = None,
+        single_init: bool = False,
+        **kwargs,
+    ) -> None:
+        # Before the base class, which builds the branches.
+        self._branches = self._choose(branches)
+        self._initial_scales = dict(initial_scales or {})
+        self._choose(self._initial_scales or None)  # Names known?
+        if single_init:
+            scales = dict.fromkeys(self.BRANCHES, 0.0)
+            self._initial_scales = {**scales, 'origin': 1.0, **self._initial_scales}
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            norm_cfg=norm_cfg or dict(type='BN'),
+            **kwargs,
+        )
+        size, reach = self.kernel_size[0], self.dilation[0] * (self.kernel_size[0] // 2)
+        if self.padding != (reach, reach) or self.dilation[0] != self.dilation[1]:
+            raise ValueError(
+                f'{type(self).__name__} folds its 1x1 branches into the centre of the '
+                f'{size}x{size} kernel, which takes padding = dilation * '
+                f'{size // 2} = {reach} here; found padding={padding}, '
+                f'dilation={dilation}'
+            )
+
+    def build_branch(self, name: str) -> Optional[nn.Module]:
+        """Makes the branch of this name.
+
+        Args:
+            name (str): One of :attr:`BRANCHES`.
+
+        Returns:
+            nn.Module | None: None where this conv has no such branch.
+        """
+        raise NotImplementedError
+
+    def build_branches(self) -> nn.ModuleDict:
+        branches = nn.ModuleDict()
+        for name in self._branches:
+            branch = self.build_branch(name)
+            if branch is None:
+                continue
+            if not is_foldable(branch.norm):
+                raise ValueError(
+                    f'{type(self).__name__} needs a BatchNorm, which folds, in every '
+                    f'branch; found norm_cfg={self.norm_cfg}'
+                )
+            if name in self._initial_scales:
+                nn.init.constant_(branch.norm.weight, self._initial_scales[name])
+            branches[name] = branch
+        return branches
+
+    def build_norm(self) -> None:
+        return None  # The branches have theirs.
+
+    def kernel(self) -> Tensor:
+        if self.deployed:
+            return self.weight
+        raise TypeError(
+            f'{type(self).__name__} has no kernel while it trains, since each branch '
+            'has its own BatchNorm; equivalent_kernel_bias() gives that of eval mode'
+        )
+
+    def convolve(self, x: Tensor) -> Tensor:
+        total = sum(branch(x) for branch in self.branches.values())
+        return total if self.bias is None else total + self.bias[:, None, None]
+
+    def fold(self, bias: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+        folds = [b.equivalent_kernel_bias() for b in self.branches.values()]
+        size = self.kernel_size[0]
+        kernel = sum(k if k.shape[-1] == size else embed_1x1(k, size) for k, _ in folds)
+        return kernel, sum(b for _, b in folds) + (0 if bias is None else bias)
+
+    @property
+    def _deployed_with_bias(self) -> bool:
+        return True  # The norms of the branches leave one.
+
+    @classmethod
+    def _choose(cls, names: Optional[Sequence[str]]) -> tuple[str, ...]:
+        for name in names or ():
+            if name not in cls.BRANCHES:
+                raise ValueError(
+                    f'unknown branch {name!r}; the branches of {cls.__name__} are '
+                    f'{", ".join(cls.BRANCHES)}'
+                )
+        if names is not None and not names:
+            raise ValueError(
+                f'no branch is left; choose at least one of {", ".join(cls.BRANCHES)}'
+            )
+        return tuple(n for n in cls.BRANCHES if names is None or n in names)

@@ -1,0 +1,98 @@
+"""RepVGG blocks (Ding et al., CVPR 2021), with a plain or an OREPA 3×3 branch."""
+
+from typing import Optional
+
+from mmcv.cnn import build_norm_layer
+from torch import Tensor, nn
+
+from ..functional import identity_1x1
+from .multi_branch import MultiBranchConv2d
+from .orepa import OREPAConv2d, OREPAKernel
+from .plain import PlainConv2d
+from .reparam_conv import ReparamConv2d, fold_norm
+
+
+class RepVGGConv2d(MultiBranchConv2d):
+    """``BN(conv k×k) + BN(conv 1×1) [+ BN(x)]``, the last where shapes allow it.
+
+    Args:
+        *args, **kwargs: See :class:`MultiBranchConv2d`.
+    """
+
+    BRANCHES = ('origin', 'pointwise', 'identity')
+
+    def build_branch(self, name: str) -> Optional[nn.Module]:
+        if name == 'origin':
+            return self.build_origin()
+        if name == 'pointwise':
+            return PlainConv2d(
+                self.in_channels,
+                self.out_channels,
+                1,
+                stride=self.stride,
+                groups=self.groups,
+                bias=False,
+                norm_cfg=self.norm_cfg,
+            )
+        if self.in_channels != self.out_channels or self.stride != (1, 1):
+            return None
+        return IdentityBranch(self.out_channels, self.groups, self.norm_cfg)
+
+    def build_origin(self) -> ReparamConv2d:
+        """Makes the k×k branch."""
+        return PlainConv2d(**self._origin_arguments())
+
+    def _origin_arguments(self) -> dict:
+        return dict(
+            in_channels=self.in_channels,
+            out_channels=self.out_channels,
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            bias=False,
+            norm_cfg=self.norm_cfg,
+        )
+
+
+class OREPARepVGGConv2d(RepVGGConv2d):
+    """A RepVGG block whose k×k branch is an OREPA conv.
+
+    The OREPA conv has no 1×1 branch, since the block has one, and starts with the
+    scales .25 (``origin``), .25 (``average``), 0 (``frequency``), .5
+    (``pointwise_kxk``) and .5 (``depthwise_separable``).
+
+    Args:
+        *args, **kwargs: See :class:`MultiBranchConv2d`.
+    """
+
+    def build_origin(self) -> OREPAConv2d:
+        names = [name for name in OREPAKernel.INITIAL_SCALES if name != 'pointwise']
+        return OREPAConv2d(**self._origin_arguments(), branches=names, kaiming_a=1.0)
+
+
+class IdentityBranch(nn.Module):
+    """BatchNorm of the input.
+
+    Args:
+        channels (int): I = O.
+        groups (int): g of the block.
+        norm_cfg (dict): The BatchNorm.
+    """
+
+    def __init__(self, channels: int, groups: int, norm_cfg: dict) -> None:
+        super().__init__()
+        self.groups = groups
+        self.norm = build_norm_layer(norm_cfg, channels)[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, C, H, W) to the same shape."""
+        return self.norm(x)
+
+    def equivalent_kernel_bias(self) -> tuple[Tensor, Tensor]:
+        """Kernel, shape (C, C/g, 1, 1), and bias, shape (C,), in float64."""
+        channels = self.norm.num_features
+        identity = identity_1x1(channels, channels // self.groups)
+        kernel = identity.to(self.norm.running_mean.device).double()
+        return fold_norm(kernel, None, self.norm)
