@@ -8,10 +8,9 @@ from mmcv.cnn import build_activation_layer
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import ReparamConv2d, build_conv
-from ..utils.errors import CheckpointError
+from .staged_backbone import StagedBackbone, scaled_channels
 
 
 class _ResidualBlock(BaseModule):
@@ -25,6 +24,7 @@ class _ResidualBlock(BaseModule):
         groups (int): Groups of the 3×3 conv of a bottleneck. Defaults to 1.
         width_per_group (int): Width of a group for 64 channels. Defaults to 64.
         block (str): Block type of the convs. Defaults to ``'orepa'``.
+        block_cfg (dict, optional): Their further arguments. Defaults to None.
         norm_cfg (dict): Normalisation of every conv.
         act_cfg (dict): Activation.
         with_cp (bool): Recomputes activations in the backward pass.
@@ -45,6 +45,7 @@ class _ResidualBlock(BaseModule):
         groups: int = 1,
         width_per_group: int = 64,
         block: str = 'orepa',
+        block_cfg: Optional[dict] = None,
         norm_cfg: Optional[dict] = None,
         act_cfg: Optional[dict] = None,
         with_cp: bool = False,
@@ -53,7 +54,9 @@ class _ResidualBlock(BaseModule):
         super().__init__()
         self.with_cp = with_cp
         self.block = block
-        self.conv_cfg = dict(bias=False, norm_cfg=norm_cfg, deploy=deploy)
+        self.conv_cfg = dict(
+            bias=False, norm_cfg=norm_cfg, deploy=deploy, block_cfg=block_cfg
+        )
         self.act_cfg = act_cfg
         out_channels = channels * self.expansion
         self.build_branch(
@@ -165,6 +168,11 @@ class Bottleneck(_ResidualBlock):
         width_per_group: int,
     ) -> None:
         width = channels * width_per_group // 64 * groups
+        if width < 1:
+            raise ValueError(
+                f'width_per_group={width_per_group} leaves no channel for a group of '
+                f'a stage of {channels} channels; it counts those of a stage of 64'
+            )
         self.conv1 = build_conv(
             self.block, in_channels, width, 1, act_cfg=self.act_cfg, **self.conv_cfg
         )
@@ -188,7 +196,7 @@ class Bottleneck(_ResidualBlock):
 
 
 @MODELS.register_module()
-class OREPAResNet(BaseModule):
+class OREPAResNet(StagedBackbone):
     """ResNet and ResNeXt of OREPA convs, or of any other block type.
 
     With ``block='orepa'`` all 3×3 convs, the 1×1 convs of bottlenecks and the
@@ -198,8 +206,10 @@ class OREPAResNet(BaseModule):
 
     Args:
         depth (int): 18, 34, 50, 101 or 152.
-        block (str): Block type, a key of :data:`mmorepa.layers.BLOCKS`: ``'orepa'``
-            or ``'none'``, the plain ResNet. Defaults to ``'orepa'``.
+        block (str): Block type, a key of :data:`mmorepa.layers.BLOCKS`: ``'orepa'``,
+            ``'dbb'`` or ``'none'``, the plain ResNet. Defaults to ``'orepa'``.
+        block_cfg (dict, optional): Arguments of the block type's convs, such as
+            ``branches`` or ``single_init``. Defaults to None.
         in_channels (int): Channels of the image. Defaults to 3.
         base_channels (int): Width of the stem and of the first stage, before
             expansion. Defaults to 64.
@@ -258,6 +268,7 @@ class OREPAResNet(BaseModule):
         self,
         depth: int,
         block: str = 'orepa',
+        block_cfg: Optional[dict] = None,
         in_channels: int = 3,
         base_channels: int = 64,
         width_mult: float = 1.0,
@@ -279,9 +290,16 @@ class OREPAResNet(BaseModule):
         deploy: bool = False,
         init_cfg: Union[dict, list[dict], None] = None,
     ) -> None:
-        super().__init__(init_cfg)
+        super().__init__(
+            num_stages,
+            strides,
+            dilations,
+            out_indices,
+            frozen_stages,
+            norm_eval,
+            init_cfg,
+        )
         residual_block, depths = self._architecture(depth)
-        self._check_stages(num_stages, strides, dilations, out_indices, frozen_stages)
         if style != 'pytorch':
             raise ValueError(
                 "OREPAResNet has the stride on the 3x3 conv, style='pytorch'; "
@@ -293,42 +311,34 @@ class OREPAResNet(BaseModule):
                 f'{depths[num_stages - 1]} blocks of the last stage, found {multi_grid}'
             )
         self.depth = depth
-        self.out_indices = tuple(out_indices)
-        self.frozen_stages = frozen_stages
-        self.norm_eval = norm_eval
         self.zero_init_residual = zero_init_residual
-        norm_cfg = norm_cfg or dict(type='BN', requires_grad=True)
-        act_cfg = act_cfg or dict(type='ReLU', inplace=True)
-
-        base_channels = int(base_channels * width_mult)
+        convs = dict(
+            block=block,
+            block_cfg=block_cfg,
+            norm_cfg=norm_cfg or dict(type='BN', requires_grad=True),
+            act_cfg=act_cfg or dict(type='ReLU', inplace=True),
+            deploy=deploy,
+        )
+        base_channels = scaled_channels(base_channels, width_mult, 'the stem')
         self.stem = build_conv(
-            block,
-            in_channels,
-            base_channels,
-            7,
+            in_channels=in_channels,
+            out_channels=base_channels,
+            kernel_size=7,
             stride=2,
             padding=3,
             bias=False,
-            norm_cfg=norm_cfg,
-            act_cfg=act_cfg,
-            deploy=deploy,
+            **convs,
         )
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         channels = base_channels
-        self.stage_names: list[str] = []
         for i in range(num_stages):
             width = base_channels * 2**i
-            is_last = i == num_stages - 1
-            stage = nn.Sequential()
+            grid = multi_grid if i == num_stages - 1 else None
+            blocks = []
             for j, dilation in enumerate(
-                _block_dilations(
-                    depths[i],
-                    dilations[i],
-                    contract_dilation,
-                    multi_grid if is_last else None,
-                )
+                _block_dilations(depths[i], dilations[i], contract_dilation, grid)
             ):
-                stage.append(
+                blocks.append(
                     residual_block(
                         channels,
                         width,
@@ -336,41 +346,17 @@ class OREPAResNet(BaseModule):
                         dilation=dilation,
                         groups=groups,
                         width_per_group=width_per_group,
-                        block=block,
-                        norm_cfg=norm_cfg,
-                        act_cfg=act_cfg,
                         with_cp=with_cp,
-                        deploy=deploy,
+                        **convs,
                     )
                 )
                 channels = width * residual_block.expansion
-            name = f'layer{i + 1}'
-            self.add_module(name, stage)
-            self.stage_names.append(name)
+            self.add_stage(*blocks)
         self.feat_dim = channels
-        self._freeze_stages()
+        self.freeze_stages()
 
-    @property
-    def stages(self) -> list[nn.Sequential]:
-        """The stages, in order."""
-        return [getattr(self, name) for name in self.stage_names]
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Returns the outputs of the stages in ``out_indices``.
-
-        Args:
-            x (Tensor): Shape (N, in_channels, H, W).
-
-        Returns:
-            tuple[Tensor, ...]: Each of shape (N, C_i, H_i, W_i).
-        """
-        x = self.maxpool(self.stem(x))
-        outputs = []
-        for i, stage in enumerate(self.stages):
-            x = stage(x)
-            if i in self.out_indices:
-                outputs.append(x)
-        return tuple(outputs)
+    def forward_stem(self, x: Tensor) -> Tensor:
+        return self.maxpool(self.stem(x))
 
     def init_weights(self) -> None:
         """Initialises as ``init_cfg`` says; blocks have initialised themselves."""
@@ -382,36 +368,6 @@ class OREPAResNet(BaseModule):
                         nn.init.zeros_(block.convs[-1].norm.weight)
         super().init_weights()
 
-    def train(self, mode: bool = True) -> 'OREPAResNet':
-        """Sets the mode; frozen stages, and BatchNorm with ``norm_eval``, stay."""
-        super().train(mode)
-        self._freeze_stages()
-        if mode and self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
-        return self
-
-    def _freeze_stages(self) -> None:
-        if self.frozen_stages < 0:
-            return
-        for module in [self.stem, *self.stages[: self.frozen_stages]]:
-            module.eval()
-            module.requires_grad_(False)
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        # MMEngine only warns when nothing fits, and training would go on from
-        # random weights.
-        if not prefix and f'backbone.{self._a_key}' in _first_parts(state_dict, 2):
-            raise CheckpointError(
-                "the keys of this checkpoint start with 'backbone.': it is a whole "
-                "model's. Give init_cfg=dict(type='Pretrained', checkpoint=..., "
-                "prefix='backbone.')"
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    _a_key = 'stem'
-
     @classmethod
     def _architecture(cls, depth: int) -> tuple[type[_ResidualBlock], tuple[int, ...]]:
         if depth not in cls.ARCHITECTURES:
@@ -420,32 +376,6 @@ class OREPAResNet(BaseModule):
                 f'{", ".join(map(str, cls.ARCHITECTURES))}'
             )
         return cls.ARCHITECTURES[depth]
-
-    @staticmethod
-    def _check_stages(
-        num_stages: int,
-        strides: Sequence[int],
-        dilations: Sequence[int],
-        out_indices: Sequence[int],
-        frozen_stages: int,
-    ) -> None:
-        if not 1 <= num_stages <= 4:
-            raise ValueError(f'num_stages is 1 to 4, found {num_stages}')
-        if len(strides) < num_stages or len(dilations) < num_stages:
-            raise ValueError(
-                f'strides and dilations need a value for each of the {num_stages} '
-                f'stages, found strides={strides}, dilations={dilations}'
-            )
-        if not all(0 <= i < num_stages for i in out_indices):
-            raise ValueError(
-                f'out_indices counts the stages from 0 to {num_stages - 1}, found '
-                f'{tuple(out_indices)}'
-            )
-        if not -1 <= frozen_stages <= num_stages:
-            raise ValueError(
-                f'frozen_stages is -1 (none), 0 (stem) or up to {num_stages}, found '
-                f'{frozen_stages}'
-            )
 
 
 def _block_dilations(
@@ -459,7 +389,3 @@ def _block_dilations(
         return list(multi_grid)
     first = dilation // 2 if contract_dilation and dilation > 1 else dilation
     return [first] + [dilation] * (depth - 1)
-
-
-def _first_parts(keys: Sequence[str], count: int) -> set:
-    return {'.'.join(key.split('.')[:count]) for key in keys}

@@ -1,0 +1,245 @@
+"""RepVGG networks whose 3×3 branches are re-parameterised further."""
+
+from collections.abc import Sequence
+from typing import Optional, Union
+
+import torch.utils.checkpoint as cp
+from mmcv.cnn import build_activation_layer
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from ..layers import build_conv
+from .staged_backbone import StagedBackbone, scaled_channels
+
+
+class SqueezeExcitation(nn.Module):
+    """``x · sigmoid(up(relu(down(mean(x)))))`` (Hu et al., CVPR 2018).
+
+    Args:
+        channels (int): C.
+        reduction (int): The hidden layer has C / reduction channels.
+            Defaults to 16.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        hidden = max(channels // reduction, 1)
+        self.down = nn.Conv2d(channels, hidden, 1)
+        self.up = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, C, H, W) to the same shape."""
+        gate = self.down(x.mean(dim=(2, 3), keepdim=True)).relu()
+        return x * self.up(gate).sigmoid()
+
+
+class RepVGGBlock(BaseModule):
+    """A 3×3 conv of several branches, squeeze-excitation if wanted, activation.
+
+    Args:
+        in_channels (int): I.
+        out_channels (int): O.
+        block (str): Block type of the conv.
+        stride (int): Defaults to 1.
+        dilation (int): Defaults to 1.
+        groups (int): Defaults to 1.
+        use_se (bool): Whether to add squeeze-excitation; it stays when deployed.
+            Defaults to False.
+        block_cfg (dict, optional): Further arguments of the conv. Defaults to None.
+        norm_cfg (dict, optional): Normalisation of the branches.
+        act_cfg (dict, optional): Activation.
+        with_cp (bool): Recomputes activations in the backward pass.
+            Defaults to False.
+        deploy (bool): Builds the deployed form. Defaults to False.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        block: str,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        use_se: bool = False,
+        block_cfg: Optional[dict] = None,
+        norm_cfg: Optional[dict] = None,
+        act_cfg: Optional[dict] = None,
+        with_cp: bool = False,
+        deploy: bool = False,
+    ) -> None:
+        super().__init__()
+        self.with_cp = with_cp
+        self.conv = build_conv(
+            block,
+            in_channels,
+            out_channels,
+            3,
+            stride=stride,
+            padding=dilation,
+            dilation=dilation,
+            groups=groups,
+            bias=False,
+            block_cfg=block_cfg,
+            norm_cfg=norm_cfg,
+            deploy=deploy,
+        )
+        self.se = SqueezeExcitation(out_channels) if use_se else None
+        self.act = build_activation_layer(act_cfg)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, I, H, W) to (N, O, H/stride, W/stride)."""
+        if self.with_cp and x.requires_grad:
+            return cp.checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.act(x if self.se is None else self.se(x))
+
+
+def _architectures() -> dict[str, dict]:
+    """Blocks and width multiplier of each stage, groups, squeeze-excitation."""
+    few, many, most = (2, 4, 14, 1), (4, 6, 16, 1), (8, 14, 24, 1)
+    table = {
+        'A0': dict(num_blocks=few, widths=(0.75, 0.75, 0.75, 2.5)),
+        'A1': dict(num_blocks=few, widths=(1, 1, 1, 2.5)),
+        'A2': dict(num_blocks=few, widths=(1.5, 1.5, 1.5, 2.75)),
+        'B0': dict(num_blocks=many, widths=(1, 1, 1, 2.5)),
+        'B1': dict(num_blocks=many, widths=(2, 2, 2, 4)),
+        'B2': dict(num_blocks=many, widths=(2.5, 2.5, 2.5, 5)),
+        'B3': dict(num_blocks=many, widths=(3, 3, 3, 5)),
+        'D2se': dict(num_blocks=most, widths=(2.5, 2.5, 2.5, 5), use_se=True),
+    }
+    for name in ('B1', 'B2', 'B3'):
+        for groups in (2, 4):
+            table[f'{name}g{groups}'] = dict(table[name], groups=groups)
+    return table
+
+
+@MODELS.register_module()
+class OREPARepVGG(StagedBackbone):
+    """RepVGG with OREPA, plain, or any other kind of 3×3 branches.
+
+    ``y = ReLU(BN(OREPA 3×3 (x)) + BN(conv 1×1 (x)) [+ BN(x)])`` in every block, the
+    stem included; deployed, each block is one 3×3 conv with bias and a ReLU.
+
+    Args:
+        arch (str | dict): A0, A1, A2, B0, B1, B1g2, B1g4, B2, B2g2, B2g4, B3, B3g2,
+            B3g4 or D2se; or a dict with ``num_blocks`` and ``widths`` (multipliers
+            of 64, 128, 256, 512 channels), one each for every stage, and optionally
+            ``groups`` (of every second block) and ``use_se``.
+        block (str): ``'orepa'``, ``'repvgg'``, or a key of
+            :data:`mmorepa.layers.BLOCKS`. Defaults to ``'orepa'``.
+        block_cfg (dict, optional): As for :class:`OREPAResNet`.
+        in_channels (int): Channels of the image. Defaults to 3.
+        base_channels (int): Channels of the first stage at width one.
+            Defaults to 64.
+        num_stages (int): Stages to build, 1 to 4. Defaults to 4.
+        strides (Sequence[int]): Stride of the first block of each stage.
+            Defaults to (2, 2, 2, 2).
+        dilations (Sequence[int]): Dilation of each stage. Defaults to (1, 1, 1, 1).
+        out_indices (Sequence[int]): Stages whose output is returned.
+            Defaults to (0, 1, 2, 3).
+        frozen_stages (int): As for :class:`OREPAResNet`. Defaults to -1.
+        norm_cfg (dict): Defaults to ``dict(type='BN', requires_grad=True)``.
+        norm_eval (bool): As for :class:`OREPAResNet`. Defaults to False.
+        act_cfg (dict): Defaults to ``dict(type='ReLU', inplace=True)``.
+        with_cp (bool): As for :class:`OREPAResNet`. Defaults to False.
+        deploy (bool): Builds the deployed form. Defaults to False.
+        init_cfg (dict | list[dict], optional): As for :class:`OREPAResNet`.
+
+    Raises:
+        ValueError: If an argument has no meaning for this network.
+    """
+
+    ARCHITECTURES = _architectures()
+    # Within this network, 'orepa' means a RepVGG block of which one branch is OREPA.
+    BLOCK_NAMES = {'orepa': 'orepa_repvgg'}
+
+    def __init__(
+        self,
+        arch: Union[str, dict],
+        block: str = 'orepa',
+        block_cfg: Optional[dict] = None,
+        in_channels: int = 3,
+        base_channels: int = 64,
+        num_stages: int = 4,
+        strides: Sequence[int] = (2, 2, 2, 2),
+        dilations: Sequence[int] = (1, 1, 1, 1),
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        norm_cfg: Optional[dict] = None,
+        norm_eval: bool = False,
+        act_cfg: Optional[dict] = None,
+        with_cp: bool = False,
+        deploy: bool = False,
+        init_cfg: Union[dict, list[dict], None] = None,
+    ) -> None:
+        super().__init__(
+            num_stages,
+            strides,
+            dilations,
+            out_indices,
+            frozen_stages,
+            norm_eval,
+            init_cfg,
+        )
+        arch = self._architecture(arch, num_stages)
+        self.arch = arch
+        options = dict(
+            block=self.BLOCK_NAMES.get(block, block),
+            block_cfg=block_cfg,
+            norm_cfg=norm_cfg or dict(type='BN', requires_grad=True),
+            act_cfg=act_cfg or dict(type='ReLU', inplace=True),
+            use_se=arch.get('use_se', False),
+            with_cp=with_cp,
+            deploy=deploy,
+        )
+        widths = [
+            scaled_channels(base_channels * 2**i, width, f'stage {i + 1}')
+            for i, width in enumerate(arch['widths'])
+        ]
+        channels = min(base_channels, widths[0])
+        self.stem = RepVGGBlock(in_channels, channels, stride=2, **options)
+        position = 1
+        for i in range(num_stages):
+            blocks = []
+            for j in range(arch['num_blocks'][i]):
+                blocks.append(
+                    RepVGGBlock(
+                        channels,
+                        widths[i],
+                        stride=strides[i] if j == 0 else 1,
+                        dilation=dilations[i],
+                        # Every second block of the network is grouped.
+                        groups=arch.get('groups', 1) if position % 2 == 0 else 1,
+                        **options,
+                    )
+                )
+                channels = widths[i]
+                position += 1
+            self.add_stage(*blocks)
+        self.feat_dim = channels
+        self.freeze_stages()
+
+    @classmethod
+    def _architecture(cls, arch: Union[str, dict], num_stages: int) -> dict:
+        if isinstance(arch, str):
+            if arch not in cls.ARCHITECTURES:
+                raise ValueError(
+                    f'unknown arch {arch!r} of OREPARepVGG; choose one of '
+                    f'{", ".join(cls.ARCHITECTURES)}, or give a dict'
+                )
+            return cls.ARCHITECTURES[arch]
+        for key in ('num_blocks', 'widths'):
+            if len(arch.get(key, ())) < num_stages:
+                raise ValueError(
+                    f'arch needs {key!r}, a value for each of the {num_stages} '
+                    f'stages, found {arch}'
+                )
+        unknown = set(arch) - {'num_blocks', 'widths', 'groups', 'use_se'}
+        if unknown:
+            raise ValueError(f'arch has no entry {", ".join(sorted(unknown))}')
+        return dict(arch)

@@ -1,0 +1,154 @@
+"""What every network of a stem and stages shares."""
+
+from collections.abc import Sequence
+from typing import Union
+
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..utils.errors import CheckpointError
+
+
+class StagedBackbone(BaseModule):
+    """A stem and up to four stages, with the options that OpenMMLab users expect.
+
+    A subclass calls this constructor first, sets :attr:`stem`, calls
+    :meth:`add_stage` for each stage and :meth:`freeze_stages` in the end.
+
+    Args:
+        num_stages (int): Stages to build, 1 to 4.
+        strides (Sequence[int]): Stride of the first block of each stage.
+        dilations (Sequence[int]): Dilation of each stage.
+        out_indices (Sequence[int]): Stages whose output is returned.
+        frozen_stages (int): 0 freezes the stem, n the stages up to the n-th as
+            well: no gradient and BatchNorm in eval mode. -1 freezes nothing.
+        norm_eval (bool): Whether BatchNorm stays in eval mode while training.
+        init_cfg (dict | list[dict], optional): See
+            :class:`mmengine.model.BaseModule`. Defaults to None.
+
+    Raises:
+        ValueError: If an argument has no meaning for this number of stages.
+    """
+
+    stem: nn.Module
+
+    def __init__(
+        self,
+        num_stages: int,
+        strides: Sequence[int],
+        dilations: Sequence[int],
+        out_indices: Sequence[int],
+        frozen_stages: int,
+        norm_eval: bool,
+        init_cfg: Union[dict, list[dict], None] = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        if not 1 <= num_stages <= 4:
+            raise ValueError(f'num_stages is 1 to 4, found {num_stages}')
+        if len(strides) < num_stages or len(dilations) < num_stages:
+            raise ValueError(
+                f'strides and dilations need a value for each of the {num_stages} '
+                f'stages, found strides={strides}, dilations={dilations}'
+            )
+        if not all(0 <= i < num_stages for i in out_indices):
+            raise ValueError(
+                f'out_indices counts the stages from 0 to {num_stages - 1}, found '
+                f'{tuple(out_indices)}'
+            )
+        if not -1 <= frozen_stages <= num_stages:
+            raise ValueError(
+                f'frozen_stages is -1 (none), 0 (stem) or up to {num_stages}, found '
+                f'{frozen_stages}'
+            )
+        self.out_indices = tuple(out_indices)
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.stage_names: list[str] = []
+
+    def add_stage(self, *blocks: nn.Module) -> None:
+        """Appends a stage as ``layer1``, ``layer2``, ….
+
+        Args:
+            *blocks (nn.Module): Its blocks, in order.
+        """
+        name = f'layer{len(self.stage_names) + 1}'
+        self.add_module(name, nn.Sequential(*blocks))
+        self.stage_names.append(name)
+
+    @property
+    def stages(self) -> list[nn.Sequential]:
+        """The stages, in order."""
+        return [getattr(self, name) for name in self.stage_names]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Returns the outputs of the stages in ``out_indices``.
+
+        Args:
+            x (Tensor): Shape (N, in_channels, H, W).
+
+        Returns:
+            tuple[Tensor, ...]: Each of shape (N, C_i, H_i, W_i).
+        """
+        x = self.forward_stem(x)
+        outputs = []
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if i in self.out_indices:
+                outputs.append(x)
+        return tuple(outputs)
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """What comes before the first stage."""
+        return self.stem(x)
+
+    def train(self, mode: bool = True) -> 'StagedBackbone':
+        """Sets the mode; frozen stages, and BatchNorm with ``norm_eval``, stay."""
+        super().train(mode)
+        self.freeze_stages()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def freeze_stages(self) -> None:
+        """Freezes what ``frozen_stages`` says."""
+        if self.frozen_stages < 0:
+            return
+        for module in [self.stem, *self.stages[: self.frozen_stages]]:
+            module.eval()
+            module.requires_grad_(False)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        # MMEngine only warns when nothing fits, and training would go on from
+        # random weights.
+        if not prefix and any(key.startswith('backbone.stem.') for key in state_dict):
+            raise CheckpointError(
+                "the keys of this checkpoint start with 'backbone.': it is a whole "
+                "model's. Give init_cfg=dict(type='Pretrained', checkpoint=..., "
+                "prefix='backbone.')"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def scaled_channels(channels: int, factor: float, name: str) -> int:
+    """``channels`` times a width multiplier, rounded down.
+
+    Args:
+        channels (int): Channels at width one.
+        factor (float): The multiplier.
+        name (str): What is scaled, for the error.
+
+    Returns:
+        int: At least one.
+
+    Raises:
+        ValueError: If nothing is left.
+    """
+    scaled = int(channels * factor)
+    if scaled < 1:
+        raise ValueError(
+            f'{name} needs at least one channel, found {channels} times {factor}'
+        )
+    return scaled
