@@ -1,0 +1,475 @@
+import copy
+import re
+
+import pytest
+import torch
+import torchvision
+from helpers import assert_near, assert_same_gradients, deployed_twin, trained_like
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmorepa import is_switchable
+from mmorepa.backbones import OREPAResNet
+from mmorepa.layers import (
+    OREPAConv2d,
+    OREPADeepLinearKernel,
+    OREPAKernel,
+    OREPAPointwiseKernel,
+    PlainConv2d,
+    PlainKernel,
+    ReparamConv2d,
+)
+
+
+def tiny(depth=18, **kwargs):
+    return OREPAResNet(depth, **{'base_channels': 8, **kwargs})
+
+
+def image(size=32):
+    return torch.randn(2, 3, size, size)
+
+
+def convs(net):
+    return {
+        name: module
+        for name, module in net.named_modules()
+        if isinstance(module, ReparamConv2d)
+    }
+
+
+def on_meta(build):
+    with torch.device('meta'):
+        return build()
+
+
+# What is built
+
+
+@pytest.mark.parametrize('depth', [18, 34, 50, 101, 152])
+@pytest.mark.parametrize('block', ['orepa', 'none'])
+def test_convs_are_those_of_torchvision(depth, block):
+    ours = on_meta(lambda: OREPAResNet(depth, block=block))
+    theirs = on_meta(getattr(torchvision.models, f'resnet{depth}'))
+    assert_same_convs(ours, theirs)
+
+
+def assert_same_convs(ours, theirs):
+    """Compares the geometry of every conv with that of a stock ResNet."""
+
+    def geometry(conv):
+        return (
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+        )
+
+    expected = {
+        re.sub('^conv1$', 'stem', name.replace('downsample.0', 'downsample')): geometry(
+            module
+        )
+        for name, module in theirs.named_modules()
+        if isinstance(module, nn.Conv2d)
+    }
+    assert {name: geometry(conv) for name, conv in convs(ours).items()} == expected
+
+
+@pytest.mark.parametrize(
+    ('name', 'options'),
+    [
+        ('resnext50_32x4d', dict(depth=50, groups=32, width_per_group=4)),
+        ('resnext101_32x8d', dict(depth=101, groups=32, width_per_group=8)),
+        ('wide_resnet50_2', dict(depth=50, width_per_group=128)),
+    ],
+)
+def test_resnext_and_wide(name, options):
+    ours = on_meta(lambda: OREPAResNet(**options))
+    assert_same_convs(ours, on_meta(getattr(torchvision.models, name)))
+
+
+@pytest.mark.parametrize('width_mult', [0.5, 1.5, 2])
+@pytest.mark.parametrize('depth', [18, 50])
+def test_width_mult(depth, width_mult):
+    base = on_meta(lambda: tiny(depth))
+    wide = on_meta(lambda: tiny(depth, width_mult=width_mult))
+    assert wide.feat_dim == width_mult * base.feat_dim
+    for name, conv in convs(wide).items():
+        assert conv.out_channels == width_mult * convs(base)[name].out_channels
+
+
+@pytest.mark.parametrize('depth', [18, 50])
+def test_kernels_by_place(depth):
+    """Only the projection of basic blocks is plain, as in the paper's networks."""
+    for name, conv in convs(tiny(depth)).items():
+        if name == 'stem':
+            expected = OREPADeepLinearKernel
+        elif name.endswith('downsample') and depth == 18:
+            expected = PlainKernel
+        else:
+            size = conv.kernel_size[0]
+            expected = {1: OREPAPointwiseKernel, 3: OREPAKernel}[size]
+        assert type(conv.branches) is expected, name
+
+
+def test_block_none_is_plain_throughout():
+    for conv in convs(tiny(50, block='none')).values():
+        assert type(conv) is PlainConv2d
+
+
+def test_every_conv_has_its_norm_and_the_right_activations():
+    for depth, last in [(18, 'conv2'), (50, 'conv3')]:
+        for name, conv in convs(tiny(depth)).items():
+            assert isinstance(conv.norm, nn.BatchNorm2d) and conv.bias is None
+            # The sum is activated in place of its two terms.
+            assert (conv.act is None) == name.endswith((last, 'downsample')), name
+
+
+def test_output_shapes():
+    x = image(64)
+    with torch.no_grad():
+        for depth, expansion in [(18, 1), (50, 4)]:
+            net = tiny(depth, block='none').eval()
+            shapes = [tuple(y.shape) for y in net(x)]
+            assert shapes == [
+                (2, 8 * expansion * 2**i, 16 // 2**i, 16 // 2**i) for i in range(4)
+            ]
+            assert net.feat_dim == 64 * expansion
+
+
+@pytest.mark.parametrize(
+    ('num_stages', 'out_indices'), [(4, (3,)), (4, (0, 2)), (2, (0, 1)), (1, (0,))]
+)
+def test_stages_and_outputs(num_stages, out_indices):
+    full = trained_like(tiny()).eval()
+    net = tiny(num_stages=num_stages, out_indices=out_indices).eval()
+    assert len(net.stages) == num_stages
+    net.load_state_dict(
+        {name: full.state_dict()[name] for name in net.state_dict()}, strict=True
+    )
+    x = image()
+    with torch.no_grad():
+        outputs, expected = net(x), full(x)
+    assert isinstance(outputs, tuple)
+    assert_near(outputs, tuple(expected[i] for i in out_indices))
+
+
+def dilations(net):
+    """The dilation of the conv with the stride, by stage and block."""
+    name = 'conv1' if net.depth in (18, 34) else 'conv2'
+    found = [[getattr(block, name) for block in stage] for stage in net.stages]
+    assert all(conv.padding == conv.dilation for stage in found for conv in stage)
+    return [[conv.dilation[0] for conv in stage] for stage in found]
+
+
+@pytest.mark.parametrize('depth', [18, 50])
+@pytest.mark.parametrize(
+    ('options', 'expected'),
+    [
+        (dict(), [1, 1, 1, 1]),
+        (dict(dilations=(1, 1, 2, 4)), [1, 1, 2, 4]),
+    ],
+)
+def test_dilations(depth, options, expected):
+    net = on_meta(lambda: tiny(depth, strides=(1, 2, 1, 1), **options))
+    assert dilations(net) == [
+        [dilation] * len(stage) for dilation, stage in zip(expected, net.stages)
+    ]
+
+
+def test_contract_dilation_and_multi_grid():
+    options = dict(dilations=(1, 1, 2, 4), strides=(1, 2, 1, 1))
+    net = on_meta(lambda: tiny(50, contract_dilation=True, **options))
+    assert dilations(net)[2:] == [[1, 2, 2, 2, 2, 2], [2, 4, 4]]
+    net = on_meta(lambda: tiny(50, multi_grid=(1, 3, 5), **options))
+    assert dilations(net)[2:] == [[2] * 6, [1, 3, 5]]
+    net = on_meta(lambda: tiny(18, multi_grid=(1, 3), num_stages=2, out_indices=[1]))
+    assert dilations(net) == [[1, 1], [1, 3]]
+
+
+def test_block_none_equals_torchvision():
+    theirs = trained_like(torchvision.models.resnet18()).eval()
+    ours = OREPAResNet(18, block='none').eval()
+    ours.load_state_dict(plain_keys(theirs.state_dict()))
+    x = image(64)
+    expected = nn.Sequential(*list(theirs.children())[:-2])
+    with torch.no_grad():
+        assert_near(ours(x)[-1], expected(x))
+
+
+def plain_keys(state):
+    """Keys of a stock ResNet as those of ``block='none'``."""
+    renamed = {}
+    for key, value in state.items():
+        if key.startswith('fc.'):
+            continue
+        *path, layer, name = key.split('.')
+        if path and path[-1] == 'downsample':
+            conv, is_norm = '.'.join(path), layer == '1'
+        else:
+            is_norm = layer.startswith('bn')
+            conv = '.'.join([*path, layer.replace('bn', 'conv')])
+            conv = 'stem' if conv == 'conv1' else conv
+        renamed[f'{conv}.{"norm" if is_norm else "branches"}.{name}'] = value
+    return renamed
+
+
+# Training form and deployed form
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(depth=18),
+        dict(depth=34),
+        dict(depth=50),
+        dict(depth=101),
+        dict(depth=152),
+        dict(depth=50, groups=4, width_per_group=32),
+        dict(depth=18, block='none'),
+        dict(depth=18, strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4), multi_grid=(2, 1)),
+        dict(depth=18, norm_cfg=dict(type='SyncBN')),
+        dict(depth=18, norm_cfg=dict(type='GN', num_groups=4)),
+        dict(depth=18, act_cfg=dict(type='LeakyReLU')),
+    ],
+    ids=lambda options: '-'.join(map(str, options.values())),
+)
+def test_deployed_equals_training_form(options):
+    net = trained_like(tiny(**options)).eval()
+    x = image()
+    with torch.no_grad():
+        expected = net(x)
+        switched = deployed_twin(net)
+        assert_near(switched(x), expected, 1e-4)
+        built = tiny(deploy=True, **options).eval()
+        assert not is_switchable(built)
+        built.load_state_dict(net.state_dict())
+        assert_near(built(x), expected, 1e-4)
+    assert list(built.state_dict()) == list(switched.state_dict())
+    for conv in convs(switched).values():
+        assert not any('branches' in name for name in conv.state_dict())
+
+
+def test_gradients_reach_every_parameter():
+    for depth in (18, 50):
+        net = trained_like(tiny(depth)).train()
+        sum(y.square().mean() for y in net(image())).backward()
+        for name, parameter in net.named_parameters():
+            assert parameter.grad is not None and parameter.grad.any(), name
+
+
+# Training options
+
+
+def batch_norms(net):
+    return {n: m for n, m in net.named_modules() if isinstance(m, _BatchNorm)}
+
+
+@pytest.mark.parametrize('frozen_stages', [-1, 0, 1, 2, 4])
+@pytest.mark.parametrize('deploy', [False, True])
+def test_frozen_stages(frozen_stages, deploy):
+    net = tiny(frozen_stages=frozen_stages, deploy=deploy)
+    frozen = tuple(
+        f'{name}.' for name in ['stem', *net.stage_names][: frozen_stages + 1]
+    )
+    for _ in range(2):
+        net.eval().train()
+        before = copy.deepcopy(net.state_dict())
+        outputs = net(image())
+        if frozen_stages < 4:
+            outputs[-1].sum().backward()
+        for name, parameter in net.named_parameters():
+            is_frozen = name.startswith(frozen)
+            assert parameter.requires_grad != is_frozen, name
+            assert (parameter.grad is None) == is_frozen, name
+        for name, norm in batch_norms(net).items():
+            moved = not torch.equal(norm.running_mean, before[f'{name}.running_mean'])
+            assert moved != name.startswith(frozen), name
+
+
+def test_frozen_stages_stay_frozen_after_the_switch():
+    net = deployed_twin(tiny(frozen_stages=1)).train()
+    names = {name for name, p in net.named_parameters() if not p.requires_grad}
+    assert names == {
+        n for n, _ in net.named_parameters() if n[:6] in ('stem.w', 'stem.b', 'layer1')
+    }
+
+
+def test_norm_eval():
+    net = tiny(norm_eval=True).train()
+    assert net.training and net.stem.training
+    before = copy.deepcopy(net.state_dict())
+    net(image())[-1].sum().backward()
+    norms = batch_norms(net)
+    assert len(norms) == 20
+    for name, norm in norms.items():
+        assert torch.equal(norm.running_mean, before[f'{name}.running_mean'])
+        assert norm.weight.grad is not None
+
+
+@pytest.mark.parametrize('depth', [18, 50])
+def test_with_cp(depth):
+    net = trained_like(tiny(depth)).train()
+    twin = tiny(depth, with_cp=True).train()
+    twin.load_state_dict(net.state_dict())
+    calls = []
+    twin.layer3[0].conv1.register_forward_hook(lambda *_: calls.append(1))
+    x = image()
+    results = []
+    for model in (net, twin):
+        y = model(x)
+        sum(level.square().mean() for level in y).backward()
+        results.append({name: p.grad for name, p in model.named_parameters()})
+    assert len(calls) == 2, 'the block was not computed again'
+    assert_same_gradients(results[1], results[0], 1e-4)
+
+
+@pytest.mark.parametrize(('depth', 'last'), [(18, 'conv2'), (50, 'conv3')])
+def test_zero_init_residual(depth, last):
+    net = tiny(depth, zero_init_residual=True)
+    net.init_weights()
+    for name, conv in convs(net).items():
+        assert conv.norm.weight.any() != name.endswith(last), name
+    tiny(depth, zero_init_residual=True, deploy=True).init_weights()
+
+
+def test_init_weights_leaves_the_branches():
+    net = tiny()
+    before = copy.deepcopy(net.state_dict())
+    net.init_weights()
+    assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items())
+
+
+def test_norm_without_gradient():
+    net = tiny(norm_cfg=dict(type='BN', requires_grad=False))
+    assert not any(n.weight.requires_grad for n in batch_norms(net).values())
+
+
+# Pretrained weights
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """A backbone's and a whole model's checkpoint, and the net that they hold."""
+    net = trained_like(tiny()).eval()
+    state = net.state_dict()
+    paths = dict(backbone=tmp_path / 'backbone.pth', model=tmp_path / 'model.pth')
+    torch.save(dict(state_dict=state), paths['backbone'])
+    whole = {f'backbone.{name}': value for name, value in state.items()}
+    torch.save(
+        dict(state_dict={**whole, 'head.fc.bias': torch.zeros(2)}), paths['model']
+    )
+    deployed = tmp_path / 'deployed.pth'
+    torch.save(deployed_twin(net).state_dict(), deployed)
+    return net, {k: str(v) for k, v in {**paths, 'deployed': deployed}.items()}
+
+
+@pytest.mark.parametrize('deploy', [False, True])
+@pytest.mark.parametrize(
+    ('name', 'prefix'),
+    [
+        ('backbone', {}),
+        ('model', dict(prefix='backbone.')),
+        ('model', dict(prefix='backbone')),
+    ],
+)
+def test_pretrained(checkpoints, name, prefix, deploy):
+    net, paths = checkpoints
+    init_cfg = dict(type='Pretrained', checkpoint=paths[name], **prefix)
+    # The checkpoint's last norms win over the zeros.
+    other = tiny(deploy=deploy, init_cfg=init_cfg, zero_init_residual=True).eval()
+    other.init_weights()
+    x = image()
+    with torch.no_grad():
+        assert_near(other(x), net(x), 1e-4)
+
+
+def test_pretrained_deployed(checkpoints):
+    net, paths = checkpoints
+    init_cfg = dict(type='Pretrained', checkpoint=paths['deployed'])
+    other = tiny(deploy=True, init_cfg=init_cfg).eval()
+    other.init_weights()
+    x = image()
+    with torch.no_grad():
+        assert_near(other(x), net(x), 1e-4)
+    with pytest.raises(RuntimeError, match="'stem.weight' is the kernel of a deployed"):
+        tiny(init_cfg=init_cfg).init_weights()
+
+
+@pytest.mark.parametrize('deploy', [False, True])
+def test_pretrained_with_the_prefix_forgotten(checkpoints, deploy):
+    init_cfg = dict(type='Pretrained', checkpoint=checkpoints[1]['model'])
+    with pytest.raises(
+        RuntimeError, match="start with 'backbone.'.*prefix='backbone.'"
+    ):
+        tiny(init_cfg=init_cfg, deploy=deploy).init_weights()
+
+
+@pytest.mark.parametrize('name', ['backbone', 'model'])
+def test_pretrained_with_a_wrong_prefix(checkpoints, name):
+    init_cfg = dict(type='Pretrained', checkpoint=checkpoints[1][name], prefix='neck.')
+    with pytest.raises(Exception, match='neck. is not in the pretrained model'):
+        tiny(init_cfg=init_cfg).init_weights()
+
+
+def test_whole_models_load_their_own_checkpoints():
+    """The message about prefixes is for a backbone alone."""
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = tiny()
+
+    model = Classifier()
+    model.load_state_dict(trained_like(Classifier()).state_dict())
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(depth=20), 'unknown depth 20 .* 18, 34, 50, 101, 152'),
+        (dict(depth='18'), "unknown depth '18'"),
+        (dict(block='dbbb'), "unknown block 'dbbb'; choose one of"),
+        (dict(num_stages=0), 'num_stages is 1 to 4, found 0'),
+        (dict(num_stages=5), 'num_stages is 1 to 4, found 5'),
+        (dict(num_stages=2), r'out_indices .* 0 to 1, found \(0, 1, 2, 3\)'),
+        (dict(out_indices=(4,)), r'out_indices .* 0 to 3, found \(4,\)'),
+        (dict(out_indices=(-1,)), r'out_indices .* 0 to 3, found \(-1,\)'),
+        (dict(strides=(1, 2)), r'strides and dilations .* 4 stages, found strides'),
+        (dict(dilations=(1, 2)), r'strides and dilations .*dilations=\(1, 2\)'),
+        (dict(frozen_stages=5), 'frozen_stages is .* up to 4, found 5'),
+        (dict(frozen_stages=-2), 'frozen_stages is .* found -2'),
+        (dict(style='caffe'), "style='pytorch'; found style='caffe'"),
+        (dict(multi_grid=(1, 2, 4)), r'each of the 2 blocks .* found \(1, 2, 4\)'),
+        (dict(groups=32), 'depth 18 and 34 have no grouped form.*groups=32'),
+        (dict(width_per_group=4), 'no grouped form.*width_per_group=4'),
+        (dict(width_mult=0.1), 'base_channels=8 and width_mult=0.1'),
+        (dict(base_channels=0), 'base_channels=0'),
+        (
+            dict(depth=50, groups=32, width_per_group=4),
+            'width_per_group=4 .* no channel',
+        ),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else '',
+)
+def test_bad_input(options, message):
+    with pytest.raises(ValueError, match=message):
+        on_meta(lambda: tiny(**options))
+
+
+def test_build_from_the_root_registry():
+    net = MODELS.build(dict(type='OREPAResNet', depth=18, base_channels=8))
+    assert isinstance(net, OREPAResNet)
+
+
+def test_default_scope_does_not_matter():
+    for scope in ('mmpretrain', 'mmengine'):
+        with DefaultScope.overwrite_default_scope(scope):
+            net = MODELS.build(dict(type='OREPAResNet', depth=18, base_channels=8))
+            assert isinstance(net.stem, OREPAConv2d)

@@ -1,0 +1,169 @@
+"""Networks of mmpretrain, mmdet and mmseg, beside ours and with our convs inside."""
+
+import pytest
+import torch
+from helpers import assert_near, deployed_twin, import_models, trained_like
+from mmengine.model import BaseModule
+from mmengine.registry import DefaultScope
+from mmengine.utils import import_modules_from_strings
+from torch import nn
+
+from mmorepa.backbones import OREPAResNet
+from mmorepa.layers import OREPAConv2d, ReparamConv2d
+
+OREPA = dict(type='OREPAConv2d')
+SCOPES = ['mmpretrain', 'mmdet', 'mmseg']
+
+
+def registry(scope):
+    import_models(scope)
+    return import_modules_from_strings(f'{scope}.registry').MODELS
+
+
+@pytest.mark.parametrize('scope', SCOPES)
+def test_bare_type_in_every_scope(scope):
+    models = registry(scope)
+    cfg = dict(type='OREPAResNet', depth=18, base_channels=8)
+    assert isinstance(models.build(cfg), OREPAResNet)
+    with DefaultScope.overwrite_default_scope(scope):
+        assert isinstance(models.build(cfg), OREPAResNet)
+
+
+def test_classifier():
+    model = registry('mmpretrain').build(
+        dict(
+            type='ImageClassifier',
+            backbone=dict(
+                type='OREPAResNet', depth=18, base_channels=8, out_indices=(3,)
+            ),
+            neck=dict(type='GlobalAveragePooling'),
+            head=dict(type='LinearClsHead', num_classes=5, in_channels=64),
+        )
+    )
+    trained_like(model).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert_near(deployed_twin(model)(x), model(x), 1e-4)
+
+
+def geometry(net):
+    return {
+        name: (c.stride, c.padding, c.dilation, c.in_channels, c.out_channels)
+        for name, c in net.named_modules()
+        if isinstance(c, nn.Conv2d) and name.startswith('layer')
+    }
+
+
+@pytest.mark.parametrize('depth', [18, 50])
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(),
+        dict(strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4)),
+        dict(strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4), contract_dilation=True),
+        dict(strides=(1, 1, 1, 1), dilations=(2, 2, 2, 2), contract_dilation=True),
+        dict(strides=(2, 1, 2, 1), dilations=(1, 3, 1, 5), contract_dilation=True),
+        'multi_grid',
+        dict(num_stages=3, out_indices=(2,), strides=(1, 2, 1), dilations=(1, 1, 2)),
+    ],
+    ids=str,
+)
+def test_strides_and_dilations_are_those_of_mmseg(depth, options):
+    if options == 'multi_grid':
+        options = dict(
+            strides=(1, 2, 1, 1),
+            dilations=(1, 1, 2, 4),
+            contract_dilation=True,
+            multi_grid=(1, 2) if depth == 18 else (1, 2, 4),
+        )
+    models = registry('mmseg')
+    with torch.device('meta'):
+        theirs = models.build(dict(type='mmseg.ResNet', depth=depth, **options))
+        ours = OREPAResNet(depth, block='none', **options)
+    expected = geometry(theirs)
+    expected = {n.replace('downsample.0', 'downsample'): g for n, g in expected.items()}
+    assert geometry(ours) == expected
+
+
+NETWORKS = [
+    ('mmpretrain', dict(type='ResNet', depth=18, base_channels=8, stem_channels=8)),
+    ('mmpretrain', dict(type='ResNet', depth=50, base_channels=8, stem_channels=8)),
+    ('mmdet', dict(type='ResNet', depth=18, base_channels=8, stem_channels=8)),
+    (
+        'mmseg',
+        dict(
+            type='ResNetV1c',
+            depth=50,
+            base_channels=8,
+            stem_channels=8,
+            strides=(1, 2, 1, 1),
+            dilations=(1, 1, 2, 4),
+            contract_dilation=True,
+            multi_grid=(1, 2, 4),
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(('scope', 'cfg'), NETWORKS, ids=str)
+def test_conv_cfg_in_stock_networks(scope, cfg):
+    models = registry(scope)
+    cfg = dict(cfg, type=f'{scope}.{cfg["type"]}', out_indices=(0, 1, 2, 3))
+    net = models.build(dict(cfg, conv_cfg=OREPA))
+    check_stock_network(net, models.build(cfg))
+
+
+class WithNeck(nn.Module):
+    def __init__(self, models, **conv_cfg):
+        super().__init__()
+        self.backbone = models.build(
+            dict(
+                type='mmdet.ResNet',
+                depth=18,
+                base_channels=8,
+                stem_channels=8,
+                **conv_cfg,
+            )
+        )
+        self.neck = models.build(
+            dict(
+                type='mmdet.FPN',
+                in_channels=[8, 16, 32, 64],
+                out_channels=8,
+                num_outs=5,
+                **conv_cfg,
+            )
+        )
+
+    def forward(self, x):
+        return self.neck(self.backbone(x))
+
+
+def test_conv_cfg_in_a_detector_with_fpn():
+    models = registry('mmdet')
+    net = WithNeck(models, conv_cfg=OREPA)
+    assert isinstance(net.neck.fpn_convs[0].conv, OREPAConv2d)
+    check_stock_network(net, WithNeck(models))
+
+
+def check_stock_network(net, stock):
+    """Deployed, ``net`` is the stock network with other weights."""
+    plain = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    assert plain and all(isinstance(m, ReparamConv2d) for m in plain)
+    # The rules of the stock network are meant for plain kernels.
+    before = {n: v.clone() for n, v in net.state_dict().items()}
+    for module in [net] if isinstance(net, BaseModule) else net.children():
+        module.init_weights()
+    for name, value in net.state_dict().items():
+        assert 'branches' not in name or torch.equal(value, before[name]), name
+
+    trained_like(net).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = net(x)
+        deployed = deployed_twin(net)
+        assert_near(deployed(x), expected, 1e-4)
+        assert list(deployed.state_dict()) == list(stock.state_dict())
+        stock.load_state_dict(deployed.state_dict(), strict=True)
+        stock.eval()  # returns None in some of them
+        assert_near(stock(x), expected, 1e-4)

@@ -1,0 +1,84 @@
+import pytest
+import torch
+from torch import nn
+
+from mmorepa.layers import (
+    BLOCKS,
+    BlockType,
+    OREPAConv2d,
+    PlainConv2d,
+    ReparamConv2d,
+    build_conv,
+)
+
+
+@pytest.mark.parametrize(
+    ('block', 'kind'), [('orepa', OREPAConv2d), ('none', PlainConv2d)]
+)
+@pytest.mark.parametrize('k', [1, 3, 5, 7, 9])
+def test_build_conv(block, kind, k):
+    conv = build_conv(block, 4, 6, k, stride=2, padding=k // 2, bias=False)
+    assert type(conv) is kind
+    assert conv(torch.randn(1, 4, 8, 8)).shape == (1, 6, 4, 4)
+
+
+@pytest.mark.parametrize('block', ['OREPA', 'dbbb', '', None])
+def test_unknown_block(block):
+    message = f'unknown block {block!r}; choose one of .*none.*orepa'
+    with pytest.raises(ValueError, match=message):
+        build_conv(block, 4, 6, 3)
+
+
+def test_plain_conv_starts_as_those_of_openmmlab():
+    conv = PlainConv2d(32, 64, 3)
+    expected = (2 / (64 * 9)) ** 0.5
+    assert conv.kernel().std().item() == pytest.approx(expected, rel=0.05)
+    assert not conv.bias.any()
+
+
+def test_plain_conv_serves_its_parameter():
+    conv = PlainConv2d(4, 6, 3)
+    assert conv.kernel() is conv.branches.weight
+    conv.switch_to_deploy()
+    assert conv.kernel() is conv.weight
+
+
+def test_sizes_of_a_block_type():
+    """A block without a form of its own for a size stays plain there."""
+    block = BlockType(OREPAConv2d)
+    kinds = {k: block.conv(k) for k in (1, 3, 5, 7, 9)}
+    assert kinds == {
+        1: PlainConv2d,
+        3: OREPAConv2d,
+        5: OREPAConv2d,
+        7: PlainConv2d,
+        9: PlainConv2d,
+    }
+
+
+def test_a_block_type_of_ones_own(monkeypatch):
+    class Sum(nn.Module):
+        def __init__(self, *shape):
+            super().__init__()
+            self.first = nn.Parameter(torch.randn(*shape))
+            self.second = nn.Parameter(torch.randn(*shape))
+
+        def forward(self):
+            return self.first + self.second
+
+    class SumConv2d(ReparamConv2d):
+        def build_branches(self):
+            inputs = self.in_channels // self.groups
+            return Sum(self.out_channels, inputs, *self.kernel_size)
+
+    monkeypatch.setitem(BLOCKS, 'sum', BlockType(SumConv2d))
+    conv = build_conv('sum', 4, 6, 3, groups=2, norm_cfg=dict(type='BN')).eval()
+    x = torch.randn(1, 4, 8, 8)
+    expected = conv(x)
+    deployed = build_conv(
+        'sum', 4, 6, 3, groups=2, norm_cfg=dict(type='BN'), deploy=True
+    )
+    deployed.load_state_dict(conv.state_dict())
+    conv.switch_to_deploy()
+    torch.testing.assert_close(conv(x), expected)
+    torch.testing.assert_close(deployed(x), expected)

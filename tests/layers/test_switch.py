@@ -1,0 +1,78 @@
+import copy
+
+import pytest
+import torch
+from helpers import assert_near, trained_like
+from mmengine.model import BaseModel
+from torch import nn
+
+from mmorepa import is_switchable, switch_to_deploy
+from mmorepa.layers import OREPAConv2d, PlainConv2d
+
+
+class Detector(BaseModel):
+    """Convs at several depths, one of them used twice."""
+
+    def __init__(self):
+        super().__init__()
+        bn = dict(norm_cfg=dict(type='BN'))
+        self.backbone = nn.Sequential(OREPAConv2d(3, 4, 7, **bn), nn.ReLU())
+        self.heads = nn.ModuleDict({'a': nn.ModuleList([PlainConv2d(4, 4, 3, **bn)])})
+        self.head = OREPAConv2d(4, 4, 3, padding=1)
+        self.twice = nn.Sequential(self.head, nn.BatchNorm2d(4), self.head)
+
+    def forward(self, x):
+        return self.twice(self.heads['a'][0](self.backbone(x)))
+
+
+def test_switches_everything_inside():
+    model = trained_like(Detector()).eval()
+    x = torch.randn(2, 3, 16, 16)
+    expected = model(x)
+    assert is_switchable(model)
+    assert switch_to_deploy(model) is model
+    assert not is_switchable(model)
+    assert_near(model(x), expected)
+    assert not any('branches' in name for name in model.state_dict())
+    # What is not of ours is left alone.
+    assert isinstance(model.twice[1], nn.BatchNorm2d)
+
+    state = copy.deepcopy(model.state_dict())
+    switch_to_deploy(model)
+    assert all(torch.equal(v, state[n]) for n, v in model.state_dict().items())
+
+
+def test_model_wrapper():
+    model = nn.DataParallel(trained_like(Detector()).eval())
+    switch_to_deploy(model)
+    assert not is_switchable(model)
+
+
+def test_one_layer():
+    conv = trained_like(OREPAConv2d(4, 6, 3)).eval()
+    assert is_switchable(conv)
+    assert switch_to_deploy(conv).deployed
+    assert not is_switchable(conv)
+
+
+@pytest.mark.parametrize('module', [nn.Conv2d(3, 4, 3), nn.Sequential()])
+def test_nothing_to_switch(module):
+    assert not is_switchable(module)
+    assert switch_to_deploy(module) is module
+
+
+def test_partly_deployed():
+    model = trained_like(Detector()).eval()
+    x = torch.randn(2, 3, 16, 16)
+    expected = model(x)
+    model.head.switch_to_deploy()
+    assert is_switchable(model)
+    switch_to_deploy(model)
+    assert_near(model(x), expected)
+
+
+def test_deployed_form_trains():
+    """Fine-tuning after deployment is that of a plain network."""
+    model = switch_to_deploy(trained_like(Detector())).train()
+    model(torch.randn(2, 3, 16, 16)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
