@@ -319,7 +319,8 @@ class OREPAResNet(StagedBackbone):
             act_cfg=act_cfg or dict(type='ReLU', inplace=True),
             deploy=deploy,
         )
-        base_channels = scaled_channels(base_channels, width_mult, 'the stem')
+        stem = f'the stem (base_channels={base_channels} and width_mult={width_mult})'
+        base_channels = scaled_channels(base_channels, width_mult, stem)
         self.stem = build_conv(
             in_channels=in_channels,
             out_channels=base_channels,
