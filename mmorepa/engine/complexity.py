@@ -1,7 +1,8 @@
 """What a network costs: parameters, multiply-adds, time."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Callable
 
 import torch
@@ -9,6 +10,7 @@ from mmengine.analysis import FlopAnalyzer
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
+from ..layers import MultiBranchConv2d, ReparamConv2d
 from .comparison import network_outputs
 
 
@@ -51,12 +53,30 @@ def count_gflops(model: nn.Module, inputs: Tensor) -> float:
     Returns:
         float: GFLOPs.
     """
-    network = RawNetwork(model).eval()
-    network(inputs)  # Folds, so that the trace below finds the kernels made.
-    analyzer = FlopAnalyzer(network, (inputs,))
+    analyzer = FlopAnalyzer(RawNetwork(model).eval(), (inputs,))
     # Losses are never called, and additions and pooling are not counted by anyone.
     analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    return analyzer.total() / 1e9
+    with _folded_beforehand(model):
+        return analyzer.total() / 1e9
+
+
+@contextmanager
+def _folded_beforehand(model: nn.Module) -> Iterator[None]:
+    """Makes convs serve a finished kernel, since a trace would record the fold."""
+    convs = [
+        module
+        for module in model.modules()
+        if isinstance(module, ReparamConv2d)
+        and not isinstance(module, MultiBranchConv2d)
+    ]
+    for conv in convs:
+        kernel = conv.kernel().detach()
+        conv.kernel = lambda kernel=kernel: kernel
+    try:
+        yield
+    finally:
+        for conv in convs:
+            del conv.kernel
 
 
 def median_seconds(
