@@ -33,7 +33,8 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     update them together; the groups are logged as one table.
 
     Raises:
-        ValueError: If a multiplier fits no parameter that is trained.
+        ValueError: If a multiplier fits no parameter that is trained, or modules
+            share a parameter and ``bypass_duplicate`` is not set.
 
     Examples:
         >>> # The paper's recipe: biases learn at twice the rate, without decay.
@@ -70,6 +71,7 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         singles: list[dict] = []
         with _without_a_line_per_parameter():
             super().add_params(singles, module)
+        _check_none_twice(singles, module)
         multiplier = self.paramwise_cfg.get('norm_bias_lr_mult')
         if multiplier is not None:
             self._multiply_lr(singles, _norm_biases(module), multiplier)
@@ -123,6 +125,20 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 def _norm_biases(module: nn.Module) -> list[nn.Parameter]:
     norms = (m for m in module.modules() if isinstance(m, _NORMS))
     return [norm.bias for norm in norms if getattr(norm, 'bias', None) is not None]
+
+
+def _check_none_twice(singles: list[dict], module: nn.Module) -> None:
+    """Within one group, PyTorch would only warn, and then step twice."""
+    names = {id(param): name for name, param in module.named_parameters()}
+    seen = set()
+    for single in singles:
+        identity = id(single['params'][0])
+        if identity in seen:
+            raise ValueError(
+                f'several modules share the parameter {names[identity]!r}, which the '
+                'optimizer may hold once: set bypass_duplicate=True in paramwise_cfg'
+            )
+        seen.add(identity)
 
 
 @contextmanager
