@@ -11,6 +11,7 @@ from mmorepa.functional import (
     average_kernel,
     compose_1x1_kxk,
     compose_deep_linear,
+    constant_response,
     depthwise_separable_kernel,
     embed_1x1,
     filtered_kernel,
@@ -158,6 +159,16 @@ def test_compose_deep_linear(groups, j, k):
     kernel = compose_deep_linear(first, second, groups)
     torch.testing.assert_close(kernel.detach(), expected)
     assert gradcheck(lambda a, b: compose_deep_linear(a, b, groups), (first, second))
+
+
+@pytest.mark.parametrize('groups', [1, 2])
+def test_constant_response(groups):
+    kernel, constants = leaf(6, 4 // groups, 3, 3), leaf(4)
+    x = constants[None, :, None, None].expand(1, 4, 5, 5)
+    expected = F.conv2d(x, kernel, groups=groups)[0, :, 1, 1]
+    response = constant_response(kernel, constants, groups)
+    torch.testing.assert_close(response, expected)
+    assert gradcheck(lambda a, b: constant_response(a, b, groups), (kernel, constants))
 
 
 def test_scaled_sum():

@@ -271,6 +271,12 @@ def test_exchange_of_parameters():
     conv.branches.weight_origin = nn.Parameter(weight.detach() + 1)
     assert_fresh(conv)
 
+    # The same memory, but the gradient belongs to another parameter.
+    for _ in range(2):
+        conv.branches.weight_origin = nn.Parameter(conv.branches.weight_origin.data)
+        conv(image()).sum().backward()
+        assert conv.branches.weight_origin.grad is not None
+
 
 def test_pruning():
     """It replaces the parameter by another one and a mask."""
