@@ -3,8 +3,9 @@
 # What is already there is left alone; what was interrupted is taken up again.
 set -euo pipefail
 
-readonly ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-readonly REQUIREMENTS=$ROOT/requirements
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+REQUIREMENTS=$ROOT/requirements
+readonly ROOT REQUIREMENTS
 
 usage() {
   cat <<'END'
@@ -200,13 +201,17 @@ install_requirements() {
 
 # ---- mmcv --------------------------------------------------------------------------
 
+# The RECORD tells a finished installation from an interrupted one.
 has_ops() {
-  compgen -G "$(site_packages)/mmcv/_ext*.so" >/dev/null
+  compgen -G "$(site_packages)/mmcv/_ext*.so" >/dev/null &&
+    compgen -G "$(site_packages)/*mmcv-*.dist-info/RECORD" >/dev/null
 }
 
 # The distributions share one folder: whichever is there has to go first.
 replace_mmcv() {
-  "$python" -m pip uninstall -y mmcv mmcv-lite onedl-mmcv && pip_install "$@"
+  drop_half_installed &&
+    "$python" -m pip uninstall -y mmcv mmcv-lite onedl-mmcv &&
+    pip_install "$@"
 }
 
 install_mmcv_with_ops() {
@@ -230,7 +235,7 @@ set_up_mmcv() {
   if [[ $with_ops == true || -f $state/mmcv-ops ]]; then
     wheel=$("$python" "$ROOT/tools/build_mmcv.py" --stack "$stack") ||
       fail 'mmcv could not be compiled; without --ops everything but detection works'
-    rm -f "$state/mmcv-lite"
+    rm -f "$state/mmcv-lite" "$state/mmcv-ops"
     step mmcv-ops "$ops_key" 'Install mmcv with operators (15 s)' \
       install_mmcv_with_ops "$wheel"
   elif ! has_ops; then
