@@ -4,7 +4,6 @@ import copy
 import os
 import pickle
 import tempfile
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,8 @@ from mmengine.logging import HistoryBuffer
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
-from ..layers import is_switchable, switch_to_deploy
-from ..utils.errors import CheckpointError
+from ..layers import ReparamConv2d, is_switchable, switch_to_deploy
+from ..utils.errors import CheckpointError, name_keys
 from ..version import __version__
 
 _HISTORY_STATISTICS = ('mean', 'max', 'min', 'current')
@@ -80,11 +79,13 @@ def read_checkpoint(path: str) -> dict:
         raise FileNotFoundError(f'no checkpoint at {path!r}')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except OSError:
+        raise
+    # A damaged file can make the unpickler fail in any way, also without a message.
+    except Exception as error:
         raise ValueError(
             f'{path!r} cannot be read as a checkpoint of tensors and plain '
-            f'containers, and nothing else is loaded for safety: {reason}'
+            f'containers, and nothing else is loaded for safety: {_reason(error)}'
         ) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(
@@ -106,13 +107,29 @@ def read_checkpoint(path: str) -> dict:
     return checkpoint
 
 
+def _reason(error: Exception) -> str:
+    """What was wrong with a file, without the advice to trust it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith('Check the documentation')]
+    if not lines:
+        return type(error).__name__
+    if not lines[0].startswith('Weights only load failed'):
+        return lines[0]
+    return lines[-1].removeprefix('WeightsUnpickler error: ').split(' Please use')[0]
+
+
 def write_checkpoint(checkpoint: dict, path: str) -> None:
     """Writes a checkpoint under a temporary name, then renames it.
 
     Args:
         checkpoint (dict): What ``torch.save`` takes.
         path (str): The file. Its folder is made if need be.
+
+    Raises:
+        OSError: If the file cannot be written. What was there is left as it was.
     """
+    if os.path.isdir(path):
+        raise IsADirectoryError(f'{path!r} is a folder, not a file to write')
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     handle, temporary = tempfile.mkstemp(
@@ -151,24 +168,52 @@ def load_training_form(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
             'the model has no re-parameterised conv in training form: is deploy=True '
             'in its config, or does it use none of the types of mmorepa?'
         )
+    for name, module in model.named_modules():
+        prefix = f'{name}.' if name else ''
+        if (
+            isinstance(module, ReparamConv2d)
+            and f'{prefix}weight' in state_dict
+            and not any(key.startswith(f'{prefix}branches.') for key in state_dict)
+        ):
+            raise CheckpointError(
+                f"the checkpoint is deployed already: it holds '{prefix}weight', a "
+                'plain kernel, where the training form has branches'
+            )
+    load_strictly(model, state_dict)
+
+
+def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Loads a checkpoint that has to fit, in short words where it does not.
+
+    A deployed model folds a training form, as whenever it is loaded.
+
+    Args:
+        model (nn.Module): Not wrapped.
+        state_dict (dict[str, Tensor]): With every key of the model and no other.
+
+    Raises:
+        CheckpointError: If keys, which are named, are missing, not known or of
+            another shape, or the checkpoint is a deployed form and the model is not.
+    """
     own = model.state_dict()
-    trains = [key for key in own if '.branches.' in f'.{key}']
-    if not any(key in state_dict for key in trains) and any(
-        key.split('branches.')[0] + 'weight' in state_dict for key in trains
-    ):
-        raise CheckpointError(
-            'the checkpoint is deployed already: it holds plain kernels and no '
-            f'branches, where the training form has {trains[0]!r}'
-        )
+    misshapen = {
+        key: value.shape
+        for key, value in state_dict.items()
+        if key in own and own[key].shape != value.shape
+    }
+    # Left out, since PyTorch would stop at them, in words that name every one.
+    rest = {k: value for k, value in state_dict.items() if k not in misshapen}
+    loaded = model.load_state_dict(rest, strict=False)
     problems = [
-        _name_keys('missing from the checkpoint', own.keys() - state_dict.keys()),
-        _name_keys('not known to the model', state_dict.keys() - own.keys()),
-        _name_keys(
+        name_keys(
+            'missing from the checkpoint', set(loaded.missing_keys) - misshapen.keys()
+        ),
+        name_keys('not known to the model', loaded.unexpected_keys),
+        name_keys(
             'of another shape',
             [
-                f'{key} ({tuple(state_dict[key].shape)}, not {tuple(own[key].shape)})'
-                for key in own.keys() & state_dict.keys()
-                if own[key].shape != state_dict[key].shape
+                f'{key} ({tuple(shape)}, not {tuple(own[key].shape)})'
+                for key, shape in misshapen.items()
             ],
         ),
     ]
@@ -177,7 +222,6 @@ def load_training_form(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
             'the checkpoint does not fit the config: '
             + '; '.join(filter(None, problems))
         )
-    model.load_state_dict(state_dict)
 
 
 def deploy_checkpoint(model: nn.Module, checkpoint: dict) -> dict:
@@ -203,13 +247,3 @@ def deploy_checkpoint(model: nn.Module, checkpoint: dict) -> dict:
         checkpoint.get('meta') or {}, mmorepa_version=__version__, deployed=True
     )
     return {'meta': meta, 'state_dict': model.state_dict()}
-
-
-def _name_keys(what: str, keys: Sequence[str], most: int = 4) -> str:
-    """'3 keys …: a, b, c', or nothing if there are none."""
-    if not keys:
-        return ''
-    keys = sorted(keys)
-    more = f' and {len(keys) - most} more' if len(keys) > most else ''
-    noun = 'key' if len(keys) == 1 else 'keys'
-    return f'{len(keys)} {noun} {what}: {", ".join(keys[:most])}{more}'

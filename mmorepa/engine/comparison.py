@@ -33,25 +33,41 @@ def raw_outputs(model: nn.Module, data_batch: Any) -> list[Tensor]:
     Returns:
         list[Tensor]: Logits, feature maps or the outputs of dense heads.
     """
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        if isinstance(model, BaseTTAModel):
-            data_batch = {key: value[0] for key, value in data_batch.items()}
-        model = model.module
+    if isinstance(_inside_wrappers(model), BaseTTAModel):
+        data_batch = _first_augmentation(data_batch)
+    model = unwrapped(model)
     data = model.data_preprocessor(copy.deepcopy(data_batch), False)
-    return network_outputs(model, data['inputs'], data.get('data_samples'))
+    if isinstance(data, dict):
+        return network_outputs(model, **data)
+    return network_outputs(model, *data)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers for several devices and test-time augmentation."""
+    model = _inside_wrappers(model)
+    return model.module if isinstance(model, BaseTTAModel) else model
+
+
+def _inside_wrappers(model: nn.Module) -> nn.Module:
+    while is_model_wrapper(model):
+        model = model.module
+    return model
+
+
+def _first_augmentation(data_batch: Any) -> Any:
+    if isinstance(data_batch, dict):
+        return {key: value[0] for key, value in data_batch.items()}
+    return [value[0] for value in data_batch]
 
 
 @torch.no_grad()
-def network_outputs(
-    model: nn.Module, inputs: Tensor, data_samples: Any = None
-) -> list[Tensor]:
+def network_outputs(model: nn.Module, *args, **kwargs) -> list[Tensor]:
     """As :func:`raw_outputs`, for images that are normalised and batched already.
 
     Args:
         model (nn.Module): Not wrapped.
-        inputs (Tensor): Shape (N, C, H, W).
-        data_samples (Any): What the toolbox keeps about each image. Defaults to
-            None.
+        *args, **kwargs: What the model's ``forward`` takes of a batch. For the
+            toolboxes, ``inputs`` of shape (N, C, H, W) and maybe ``data_samples``.
 
     Returns:
         list[Tensor]: Logits, feature maps or the outputs of dense heads.
@@ -59,9 +75,9 @@ def network_outputs(
     if hasattr(model, 'roi_head'):
         # Proposals are taken by rank, and rounding may swap two of them: hold
         # against each other what the ranks are made of.
-        features = model.extract_feat(inputs)
+        features = model.extract_feat(kwargs['inputs'] if kwargs else args[0])
         return list(_tensors([features, model.rpn_head(features)]))
-    return list(_tensors(model(inputs, data_samples, mode='tensor')))
+    return list(_tensors(model(*args, mode='tensor', **kwargs)))
 
 
 def largest_difference(expected: list[Tensor], found: list[Tensor]) -> Difference:
@@ -78,7 +94,9 @@ def largest_difference(expected: list[Tensor], found: list[Tensor]) -> Differenc
         ValueError: If there is nothing to compare, or shapes differ.
     """
     shapes = [[tuple(t.shape) for t in tensors] for tensors in (expected, found)]
-    if not shapes[0] or shapes[0] != shapes[1]:
+    if not any(shapes):
+        raise ValueError("the model has no outputs to compare for mode='tensor'")
+    if shapes[0] != shapes[1]:
         raise ValueError(f'outputs of shapes {shapes[0]} against {shapes[1]}')
     differences = torch.tensor(
         [_difference(a.double(), b.double()) for a, b in zip(expected, found)]

@@ -14,9 +14,12 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import is_cuda_available, is_npu_available
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import Runner, find_latest_checkpoint
+from torch import nn
 
 from ..utils.errors import CheckpointError
+from .checkpoint import load_strictly, read_checkpoint
+from .comparison import unwrapped
 
 _LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
@@ -124,12 +127,36 @@ def build_runner(cfg: Config, phases: tuple[str, ...]) -> Runner:
         Runner: Ready to train or test.
 
     Raises:
-        FileNotFoundError: If a data folder is missing.
+        FileNotFoundError: If a data folder or the checkpoint to load is missing.
+        CheckpointError: If the checkpoint to test, or to resume from, does not fit
+            the model. MMEngine would go on with what fits, down to nothing.
     """
     check_data_folders(cfg, phases)
+    start = cfg.get('load_from')
+    if start and '://' not in start and not os.path.isfile(start):
+        raise FileNotFoundError(f'no checkpoint at {start!r}')
     if cfg.launcher != 'none' and not is_cuda_available():
         _prepare_distributed_cpu(cfg)
-    return Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+    runner = Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+    if cfg.get('resume') and not start:
+        start = find_latest_checkpoint(runner.work_dir)
+    if start and (cfg.get('resume') or 'test' in phases):
+        _check_checkpoint(runner.model, start, cfg.get('resume'))
+    return runner
+
+
+def _check_checkpoint(model: object, path: str, resumes: bool) -> None:
+    if '://' in path or not isinstance(model, nn.Module):
+        return  # Fetched, or built, by the runner when it starts.
+    checkpoint = read_checkpoint(path)
+    load_strictly(unwrapped(model), checkpoint['state_dict'])
+    missing = {'meta', 'message_hub', 'optimizer'} - checkpoint.keys()
+    if resumes and missing:
+        raise CheckpointError(
+            f'{path!r} holds weights but not the state of a training run to resume '
+            f'({", ".join(sorted(missing))} missing); to start a new run from these '
+            'weights: --cfg-options load_from=...'
+        )
 
 
 def check_data_folders(cfg: Config, phases: tuple[str, ...]) -> None:
@@ -144,16 +171,25 @@ def check_data_folders(cfg: Config, phases: tuple[str, ...]) -> None:
         FileNotFoundError: If the ``data_root`` of a dataset is missing.
     """
     for phase in phases:
-        loader = cfg.get(f'{phase}_dataloader')
-        dataset = loader.get('dataset') if loader else None
-        while dataset is not None:  # Wrappers hold the real one.
+        for dataset in _datasets(cfg.get(f'{phase}_dataloader')):
             root = dataset.get('data_root')
             if root and '://' not in root and not os.path.isdir(root):
                 advice = cfg.get('data_preparation', 'set data_root to where it is')
                 raise FileNotFoundError(
                     f'the data folder {root!r} is missing; {advice}'
                 )
-            dataset = dataset.get('dataset')
+
+
+def _datasets(node: object) -> Iterator[dict]:
+    """The dataset configs inside a dataloader's: wrappers, and what they hold."""
+    if isinstance(node, (list, tuple)):
+        for item in node:
+            yield from _datasets(item)
+    elif isinstance(node, dict):
+        for item in (node.get('dataset'), *(node.get('datasets') or ())):
+            if isinstance(item, dict):
+                yield item
+            yield from _datasets(item)
 
 
 USER_ERRORS = (
@@ -183,7 +219,7 @@ def one_line_errors(
         if os.environ.get('MMOREPA_TRACEBACK'):
             raise
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        sys.exit(f'error: {text}')
+        sys.exit(f'error: {" ".join(str(text).split())}')
 
 
 def _prepare_distributed_cpu(cfg: Config) -> None:
@@ -203,14 +239,16 @@ def _prepare_distributed_cpu(cfg: Config) -> None:
 
 def _replace_sync_bn(node: object) -> bool:
     """Replaces SyncBN by BN inside a model config; whether there was any."""
-    if isinstance(node, list):
-        return any(_replace_sync_bn(value) for value in node)
-    if not isinstance(node, dict):
-        return False
-    found = node.get('type') == 'SyncBN'
+    found = isinstance(node, dict) and node.get('type') == 'SyncBN'
     if found:
         node['type'] = 'BN'
-    return any([found, *[_replace_sync_bn(value) for value in node.values()]])
+    if isinstance(node, dict):
+        node = node.values()
+    elif not isinstance(node, (list, tuple)):
+        return False
+    for value in node:  # Every one: any() would stop at the first.
+        found |= _replace_sync_bn(value)
+    return found
 
 
 def use_tta(cfg: Config) -> None:
@@ -223,18 +261,21 @@ def use_tta(cfg: Config) -> None:
     Raises:
         ValueError: If the config of another toolbox defines none.
     """
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:  # Wrappers hold the real one.
+        dataset = dataset.dataset
     if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
         if cfg.get('default_scope') != 'mmpretrain':
             raise ValueError('--tta needs tta_model and tta_pipeline in the config')
         cfg.tta_model = dict(type='AverageClsScoreTTA')
-        *steps, pack = copy.deepcopy(cfg.test_dataloader.dataset.pipeline)
+        *steps, pack = copy.deepcopy(dataset.pipeline)
         flips = [dict(type='RandomFlip', prob=p) for p in (1.0, 0.0)]
         cfg.tta_pipeline = [
             *steps,
             dict(type='TestTimeAug', transforms=[flips, [pack]]),
         ]
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    dataset.pipeline = cfg.tta_pipeline
 
 
 def use_visualization(
