@@ -132,6 +132,11 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
         if args.cfg_options is not None:
             cfg.merge_from_dict(args.cfg_options)
         checkpoint = read_checkpoint(args.checkpoint)
+        if Path(args.out).is_file() and Path(args.out).samefile(args.checkpoint):
+            raise FileExistsError(
+                f'{args.out!r} is the training checkpoint, whose branches cannot be '
+                'made again from the deployed form; write to another file'
+            )
         training = build_model(cfg)
         load_training_form(training, checkpoint['state_dict'])
         result = deploy_checkpoint(training, checkpoint)
@@ -154,7 +159,15 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
             'variances of the checkpoint near zero, or its weights in half precision?'
         )
     before, after = measure(training, deployed, image)
-    write_checkpoint(result, args.out)
+    figures = dict(
+        training_form=before,
+        deployed=after,
+        differences={k: d._asdict() for k, d in differences.items()},
+    )
+    with one_line_errors((OSError,)):
+        write_checkpoint(result, args.out)
+        if args.json:
+            Path(args.json).write_text(json.dumps(figures, indent=2) + '\n')
 
     rows = [
         (
@@ -175,13 +188,6 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
             f'{difference.relative:.2e} relative.'
         )
     print(f'Wrote {args.out}.')
-    figures = dict(
-        training_form=before,
-        deployed=after,
-        differences={k: d._asdict() for k, d in differences.items()},
-    )
-    if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=2) + '\n')
     return figures
 
 
