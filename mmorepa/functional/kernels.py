@@ -68,12 +68,20 @@ def frequency_prior(
         Tensor: Shape (O, k, k).
     """
     half = channels / 2
-    row = torch.arange(channels, dtype=torch.float64)
-    tap = math.pi * (torch.arange(kernel_size, dtype=torch.float64) + 0.5) / kernel_size
-    along_height = torch.cos((row + 1)[:, None] * tap)[:, :, None]
-    along_width = torch.cos((row + 1 - half)[:, None] * tap)[:, None, :]
-    first_half = (row < half)[:, None, None]
-    prior = torch.where(first_half, along_height, along_width)
+
+    def wave(frequency: float) -> list[float]:
+        # In this order of operations, by which published checkpoints have their
+        # copies of the filters to the last bit.
+        return [
+            math.cos(math.pi * (tap + 0.5) * frequency / kernel_size)
+            for tap in range(kernel_size)
+        ]
+
+    waves = [wave(row + 1 if row < half else row + 1 - half) for row in range(channels)]
+    filters = torch.tensor(waves, dtype=torch.float64)
+    along_height = filters[:, :, None].expand(-1, -1, kernel_size)
+    is_first = torch.arange(channels)[:, None, None] < half
+    prior = torch.where(is_first, along_height, along_height.transpose(1, 2))
     return prior.to(dtype=dtype or torch.get_default_dtype(), device=device)
 
 

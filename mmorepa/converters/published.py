@@ -1,0 +1,397 @@
+"""Checkpoints in the layout of the published training code, and back.
+
+A published checkpoint has the keys ``stage0`` to ``stage4`` and ``linear``, each
+conv with the keys of its block (``weight_orepa_origin``, ``dbb_1x1.conv.weight``,
+…). The pairs of keys are made from our own network, so that every entry of both
+sides is accounted for.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Callable, NamedTuple, Optional
+
+import torch
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from ..functional import frequency_prior, identity_1x1
+from ..layers import (
+    DBBConv2d,
+    OREPAConv2d,
+    OREPADeepLinearKernel,
+    OREPAKernel,
+    OREPAPointwiseKernel,
+    PlainConv2d,
+    ReparamConv2d,
+    RepVGGConv2d,
+)
+from ..layers.orepa import DEEP_LINEAR_FROM
+from ..utils.errors import CheckpointError, name_keys
+from ..version import __version__
+from .architectures import identify, name_of
+
+_NORM_ENTRIES = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
+
+
+class _Pair(NamedTuple):
+    """An entry here and there.
+
+    ``ours`` is None for entries that the published code saves though they are fixed;
+    ``fixed`` makes them. ``to_ours`` and ``to_theirs`` reorder the rows.
+    """
+
+    theirs: str
+    ours: Optional[str]
+    fixed: Optional[Callable[[], Tensor]] = None
+    to_ours: Callable[[Tensor], Tensor] = lambda x: x
+    to_theirs: Callable[[Tensor], Tensor] = lambda x: x
+
+
+def from_published(
+    state_dict: Mapping[str, Tensor], backbone: Optional[dict] = None
+) -> dict:
+    """Translates a published state dict.
+
+    Args:
+        state_dict (Mapping[str, Tensor]): Training or deployed form, with or without
+            ``module.`` before every key.
+        backbone (dict, optional): The backbone config. Defaults to None: it is
+            found from keys and shapes.
+
+    Returns:
+        dict: ``state_dict`` (``backbone.*`` and ``head.fc.*``) and ``meta``, which
+        tells the backbone config and what :func:`to_published` needs beyond the
+        weights.
+
+    Raises:
+        CheckpointError: If entries are missing, left over or misshapen, which are
+            named, or fixed entries have other values than they should.
+    """
+    has_module = any(key.startswith('module.') for key in state_dict)
+    theirs = {key.removeprefix('module.'): value for key, value in state_dict.items()}
+    theirs, renamed = _canonical(theirs)
+    if backbone is None:
+        backbone = identify(theirs)
+    deployed = _is_deployed(theirs)
+    network = _build(backbone, deployed)
+    pairs = list(_pairs(network, set(theirs)))
+    unused = {}
+    for key in [pair.theirs for pair in pairs if pair.theirs.endswith('.vector')]:
+        if '.rbr_dense.' in f'.{key}' and key in theirs and len(theirs[key]) == 6:
+            # Neither used nor initialised by the published code.
+            unused[key] = theirs[key][5:].clone()
+            theirs[key] = theirs[key][:5]
+    _check(pairs, theirs, _own_shapes(network, theirs))
+
+    ours = {
+        pair.ours: pair.to_ours(theirs[pair.theirs]).clone()
+        for pair in pairs
+        if pair.ours is not None
+    }
+    meta = dict(
+        mmorepa_version=__version__,
+        architecture=name_of(backbone),
+        backbone=backbone,
+        deployed=deployed,
+        published=dict(
+            has_module=has_module,
+            renamed=renamed,
+            unused_rows=unused,
+            optional=[key for key in theirs if key.endswith(_OPTIONAL)],
+        ),
+    )
+    return dict(meta=meta, state_dict=ours)
+
+
+def to_published(
+    state_dict: Mapping[str, Tensor], backbone: dict, published: Optional[dict] = None
+) -> dict[str, Tensor]:
+    """Translates a state dict of ours back.
+
+    Args:
+        state_dict (Mapping[str, Tensor]): ``backbone.*`` and ``head.fc.*``.
+        backbone (dict): The backbone config.
+        published (dict, optional): ``meta['published']`` of :func:`from_published`.
+            Defaults to None: ``module.`` before the keys of a training form, and
+            zeros in the rows that the published code has and does not use.
+
+    Returns:
+        dict[str, Tensor]: The published layout.
+
+    Raises:
+        CheckpointError: As :func:`from_published`.
+    """
+    deployed = not any('.branches.' in key for key in state_dict)
+    network = _build(backbone, deployed)
+    if published is None:
+        published = dict(
+            has_module=not deployed, renamed={}, unused_rows=None, optional=[]
+        )
+    pairs = list(_pairs(network, {'linear.weight', *published['optional']}))
+    own = [_Pair(pair.ours, pair.ours) for pair in pairs if pair.ours is not None]
+    _check(own, state_dict, _own_shapes(network, state_dict))
+
+    unused = published['unused_rows']
+    theirs = {}
+    for pair in pairs:
+        if pair.ours is None:
+            value = pair.fixed()
+        else:
+            value = pair.to_theirs(state_dict[pair.ours]).clone()
+        if pair.theirs.endswith('.vector'):
+            extra = (unused or {}).get(pair.theirs)
+            if unused is None and _has_unused_row(network, pair.ours):
+                extra = torch.zeros_like(value[:1])
+            if extra is not None:
+                value = torch.cat([value, extra])
+        theirs[pair.theirs] = value
+    renamed = published['renamed']
+    prefix = 'module.' if published['has_module'] else ''
+    return {prefix + renamed.get(key, key): value for key, value in theirs.items()}
+
+
+def _build(backbone: dict, deployed: bool) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        return MODELS.build(dict(backbone, deploy=deployed))
+
+
+def _is_deployed(theirs: Mapping[str, Tensor]) -> bool:
+    return not any(key.endswith('running_mean') for key in theirs)
+
+
+def _has_unused_row(network: nn.Module, ours: str) -> bool:
+    """Whether the published vector has a row more than the kernel has branches."""
+    name, _, rest = ours.removeprefix('backbone.').partition('.branches.')
+    conv = network.get_submodule(name)
+    return rest.startswith('origin.') and 'identity' in conv.branches
+
+
+# Spellings of one entry in different versions of the published code.
+_SYNONYMS = (
+    (r'\b(weight_)?(or1x1_)?l2i_conv([12])$', r'weight_or1x1_l2i_conv\3'),
+    (r'\bdbb_1x1_kxk\.idconv1\.weight$', 'dbb_1x1_kxk.idconv1.conv.weight'),
+)
+
+
+def _canonical(theirs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """One spelling for every entry, and the spellings of the file."""
+    canonical, renamed = {}, {}
+    for key, value in theirs.items():
+        name = key
+        for pattern, replacement in _SYNONYMS:
+            name = re.sub(pattern, replacement, name)
+        canonical[name] = value
+        if name != key:
+            renamed[name] = key
+    return canonical, renamed
+
+
+def _own_shapes(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, tuple]:
+    shapes = {f'backbone.{k}': tuple(v.shape) for k, v in network.state_dict().items()}
+    # The number of classes is the checkpoint's own affair.
+    head = next((k for k in ('linear.weight', 'head.fc.weight') if k in state), None)
+    if head is not None:
+        classes = len(state[head])
+        shapes['head.fc.weight'] = (classes, network.feat_dim)
+        shapes['head.fc.bias'] = (classes,)
+    return shapes
+
+
+def _check(
+    pairs: list[_Pair], found: Mapping[str, Tensor], shapes: dict[str, tuple]
+) -> None:
+    expected = {pair.theirs: pair for pair in pairs}
+    misshapen, wrong = [], []
+    for key in expected.keys() & found.keys():
+        pair, value = expected[key], found[key]
+        fixed = None if pair.fixed is None else pair.fixed()
+        shape = shapes[pair.ours] if fixed is None else tuple(fixed.shape)
+        if tuple(value.shape) != shape:
+            misshapen.append(f'{key} ({tuple(value.shape)}, not {shape})')
+        elif fixed is not None and not torch.allclose(value, fixed, atol=1e-5):
+            wrong.append(key)
+    problems = [
+        name_keys('missing from the checkpoint', expected.keys() - found.keys()),
+        name_keys('left over', found.keys() - expected.keys()),
+        name_keys('of another shape', misshapen),
+        name_keys('fixed in the published code, with other values', wrong),
+    ]
+    if any(problems):
+        raise CheckpointError(
+            f'the checkpoint does not fit: {"; ".join(filter(None, problems))}'
+        )
+
+
+def _pairs(network: nn.Module, present: set[str]) -> Iterator[_Pair]:
+    """All pairs of a network.
+
+    Args:
+        network (nn.Module): Our backbone.
+        present (set[str]): Published keys that tell which of the optional entries
+            there are, the head among them.
+    """
+    for name, conv in _outermost_convs(network):
+        there, here = _published_name(name), f'backbone.{name}.'
+        for pair in _conv_pairs(conv):
+            theirs = f'{there}.{pair.theirs}'
+            if theirs.endswith(_OPTIONAL) and theirs not in present:
+                continue
+            ours = None if pair.ours is None else here + pair.ours
+            yield pair._replace(theirs=theirs, ours=ours)
+    for name in network.state_dict():
+        if '.se.' in name:
+            yield _Pair(_published_name(name), f'backbone.{name}')
+    if any(key.startswith('linear.') for key in present):
+        for entry in ('weight', 'bias'):
+            yield _Pair(f'linear.{entry}', f'head.fc.{entry}')
+
+
+# Saved by some versions of the published code.
+_OPTIONAL = 'dbb_1x1_kxk.idconv1.id_tensor'
+
+
+def _outermost_convs(
+    module: nn.Module, prefix: str = ''
+) -> Iterator[tuple[str, ReparamConv2d]]:
+    for name, child in module.named_children():
+        if isinstance(child, ReparamConv2d):
+            yield prefix + name, child
+        else:
+            yield from _outermost_convs(child, f'{prefix}{name}.')
+
+
+def _published_name(name: str) -> str:
+    """'layer1.0.downsample' becomes 'stage1.0.shortcut'."""
+    name = re.sub(r'^stem\.conv$', 'stage0', name)
+    name = re.sub(r'^stem$', 'stage0.conv1', name)
+    name = re.sub(r'^stem\.', 'stage0.', name)
+    name = re.sub(r'^layer(\d)', r'stage\1', name)
+    return re.sub(r'\.conv$', '', name.replace('.downsample', '.shortcut'))
+
+
+def _conv_pairs(conv: ReparamConv2d) -> Iterator[_Pair]:
+    if conv.deployed:
+        for entry in ('weight', 'bias'):
+            yield _Pair(f'{_deployed_name(conv)}.{entry}', entry)
+    elif isinstance(conv, DBBConv2d):
+        yield from _plain_pairs('dbb_origin.', 'branches.origin.')
+        yield from _plain_pairs('dbb_1x1.', 'branches.pointwise.')
+        average, kxk = 'branches.average.', 'branches.pointwise_kxk.'
+        yield _Pair('dbb_avg.conv.weight', f'{average}first.branches.weight')
+        yield from _norm_pairs('dbb_avg.bn.bn', f'{average}first.norm')
+        yield from _norm_pairs('dbb_avg.avgbn', f'{average}second.norm')
+        yield _Pair('dbb_1x1_kxk.idconv1.conv.weight', f'{kxk}first.branches.weight')
+        yield _Pair(
+            _OPTIONAL,
+            None,
+            lambda: identity_1x1(conv.in_channels, conv.in_channels // conv.groups),
+        )
+        yield from _norm_pairs('dbb_1x1_kxk.bn1.bn', f'{kxk}first.norm')
+        yield _Pair('dbb_1x1_kxk.conv2.weight', f'{kxk}second.branches.weight')
+        yield from _norm_pairs('dbb_1x1_kxk.bn2', f'{kxk}second.norm')
+    elif isinstance(conv, RepVGGConv2d):
+        dense = 'branches.origin.'
+        origin = conv.branches['origin']
+        if isinstance(origin, OREPAConv2d):
+            yield from _kernel_pairs(
+                origin.branches, 'rbr_dense.', f'{dense}branches.', 'rbr'
+            )
+            yield from _norm_pairs('rbr_dense.bn', f'{dense}norm')
+        else:
+            yield from _plain_pairs('rbr_dense.', dense)
+        yield from _plain_pairs('rbr_1x1.', 'branches.pointwise.')
+        if 'identity' in conv.branches:
+            yield from _norm_pairs('rbr_identity', 'branches.identity.norm')
+    elif isinstance(conv, PlainConv2d):
+        yield from _plain_pairs('', '')
+    elif isinstance(conv, OREPAConv2d):
+        yield from _orepa_pairs(conv)
+        yield from _norm_pairs('bn', 'norm')
+    else:
+        raise CheckpointError(
+            f'the published code has no layout for {type(conv).__name__}'
+        )
+
+
+def _deployed_name(conv: ReparamConv2d) -> str:
+    if isinstance(conv, RepVGGConv2d):
+        return 'rbr_reparam'
+    if isinstance(conv, DBBConv2d):
+        return 'dbb_reparam'
+    if isinstance(conv, PlainConv2d):
+        return 'conv'
+    size = conv.kernel_size[0]
+    if size == 1:
+        return 'or1x1_reparam'
+    return 'orepa_reparam' if size < DEEP_LINEAR_FROM else 'or_large_reparam'
+
+
+def _norm_pairs(there: str, here: str) -> Iterator[_Pair]:
+    for entry in _NORM_ENTRIES:
+        yield _Pair(f'{there}.{entry}', f'{here}.{entry}')
+
+
+def _plain_pairs(there: str, here: str) -> Iterator[_Pair]:
+    yield _Pair(f'{there}conv.weight', f'{here}branches.weight')
+    yield from _norm_pairs(f'{there}bn', f'{here}norm')
+
+
+def _orepa_pairs(conv: OREPAConv2d) -> Iterator[_Pair]:
+    kernel = conv.branches
+    if isinstance(kernel, OREPADeepLinearKernel):
+        for i, factor in enumerate(kernel.factors):
+            yield from _kernel_pairs(factor, f'weight{i}.', f'branches.factors.{i}.')
+    elif isinstance(kernel, OREPAPointwiseKernel):
+        yield _Pair('weight_or1x1_origin', 'branches.weight_origin')
+        yield _Pair('weight_or1x1_l2i_conv1', 'branches.weight_first')
+        yield _Pair('weight_or1x1_l2i_conv2', 'branches.weight_second')
+        yield _Pair('vector', 'branches.scale')
+    else:
+        yield from _kernel_pairs(kernel, '', 'branches.')
+
+
+# Our branches (in the order of the scaling vectors) by their published weights.
+_KERNEL_ENTRIES = (
+    ('origin', 'weight_origin', 'origin'),
+    ('average', 'weight_average', 'avg_conv'),
+    ('frequency', 'weight_frequency', 'pfir_conv'),
+    ('pointwise_kxk', 'weight_pointwise_kxk_1', '1x1_kxk_idconv1'),
+    ('pointwise_kxk', 'weight_pointwise_kxk_2', '1x1_kxk_conv2'),
+    ('pointwise', 'weight_pointwise', '1x1'),
+    ('depthwise_separable', 'weight_depthwise', 'gconv_dw'),
+    ('depthwise_separable', 'weight_separable', 'gconv_pw'),
+)
+
+
+def _kernel_pairs(
+    kernel: OREPAKernel, there: str, here: str, kind: str = 'orepa'
+) -> Iterator[_Pair]:
+    groups, size = kernel.groups, kernel.kernel_size
+    outputs = kernel.scale.shape[1]
+    for branch, ours, theirs in _KERNEL_ENTRIES:
+        if branch not in kernel.branches:
+            continue
+        pair = _Pair(f'{there}weight_{kind}_{theirs}', here + ours)
+        if theirs == 'gconv_pw' and groups > 1:
+            # The published code interleaves the groups in the rows of this one.
+            pair = pair._replace(
+                to_ours=lambda x: _swap_rows(x, -1, groups),
+                to_theirs=lambda x: _swap_rows(x, groups, -1),
+            )
+        yield pair
+    yield _Pair(f'{there}vector', f'{here}scale')
+    hidden, inputs = kernel.weight_pointwise_kxk_1.shape[:2]
+    yield _Pair(
+        f'{there}weight_{kind}_avg_avg',
+        None,
+        lambda: torch.full((size, size), 1 / size**2),
+    )
+    yield _Pair(
+        f'{there}weight_{kind}_prior', None, lambda: frequency_prior(outputs, size)
+    )
+    yield _Pair(f'{there}id_tensor', None, lambda: identity_1x1(hidden, inputs))
+
+
+def _swap_rows(weight: Tensor, outer: int, inner: int) -> Tensor:
+    """Row ``a · inner + b`` becomes row ``b · outer + a``."""
+    return weight.unflatten(0, (outer, inner)).transpose(0, 1).flatten(0, 1)
