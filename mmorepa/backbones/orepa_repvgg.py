@@ -233,6 +233,8 @@ class OREPARepVGG(StagedBackbone):
                     f'{", ".join(cls.ARCHITECTURES)}, or give a dict'
                 )
             return cls.ARCHITECTURES[arch]
+        if not isinstance(arch, dict):
+            raise ValueError(f'arch is a name or a dict, found {arch!r}')
         for key in ('num_blocks', 'widths'):
             if len(arch.get(key, ())) < num_stages:
                 raise ValueError(

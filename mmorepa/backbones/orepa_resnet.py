@@ -364,9 +364,9 @@ class OREPAResNet(StagedBackbone):
         if self.zero_init_residual:
             for stage in self.stages:
                 for block in stage:
-                    # Deployed, the norm is gone and so is the choice.
-                    if block.convs[-1].norm is not None:
-                        nn.init.zeros_(block.convs[-1].norm.weight)
+                    # Deployed, the norms are gone and so is the choice.
+                    for norm in block.convs[-1].last_norms:
+                        nn.init.zeros_(norm.weight)
         super().init_weights()
 
     @classmethod

@@ -131,6 +131,10 @@ class MultiBranchConv2d(ReparamConv2d):
         return kernel, sum(b for _, b in folds) + (0 if bias is None else bias)
 
     @property
+    def last_norms(self) -> list[nn.Module]:
+        return [] if self.deployed else [b.norm for b in self.branches.values()]
+
+    @property
     def _deployed_with_bias(self) -> bool:
         return True  # The norms of the branches leave one.
 

@@ -221,6 +221,11 @@ class ReparamConv2d(nn.Conv2d):
         return f'{plain}, {form}'
 
     @property
+    def last_norms(self) -> list[nn.Module]:
+        """The normalisations whose sum is the output; none where they were folded."""
+        return [] if self.norm is None else [self.norm]
+
+    @property
     def _folds_norm(self) -> bool:
         return is_foldable(self.norm)
 
