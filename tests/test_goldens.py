@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import assert_near, deployed_twin
 
-from mmorepa.backbones import OREPAResNet
+from mmorepa.backbones import OREPARepVGG, OREPAResNet
 
 GOLDENS = Path(__file__).parents[2] / 'shared' / 'goldens'
 
@@ -18,35 +18,56 @@ pytestmark = pytest.mark.skipif(
     not GOLDENS.is_dir(), reason='no ../shared/goldens beside the repository'
 )
 
-# Published name, ours; the longer of two that end alike comes first.
+# What follows 'weight_orepa_' or 'weight_rbr_' in published names, and ours.
 WEIGHTS = {
-    'weight_orepa_origin': 'branches.weight_origin',
-    'weight_orepa_avg_conv': 'branches.weight_average',
-    'weight_orepa_pfir_conv': 'branches.weight_frequency',
-    'weight_orepa_1x1_kxk_idconv1': 'branches.weight_pointwise_kxk_1',
-    'weight_orepa_1x1_kxk_conv2': 'branches.weight_pointwise_kxk_2',
-    'weight_orepa_1x1': 'branches.weight_pointwise',
-    'weight_orepa_gconv_dw': 'branches.weight_depthwise',
-    'weight_orepa_gconv_pw': 'branches.weight_separable',
-    'vector': 'branches.scale',
+    'origin': 'weight_origin',
+    'avg_conv': 'weight_average',
+    'pfir_conv': 'weight_frequency',
+    '1x1_kxk_idconv1': 'weight_pointwise_kxk_1',
+    '1x1_kxk_conv2': 'weight_pointwise_kxk_2',
+    '1x1': 'weight_pointwise',
+    'gconv_dw': 'weight_depthwise',
+    'gconv_pw': 'weight_separable',
 }
-FIXED = ('weight_orepa_avg_avg', 'weight_orepa_prior', 'id_tensor')
+FIXED = ('_avg_avg', '_prior', 'id_tensor')
 
 
-def our_key(key):
+def entry(name):
+    """The name of a parameter within a conv."""
+    if name == 'vector':
+        return 'branches.scale'
+    match = re.fullmatch('weight_(?:orepa|rbr)_(.*)', name)
+    return f'branches.{WEIGHTS[match[1]]}' if match else name
+
+
+def resnet_key(key):
     """The key of a published ResNet's entry in ours."""
     key = key.replace('stage0.conv1', 'stem').replace('shortcut', 'downsample')
     key = re.sub(r'^stage(\d)', r'layer\1', key).replace('.bn.', '.norm.')
-    *path, name = key.split('.')
-    if path[-1] == 'conv':
-        return '.'.join([*path[:-1], 'branches', name])
-    match = re.fullmatch(r'weight(\d)', path[-1])
-    if match:
-        *path, _ = path
-        return '.'.join(
-            [*path, 'branches.factors', match[1], WEIGHTS[name].split('.')[1]]
-        )
-    return '.'.join([*path, WEIGHTS.get(name, name)])
+    key = key.replace('.conv.weight', '.branches.weight')
+    key = re.sub(r'^stem\.weight(\d)', r'stem.branches.factors.\1', key)
+    path, name = key.rsplit('.', 1)
+    # A factor of the stem is a kernel, not a conv.
+    ours = entry(name)
+    return f'{path}.{ours.split(".")[-1] if "factors" in path else ours}'
+
+
+def repvgg_key(key):
+    """The key of a published RepVGG's entry in ours."""
+    key = re.sub(r'^stage(\d)', r'layer\1', key.replace('stage0', 'stem'))
+    key = key.replace('rbr_identity.', 'conv.branches.identity.norm.')
+    key = key.replace('rbr_1x1.conv.', 'conv.branches.pointwise.branches.')
+    key = key.replace('rbr_1x1.bn.', 'conv.branches.pointwise.norm.')
+    key = key.replace('rbr_dense.bn.', 'conv.branches.origin.norm.')
+    key = key.replace('rbr_dense.', 'conv.branches.origin.')
+    path, name = key.rsplit('.', 1)
+    return f'{path}.{entry(name)}'
+
+
+NETWORKS = {
+    'resnet18-orepa': (lambda **kwargs: OREPAResNet(18, **kwargs), resnet_key),
+    'repvgg-a0-orepa': (lambda **kwargs: OREPARepVGG('A0', **kwargs), repvgg_key),
+}
 
 
 @pytest.fixture(scope='module')
@@ -58,33 +79,35 @@ def layout():
     return module
 
 
-@pytest.fixture(scope='module')
-def published(layout):
-    manifest = json.loads((GOLDENS / 'resnet18-orepa.manifest.json').read_text())
-    return layout.build_state_dict(manifest)
-
-
-@pytest.fixture(scope='module')
-def state(published):
-    return {
-        our_key(key): value
-        for key, value in published.items()
-        if not key.startswith('linear.') and not key.endswith(FIXED)
-    }
+@pytest.fixture(scope='module', params=NETWORKS)
+def published(request, layout):
+    """The name of a network, how it is built, and its published state."""
+    manifest = json.loads((GOLDENS / f'{request.param}.manifest.json').read_text())
+    state = layout.build_state_dict(manifest)
+    build, our_key = NETWORKS[request.param]
+    classifier = state.pop('linear.weight'), state.pop('linear.bias')
+    ours = {our_key(k): v for k, v in state.items() if not k.endswith(FIXED)}
+    for key, value in ours.items():
+        if key.endswith('origin.branches.scale'):
+            # The published blocks with an identity branch have a row that no
+            # branch uses.
+            ours[key] = value[:5]
+    return request.param, build, ours, classifier
 
 
 @pytest.mark.parametrize('form', ['training', 'switched', 'loaded'])
-def test_resnet18(layout, published, state, form):
-    net = OREPAResNet(18, deploy=form == 'loaded').eval()
+def test_outputs(layout, published, form):
+    name, build, state, (weight, bias) = published
+    net = build(deploy=form == 'loaded').eval()
     net.load_state_dict(state, strict=True)
     if form == 'switched':
         net = deployed_twin(net)
     with torch.no_grad():
-        *stages, last = net(layout.golden_input())
-        logits = last.mean((2, 3)) @ published['linear.weight'].T
-        logits += published['linear.bias']
+        outputs = net(layout.golden_input())
+        logits = outputs[-1].mean((2, 3)) @ weight.T + bias
 
-    golden = np.load(GOLDENS / 'resnet18-orepa.npz')
-    names = ['stage1', 'stage2', 'stage3', 'stage4', 'logits']
-    for name, output in zip(names, [*stages, last, logits]):
-        assert_near(output, torch.from_numpy(golden[name]), 1e-4)
+    golden = np.load(GOLDENS / f'{name}.npz')
+    assert set(golden) == {'stage1', 'stage2', 'stage3', 'stage4', 'logits'}
+    for i, output in enumerate(outputs, start=1):
+        assert_near(output, torch.from_numpy(golden[f'stage{i}']), 1e-4)
+    assert_near(logits, torch.from_numpy(golden['logits']), 1e-4)

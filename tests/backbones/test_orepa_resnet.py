@@ -328,12 +328,19 @@ def test_with_cp(depth):
 
 
 @pytest.mark.parametrize(('depth', 'last'), [(18, 'conv2'), (50, 'conv3')])
-def test_zero_init_residual(depth, last):
-    net = tiny(depth, zero_init_residual=True)
+@pytest.mark.parametrize('block', ['orepa', 'dbb', 'none'])
+def test_zero_init_residual(block, depth, last):
+    """Every residual block starts as its shortcut."""
+    options = dict(block=block, num_stages=2, out_indices=(1,))
+    net = tiny(depth, zero_init_residual=True, **options)
     net.init_weights()
-    for name, conv in convs(net).items():
-        assert conv.norm.weight.any() != name.endswith(last), name
-    tiny(depth, zero_init_residual=True, deploy=True).init_weights()
+    for stage in net.stages:
+        for residual in stage:
+            for name, conv in residual.named_children():
+                if isinstance(conv, ReparamConv2d):
+                    x = torch.randn(2, conv.in_channels, 8, 8)
+                    assert conv(x).any() != (name == last), name
+    tiny(depth, zero_init_residual=True, deploy=True, **options).init_weights()
 
 
 def test_init_weights_leaves_the_branches():

@@ -1,0 +1,207 @@
+import copy
+import re
+
+import pytest
+import torch
+from helpers import assert_near, assert_same_gradients, deployed_twin, trained_like
+from mmengine.registry import MODELS
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmorepa.backbones import OREPARepVGG
+from mmorepa.layers import (
+    DBBConv2d,
+    OREPARepVGGConv2d,
+    PlainConv2d,
+    ReparamConv2d,
+    RepVGGConv2d,
+)
+
+SLIM = dict(num_blocks=(1, 2, 2, 1), widths=(0.75, 1, 1, 2.5))
+
+
+def tiny(arch=None, **kwargs):
+    return OREPARepVGG(arch or SLIM, **{'base_channels': 8, **kwargs})
+
+
+def image(size=64):
+    return torch.randn(2, 3, size, size)
+
+
+def convs(net):
+    return [block.conv for stage in [[net.stem], *net.stages] for block in stage]
+
+
+# Blocks and widths of each stage, from the papers; the stem comes before.
+ARCHITECTURES = {
+    'A0': ((2, 4, 14, 1), (48, 96, 192, 1280), 48),
+    'A1': ((2, 4, 14, 1), (64, 128, 256, 1280), 64),
+    'A2': ((2, 4, 14, 1), (96, 192, 384, 1408), 64),
+    'B0': ((4, 6, 16, 1), (64, 128, 256, 1280), 64),
+    'B1': ((4, 6, 16, 1), (128, 256, 512, 2048), 64),
+    'B2': ((4, 6, 16, 1), (160, 320, 640, 2560), 64),
+    'B3': ((4, 6, 16, 1), (192, 384, 768, 2560), 64),
+    'D2se': ((8, 14, 24, 1), (160, 320, 640, 2560), 64),
+}
+
+
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+def test_architectures(arch):
+    num_blocks, widths, stem = ARCHITECTURES[arch]
+    with torch.device('meta'):
+        net = OREPARepVGG(arch, block='none')
+    assert net.stem.conv.out_channels == stem
+    assert [len(stage) for stage in net.stages] == list(num_blocks)
+    channels = stem
+    for stage, width in zip(net.stages, widths):
+        for j, block in enumerate(stage):
+            conv = block.conv
+            assert (conv.in_channels, conv.out_channels) == (channels, width)
+            assert conv.kernel_size == (3, 3) and conv.padding == (1, 1)
+            assert conv.stride == ((2, 2) if j == 0 else (1, 1))
+            assert conv.groups == 1
+            assert (block.se is not None) == (arch == 'D2se')
+            channels = width
+    assert net.feat_dim == widths[-1]
+
+
+@pytest.mark.parametrize('groups', [2, 4])
+@pytest.mark.parametrize('arch', ['B1', 'B2', 'B3'])
+def test_every_second_block_is_grouped(arch, groups):
+    with torch.device('meta'):
+        net = OREPARepVGG(f'{arch}g{groups}', block='none')
+    # RepVGG counts the stem as layer 0 and groups layers 2, 4, ..., 26.
+    found = [i for i, conv in enumerate(convs(net)) if conv.groups != 1]
+    assert found == list(range(2, 27, 2))
+    assert {convs(net)[i].groups for i in found} == {groups}
+
+
+@pytest.mark.parametrize(
+    ('block', 'kind'),
+    [
+        ('orepa', OREPARepVGGConv2d),
+        ('repvgg', RepVGGConv2d),
+        ('none', PlainConv2d),
+        ('dbb', DBBConv2d),
+    ],
+)
+def test_block(block, kind):
+    assert all(type(conv) is kind for conv in convs(tiny(block=block)))
+
+
+def test_output_shapes():
+    net = MODELS.build(dict(type='OREPARepVGG', arch=SLIM, base_channels=8)).eval()
+    with torch.no_grad():
+        shapes = [tuple(y.shape) for y in net(image())]
+    assert shapes == [(2, 6, 16, 16), (2, 16, 8, 8), (2, 32, 4, 4), (2, 160, 2, 2)]
+
+
+def test_strides_dilations_and_outputs():
+    net = tiny(strides=(2, 2, 1, 1), dilations=(1, 1, 2, 4), out_indices=(1, 3)).eval()
+    dilations = [[block.conv.dilation[0] for block in stage] for stage in net.stages]
+    assert dilations == [[1], [1, 1], [2, 2], [4]]
+    with torch.no_grad():
+        assert [y.shape[-1] for y in net(image())] == [8, 8]
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(),
+        dict(block='repvgg'),
+        dict(block='dbb'),
+        dict(block='none'),
+        dict(arch=dict(SLIM, groups=2, use_se=True)),
+        dict(strides=(2, 2, 1, 1), dilations=(1, 1, 2, 4)),
+        dict(norm_cfg=dict(type='SyncBN'), act_cfg=dict(type='PReLU')),
+        dict(arch='A0', base_channels=4, out_indices=(3,)),
+    ],
+    ids=lambda options: '-'.join(options) or 'default',
+)
+def test_deployed_equals_training_form(options):
+    net = trained_like(tiny(**options)).eval()
+    x = image()
+    with torch.no_grad():
+        expected = net(x)
+        switched = deployed_twin(net)
+        assert_near(switched(x), expected, 1e-4)
+        built = tiny(deploy=True, **options).eval()
+        built.load_state_dict(net.state_dict())
+        assert_near(built(x), expected, 1e-4)
+    kinds = [type(m) for m in switched.modules() if not list(m.children())]
+    assert not any(issubclass(kind, _BatchNorm) for kind in kinds)
+
+
+def test_block_is_the_formula():
+    """ReLU of the sum, with squeeze-excitation in between."""
+    net = trained_like(tiny(dict(SLIM, use_se=True))).eval()
+    block = net.layer2[1]
+    x = torch.randn(2, 16, 8, 8)
+    branches = block.conv.branches
+    assert list(branches) == ['origin', 'pointwise', 'identity']
+    y = sum(branch(x) for branch in branches.values())
+    gate = block.se.down(nn.functional.adaptive_avg_pool2d(y, 1))
+    y = y * torch.sigmoid(block.se.up(torch.relu(gate)))
+    assert_near(block(x), torch.relu(y))
+
+
+def test_gradients_and_checkpointing():
+    net = trained_like(tiny()).train()
+    twin = tiny(with_cp=True).train()
+    twin.load_state_dict(net.state_dict())
+    calls = []
+    twin.layer2[1].conv.register_forward_hook(lambda *_: calls.append(1))
+    x = image()
+    results = []
+    for model in (net, twin):
+        sum(y.square().mean() for y in model(x)).backward()
+        results.append({name: p.grad for name, p in model.named_parameters()})
+    assert len(calls) == 2
+    assert all(grad is not None and grad.any() for grad in results[0].values())
+    assert_same_gradients(results[1], results[0], 1e-4)
+
+
+def test_frozen_stages_and_norm_eval():
+    net = tiny(frozen_stages=1, norm_eval=True)
+    net.eval().train()
+    before = copy.deepcopy(net.state_dict())
+    net(image())[-1].sum().backward()
+    for name, parameter in net.named_parameters():
+        assert (parameter.grad is None) == name.startswith(('stem.', 'layer1.')), name
+    after = net.state_dict()
+    assert all(torch.equal(after[n], v) for n, v in before.items())
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(arch='A9'), "unknown arch 'A9' of OREPARepVGG; choose one of A0, A1"),
+        (dict(arch=dict(num_blocks=(1,) * 4)), "arch needs 'widths', a value"),
+        (
+            dict(arch=dict(SLIM, num_blocks=(1, 2))),
+            "arch needs 'num_blocks'.* 4 stages",
+        ),
+        (dict(arch=dict(SLIM, group=2)), 'arch has no entry group'),
+        (dict(arch=3), 'arch is a name or a dict, found 3'),
+        (dict(block='dbbb'), "unknown block 'dbbb'; choose one of"),
+        (dict(out_indices=(4,)), 'out_indices'),
+        (dict(num_stages=5), 'num_stages is 1 to 4, found 5'),
+        (dict(base_channels=1), 'stage 1 needs at least one channel'),
+        (dict(frozen_stages=7), 'frozen_stages is .* found 7'),
+    ],
+)
+def test_bad_input(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**options)
+
+
+def test_fewer_stages():
+    full = trained_like(tiny()).eval()
+    net = tiny(num_stages=2, out_indices=(1,)).eval()
+    state = full.state_dict()
+    net.load_state_dict({name: state[name] for name in net.state_dict()})
+    x = image()
+    with torch.no_grad():
+        assert_near(net(x), full(x)[1:2])
+    assert not re.search('layer[34]', ' '.join(net.state_dict()))
+    assert all(isinstance(conv, ReparamConv2d) for conv in convs(net))
