@@ -50,15 +50,15 @@ class OnlineFold:
             return branches()
         entry = self._entry
         if entry is None or not entry.is_current():
+            self.clear()
+            if next(_tensors_outside(branches), None) is not None:
+                return _fold_as_it_is(branches)
             entry = self._entry = _Entry(branches)
         return entry.kernel(branches)
 
     def clear(self) -> None:
         """Forgets the kernel."""
         self._entry = None
-
-    def __deepcopy__(self, memo: dict) -> 'OnlineFold':
-        return OnlineFold()
 
     def __reduce__(self) -> tuple:
         return OnlineFold, ()
@@ -178,6 +178,19 @@ def _fold(branches: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
             return functional_call(branches, tensors, ())
         wide = {name: t.float() for name, t in tensors.items()}
         return functional_call(branches, wide, ()).to(first.dtype)
+
+
+def _fold_as_it_is(branches: nn.Module) -> Tensor:
+    """The kernel of branches whose tensors cannot be watched or exchanged."""
+    device = next(_tensors_outside(branches)).device
+    with _no_autocast(device.type):
+        return branches()
+
+
+def _tensors_outside(module: nn.Module) -> Iterator[Tensor]:
+    """Tensors that a wrapper put in the place of parameters: FSDP, or pruning."""
+    for child in module.modules():
+        yield from (v for v in vars(child).values() if isinstance(v, Tensor))
 
 
 @contextmanager
