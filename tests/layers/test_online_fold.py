@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from helpers import (
     trained_like,
 )
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
@@ -547,26 +550,38 @@ def test_checkpoint(use_reentrant, cached):
     assert_same_gradients({n: p.grad for n, p in net.named_parameters()}, expected)
 
 
-def test_distributed_data_parallel(tmp_path):
-    """Whose hooks sit on the parameters that the kernel's one node leads to."""
-    import torch.distributed as dist
+WRAPPERS = {
+    'ddp': DistributedDataParallel,
+    'fsdp': partial(FullyShardedDataParallel, device_id=torch.device('cpu')),
+    'fsdp_orig_params': partial(
+        FullyShardedDataParallel, use_orig_params=True, device_id=torch.device('cpu')
+    ),
+}
 
-    dist.init_process_group(
-        'gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1
-    )
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('wrapper', WRAPPERS)
+def test_distributed_training(wrapper, tmp_path):
+    """DDP puts hooks on parameters, FSDP puts views of another one in their place."""
+    store = f'file://{tmp_path}/store'
+    torch.distributed.init_process_group('gloo', store, rank=0, world_size=1)
     try:
         conv = make()
         conv(image())
         twin = copy.deepcopy(conv)
-        model = nn.parallel.DistributedDataParallel(conv)
+        model = WRAPPERS[wrapper](conv)
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (model, twin)]
         for _ in range(3):
             x = image()
-            model(x).square().sum().backward()
-            uncached(twin, x).square().sum().backward()
-        for actual, expected in zip(conv.parameters(), twin.parameters()):
-            assert_near(actual.grad, expected.grad)
+            y, expected = model(x), uncached(twin, x)
+            assert_near(y, expected)
+            y.square().sum().backward()
+            expected.square().sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
     finally:
-        dist.destroy_process_group()
+        torch.distributed.destroy_process_group()
 
 
 def test_ema_of_mmengine():

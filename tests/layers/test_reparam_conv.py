@@ -8,7 +8,7 @@ import mmengine.runner.checkpoint as mmengine_checkpoint
 import pytest
 import torch
 from helpers import assert_near, deployed_twin, trained_like
-from mmcv.cnn import ConvModule
+from mmcv.cnn import ConvModule, fuse_conv_bn
 from mmengine.logging import MMLogger
 from torch import nn
 
@@ -214,6 +214,15 @@ def test_parents_do_not_initialise_the_branches():
     before = copy.deepcopy(module.conv.state_dict())
     module.init_weights()
     assert all(torch.equal(v, before[n]) for n, v in module.conv.state_dict().items())
+
+
+def test_norm_of_the_parent_is_fused_by_mmcv():
+    """Its tools for deployment take the deployed form for a plain conv."""
+    module = ConvModule(4, 6, 3, conv_cfg=dict(type='OREPAConv2d'), norm_cfg=BN)
+    trained_like(module).eval()
+    x = torch.randn(2, 4, 9, 9)
+    expected = module(x)
+    assert_near(fuse_conv_bn(switch_to_deploy(module))(x), expected)
 
 
 def test_repr_says_which_form():
