@@ -94,6 +94,7 @@ def from_published(
         backbone=backbone,
         deployed=deployed,
         published=dict(
+            deployed=deployed,
             has_module=has_module,
             renamed=renamed,
             unused_rows=unused,
@@ -112,8 +113,9 @@ def to_published(
         state_dict (Mapping[str, Tensor]): ``backbone.*`` and ``head.fc.*``.
         backbone (dict): The backbone config.
         published (dict, optional): ``meta['published']`` of :func:`from_published`.
-            Defaults to None: ``module.`` before the keys of a training form, and
-            zeros in the rows that the published code has and does not use.
+            Without it, or after a switch to the deployed form: ``module.`` before the
+            keys of a training form, and zeros in the rows that the published code
+            has and does not use. Defaults to None.
 
     Returns:
         dict[str, Tensor]: The published layout.
@@ -123,7 +125,7 @@ def to_published(
     """
     deployed = not any('.branches.' in key for key in state_dict)
     network = _build(backbone, deployed)
-    if published is None:
+    if published is None or published['deployed'] != deployed:
         published = dict(
             has_module=not deployed, renamed={}, unused_rows=None, optional=[]
         )
@@ -211,10 +213,10 @@ def _check(
         elif fixed is not None and not torch.allclose(value, fixed, atol=1e-5):
             wrong.append(key)
     problems = [
-        name_keys('missing from the checkpoint', expected.keys() - found.keys()),
-        name_keys('left over', found.keys() - expected.keys()),
-        name_keys('of another shape', misshapen),
-        name_keys('fixed in the published code, with other values', wrong),
+        name_keys('missing from the checkpoint', expected.keys() - found.keys(), None),
+        name_keys('left over', found.keys() - expected.keys(), None),
+        name_keys('of another shape', misshapen, None),
+        name_keys('fixed in the published code, with other values', wrong, None),
     ]
     if any(problems):
         raise CheckpointError(

@@ -6,13 +6,14 @@ from .checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from .hooks import SwitchToDeployHook
+from .hooks import EquivalentKernelDecayHook, SwitchToDeployHook
 from .optimizers import BFloat16OptimWrapper, OREPAOptimWrapperConstructor
 
 allow_mmengine_checkpoints()
 
 __all__ = [
     'BFloat16OptimWrapper',
+    'EquivalentKernelDecayHook',
     'OREPAOptimWrapperConstructor',
     'SwitchToDeployHook',
     'allow_mmengine_checkpoints',

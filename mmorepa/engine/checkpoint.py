@@ -59,16 +59,18 @@ def _history_statistic(owner: Any, name: str) -> Any:
     )
 
 
-def read_checkpoint(path: str) -> dict:
+def read_checkpoint(path: str, keep_prefix: bool = False) -> dict:
     """Reads a checkpoint file without running code that it may hold.
 
     Args:
         path (str): A file of ``torch.save``: a dict with a ``state_dict``, or a
             bare state dict.
+        keep_prefix (bool): Whether to keep the ``module.`` that model wrappers put
+            before every key. Defaults to False.
 
     Returns:
-        dict: With ``state_dict`` (``module.`` prefixes taken off) and, where the
-        file has them, ``meta`` and whatever else it holds.
+        dict: With ``state_dict`` and, where the file has them, ``meta`` and whatever
+        else it holds.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -101,9 +103,10 @@ def read_checkpoint(path: str) -> dict:
             f'{path!r} has no state dict of tensors: neither under '
             "'state_dict' nor as a whole"
         )
-    checkpoint['state_dict'] = {
-        key.removeprefix('module.'): value for key, value in state.items()
-    }
+    if not keep_prefix:
+        checkpoint['state_dict'] = {
+            key.removeprefix('module.'): value for key, value in state.items()
+        }
     return checkpoint
 
 

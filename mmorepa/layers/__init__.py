@@ -2,6 +2,7 @@
 
 from .blocks import BLOCKS, BlockType, build_conv
 from .dbb import DBBConv2d
+from .deep_linear import DeepLinearConv2d, DeepLinearKernel
 from .multi_branch import MultiBranchConv2d
 from .orepa import (
     OREPAConv2d,
@@ -18,6 +19,8 @@ __all__ = [
     'BLOCKS',
     'BlockType',
     'DBBConv2d',
+    'DeepLinearConv2d',
+    'DeepLinearKernel',
     'MultiBranchConv2d',
     'OREPAConv2d',
     'OREPADeepLinearKernel',

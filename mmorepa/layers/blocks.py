@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Optional
 
 from .dbb import DBBConv2d
+from .deep_linear import DeepLinearConv2d
 from .orepa import DEEP_LINEAR_FROM, OREPAConv2d
 from .plain import PlainConv2d
 from .reparam_conv import ReparamConv2d
@@ -33,6 +34,7 @@ class BlockType:
 
 BLOCKS: dict[str, BlockType] = {
     'none': BlockType(PlainConv2d),
+    'deep_linear': BlockType(PlainConv2d, large=DeepLinearConv2d),
     'dbb': BlockType(DBBConv2d),
     'orepa': BlockType(OREPAConv2d, OREPAConv2d, OREPAConv2d),
     'repvgg': BlockType(RepVGGConv2d),

@@ -97,16 +97,30 @@ class PointwiseThenConv2d(nn.Module):
         border = F.pad(x.new_zeros(1, 1, *x.shape[-2:]), [self.padding] * 4, value=1)
         return self.second(F.pad(x, [self.padding] * 4) + border * value)
 
+    def kernel(self) -> Tensor:
+        """Both convs in one, with the first BatchNorm's scale held constant.
+
+        Returns:
+            Tensor: Shape (O, Ig, k, k), before :attr:`norm`, with a gradient.
+        """
+        norm = self.first.norm
+        scale = (norm.running_var + norm.eps).rsqrt()
+        if norm.affine:
+            scale = scale * norm.weight.detach()
+        first = self.first.kernel() * scale[:, None, None, None]
+        return self._compose(first, self.second.kernel())
+
     def equivalent_kernel_bias(self) -> tuple[Tensor, Tensor]:
         """Kernel, shape (O, Ig, k, k), and bias, shape (O,), in float64."""
         first, first_bias = self.first.equivalent_kernel_bias()
         second, second_bias = self.second.equivalent_kernel_bias()
-        groups = self.second.groups
-        if groups == self.first.groups:
-            kernel = compose_1x1_kxk(first, second, groups)
-        else:
-            kernel = filtered_kernel(first, second[:, 0])
-        return kernel, second_bias + constant_response(second, first_bias, groups)
+        passed_on = constant_response(second, first_bias, self.second.groups)
+        return self._compose(first, second), second_bias + passed_on
+
+    def _compose(self, first: Tensor, second: Tensor) -> Tensor:
+        if self.second.groups == self.first.groups:
+            return compose_1x1_kxk(first, second, self.second.groups)
+        return filtered_kernel(first, second[:, 0])
 
 
 class IdentityConv2d(ReparamConv2d):

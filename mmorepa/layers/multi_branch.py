@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Optional, Union
 
+import torch
 from torch import Tensor, nn
 
 from ..functional import embed_1x1
@@ -14,8 +15,9 @@ class MultiBranchConv2d(ReparamConv2d):
 
     The normalisation makes each branch non-linear while training, so that all of
     them run on the feature map: the price that online folding saves. A branch is a
-    :class:`ReparamConv2d` or any other module with an ``equivalent_kernel_bias`` and
-    a ``norm``; subclasses list their names in :attr:`BRANCHES` and make each in
+    :class:`ReparamConv2d` or any other module with an ``equivalent_kernel_bias``, a
+    ``kernel`` (before the last norm; None if it has no weights) and a ``norm``;
+    subclasses list their names in :attr:`BRANCHES` and make each in
     ``build_branch``.
 
     Args:
@@ -119,6 +121,36 @@ class MultiBranchConv2d(ReparamConv2d):
             f'{type(self).__name__} has no kernel while it trains, since each branch '
             'has its own BatchNorm; equivalent_kernel_bias() gives that of eval mode'
         )
+
+    def regularized_kernel(self) -> Tensor:
+        """The sum of the branches' kernels, each as its BatchNorm scales it.
+
+        ``K = Σ_b t_b·K_b / √(Σ_b t_b²)`` with ``t_b = γ_b/√(σ_b²+ε)`` held constant,
+        at each tap over the branches that reach it. The denominator makes the decay
+        as strong as that of one plain kernel; for RepVGG blocks this is their
+        authors' "custom L2" (Ding et al., CVPR 2021), for any others its
+        generalisation. Identity branches have no weight to decay and are left out.
+        """
+        if self.deployed:
+            return self.weight
+        size = self.kernel_size[0]
+        total, squares = 0, 0
+        for branch in self.branches.values():
+            kernel = branch.kernel()
+            if kernel is None:
+                continue
+            norm = branch.norm
+            scale = (norm.running_var + norm.eps).rsqrt()
+            if norm.affine:
+                scale = scale * norm.weight.detach()
+            scale = scale[:, None, None, None]
+            reach = torch.ones_like(kernel[:, :1]) * scale**2
+            term = kernel * scale
+            if kernel.shape[-1] != size:
+                term, reach = embed_1x1(term, size), embed_1x1(reach, size)
+            total, squares = total + term, squares + reach
+        # Where every scale is zero, so is the sum.
+        return total / squares.sqrt().clamp_min(1e-12)
 
     def convolve(self, x: Tensor) -> Tensor:
         total = sum(branch(x) for branch in self.branches.values())

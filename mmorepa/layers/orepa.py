@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..functional import (
     average_kernel,
     compose_1x1_kxk,
-    compose_deep_linear,
     depthwise_separable_kernel,
     embed_1x1,
     filtered_kernel,
@@ -18,6 +17,7 @@ from ..functional import (
     identity_1x1,
     scaled_sum,
 )
+from .deep_linear import DeepLinearKernel
 from .reparam_conv import IntPair, ReparamConv2d
 
 # From this kernel size on, the paper's networks use the deep linear form.
@@ -201,10 +201,8 @@ class OREPAPointwiseKernel(nn.Module):
         return compose_1x1_kxk(self.weight_first, self.weight_second, self.groups)
 
 
-class OREPADeepLinearKernel(nn.Module):
+class OREPADeepLinearKernel(DeepLinearKernel):
     """A large kernel composed of (k−1)/2 OREPA 3×3 kernels: the deep linear stem.
-
-    The factors map I to O channels, then O to O (paper, section 3.3).
 
     Args:
         out_channels (int): O.
@@ -222,19 +220,13 @@ class OREPADeepLinearKernel(nn.Module):
         groups: int = 1,
         **kwargs,
     ) -> None:
-        super().__init__()
-        self.groups = groups
-        widths = [in_channels] + [out_channels] * ((kernel_size - 1) // 2 - 1)
-        self.factors = nn.ModuleList(
-            OREPAKernel(out_channels, width, 3, groups, **kwargs) for width in widths
+        super().__init__(
+            lambda channels: OREPAKernel(out_channels, channels, 3, groups, **kwargs),
+            out_channels,
+            in_channels,
+            kernel_size,
+            groups,
         )
-
-    def forward(self) -> Tensor:
-        """Returns the kernel, shape (O, Ig, k, k)."""
-        kernel, *factors = [factor() for factor in self.factors]
-        for factor in factors:
-            kernel = compose_deep_linear(kernel, factor, self.groups)
-        return kernel
 
 
 @MODELS.register_module()

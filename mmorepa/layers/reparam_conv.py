@@ -120,6 +120,16 @@ class ReparamConv2d(nn.Conv2d):
             return self.weight
         return self._online_fold(self.branches)
 
+    def regularized_kernel(self) -> Tensor:
+        """The kernel whose L2 norm a weight decay should look at.
+
+        Normalisation undoes the scale of a kernel, so this is the kernel before it.
+
+        Returns:
+            Tensor: Shape (O, Ig, k, k), with a gradient.
+        """
+        return self.kernel()
+
     def forward(self, x: Tensor) -> Tensor:
         """Convolution, normalisation, activation.
 

@@ -90,6 +90,9 @@ class IdentityBranch(nn.Module):
         """Maps (N, C, H, W) to the same shape."""
         return self.norm(x)
 
+    def kernel(self) -> None:
+        """It has no weights."""
+
     def equivalent_kernel_bias(self) -> tuple[Tensor, Tensor]:
         """Kernel, shape (C, C/g, 1, 1), and bias, shape (C,), in float64."""
         channels = self.norm.num_features

@@ -1,19 +1,20 @@
 """Errors that a user can mend."""
 
 from collections.abc import Collection
+from typing import Optional
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint does not fit the model, or the form that the model is in."""
 
 
-def name_keys(what: str, keys: Collection[str], most: int = 4) -> str:
+def name_keys(what: str, keys: Collection[str], most: Optional[int] = 4) -> str:
     """A text for an error: '3 keys …: a, b, c', or nothing if there are none.
 
     Args:
         what (str): What is the matter with them.
         keys (Collection[str]): The keys.
-        most (int): How many are named. Defaults to 4.
+        most (int, optional): How many are named; None names all. Defaults to 4.
 
     Returns:
         str: The text.
@@ -21,6 +22,7 @@ def name_keys(what: str, keys: Collection[str], most: int = 4) -> str:
     if not keys:
         return ''
     keys = sorted(keys)
-    more = f' and {len(keys) - most} more' if len(keys) > most else ''
+    left = 0 if most is None else len(keys) - most
+    more = f' and {left} more' if left > 0 else ''
     noun = 'key' if len(keys) == 1 else 'keys'
     return f'{len(keys)} {noun} {what}: {", ".join(keys[:most])}{more}'

@@ -13,6 +13,8 @@ from torch.nn import GroupNorm, LayerNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from ...backbones import StagedBackbone
+from ...layers import OREPAKernel, OREPAPointwiseKernel, ReparamConv2d
 from ...utils.tables import format_table
 
 _NORMS = (_BatchNorm, _InstanceNorm, GroupNorm, LayerNorm)
@@ -28,13 +30,22 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     - ``norm_bias_lr_mult`` (float): Learning rate of the biases of normalisation
       layers, which ``bias_lr_mult`` leaves out.
+    - ``stem_lr_mult`` (float): Learning rate of everything in the stem, its
+      BatchNorm and scaling vectors included.
+    - ``stem_keys`` (list[str]): Names of the modules that are the stem, such as
+      ``['backbone.conv1']``. By default the stems of this package's backbones.
+    - ``scale_lr_mult``, ``scale_decay_mult`` (float): Learning rate and weight decay
+      of the scaling vectors.
+    - ``branch_decay_mult`` (float): Weight decay of all that is folded into kernels,
+      scaling vectors included; 0 goes with
+      :class:`mmorepa.engine.EquivalentKernelDecayHook`.
 
     Parameters with the same settings share one group, so that the optimizer can
     update them together; the groups are logged as one table.
 
     Raises:
-        ValueError: If a multiplier fits no parameter that is trained, or modules
-            share a parameter and ``bypass_duplicate`` is not set.
+        ValueError: If an option is not known, a multiplier fits no parameter that is
+            trained, or modules share a parameter and ``bypass_duplicate`` is not set.
 
     Examples:
         >>> # The paper's recipe: biases learn at twice the rate, without decay.
@@ -72,25 +83,48 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         with _without_a_line_per_parameter():
             super().add_params(singles, module)
         _check_none_twice(singles, module)
-        multiplier = self.paramwise_cfg.get('norm_bias_lr_mult')
-        if multiplier is not None:
-            self._multiply_lr(singles, _norm_biases(module), multiplier)
+        for option, (setting, choose) in _MULTIPLIERS.items():
+            if option in self.paramwise_cfg:
+                chosen = choose(module, self.paramwise_cfg)
+                self._multiply(singles, option, setting, chosen)
         groups = self._merge(singles)
         params.extend(groups)
         self._log(groups, module)
 
-    def _multiply_lr(
-        self, singles: list[dict], chosen: list[nn.Parameter], multiplier: float
+    def _validate_cfg(self) -> None:
+        super()._validate_cfg()
+        unknown = self.paramwise_cfg.keys() - _MMENGINE_OPTIONS - _MULTIPLIERS.keys()
+        unknown -= {'stem_keys'}
+        if unknown:
+            # MMEngine would pass over it in silence.
+            raise ValueError(
+                f'paramwise_cfg has no option {", ".join(sorted(unknown))}; it knows '
+                f'{", ".join(sorted({*_MMENGINE_OPTIONS, *_MULTIPLIERS, "stem_keys"}))}'
+            )
+
+    def _multiply(
+        self,
+        singles: list[dict],
+        option: str,
+        setting: str,
+        chosen: list[nn.Parameter],
     ) -> None:
+        base = self.base_lr if setting == 'lr' else self.base_wd
+        if base is None:
+            raise ValueError(f'{option} needs {setting!r} in the optimizer config')
         identities = {id(param) for param in chosen}
         matches = [s for s in singles if id(s['params'][0]) in identities]
         if not matches:
             raise ValueError(
-                f'norm_bias_lr_mult={multiplier} has no effect: the model has no '
-                'normalisation layer with a bias that is trained'
+                f'{option}={self.paramwise_cfg[option]} has no effect: '
+                + (
+                    'all that it is meant for is frozen (frozen_stages, requires_grad)'
+                    if chosen
+                    else 'the model has nothing that it is meant for'
+                )
             )
         for single in matches:
-            single['lr'] = single.get('lr', self.base_lr) * multiplier
+            single[setting] = single.get(setting, base) * self.paramwise_cfg[option]
 
     @staticmethod
     def _merge(singles: list[dict]) -> list[dict]:
@@ -122,9 +156,60 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         )
 
 
-def _norm_biases(module: nn.Module) -> list[nn.Parameter]:
+def _norm_biases(module: nn.Module, options: dict) -> list[nn.Parameter]:
     norms = (m for m in module.modules() if isinstance(m, _NORMS))
     return [norm.bias for norm in norms if getattr(norm, 'bias', None) is not None]
+
+
+def _stems(module: nn.Module, options: dict) -> list[nn.Parameter]:
+    if 'stem_keys' in options:
+        modules = dict(module.named_modules())
+        missing = [key for key in options['stem_keys'] if key not in modules]
+        if missing:
+            raise ValueError(
+                f'stem_keys names {", ".join(missing)}, which is no module of the model'
+            )
+        stems = [modules[key] for key in options['stem_keys']]
+    else:
+        stems = [m.stem for m in module.modules() if isinstance(m, StagedBackbone)]
+    return [param for stem in stems for param in stem.parameters()]
+
+
+def _scales(module: nn.Module, options: dict) -> list[nn.Parameter]:
+    kernels = (OREPAKernel, OREPAPointwiseKernel)
+    return [m.scale for m in module.modules() if isinstance(m, kernels)]
+
+
+def _branches(module: nn.Module, options: dict) -> list[nn.Parameter]:
+    """All that kernels are folded from; norms within the branches are not."""
+    return [
+        param
+        for conv in module.modules()
+        if isinstance(conv, ReparamConv2d) and not conv.deployed
+        for part in conv.branches.modules()
+        if not isinstance(part, _NORMS)
+        for param in part.parameters(recurse=False)
+    ]
+
+
+# Option: the setting that it multiplies, and which parameters'.
+_MULTIPLIERS = {
+    'norm_bias_lr_mult': ('lr', _norm_biases),
+    'stem_lr_mult': ('lr', _stems),
+    'scale_lr_mult': ('lr', _scales),
+    'scale_decay_mult': ('weight_decay', _scales),
+    'branch_decay_mult': ('weight_decay', _branches),
+}
+_MMENGINE_OPTIONS = {
+    'bias_decay_mult',
+    'bias_lr_mult',
+    'bypass_duplicate',
+    'custom_keys',
+    'dcn_offset_lr_mult',
+    'dwconv_decay_mult',
+    'flat_decay_mult',
+    'norm_decay_mult',
+}
 
 
 def _check_none_twice(singles: list[dict], module: nn.Module) -> None:

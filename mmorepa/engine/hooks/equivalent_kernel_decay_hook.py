@@ -1,0 +1,79 @@
+"""Weight decay of what the branches amount to, rather than of the branches."""
+
+from typing import Any, Optional
+
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import nn
+
+from ...layers import ReparamConv2d
+
+
+@HOOKS.register_module()
+class EquivalentKernelDecayHook(Hook):
+    """Adds ``½ · weight_decay · Σ ‖K‖²`` over the equivalent kernels to the losses.
+
+    L2 of the branches lets the folded kernel grow as long as every factor is small;
+    L2 of the kernel itself keeps its distribution narrow, which matters before
+    quantisation. It generalises RepVGG's "custom L2" to every block: see
+    :meth:`mmorepa.layers.ReparamConv2d.regularized_kernel`. Its gradient for a plain
+    conv is that of SGD's own weight decay. The term is logged as
+    ``loss_kernel_decay``.
+
+    Take the branches out of the optimizer's weight decay, or they decay twice:
+    ``branch_decay_mult=0.`` of
+    :class:`mmorepa.engine.OREPAOptimWrapperConstructor` does it.
+
+    Args:
+        weight_decay (float): The coefficient. Defaults to 1e-4.
+
+    Raises:
+        ValueError: If the model has no re-parameterised conv that is trained.
+
+    Examples:
+        >>> custom_hooks = [dict(type='EquivalentKernelDecayHook', weight_decay=1e-4)]
+        >>> optim_wrapper = dict(
+        ...     constructor='OREPAOptimWrapperConstructor',
+        ...     paramwise_cfg=dict(branch_decay_mult=0.0),
+        ... )
+    """
+
+    def __init__(self, weight_decay: float = 1e-4) -> None:
+        self.weight_decay = weight_decay
+        self._handle: Optional[Any] = None
+
+    def before_train(self, runner: Runner) -> None:
+        """Adds the term to what the model returns as losses."""
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        if not _trained_convs(model):
+            raise ValueError(
+                'EquivalentKernelDecayHook has no effect: the model has no '
+                're-parameterised conv that is trained'
+            )
+        # The forward pass, not the optimizer: this way every toolbox, AMP, gradient
+        # accumulation and the logs treat it as the loss that it is.
+        self._handle = model.register_forward_hook(self._add_loss, with_kwargs=True)
+
+    def after_train(self, runner: Runner) -> None:
+        """Takes it off again."""
+        self._handle.remove()
+
+    def _add_loss(
+        self, model: nn.Module, args: tuple, kwargs: dict, losses: Any
+    ) -> Any:
+        if kwargs.get('mode') != 'loss':
+            return losses
+        squares = sum(
+            conv.regularized_kernel().square().sum() for conv in _trained_convs(model)
+        )
+        return dict(losses, loss_kernel_decay=0.5 * self.weight_decay * squares)
+
+
+def _trained_convs(module: nn.Module) -> list[ReparamConv2d]:
+    """The outermost re-parameterised convs: a branch counts within its block."""
+    if isinstance(module, ReparamConv2d):
+        trained = any(p.requires_grad and p.dim() > 1 for p in module.parameters())
+        return [module] if trained else []
+    return [conv for child in module.children() for conv in _trained_convs(child)]

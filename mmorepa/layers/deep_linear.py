@@ -1,0 +1,66 @@
+"""Large kernels as a chain of small ones."""
+
+from typing import Callable
+
+from torch import Tensor, nn
+
+from ..functional import compose_deep_linear
+from .plain import PlainKernel
+from .reparam_conv import ReparamConv2d
+
+
+class DeepLinearKernel(nn.Module):
+    """A k×k kernel composed of (k−1)/2 kernels of 3×3 (paper, section 3.3).
+
+    The factors map I to O channels, then O to O.
+
+    Args:
+        build_factor (Callable): Takes the input channels of a factor and returns a
+            module whose ``forward()`` returns its kernel, shape (O, channels / g, 3,
+            3).
+        out_channels (int): O.
+        in_channels (int): I.
+        kernel_size (int): k, odd, at least 3.
+        groups (int): g. Defaults to 1.
+    """
+
+    def __init__(
+        self,
+        build_factor: Callable[[int], nn.Module],
+        out_channels: int,
+        in_channels: int,
+        kernel_size: int,
+        groups: int = 1,
+    ) -> None:
+        super().__init__()
+        self.groups = groups
+        widths = [in_channels] + [out_channels] * ((kernel_size - 1) // 2 - 1)
+        self.factors = nn.ModuleList(build_factor(width) for width in widths)
+
+    def forward(self) -> Tensor:
+        """Returns the kernel, shape (O, Ig, k, k)."""
+        kernel, *factors = [factor() for factor in self.factors]
+        for factor in factors:
+            kernel = compose_deep_linear(kernel, factor, self.groups)
+        return kernel
+
+
+class DeepLinearConv2d(ReparamConv2d):
+    """A large conv of plain 3×3 factors.
+
+    Args:
+        *args, **kwargs: See :class:`ReparamConv2d`; the kernel is 3×3 or larger.
+    """
+
+    def build_branches(self) -> DeepLinearKernel:
+        if self.kernel_size[0] < 3:
+            raise ValueError(
+                'DeepLinearConv2d takes a kernel of 3x3 or more, found 1x1'
+            )
+        return DeepLinearKernel(
+            lambda channels: PlainKernel(self.out_channels, channels // self.groups, 3),
+            self.out_channels,
+            self.in_channels,
+            self.kernel_size[0],
+            self.groups,
+        )
