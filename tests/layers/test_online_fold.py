@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+import weakref
 from functools import partial
 
 import pytest
@@ -133,6 +134,15 @@ def test_mode_change_forgets_the_kernel():
         conv.train()
         conv(image())
         assert len(folds) == 2
+
+
+def test_conversion_frees_the_kernel():
+    """A network that moves from the GPU leaves nothing behind."""
+    conv = make().eval()
+    kernel = weakref.ref(conv.kernel())
+    assert kernel() is not None
+    conv.double()
+    assert kernel() is None
 
 
 # Never a stale one

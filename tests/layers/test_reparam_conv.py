@@ -207,9 +207,11 @@ def test_order_of_norm_and_activation():
     assert_near(conv(x), conv.norm(y).relu())
 
 
-def test_parents_do_not_initialise_the_branches():
+@pytest.mark.parametrize('deploy', [False, True])
+def test_parents_do_not_initialise_the_conv(deploy):
     """Rules of OpenMMLab's networks are meant for plain kernels."""
-    module = ConvModule(4, 6, 3, conv_cfg=dict(type='OREPAConv2d'), norm_cfg=BN)
+    conv_cfg = dict(type='OREPAConv2d', deploy=deploy)
+    module = ConvModule(4, 6, 3, conv_cfg=conv_cfg, norm_cfg=BN)
     assert type(module.conv) is OREPAConv2d
     before = copy.deepcopy(module.conv.state_dict())
     module.init_weights()
