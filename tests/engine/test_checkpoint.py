@@ -1,0 +1,367 @@
+import collections
+import glob
+import operator
+import os
+import pickle
+import stat
+
+import pytest
+import torch
+from helpers import assert_near, trained_like
+from mmengine.logging import HistoryBuffer
+from runners import TinyClassifier, logits_of, make_runner
+from torch import nn
+
+from mmorepa import is_switchable, switch_to_deploy
+from mmorepa.engine import (
+    allow_mmengine_checkpoints,
+    deploy_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
+from mmorepa.engine.checkpoint import load_strictly, load_training_form
+from mmorepa.layers import OREPAConv2d
+from mmorepa.utils.errors import CheckpointError
+
+
+@pytest.fixture(scope='module')
+def runner(tmp_path_factory):
+    """A runner that has trained, and saved its last and its best checkpoint."""
+    runner = make_runner(
+        tmp_path_factory.mktemp('trained'),
+        param_scheduler=dict(type='CosineAnnealingLR', T_max=6, by_epoch=False),
+        default_hooks=dict(
+            checkpoint=dict(type='CheckpointHook', interval=1, save_best='accuracy')
+        ),
+    )
+    runner.train()
+    return runner
+
+
+@pytest.fixture
+def saved(runner):
+    return os.path.join(runner.work_dir, 'epoch_2.pth')
+
+
+@pytest.fixture
+def nothing_allowed():
+    """The list of safe globals, empty until the test is over."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    yield
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(before)
+
+
+class Call:
+    """Pickles as a call of ``function``."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+    def __call__(self):
+        """What is called must be callable when it is written, too."""
+
+
+class TestSafeLoading:
+    def test_reads_what_a_runner_saved(self, nothing_allowed, saved):
+        with pytest.raises(pickle.UnpicklingError, match='HistoryBuffer'):
+            torch.load(saved, weights_only=True)
+        allow_mmengine_checkpoints()
+        checkpoint = torch.load(saved, weights_only=True)
+        losses = checkpoint['message_hub']['log_scalars']['train/loss']
+        assert isinstance(losses, HistoryBuffer)
+        assert len(losses.data[0]) == 6  # Two epochs of three iterations.
+        assert losses.current() == losses.data[0][-1] > 0
+        assert losses.min() == losses.data[0].min() < losses.max()
+        assert losses.mean(2) == pytest.approx(losses.data[0][-2:].mean())
+
+    def test_is_the_default_of_pytorch(self, saved):
+        """So MMEngine's own loading is guarded, and works after the import."""
+        files = [saved, *glob.glob(os.path.join(os.path.dirname(saved), 'best_*'))]
+        assert len(files) == 2
+        assert all(torch.load(file)['meta']['epoch'] in (1, 2) for file in files)
+
+    def test_numbers_and_arrays_of_numpy(self, tmp_path):
+        import numpy as np
+
+        values = [np.float64(1.5), np.int64(3), np.bool_(True), np.arange(4.0)]
+        torch.save({'state_dict': {}, 'meta': values}, tmp_path / 'a.pth')
+        found = read_checkpoint(str(tmp_path / 'a.pth'))['meta']
+        assert [str(v) for v in found] == [str(v) for v in values]
+        assert [v.dtype for v in found] == [v.dtype for v in values]
+
+    @pytest.mark.parametrize(
+        'call',
+        [
+            lambda path: Call(os.system, f'touch {path}'),
+            lambda path: Call(eval, f'open({str(path)!r}, "w")'),
+            lambda path: Call(os.mkdir, str(path)),
+            lambda path: Call(open, str(path), 'w'),
+            # The way around: a method of an allowed class, called in a second step.
+            lambda path: Call(Call(getattr, torch.Tensor, 'numpy'), torch.ones(1)),
+            lambda path: Call(getattr, torch._utils._rebuild_tensor_v2, '__globals__'),
+            lambda path: Call(getattr, HistoryBuffer, '__init__'),
+            lambda path: Call(getattr, HistoryBuffer, 'register_statistics'),
+            lambda path: Call(getattr, collections.OrderedDict, 'fromkeys'),
+            lambda path: Call(operator.attrgetter, 'mean'),
+        ],
+    )
+    def test_refuses_everything_else(self, tmp_path, call):
+        trace, path = tmp_path / 'trace', str(tmp_path / 'bad.pth')
+        state = {'state_dict': {'weight': torch.ones(2)}, 'message_hub': call(trace)}
+        torch.save(state, path)
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(path, weights_only=True)
+        with pytest.raises(ValueError, match='cannot be read as a checkpoint') as info:
+            read_checkpoint(path)
+        assert repr(path) in str(info.value)
+        # PyTorch's own words propose to trust the file.
+        assert 'weights_only' not in str(info.value)
+        assert not trace.exists()
+
+    @pytest.mark.parametrize('name', ['mean', 'max', 'min', 'current'])
+    def test_getattr_serves_the_four_names(self, tmp_path, name):
+        path = tmp_path / 'a.pth'
+        torch.save(Call(getattr, HistoryBuffer, name), path)
+        assert torch.load(path, weights_only=True) is getattr(HistoryBuffer, name)
+        torch.save(Call(getattr, HistoryBuffer([1.0], [1]), name), path)
+        with pytest.raises(pickle.UnpicklingError, match=f"attribute '{name}'"):
+            torch.load(path, weights_only=True)
+
+
+class TestRead:
+    def write(self, tmp_path, content):
+        path = tmp_path / 'a.pth'
+        torch.save(content, path)
+        return str(path)
+
+    def test_runner_checkpoint(self, runner, saved):
+        checkpoint = read_checkpoint(saved)
+        own = runner.model.state_dict()
+        assert checkpoint['state_dict'].keys() == own.keys()
+        assert all(torch.equal(checkpoint['state_dict'][k], v) for k, v in own.items())
+        assert checkpoint['meta']['iter'] == 6
+        assert {'optimizer', 'param_schedulers', 'message_hub'} <= checkpoint.keys()
+
+    def test_bare_state_dict(self, tmp_path):
+        state = TinyClassifier().state_dict()
+        checkpoint = read_checkpoint(self.write(tmp_path, state))
+        assert list(checkpoint) == ['state_dict']
+        assert checkpoint['state_dict'].keys() == state.keys()
+
+    def test_prefix_of_data_parallel(self, tmp_path):
+        model = TinyClassifier()
+        path = self.write(tmp_path, nn.DataParallel(model).state_dict())
+        model.load_state_dict(read_checkpoint(path)['state_dict'])
+
+    def test_legacy_format(self, tmp_path):
+        path = tmp_path / 'a.pth'
+        state = {'a': torch.ones(2)}
+        torch.save(state, path, _use_new_zipfile_serialization=False)
+        assert read_checkpoint(str(path))['state_dict'].keys() == state.keys()
+
+    @pytest.mark.parametrize(
+        'content, words',
+        [
+            ([torch.ones(2)], 'holds a list'),
+            (torch.ones(2), 'holds a Tensor'),
+            ({'model': {'a': torch.ones(2)}}, 'no state dict of tensors'),
+            ({'state_dict': [torch.ones(2)]}, 'no state dict of tensors'),
+            ({'state_dict': {'a': 1}}, 'no state dict of tensors'),
+        ],
+    )
+    def test_something_else(self, tmp_path, content, words):
+        with pytest.raises(ValueError, match=words):
+            read_checkpoint(self.write(tmp_path, content))
+
+    @pytest.mark.parametrize(
+        'content', [b'', b'import os\n', b'\x80', b'PK\x03\x04', b'{"a": 1}', b'.']
+    )
+    def test_no_checkpoint_at_all(self, tmp_path, content):
+        (tmp_path / 'a.pth').write_bytes(content)
+        with pytest.raises(ValueError, match='cannot be read as a checkpoint'):
+            read_checkpoint(str(tmp_path / 'a.pth'))
+
+    @pytest.mark.filterwarnings('ignore')
+    @pytest.mark.parametrize('zipped', [True, False])
+    def test_damaged(self, tmp_path, zipped):
+        """However a file is broken, the error is the one for broken files."""
+        path = tmp_path / 'a.pth'
+        state = {'state_dict': {'a': torch.ones(3, 4)}, 'meta': {'epoch': 1}}
+        torch.save(state, path, _use_new_zipfile_serialization=zipped)
+        whole = path.read_bytes()
+        generator = torch.Generator().manual_seed(0)
+        refused = 0
+        for _ in range(150):
+            at, value = (
+                int(torch.randint(n, (), generator=generator))
+                for n in (len(whole), 256)
+            )
+            path.write_bytes(whole[:at] + bytes([value]) + whole[at + 1 :])
+            try:
+                read_checkpoint(str(path))
+            except ValueError:
+                refused += 1
+        for end in range(0, len(whole), len(whole) // 20):
+            path.write_bytes(whole[:end])
+            with pytest.raises(ValueError):
+                read_checkpoint(str(path))
+        assert refused > 10
+
+    def test_missing(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"no checkpoint at '.*none\.pth'"):
+            read_checkpoint(str(tmp_path / 'none.pth'))
+        with pytest.raises(FileNotFoundError, match='no checkpoint at'):
+            read_checkpoint(str(tmp_path))
+
+
+class TestWrite:
+    def test_writes(self, tmp_path):
+        path = tmp_path / 'new' / 'folder' / 'a.pth'
+        write_checkpoint({'state_dict': {'a': torch.ones(2)}}, str(path))
+        assert torch.equal(read_checkpoint(str(path))['state_dict']['a'], torch.ones(2))
+        assert [p.name for p in path.parent.iterdir()] == ['a.pth']
+
+    def test_into_the_current_folder(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        write_checkpoint({}, 'a.pth')
+        assert [p.name for p in tmp_path.iterdir()] == ['a.pth']
+
+    def test_is_an_ordinary_file(self, tmp_path):
+        before = os.umask(0o027)
+        try:
+            write_checkpoint({}, str(tmp_path / 'a.pth'))
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE((tmp_path / 'a.pth').stat().st_mode) == 0o640
+
+    @pytest.mark.parametrize('error', [OSError('disk full'), KeyboardInterrupt()])
+    def test_failure_leaves_the_old_file(self, tmp_path, monkeypatch, error):
+        def save(_, file):
+            file.write(b'half')
+            file.flush()
+            raise error
+
+        path = tmp_path / 'a.pth'
+        path.write_bytes(b'old')
+        monkeypatch.setattr(torch, 'save', save)
+        with pytest.raises(type(error)):
+            write_checkpoint({}, str(path))
+        assert path.read_bytes() == b'old'
+        assert [p.name for p in tmp_path.iterdir()] == ['a.pth']
+
+    def test_folder_in_the_way(self, tmp_path):
+        with pytest.raises(IsADirectoryError, match='is a folder'):
+            write_checkpoint({}, f'{tmp_path}/')
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestDeploy:
+    def test_keeps_meta_and_drops_the_training(self, runner, saved):
+        checkpoint = read_checkpoint(saved)
+        before = {k: v.clone() for k, v in checkpoint['state_dict'].items()}
+        result = deploy_checkpoint(TinyClassifier(), checkpoint)
+        assert set(result) == {'meta', 'state_dict'}
+        assert result['meta']['deployed'] is True
+        kept = {k: result['meta'][k] for k in checkpoint['meta']}
+        assert kept == checkpoint['meta'] and kept['epoch'] == 2
+        assert 'deployed' not in checkpoint['meta']
+        state = checkpoint['state_dict']
+        assert all(torch.equal(state[key], value) for key, value in before.items())
+        assert not any('branches' in key for key in result['state_dict'])
+
+        deployed = TinyClassifier(deploy=True)
+        deployed.load_state_dict(result['state_dict'])
+        assert_near(logits_of(deployed), logits_of(runner.model))
+
+    def test_leaves_the_model(self, saved):
+        model = TinyClassifier().train()
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        deploy_checkpoint(model, read_checkpoint(saved))
+        assert is_switchable(model) and model.training
+        after = model.state_dict()
+        assert all(torch.equal(after[key], value) for key, value in before.items())
+
+    def test_drops_the_ema(self):
+        state = trained_like(TinyClassifier()).state_dict()
+        checkpoint = {'state_dict': state, 'ema_state_dict': {}, 'optimizer': {}}
+        result = deploy_checkpoint(TinyClassifier(), checkpoint)
+        assert set(result) == {'meta', 'state_dict'}
+
+    def test_deployed_already(self):
+        state = switch_to_deploy(TinyClassifier()).state_dict()
+        with pytest.raises(
+            CheckpointError, match="deployed already: it holds 'conv1.weight'"
+        ):
+            deploy_checkpoint(TinyClassifier(), {'state_dict': state})
+
+    def test_deployed_model(self):
+        with pytest.raises(CheckpointError, match='no re-parameterised conv'):
+            deploy_checkpoint(TinyClassifier(deploy=True), {'state_dict': {}})
+
+    def test_other_keys(self):
+        state = TinyClassifier().state_dict()
+        del state['head.bias']
+        state['head.extra'] = torch.ones(1)
+        state['head.weight'] = torch.ones(7, 8)
+        with pytest.raises(CheckpointError) as info:
+            deploy_checkpoint(TinyClassifier(), {'state_dict': state})
+        assert str(info.value) == (
+            'the checkpoint does not fit the config: '
+            '1 key missing from the checkpoint: head.bias; '
+            '1 key not known to the model: head.extra; '
+            '1 key of another shape: head.weight ((7, 8), not (4, 8))'
+        )
+
+    def test_names_only_some_of_many_keys(self):
+        with pytest.raises(CheckpointError, match=r'\d+ keys missing .* and \d+ more'):
+            deploy_checkpoint(TinyClassifier(), {'state_dict': {}})
+
+    def test_other_modules_that_are_named_branches(self):
+        """As in HRNet, where convs are found under ``branches``."""
+        model = nn.ModuleDict(
+            {'branches': nn.Sequential(OREPAConv2d(2, 2, 3), nn.BatchNorm2d(2))}
+        )
+        state = trained_like(model).state_dict()
+        load_training_form(model, state)
+        plain = switch_to_deploy(nn.ModuleDict(model)).state_dict()
+        fresh = nn.ModuleDict(
+            {'branches': nn.Sequential(OREPAConv2d(2, 2, 3), nn.BatchNorm2d(2))}
+        )
+        with pytest.raises(CheckpointError, match="'branches.0.weight', a plain"):
+            load_training_form(fresh, plain)
+
+
+class TestLoadStrictly:
+    def test_folds_into_a_deployed_model(self):
+        model = trained_like(TinyClassifier())
+        deployed = TinyClassifier(deploy=True)
+        load_strictly(deployed, model.state_dict())
+        assert_near(logits_of(deployed), logits_of(model))
+
+    def test_deployed_into_training_form(self):
+        state = TinyClassifier(deploy=True).state_dict()
+        with pytest.raises(CheckpointError, match='deploy=True'):
+            load_strictly(TinyClassifier(), state)
+
+    @pytest.mark.parametrize('deploy', [False, True])
+    def test_another_width(self, deploy):
+        state = TinyClassifier(width=4).state_dict()
+        with pytest.raises(CheckpointError, match=r'conv1|shape'):
+            load_strictly(TinyClassifier(deploy=deploy), state)
+
+    def test_more_than_the_model_has(self):
+        """A deeper network's checkpoint holds all that a flatter one asks for."""
+        state = TinyClassifier().state_dict()
+        state['conv3.norm.weight'] = torch.ones(8)
+        with pytest.raises(CheckpointError, match='not known .*: conv3.norm.weight'):
+            load_strictly(TinyClassifier(), state)
+
+    def test_old_batch_norms_without_a_counter(self):
+        state = TinyClassifier().state_dict()
+        state = {k: v for k, v in state.items() if 'num_batches_tracked' not in k}
+        load_strictly(TinyClassifier(), state)

@@ -1,0 +1,106 @@
+import copy
+import time
+from itertools import groupby
+
+import pytest
+import torch
+import torchvision
+from helpers import import_models
+from mmengine.registry import MODELS, DefaultScope
+from runners import TinyClassifier
+
+from mmorepa import switch_to_deploy
+from mmorepa.engine.complexity import (
+    count_bytes,
+    count_gflops,
+    count_parameters,
+    median_seconds,
+)
+
+
+def classifier(**backbone):
+    import_models('mmpretrain')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        return MODELS.build(
+            dict(
+                type='ImageClassifier',
+                backbone=dict(type='OREPAResNet', out_indices=(3,), **backbone),
+                neck=dict(type='GlobalAveragePooling'),
+                head=dict(
+                    type='LinearClsHead',
+                    num_classes=1000,
+                    in_channels=8 * backbone.get('base_channels', 64),
+                ),
+            )
+        )
+
+
+def test_resnet18():
+    """The figures that everybody quotes: 11.69 M parameters, 1.82 GFLOPs."""
+    model = classifier(depth=18, block='none')
+    reference = torchvision.models.resnet18()
+    assert count_parameters(model) == 11_689_512 == count_parameters(reference)
+    image = torch.zeros(1, 3, 224, 224)
+    assert count_gflops(model, image) == pytest.approx(1.82, rel=2e-3)
+    # Four bytes each, and eight for each BatchNorm's counter.
+    assert count_bytes(model) == count_bytes(reference)
+    switch_to_deploy(model)
+    # Of the 20 BatchNorms, one bias a channel is left: 4,800 fewer.
+    assert count_parameters(model) == 11_689_512 - 4800
+    assert count_gflops(model, image) == pytest.approx(1.814, rel=1e-3)
+    assert count_bytes(model) == 4 * count_parameters(model)
+
+
+@pytest.mark.parametrize('block', ['orepa', 'dbb', 'orepa_repvgg'])
+def test_fold_is_not_counted(block):
+    """A training form computes branches, but OREPA's only once for many images."""
+    image = torch.zeros(1, 3, 64, 64)
+    plain, model = (
+        classifier(depth=18, base_channels=8, block=name) for name in ('none', block)
+    )
+    expected = count_gflops(plain, image)
+    found = count_gflops(model, image)
+    if block == 'orepa':
+        assert found == expected
+    else:  # Branches that are run one by one.
+        assert found > 1.05 * expected
+    # The network is as it was: it still folds, and differentiates.
+    model(image).sum().backward()
+    weight = model.backbone.layer1[0].conv1.branches
+    assert all(p.grad is not None for p in weight.parameters())
+    deployed = switch_to_deploy(copy.deepcopy(model))
+    assert count_gflops(deployed, image) == count_gflops(switch_to_deploy(plain), image)
+
+
+def test_counts_after_an_update():
+    """No kernel is left behind in the convs."""
+    model, image = TinyClassifier(), torch.rand(1, 3, 8, 8)
+    count_gflops(model, image)
+    before = model(image)
+    with torch.no_grad():
+        model.conv1.branches.weight_origin.mul_(3)
+    assert not torch.equal(model(image), before)
+    assert 'kernel' not in vars(model.conv1)
+
+
+def test_parameters_of_a_conv_count_all_branches():
+    model = TinyClassifier()
+    assert count_parameters(model) == sum(p.numel() for p in model.parameters())
+    assert count_parameters(model) > count_parameters(TinyClassifier(deploy=True))
+
+
+def test_median_seconds():
+    calls = []
+
+    def work(name, seconds):
+        calls.append(name)
+        # All of one round: an outlier does not move a median.
+        time.sleep(0.1 if 8 <= calls.count(name) <= 10 else seconds)
+
+    slow, fast = median_seconds(
+        [lambda: work('slow', 0.02), lambda: work('fast', 0.001)], rounds=5, warmup=2
+    )
+    assert 0.02 <= slow < 0.09
+    assert 0.001 <= fast < 0.02
+    # Once for the warm-up, then in turn.
+    assert [name for name, _ in groupby(calls)] == ['slow', 'fast'] * 6

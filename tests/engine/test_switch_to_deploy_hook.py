@@ -1,0 +1,400 @@
+import logging
+import os
+
+import pytest
+import torch
+from helpers import assert_near, trained_like
+from mmengine.hooks import EMAHook
+from mmengine.logging import MMLogger
+from runners import (
+    Colours,
+    Probe,
+    TinyClassifier,
+    TinyTTA,
+    logits_of,
+    logits_tested,
+    make_runner,
+    make_test_runner,
+)
+from torch import distributed
+
+from mmorepa import is_switchable
+from mmorepa.engine import SwitchToDeployHook, read_checkpoint
+from mmorepa.layers import OREPAConv2d
+
+HOOK = dict(type='SwitchToDeployHook')
+EMA = dict(type='EMAHook', momentum=0.5)
+SAVING = dict(checkpoint=dict(type='CheckpointHook', interval=1))
+
+
+@pytest.fixture
+def messages():
+    """What MMEngine's current logger is told, once ``follow()`` has been called."""
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            texts.append(record.getMessage())
+
+    texts = []
+    handler = Handler()
+    yield lambda runner: runner.logger.addHandler(handler) or texts
+    for logger in MMLogger._instance_dict.values():
+        logger.removeHandler(handler)
+
+
+def trained_state(tmp_path, **options):
+    """Checkpoint of a short training, its path, and the runner that wrote it."""
+    runner = make_runner(tmp_path / 'train', default_hooks=SAVING, **options)
+    runner.train()
+    path = os.path.join(runner.work_dir, 'epoch_2.pth')
+    return read_checkpoint(path), path, runner
+
+
+class TestTest:
+    def test_switches(self, tmp_path, messages):
+        model = trained_like(TinyClassifier())
+        expected = logits_of(model)
+        runner = make_test_runner(tmp_path, model, custom_hooks=[HOOK])
+        texts = messages(runner)
+        runner.test()
+        assert not is_switchable(model)
+        assert_near(logits_tested(runner), expected)
+        # It is the folded kernels that were used: float64 folds round differently.
+        assert not torch.equal(logits_tested(runner), expected)
+        assert torch.equal(logits_tested(runner), logits_of(model))
+        (text,) = [t for t in texts if t.startswith('Switched the model')]
+        assert 'absolute' in text and 'relative' in text
+
+    def test_loads_before_it_switches(self, tmp_path):
+        checkpoint, path, trained = trained_state(tmp_path)
+        runner = make_test_runner(
+            tmp_path / 'test', custom_hooks=[HOOK], load_from=path
+        )
+        runner.test()
+        assert not is_switchable(runner.model)
+        expected = logits_of(TinyClassifier(), checkpoint['state_dict'])
+        assert_near(logits_tested(runner), expected)
+
+    def test_twice(self, tmp_path):
+        model = trained_like(TinyClassifier())
+        runner = make_test_runner(tmp_path, model, custom_hooks=[HOOK])
+        first = runner.test()
+        logits = logits_tested(runner)
+        assert runner.test() == first
+        assert torch.equal(logits_tested(runner), logits)
+
+    def test_deployed_already(self, tmp_path):
+        model = TinyClassifier(deploy=True)
+        expected = logits_of(model)
+        runner = make_test_runner(tmp_path, model, custom_hooks=[HOOK])
+        runner.test()
+        assert torch.equal(logits_tested(runner), expected)
+
+    def test_same_result_as_without(self, tmp_path):
+        _, path, _ = trained_state(tmp_path)
+        plain, switched = (
+            make_test_runner(tmp_path / 'test', load_from=path, custom_hooks=hooks)
+            for hooks in ([], [HOOK])
+        )
+        assert plain.test() == switched.test()
+        assert is_switchable(plain.model) and not is_switchable(switched.model)
+
+    def test_after_training_in_the_same_process(self, tmp_path):
+        runner = make_runner(tmp_path, custom_hooks=[HOOK])
+        runner.train()
+        expected = logits_of(runner.model)
+        runner.test()
+        assert not is_switchable(runner.model)
+        assert_near(logits_tested(runner), expected)
+
+
+class TestTraining:
+    def test_validation_switches_nothing(self, tmp_path):
+        with_hook, without = (
+            make_runner(tmp_path / f'{len(hooks)}', custom_hooks=hooks)
+            for hooks in ([HOOK], [])
+        )
+        seen = []
+        with_hook.register_hook(
+            Probe(after_val_epoch=lambda r: seen.append(is_switchable(r.model)))
+        )
+        with_hook.train()
+        without.train()
+        assert seen == [True, True]
+        assert is_switchable(with_hook.model)
+        expected = without.model.state_dict()
+        found = with_hook.model.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+class TestEMA:
+    def test_averages_are_tested(self, tmp_path):
+        checkpoint, path, _ = trained_state(tmp_path, custom_hooks=[EMA])
+        averages = logits_of(TinyClassifier(), checkpoint['state_dict'])
+        raw = {
+            key.removeprefix('module.'): value
+            for key, value in checkpoint['ema_state_dict'].items()
+            if key.startswith('module.')
+        }
+        raw = logits_of(TinyClassifier(), {**checkpoint['state_dict'], **raw})
+        assert (averages - raw).abs().max() > 1e-2 * averages.abs().max()
+
+        runner = make_test_runner(
+            tmp_path / 'test', custom_hooks=[EMA, HOOK], load_from=path
+        )
+        runner.test()
+        assert_near(logits_tested(runner), averages)
+        assert not is_switchable(runner.model)
+        (hook,) = [hook for hook in runner.hooks if isinstance(hook, EMAHook)]
+        assert not is_switchable(hook.ema_model)
+        # Both are deployed, so that they can go on to be swapped.
+        runner.test()
+        assert_near(logits_tested(runner), averages)
+
+    @pytest.mark.parametrize('update_buffers', [False, True])
+    def test_swap_of_two_states(self, tmp_path, update_buffers):
+        """With averages that differ from the weights, which test alone never sees."""
+        model = trained_like(TinyClassifier(), seed=1)
+        averages = trained_like(TinyClassifier(), seed=2)
+        if not update_buffers:  # Then, MMEngine copies the statistics.
+            for name, value in averages.named_buffers():
+                value.copy_(model.get_buffer(name))
+        expected, others = logits_of(averages), logits_of(model)
+        assert (expected - others).abs().max() > 1e-2 * expected.abs().max()
+        hooks = [HOOK, dict(EMA, update_buffers=update_buffers)]
+        runner = make_test_runner(tmp_path, model, custom_hooks=hooks)
+        (ema,) = [hook for hook in runner.hooks if isinstance(hook, EMAHook)]
+        state = averages.state_dict()
+        runner.register_hook(
+            Probe(before_test=lambda _: ema.ema_model.module.load_state_dict(state))
+        )
+        runner.test()
+        assert_near(logits_tested(runner), expected)
+        # After the swap back, each holds its own weights again, folded.
+        assert_near(logits_of(model), others)
+        assert_near(logits_of(ema.ema_model.module), expected)
+
+    def test_train_and_test_in_one_process(self, tmp_path):
+        """Whatever MMEngine tests without the hook is tested with it."""
+        results = []
+        for number, hooks in enumerate(([EMA], [EMA, HOOK])):
+            runner = make_runner(tmp_path / str(number), custom_hooks=hooks)
+            runner.train()
+            runner.test()
+            results.append(logits_tested(runner))
+        assert not is_switchable(runner.model)
+        assert_near(results[1], results[0])
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """A process group of this process alone."""
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    # MMEngine would set these, for the tests that follow, too.
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    monkeypatch.setenv('MKL_NUM_THREADS', '1')
+    distributed.init_process_group(
+        'gloo', store=distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    distributed.destroy_process_group()
+
+
+class TestWrappers:
+    DDP = dict(
+        launcher='pytorch',
+        cfg=dict(
+            model_wrapper_cfg=dict(
+                type='MMDistributedDataParallel',
+                broadcast_buffers=False,
+                device_ids=None,
+            )
+        ),
+    )
+
+    def test_distributed(self, tmp_path, one_process):
+        runner = make_runner(
+            tmp_path / 'train',
+            custom_hooks=[EMA, dict(HOOK, save_after_train=True)],
+            default_hooks=SAVING,
+            **self.DDP,
+        )
+        assert isinstance(runner.model, torch.nn.parallel.DistributedDataParallel)
+        runner.train()
+        path = os.path.join(runner.work_dir, 'epoch_2.pth')
+        expected = logits_of(TinyClassifier(), read_checkpoint(path)['state_dict'])
+        deployed = read_checkpoint(path.replace('.pth', '_deploy.pth'))['state_dict']
+        assert_near(logits_of(TinyClassifier(deploy=True), deployed), expected)
+
+        test = make_test_runner(
+            tmp_path / 'test', custom_hooks=[EMA, HOOK], load_from=path, **self.DDP
+        )
+        test.test()
+        assert not is_switchable(test.model)
+        assert_near(logits_tested(test), expected)
+
+    def test_test_time_augmentation(self, tmp_path):
+        model = trained_like(TinyClassifier())
+        images = Colours(24).images
+        with torch.no_grad():
+            model.eval()
+            expected = (model(images) + model(images.flip(-1))) / 2
+        runner = make_test_runner(
+            tmp_path,
+            TinyTTA(model),
+            custom_hooks=[HOOK],
+            test_dataloader=dict(
+                batch_size=8,
+                num_workers=0,
+                dataset=Colours(24, flips=True),
+                sampler=dict(type='DefaultSampler', shuffle=False),
+                collate_fn=dict(type='default_collate'),
+            ),
+        )
+        runner.test()
+        assert not is_switchable(model)
+        assert_near(logits_tested(runner), expected)
+
+
+class TestTolerance:
+    @pytest.fixture
+    def wrong_fold(self, monkeypatch):
+        right = OREPAConv2d.equivalent_kernel_bias
+
+        def wrong(self):
+            kernel, bias = right(self)
+            return kernel * 1.01, bias
+
+        monkeypatch.setattr(OREPAConv2d, 'equivalent_kernel_bias', wrong)
+
+    def test_difference_is_an_error(self, tmp_path, wrong_fold):
+        runner = make_test_runner(
+            tmp_path, trained_like(TinyClassifier()), custom_hooks=[HOOK]
+        )
+        with pytest.raises(RuntimeError, match='differs from the training form'):
+            runner.test()
+
+    def test_larger_tolerance(self, tmp_path, wrong_fold):
+        hook = dict(HOOK, tolerance=0.5)
+        make_test_runner(
+            tmp_path, trained_like(TinyClassifier()), custom_hooks=[hook]
+        ).test()
+
+    def test_none_compares_nothing(self, tmp_path, wrong_fold, messages, monkeypatch):
+        model = trained_like(TinyClassifier())
+        runner = make_test_runner(
+            tmp_path, model, custom_hooks=[dict(HOOK, tolerance=None)]
+        )
+        texts = messages(runner)
+        modes = []
+        forward = TinyClassifier.forward
+        monkeypatch.setattr(
+            TinyClassifier,
+            'forward',
+            lambda *args, mode='tensor': (
+                modes.append(mode) or forward(*args, mode=mode)
+            ),
+        )
+        runner.test()
+        assert modes == ['predict'] * 3  # And no pass for a comparison.
+        assert not is_switchable(model)
+        assert 'Switched the model to its deployed form.' in texts
+
+    @pytest.mark.parametrize('value', [float('nan'), float('inf')])
+    def test_outputs_that_are_not_numbers(self, tmp_path, value):
+        model = trained_like(TinyClassifier())
+        with torch.no_grad():
+            model.head.bias[0] = value
+        runner = make_test_runner(tmp_path, model, custom_hooks=[HOOK])
+        with pytest.raises(RuntimeError, match='differs from the training form: nan'):
+            runner.test()
+
+    def test_compares_once(self, tmp_path, monkeypatch):
+        import mmorepa.engine.hooks.switch_to_deploy_hook as module
+
+        calls = []
+        compare = module.largest_difference
+        monkeypatch.setattr(
+            module,
+            'largest_difference',
+            lambda *outputs: calls.append(outputs) or compare(*outputs),
+        )
+        model = trained_like(TinyClassifier())
+        make_test_runner(tmp_path, model, custom_hooks=[HOOK]).test()
+        ((before, after),) = calls
+        assert [len(outputs) for outputs in (before, after)] == [1, 1]
+        assert before[0].shape == (8, 4)
+        # Two forms were compared, not one with itself.
+        assert not torch.equal(before[0], after[0])
+
+
+class TestSaveAfterTrain:
+    HOOK = dict(HOOK, save_after_train=True)
+
+    def test_writes_beside_the_last(self, tmp_path):
+        checkpoint, path, runner = trained_state(tmp_path, custom_hooks=[self.HOOK])
+        names = {n for n in os.listdir(runner.work_dir) if n.endswith('.pth')}
+        assert names == {'epoch_1.pth', 'epoch_2.pth', 'epoch_2_deploy.pth'}
+        deployed = read_checkpoint(path.replace('.pth', '_deploy.pth'))
+        assert set(deployed) == {'meta', 'state_dict'}
+        assert deployed['meta']['epoch'] == 2 and deployed['meta']['deployed'] is True
+        assert is_switchable(runner.model)
+
+        model = TinyClassifier(deploy=True)
+        model.load_state_dict(deployed['state_dict'])
+        expected = logits_of(TinyClassifier(), checkpoint['state_dict'])
+        assert_near(logits_of(model), expected)
+
+        # It is one that MMEngine tests, too.
+        test = make_test_runner(
+            tmp_path / 'test', model, load_from=path.replace('.pth', '_deploy.pth')
+        )
+        test.test()
+        assert_near(logits_tested(test), expected)
+
+    def test_off_by_default(self, tmp_path):
+        assert not SwitchToDeployHook().save_after_train
+        _, _, runner = trained_state(tmp_path, custom_hooks=[HOOK])
+        assert not any('deploy' in name for name in os.listdir(runner.work_dir))
+
+    def test_holds_the_averages(self, tmp_path):
+        checkpoint, path, runner = trained_state(
+            tmp_path, custom_hooks=[EMA, self.HOOK]
+        )
+        deployed = read_checkpoint(path.replace('.pth', '_deploy.pth'))['state_dict']
+        averages = logits_of(TinyClassifier(), checkpoint['state_dict'])
+        assert_near(logits_of(TinyClassifier(deploy=True), deployed), averages)
+        raw = logits_of(runner.model)
+        assert (averages - raw).abs().max() > 1e-2 * averages.abs().max()
+
+    def test_last_epoch_that_the_interval_leaves_out(self, tmp_path):
+        runner = make_runner(
+            tmp_path,
+            train_cfg=dict(by_epoch=True, max_epochs=3),
+            default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=2)),
+            custom_hooks=[self.HOOK],
+        )
+        runner.train()
+        assert (tmp_path / 'epoch_3_deploy.pth').is_file()
+
+    def test_elsewhere(self, tmp_path):
+        """CheckpointHook may write to another folder."""
+        checkpoint = dict(
+            type='CheckpointHook', interval=1, out_dir=str(tmp_path / 'elsewhere')
+        )
+        make_runner(
+            tmp_path / 'here',
+            default_hooks=dict(checkpoint=checkpoint),
+            custom_hooks=[self.HOOK],
+        ).train()
+        assert (tmp_path / 'elsewhere' / 'here' / 'epoch_2_deploy.pth').is_file()
+
+    def test_without_a_checkpoint(self, tmp_path, messages):
+        runner = make_runner(
+            tmp_path, default_hooks=dict(checkpoint=None), custom_hooks=[self.HOOK]
+        )
+        texts = messages(runner)
+        runner.train()
+        assert any('No checkpoint was saved' in text for text in texts)
+        assert not list(tmp_path.glob('**/*.pth'))
