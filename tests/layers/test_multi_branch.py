@@ -275,6 +275,63 @@ def test_training_form_has_no_kernel():
     assert conv.kernel() is conv.weight
 
 
+@pytest.mark.usefixtures('float64')
+def test_regularized_kernel_is_the_custom_l2_of_repvgg():
+    conv = make(RepVGGConv2d, 4, 4, 3, norm_cfg=dict(type='BN', eps=0.1))
+    b = conv.branches
+    t3, t1 = (
+        (branch.norm.weight / (branch.norm.running_var + 0.1).sqrt())
+        .detach()
+        .reshape(-1, 1, 1, 1)
+        for branch in (b.origin, b.pointwise)
+    )
+    k3, k1 = b.origin.branches.weight, b.pointwise.branches.weight
+    centre = k3[:, :, 1:2, 1:2]
+    circle = k3.square().sum() - centre.square().sum()
+    equivalent = (centre * t3 + k1 * t1).square() / (t3.square() + t1.square())
+    expected = equivalent.sum() + circle
+    actual = conv.regularized_kernel().square().sum()
+    assert_near(actual, expected, 1e-12)
+    assert_near(
+        torch.autograd.grad(actual, [k3, k1]), torch.autograd.grad(expected, [k3, k1])
+    )
+
+
+@pytest.mark.usefixtures('float64')
+@pytest.mark.parametrize('affine', [True, False])
+def test_regularized_kernel_of_dbb_is_proportional_to_the_fold(affine):
+    norm_cfg = dict(type='BN', affine=affine)
+    conv = make(DBBConv2d, 4, 6, 3, groups=2, norm_cfg=norm_cfg)
+    squares = torch.zeros(6, 1, 3, 3)
+    for name, branch in conv.branches.items():
+        scale = (branch.norm.running_var + branch.norm.eps).rsqrt()
+        if affine:
+            scale = scale * branch.norm.weight.detach()
+        taps = slice(1, 2) if name == 'pointwise' else slice(0, 3)
+        squares[:, :, taps, taps] += scale.square()[:, None, None, None]
+    kernel = conv.regularized_kernel()
+    assert_near(kernel * squares.sqrt(), conv.equivalent_kernel_bias()[0], 1e-12)
+    kernel.square().sum().backward()
+    for name, parameter in conv.branches.named_parameters():
+        assert (parameter.grad is not None) == ('norm' not in name), name
+
+
+@pytest.mark.parametrize('kind', [*KINDS, OREPAConv2d, PlainConv2d])
+def test_regularized_kernel_at_the_start(kind):
+    """With every last norm at zero as well, it is finite."""
+    conv = kind(4, 4, 3, padding=1, norm_cfg=dict(type='BN'))
+    for norm in conv.last_norms:
+        nn.init.zeros_(norm.weight)
+    kernel = conv.regularized_kernel()
+    kernel.square().sum().backward()
+    for parameter in conv.parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all()
+    if not isinstance(conv, MultiBranchConv2d):
+        assert torch.equal(kernel, conv.branches())
+    conv.switch_to_deploy()
+    assert conv.regularized_kernel() is conv.weight
+
+
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize(
     ('options', 'message'),

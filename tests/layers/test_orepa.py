@@ -5,9 +5,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_near, assert_same_gradients, gradients, trained_like
+from helpers import (
+    assert_near,
+    assert_same_gradients,
+    deployed_twin,
+    gradients,
+    trained_like,
+)
 
 from mmorepa.layers import (
+    DeepLinearConv2d,
     OREPAConv2d,
     OREPADeepLinearKernel,
     OREPAKernel,
@@ -201,6 +208,29 @@ def test_deep_linear_factors(k, factors):
     shapes = [tuple(factor.weight_origin.shape) for factor in kernel.factors]
     assert shapes == [(8, 3, 3, 3)] + [(8, 8, 3, 3)] * (factors - 1)
     assert kernel().shape == (8, 3, k, k)
+
+
+@pytest.mark.usefixtures('float64')
+@pytest.mark.parametrize(('k', 'groups'), [(3, 1), (7, 1), (7, 2), (9, 1)])
+def test_deep_linear_conv_of_plain_factors(k, groups):
+    conv = trained_like(
+        DeepLinearConv2d(4, 6, k, padding=k // 2, groups=groups, bias=False)
+    )
+    x = torch.randn(2, 4, 7, 8)
+    first, *factors = conv.branches.factors
+    expected = F.conv2d(F.pad(x, [k // 2] * 4), first.weight, groups=groups)
+    for factor in factors:
+        # All but the first act as if flipped.
+        expected = F.conv2d(expected, factor.weight.flip(2, 3), groups=groups)
+    y = conv(x)
+    assert_near(y, expected, 1e-12)
+    assert_same_gradients(gradients(y, conv), gradients(expected, conv), 1e-12)
+    assert_near(deployed_twin(conv)(x), expected, 1e-12)
+
+
+def test_deep_linear_conv_of_no_factor():
+    with pytest.raises(ValueError, match='a kernel of 3x3 or more, found 1x1'):
+        DeepLinearConv2d(4, 6, 1)
 
 
 def test_fixed_filters_are_not_saved():
