@@ -1,0 +1,237 @@
+"""Writes docs/model_zoo.md and the metafile: what every ImageNet config costs.
+
+Parameters, GFLOPs and sizes are computed from the models that the configs build.
+The accuracies are those of the OREPA paper, and marked as such wherever they appear.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import torch
+import yaml
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+from mmorepa import switch_to_deploy
+from mmorepa.engine.complexity import count_bytes, count_gflops, count_parameters
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / 'configs' / 'imagenet'
+METAFILE = CONFIGS / 'metafile.yml'
+DOCUMENT = ROOT / 'docs' / 'model_zoo.md'
+SIZE = 224
+
+# Tables 2 and 4 of the OREPA paper: top-1 accuracy (%), GPU memory (GB) and seconds a
+# batch (64 images on a V100) by config name. None of these is a figure of ours.
+PAPER = {
+    'resnet18': (71.21, 4.2, 0.086),
+    'resnet18-dbb': (71.77, 7.5, 0.241),
+    'resnet18-orepa': (72.13, 5.2, 0.120),
+    'resnet34': (74.13, 5.2, 0.116),
+    'resnet34-dbb': (74.83, 11.1, 0.424),
+    'resnet34-orepa': (75.04, 6.7, 0.182),
+    'resnet50': (76.70, 10.3, 0.204),
+    'resnet50-dbb': (76.89, 13.7, 0.380),
+    'resnet50-orepa': (77.31, 11.2, 0.252),
+    'resnet101': (77.71, 14.5, 0.382),
+    'resnet101-dbb': (78.02, 19.7, 0.641),
+    'resnet101-orepa': (78.29, 16.1, 0.445),
+    'resnext50-32x4d': (77.14, 12.4, 0.286),
+    'resnext50-32x4d-orepa': (77.66, 13.0, 0.343),
+    'resnet18-1.5x': (73.69, 6.0, 0.121),
+    'resnet18-1.5x-orepa': (74.51, 7.4, 0.164),
+    'resnet18-2x': (74.74, 7.4, 0.161),
+    'resnet18-2x-orepa': (75.61, 10.4, 0.229),
+    'repvgg-a0': (72.41, 3.8, 0.100),
+    'repvgg-a0-orepa': (73.04, 4.2, 0.136),
+    'repvgg-a1': (74.46, 4.8, 0.121),
+    'repvgg-a1-orepa': (74.85, 5.5, 0.147),
+    'repvgg-a2': (76.48, 5.8, 0.170),
+    'repvgg-a2-orepa': (76.72, 7.4, 0.210),
+}
+
+HEADER = f"""# Model zoo
+
+Written by `python tools/analysis_tools/model_zoo.py` from the configs in
+`configs/imagenet`: do not edit it by hand. Parameters, GFLOPs (multiply-adds of one
+{SIZE}×{SIZE} image in eval mode, the fold, which is done once, not counted) and sizes
+(float32) are those of the models that the configs build.
+
+The last three columns are **the paper's figures** (Hu et al., CVPR 2022, Tables 2 and
+4; memory and time for 64 images on a V100), not results of this repository. We publish
+no weights: convert the authors' with `tools/model_converters/published_to_mmorepa.py`,
+or train with the configs.
+
+"""
+
+
+class Entry(NamedTuple):
+    """The figures of one config."""
+
+    name: str
+    path: Path
+    params: int
+    gflops: float
+    deployed_params: int
+    deployed_gflops: float
+    deployed_megabytes: float
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description='Writes docs/model_zoo.md and configs/imagenet/metafile.yml.'
+    )
+    parser.add_argument(
+        '--only',
+        metavar='NAME',
+        nargs='+',
+        help='print the rows of these configs (such as resnet18-orepa), write nothing',
+    )
+    return parser.parse_args(argv)
+
+
+def name_of(path: Path) -> str:
+    """'resnet18-orepa' for resnet18-orepa_4xb64_in1k.py."""
+    return path.stem.split('_')[0]
+
+
+def measure(path: Path) -> Entry:
+    """Builds a config's model and computes its figures in both forms."""
+    cfg = Config.fromfile(path)
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(dict(cfg.model, data_preprocessor=cfg.data_preprocessor))
+    model.eval()
+    image = torch.zeros(1, 3, SIZE, SIZE)
+    params, gflops = count_parameters(model), count_gflops(model, image)
+    switch_to_deploy(model)
+    return Entry(
+        name_of(path),
+        path,
+        params,
+        gflops,
+        count_parameters(model),
+        count_gflops(model, image),
+        count_bytes(model) / 1e6,
+    )
+
+
+def to_row(entry: Entry) -> str:
+    """A row of the Markdown table."""
+    paper = ('–', '–', '–')
+    if entry.name in PAPER:
+        accuracy, memory, seconds = PAPER[entry.name]
+        paper = (f'{accuracy:.2f}', f'{memory} G', f'{seconds:.3f} s')
+    cells = [
+        f'[{entry.name}](../{entry.path.relative_to(ROOT).as_posix()})',
+        f'{entry.params / 1e6:.2f} M',
+        f'{entry.gflops:.2f}',
+        f'{entry.deployed_params / 1e6:.2f} M',
+        f'{entry.deployed_gflops:.2f}',
+        f'{entry.deployed_megabytes:.1f} MB',
+        *(
+            (f'{paper[0]:.2f}', f'{paper[1]} G', f'{paper[2]:.3f} s')
+            if paper
+            else '---'
+        ),
+    ]
+    return f'| {" | ".join(cells)} |'
+
+
+def to_document(entries: Sequence[Entry]) -> str:
+    """docs/model_zoo.md."""
+    columns = (
+        'config',
+        'parameters, training form',
+        'GFLOPs',
+        'parameters, deployed',
+        'GFLOPs',
+        'size, deployed',
+        "top-1 (%), paper's",
+        "GPU memory, paper's",
+        "time of a batch, paper's",
+    )
+    lines = [f'| {" | ".join(columns)} |', '|---' + '|--:' * (len(columns) - 1) + '|']
+    return HEADER + '\n'.join([*lines, *map(to_row, entries)]) + '\n'
+
+
+def to_metafile(entries: Sequence[Entry]) -> str:
+    """configs/imagenet/metafile.yml, in the format that mim and mmpretrain read."""
+    collections = [
+        dict(
+            Name=name,
+            Metadata={
+                'Training Data': 'ImageNet-1k',
+                'Training Techniques': ['SGD with Momentum', 'Weight Decay'],
+                'Training Epochs': 120,
+                'Training Batch Size': 256,
+                'Architecture': [name],
+            },
+            Paper=dict(
+                Title='Online Convolutional Re-parameterization',
+                URL='https://arxiv.org/abs/2204.00826',
+            ),
+            README='docs/model_zoo.md',
+        )
+        for name in ('OREPAResNet', 'OREPARepVGG')
+    ]
+    models = []
+    for entry in entries:
+        is_repvgg = entry.name.startswith('repvgg')
+        model = dict(
+            Name=entry.path.stem,
+            Metadata=dict(
+                FLOPs=round(entry.deployed_gflops * 1e9),
+                Parameters=entry.deployed_params,
+            ),
+            Config=entry.path.relative_to(ROOT).as_posix(),
+        )
+        model['In Collection'] = 'OREPARepVGG' if is_repvgg else 'OREPAResNet'
+        if entry.name in PAPER:
+            metric = "Top 1 Accuracy (the paper's)"
+            model['Results'] = [
+                dict(
+                    Dataset='ImageNet-1k',
+                    Task='Image Classification',
+                    Metrics={metric: PAPER[entry.name][0]},
+                )
+            ]
+        models.append(model)
+    body = yaml.safe_dump(
+        dict(Collections=collections, Models=models), sort_keys=False, width=88
+    )
+    return (
+        '# Written by tools/analysis_tools/model_zoo.py. FLOPs and parameters are those\n'
+        '# of the deployed form; the accuracies are the figures of the paper.\n' + body
+    )
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    paths = sorted(CONFIGS.glob('*.py'))
+    if args.only:
+        unknown = set(args.only) - {name_of(path) for path in paths}
+        if unknown:
+            sys.exit(f'error: no config of the name {", ".join(sorted(unknown))}')
+        paths = [path for path in paths if name_of(path) in args.only]
+    entries = []
+    for i, path in enumerate(paths, 1):
+        print(f'[{i}/{len(paths)}] {name_of(path)}', file=sys.stderr)
+        entries.append(measure(path))
+    if args.only:
+        print('\n'.join(map(to_row, entries)))
+        return
+    for path, text in (
+        (DOCUMENT, to_document(entries)),
+        (METAFILE, to_metafile(entries)),
+    ):
+        temporary = path.with_name(f'.{path.name}')
+        temporary.write_text(text, encoding='utf-8')
+        temporary.replace(path)
+        print(f'Wrote {path.relative_to(ROOT)}.')
+
+
+if __name__ == '__main__':
+    main()
