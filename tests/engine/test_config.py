@@ -1,0 +1,569 @@
+import argparse
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import import_models
+from mmengine.config import Config, ConfigDict
+from mmengine.model.wrappers import MMDistributedDataParallel
+from mmengine.registry import DefaultScope
+from runners import TinyClassifier
+from torch import distributed
+
+import mmorepa.engine.config as config_module
+from mmorepa import switch_to_deploy
+from mmorepa.engine import BFloat16OptimWrapper, write_checkpoint
+from mmorepa.engine.config import (
+    add_common_arguments,
+    build_runner,
+    check_data_folders,
+    load_config,
+    one_line_errors,
+    use_amp,
+    use_tta,
+    use_visualization,
+)
+from mmorepa.utils.errors import CheckpointError
+
+DIGITS = (
+    Path(__file__).parents[2] / 'configs/digits/resnet18-slim-orepa_1xb64_digits.py'
+)
+
+
+def arguments(*flags, config=DIGITS):
+    parser = argparse.ArgumentParser()
+    parser.add_argument('config')
+    add_common_arguments(parser)
+    return parser.parse_args([str(config), *map(str, flags)])
+
+
+@pytest.fixture(autouse=True)
+def local_rank(monkeypatch):
+    """Set by load_config, and restored after the test."""
+    monkeypatch.setenv('LOCAL_RANK', '0')
+
+
+class TestLoadConfig:
+    def test_missing(self):
+        with pytest.raises(FileNotFoundError, match="no config at 'none.py'"):
+            load_config(arguments(config='none.py'))
+
+    def test_folder(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match='no config at'):
+            load_config(arguments(config=tmp_path))
+
+    def test_work_dir(self, tmp_path):
+        assert load_config(arguments()).work_dir == f'work_dirs/{DIGITS.stem}'
+        config = tmp_path / 'own.py'
+        config.write_text(f'_base_ = {str(DIGITS)!r}\nwork_dir = "own"\n')
+        assert load_config(arguments(config=config)).work_dir == 'own'
+        args = arguments('--work-dir', 'flag', config=config)
+        assert load_config(args).work_dir == 'flag'
+
+    def test_options_win(self):
+        args = arguments(
+            '--work-dir',
+            'flag',
+            '--no-pin-memory',
+            '--cfg-options',
+            'work_dir=option',
+            'val_dataloader.pin_memory=True',
+            'model.backbone.strides=(1,2,2,1)',
+            'train_cfg.max_epochs=3',
+        )
+        cfg = load_config(args)
+        assert cfg.work_dir == 'option'
+        assert cfg.val_dataloader.pin_memory is True
+        assert cfg.test_dataloader.pin_memory is False
+        assert tuple(cfg.model.backbone.strides) == (1, 2, 2, 1)
+        assert cfg.train_cfg.max_epochs == 3
+
+    @pytest.mark.parametrize('cuda', [False, True])
+    def test_memory_is_pinned_for_gpus(self, monkeypatch, cuda):
+        monkeypatch.setattr(config_module, 'is_cuda_available', lambda: cuda)
+        cfg = load_config(arguments())
+        loaders = cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader
+        assert [loader.pin_memory for loader in loaders] == [cuda] * 3
+        cfg = load_config(arguments('--no-pin-memory'))
+        assert cfg.train_dataloader.pin_memory is False
+
+    @pytest.mark.parametrize('scope', ['mmpretrain', 'mmdet'])
+    def test_images_are_stacked_for_classifiers_only(self, tmp_path, scope):
+        config = tmp_path / 'own.py'
+        config.write_text(
+            f'default_scope = {scope!r}\n'
+            'train_dataloader = dict(dataset=dict(type="X"))\n'
+            'val_dataloader = None\n'
+        )
+        cfg = load_config(arguments(config=config))
+        found = cfg.train_dataloader.get('collate_fn')
+        assert found == (dict(type='default_collate') if 'pre' in scope else None)
+        assert cfg.val_dataloader is None
+
+    def test_launcher(self, monkeypatch):
+        assert load_config(arguments()).launcher == 'none'
+        monkeypatch.delenv('LOCAL_RANK')
+        cfg = load_config(arguments('--launcher', 'pytorch', '--local-rank', 3))
+        assert cfg.launcher == 'pytorch'
+        assert os.environ['LOCAL_RANK'] == '3'
+        load_config(arguments('--local_rank', 5))
+        assert os.environ['LOCAL_RANK'] == '3'  # torchrun's word counts.
+
+
+class TestAmp:
+    def config(self, **wrapper):
+        return Config(dict(optim_wrapper=dict(optimizer=dict(type='SGD'), **wrapper)))
+
+    def test_without_accelerator(self, monkeypatch):
+        monkeypatch.setattr(config_module, 'is_cuda_available', lambda: False)
+        for wrapper in ({}, dict(type='OptimWrapper')):
+            cfg = self.config(**wrapper)
+            use_amp(cfg)
+            assert cfg.optim_wrapper.type == 'BFloat16OptimWrapper'
+            assert 'loss_scale' not in cfg.optim_wrapper
+
+    @pytest.mark.parametrize('name', ['is_cuda_available', 'is_npu_available'])
+    def test_with_accelerator(self, monkeypatch, name):
+        monkeypatch.setattr(config_module, name, lambda: True)
+        cfg = self.config(type='OptimWrapper', clip_grad=dict(max_norm=1))
+        use_amp(cfg)
+        assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
+        assert cfg.optim_wrapper.loss_scale == 'dynamic'
+        assert cfg.optim_wrapper.clip_grad == dict(max_norm=1)
+        cfg = self.config(loss_scale=512.0)
+        use_amp(cfg)
+        assert cfg.optim_wrapper.loss_scale == 512.0
+
+    @pytest.mark.parametrize('kind', ['AmpOptimWrapper', 'BFloat16OptimWrapper'])
+    def test_on_already(self, kind):
+        cfg = self.config(type=kind)
+        use_amp(cfg)
+        assert cfg.optim_wrapper.to_dict() == self.config(type=kind).optim_wrapper
+
+    def test_other_wrapper(self):
+        with pytest.raises(ValueError, match="found 'ApexOptimWrapper'"):
+            use_amp(self.config(type='ApexOptimWrapper'))
+
+    def test_bfloat16(self):
+        """The convolution runs in half precision; fold and weights do not."""
+        model = TinyClassifier()
+        wrapper = BFloat16OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.5))
+        before = {k: v.clone() for k, v in model.named_parameters()}
+        seen = {}
+        model.conv2.register_forward_pre_hook(
+            lambda _, args: seen.update(input=args[0].dtype)
+        )
+        model.conv1.branches.register_forward_hook(
+            lambda _, args, kernel: seen.update(kernel=kernel.dtype)
+        )
+        data = [torch.randn(4, 3, 8, 8), torch.arange(4)]
+        losses = [model.train_step(data, wrapper)['loss'].item() for _ in range(10)]
+        assert seen == dict(input=torch.bfloat16, kernel=torch.float32)
+        assert losses[-1] < 0.9 * losses[0]
+        for name, param in model.named_parameters():
+            assert param.dtype == torch.float32 and torch.isfinite(param).all()
+            assert not torch.equal(param, before[name]), name
+        # Off again afterwards.
+        assert model(data[0]).dtype == torch.float32
+
+    def test_bfloat16_accumulates(self):
+        """The rest is MMEngine's wrapper."""
+        model = TinyClassifier()
+        wrapper = BFloat16OptimWrapper(
+            torch.optim.SGD(model.parameters(), lr=0.5), accumulative_counts=2
+        )
+        wrapper.initialize_count_status(model, 0, 4)
+        data = [torch.randn(4, 3, 8, 8), torch.arange(4)]
+        before = model.head.weight.clone()
+        model.train_step(data, wrapper)
+        assert torch.equal(model.head.weight, before)
+        model.train_step(data, wrapper)
+        assert not torch.equal(model.head.weight, before)
+
+
+class TestDataFolders:
+    def check(self, phases=('train',), **loaders):
+        check_data_folders(Config(loaders), phases)
+
+    def missing(self, dataset, **options):
+        with pytest.raises(FileNotFoundError, match="data folder 'none' is missing"):
+            self.check(train_dataloader=dict(dataset=dataset), **options)
+
+    NONE = dict(type='A', data_root='none')
+
+    def test_there(self, tmp_path):
+        for root in (str(tmp_path), 's3://bucket', '', None):
+            self.check(train_dataloader=dict(dataset=dict(data_root=root)))
+        self.check(train_dataloader=dict(dataset=dict(type='Random')))
+        self.check(train_dataloader=None)
+        self.check()
+
+    def test_missing(self, tmp_path):
+        self.missing(self.NONE)
+        (tmp_path / 'file').touch()
+        with pytest.raises(FileNotFoundError):
+            root = str(tmp_path / 'file')
+            self.check(train_dataloader=dict(dataset=dict(data_root=root)))
+
+    def test_wrapped(self, tmp_path):
+        there = dict(type='B', data_root=str(tmp_path))
+        self.missing(dict(type='RepeatDataset', times=2, dataset=self.NONE))
+        self.missing(dict(dataset=dict(dataset=self.NONE)))
+        self.missing(dict(type='ConcatDataset', datasets=[there, self.NONE]))
+        self.missing(dict(dataset=dict(datasets=[there, dict(dataset=self.NONE)])))
+        self.check(train_dataloader=dict(dataset=dict(datasets=[there, there])))
+
+    def test_only_what_is_read(self):
+        loader = dict(dataset=self.NONE)
+        self.check(('train', 'val'), test_dataloader=loader)
+        with pytest.raises(FileNotFoundError):
+            self.check(('test',), test_dataloader=loader)
+
+    def test_advice(self):
+        with pytest.raises(FileNotFoundError, match='is missing; set data_root'):
+            self.check(train_dataloader=dict(dataset=self.NONE))
+        with pytest.raises(FileNotFoundError, match='is missing; run: it$'):
+            self.check(
+                train_dataloader=dict(dataset=self.NONE), data_preparation='run: it'
+            )
+
+
+class TestOneLineErrors:
+    @pytest.mark.parametrize(
+        'error, text',
+        [
+            (ValueError('bad'), 'error: bad'),
+            (FileNotFoundError('no file'), 'error: no file'),
+            (FileNotFoundError(2, 'No such file', 'a'), "[Errno 2] No such file: 'a'"),
+            (KeyError('X is not in the registry'), 'error: X is not in the registry'),
+            (CheckpointError('several\n\tlines\n'), 'error: several lines'),
+        ],
+    )
+    def test_exits(self, error, text):
+        with pytest.raises(SystemExit) as info, one_line_errors():
+            raise error
+        assert str(info.value).startswith('error: ') and '\n' not in str(info.value)
+        assert str(info.value).endswith(text)
+
+    def test_other_errors_keep_their_traceback(self):
+        with pytest.raises(TypeError), one_line_errors():
+            raise TypeError('a mistake of ours')
+        with pytest.raises(ValueError), one_line_errors((CheckpointError,)):
+            raise ValueError('a mistake of ours')
+
+    def test_traceback(self, monkeypatch):
+        monkeypatch.setenv('MMOREPA_TRACEBACK', '1')
+        with pytest.raises(ValueError), one_line_errors():
+            raise ValueError('bad')
+
+
+class TestTTA:
+    PIPELINE = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
+
+    def config(self, scope='mmpretrain', **options):
+        return Config(
+            dict(
+                default_scope=scope,
+                model=dict(type='ImageClassifier'),
+                test_dataloader=dict(dataset=dict(type='A', pipeline=self.PIPELINE)),
+                **options,
+            )
+        )
+
+    def test_flips_by_default(self):
+        cfg = self.config()
+        use_tta(cfg)
+        assert cfg.model.to_dict() == dict(
+            type='AverageClsScoreTTA', module=dict(type='ImageClassifier')
+        )
+        load, tta = cfg.test_dataloader.dataset.pipeline
+        assert load == self.PIPELINE[0]
+        flips, pack = tta['transforms']
+        assert tta['type'] == 'TestTimeAug' and pack == [self.PIPELINE[1]]
+        assert sorted(flip['prob'] for flip in flips) == [0.0, 1.0]
+
+    @pytest.mark.parametrize('scope', ['mmpretrain', 'mmdet', 'mmseg'])
+    def test_of_the_config(self, scope):
+        own = [dict(type='Own')]
+        cfg = self.config(scope, tta_model=dict(type='Mine', k=1), tta_pipeline=own)
+        use_tta(cfg)
+        assert cfg.model.to_dict() == dict(
+            type='Mine', k=1, module=dict(type='ImageClassifier')
+        )
+        assert cfg.test_dataloader.dataset.pipeline == own
+
+    def test_inside_of_a_wrapper(self):
+        own = [dict(type='Own')]
+        cfg = self.config('mmdet', tta_model=dict(type='Mine'), tta_pipeline=own)
+        cfg.test_dataloader.dataset = dict(
+            type='RepeatDataset', times=2, dataset=cfg.test_dataloader.dataset
+        )
+        use_tta(cfg)
+        assert cfg.test_dataloader.dataset.dataset.pipeline == own
+        assert 'pipeline' not in cfg.test_dataloader.dataset
+
+    @pytest.mark.parametrize('options', [{}, dict(tta_model=dict(type='Mine'))])
+    def test_missing(self, options):
+        with pytest.raises(ValueError, match='--tta needs tta_model and tta_pipeline'):
+            use_tta(self.config('mmseg', **options))
+
+
+class TestVisualization:
+    def config(self, scope, hook):
+        return Config(
+            dict(
+                default_scope=scope,
+                default_hooks=dict(visualization=hook),
+                visualizer=dict(type='V', vis_backends=[dict(type='LocalVisBackend')]),
+            )
+        )
+
+    def test_classifier(self, tmp_path):
+        cfg = self.config('mmpretrain', dict(type='VisualizationHook', enable=False))
+        use_visualization(cfg, False, str(tmp_path), 3, 1.5)
+        hook = dict(cfg.default_hooks.visualization)
+        assert hook.pop('type') == 'VisualizationHook'
+        assert hook == dict(
+            enable=True, out_dir=str(tmp_path), show=False, interval=3, wait_time=1.5
+        )
+        self.build('mmpretrain', cfg)
+
+    @pytest.mark.parametrize(
+        'scope, name',
+        [('mmdet', 'DetVisualizationHook'), ('mmseg', 'SegVisualizationHook')],
+    )
+    def test_other_toolboxes(self, tmp_path, scope, name):
+        cfg = self.config(scope, dict(type=name))
+        use_visualization(cfg, False, str(tmp_path), 3, 1.5)
+        hook = dict(cfg.default_hooks.visualization)
+        assert hook.pop('type') == name
+        assert hook == dict(draw=True, show=False, interval=3, wait_time=1.5)
+        assert cfg.visualizer.save_dir == str(tmp_path)
+        self.build(scope, cfg)
+
+    def build(self, scope, cfg):
+        """The hook itself must know all of its arguments."""
+        import_models(scope)
+        from mmengine.registry import HOOKS
+        from mmengine.visualization import Visualizer
+
+        Visualizer.get_instance(f'visualizer-{scope}')
+        with DefaultScope.overwrite_default_scope(scope):
+            hook = HOOKS.build(cfg.default_hooks.visualization)
+        assert hook.interval == 3
+
+    def test_windows_without_files(self):
+        cfg = self.config('mmseg', dict(type='SegVisualizationHook'))
+        use_visualization(cfg, True, None, 1, 2)
+        assert cfg.default_hooks.visualization.show is True
+        assert 'save_dir' not in cfg.visualizer
+
+    @pytest.mark.parametrize('hooks', [{}, dict(default_hooks={})])
+    def test_missing(self, hooks):
+        with pytest.raises(ValueError, match='need a visualization hook'):
+            use_visualization(Config(hooks), True, None, 1, 2)
+
+
+def tiny_config(tmp_path, **options):
+    """A config of a tiny network, to train on nothing that is on a disk."""
+    loader = dict(
+        batch_size=8,
+        num_workers=0,
+        dataset=dict(type='Colours', size=24),
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        collate_fn=dict(type='default_collate'),
+    )
+    base = dict(
+        launcher='none',
+        model=dict(type='TinyClassifier'),
+        work_dir=str(tmp_path),
+        train_dataloader=loader,
+        train_cfg=dict(by_epoch=True, max_epochs=2),
+        test_dataloader=loader,
+        test_cfg=dict(),
+        test_evaluator=dict(type='Logits'),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.05)),
+        randomness=dict(seed=0),
+        experiment_name=f'config-{tmp_path.name}',
+    )
+    return Config({**base, **options})
+
+
+class TestBuildRunner:
+    @pytest.fixture(autouse=True)
+    def dataset(self, monkeypatch):
+        from mmengine.registry import DATASETS
+        from runners import Colours
+
+        monkeypatch.setitem(DATASETS.module_dict, 'Colours', Colours)
+
+    def checkpoint(self, tmp_path, state=None, **content):
+        path = str(tmp_path / 'given.pth')
+        state = TinyClassifier().state_dict() if state is None else state
+        write_checkpoint(dict(state_dict=state, **content), path)
+        return path
+
+    @pytest.mark.parametrize('phase', ['train', 'test'])
+    def test_missing_checkpoint(self, tmp_path, phase):
+        work_dir = tmp_path / 'work'
+        cfg = tiny_config(work_dir, load_from='none.pth')
+        with pytest.raises(FileNotFoundError, match="no checkpoint at 'none.pth'"):
+            build_runner(cfg, (phase,))
+        assert not work_dir.exists()
+
+    def test_missing_data(self, tmp_path):
+        work_dir = tmp_path / 'work'
+        cfg = tiny_config(work_dir)
+        cfg.train_dataloader.dataset = dict(type='Any', data_root='none')
+        with pytest.raises(FileNotFoundError, match="data folder 'none'"):
+            build_runner(cfg, ('train',))
+        assert not work_dir.exists()
+
+    def test_test_of_another_network(self, tmp_path):
+        """MMEngine would test what its random weights give."""
+        path = self.checkpoint(tmp_path, TinyClassifier(width=4).state_dict())
+        cfg = tiny_config(tmp_path / 'work', load_from=path)
+        with pytest.raises(CheckpointError, match='does not fit the config'):
+            build_runner(cfg, ('test',))
+        # Training from the weights of another network is everybody's right.
+        build_runner(cfg, ('train',))
+
+    def test_test_of_a_training_form_in_a_deployed_network(self, tmp_path):
+        path = self.checkpoint(tmp_path)
+        cfg = tiny_config(
+            tmp_path / 'work',
+            load_from=path,
+            model=dict(type='TinyClassifier', deploy=True),
+        )
+        build_runner(cfg, ('test',)).test()
+
+    def test_test_of_a_deployed_checkpoint(self, tmp_path):
+        path = self.checkpoint(
+            tmp_path, switch_to_deploy(TinyClassifier()).state_dict()
+        )
+        cfg = tiny_config(tmp_path / 'work', load_from=path)
+        with pytest.raises(CheckpointError, match='deploy=True'):
+            build_runner(cfg, ('test',))
+        cfg.model.deploy = True
+        build_runner(cfg, ('test',)).test()
+
+    def test_time_augmentation(self, tmp_path):
+        """The checkpoint is the module's inside."""
+        path = self.checkpoint(tmp_path)
+        model = dict(type='TinyTTA', module=dict(type='TinyClassifier'))
+        cfg = tiny_config(tmp_path / 'work', load_from=path, model=model)
+        cfg.test_dataloader.dataset.flips = True
+        build_runner(cfg, ('test',)).test()
+
+    def test_resumes(self, tmp_path):
+        runner = build_runner(tiny_config(tmp_path), ('train',))
+        runner.train()
+        cfg = tiny_config(tmp_path, resume=True)
+        cfg.train_cfg.max_epochs = 3
+        cfg.experiment_name += '-resumed'
+        resumed = build_runner(cfg, ('train',))
+        resumed.train()
+        assert (resumed.epoch, resumed.iter) == (3, 9)
+        assert (tmp_path / 'epoch_3.pth').is_file()
+
+    def test_resume_without_a_checkpoint_starts(self, tmp_path):
+        runner = build_runner(tiny_config(tmp_path, resume=True), ('train',))
+        runner.train()
+        assert runner.iter == 6
+
+    def test_resume_from_another_network(self, tmp_path):
+        build_runner(tiny_config(tmp_path), ('train',)).train()
+        cfg = tiny_config(
+            tmp_path, resume=True, model=dict(type='TinyClassifier', width=4)
+        )
+        with pytest.raises(CheckpointError, match='does not fit the config'):
+            build_runner(cfg, ('train',))
+        cfg.load_from = str(tmp_path / 'epoch_1.pth')
+        with pytest.raises(CheckpointError, match='does not fit the config'):
+            build_runner(cfg, ('train',))
+
+    def test_resume_from_weights_alone(self, tmp_path):
+        path = self.checkpoint(tmp_path)
+        cfg = tiny_config(tmp_path / 'work', resume=True, load_from=path)
+        words = 'not the state of a training run to resume .message_hub, meta, optimi'
+        with pytest.raises(CheckpointError, match=words):
+            build_runner(cfg, ('train',))
+
+    def test_resume_when_the_folder_has_moved(self, tmp_path):
+        (tmp_path / 'last_checkpoint').write_text('/elsewhere/epoch_1.pth')
+        with pytest.raises(FileNotFoundError, match='/elsewhere/epoch_1.pth'):
+            build_runner(tiny_config(tmp_path, resume=True), ('train',))
+
+    def test_runner_type(self, tmp_path, monkeypatch):
+        from mmengine.registry import RUNNERS
+        from mmengine.runner import Runner
+
+        class Special(Runner):
+            pass
+
+        monkeypatch.setitem(RUNNERS.module_dict, 'Special', Special)
+        runner = build_runner(tiny_config(tmp_path, runner_type='Special'), ('train',))
+        assert type(runner) is Special
+
+
+@pytest.fixture
+def launched(monkeypatch, tmp_path):
+    """As a process of torchrun, the only one, on a machine without a GPU."""
+    monkeypatch.setattr(config_module, 'is_cuda_available', lambda: False)
+    for name, value in dict(
+        RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0'
+    ).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    monkeypatch.setenv('MKL_NUM_THREADS', '1')
+    yield
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+class TestDistributedWithoutGPU:
+    def norms(self):
+        return dict(
+            type='EncoderDecoder',
+            backbone=dict(norm_cfg=dict(type='SyncBN', requires_grad=True)),
+            decode_head=[dict(norm_cfg=dict(type='SyncBN')) for _ in range(3)],
+            auxiliary_head=(dict(norm_cfg=dict(type='SyncBN')), dict(act_cfg=None)),
+            neck=dict(norm_cfg=dict(type='GN', num_groups=2)),
+        )
+
+    def test_replaces_every_sync_bn(self):
+        model = ConfigDict(self.norms())
+        assert config_module._replace_sync_bn(model)
+        assert 'SyncBN' not in repr(model)
+        assert repr(model).count("'BN'") == 5
+        assert model.neck.norm_cfg == dict(type='GN', num_groups=2)
+        assert model.backbone.norm_cfg.requires_grad is True
+
+    def test_finds_none(self):
+        model = ConfigDict(backbone=dict(norm_cfg=dict(type='BN')), heads=[1, None])
+        assert not config_module._replace_sync_bn(model)
+        assert not config_module._replace_sync_bn(ConfigDict())
+
+    def test_runs(self, launched, tmp_path, monkeypatch):
+        from mmengine.registry import DATASETS
+        from runners import Colours
+
+        monkeypatch.setitem(DATASETS.module_dict, 'Colours', Colours)
+        cfg = tiny_config(tmp_path, launcher='pytorch')
+        runner = build_runner(cfg, ('train',))
+        assert isinstance(runner.model, MMDistributedDataParallel)
+        assert distributed.get_backend() == 'gloo'
+        assert not runner.model.find_unused_parameters
+        runner.train()
+        assert runner.iter == 6
+
+    def test_find_unused_parameters(self, launched, tmp_path):
+        cfg = tiny_config(tmp_path, launcher='pytorch', find_unused_parameters=True)
+        assert build_runner(cfg, ()).model.find_unused_parameters
+
+    def test_says_so(self, launched, capsys):
+        cfg = Config(dict(model=self.norms()))
+        config_module._prepare_distributed_cpu(cfg)
+        assert 'SyncBN needs GPUs' in capsys.readouterr().out
+        assert 'SyncBN' not in cfg.pretty_text
