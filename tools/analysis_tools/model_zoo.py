@@ -131,11 +131,7 @@ def to_row(entry: Entry) -> str:
         f'{entry.deployed_params / 1e6:.2f} M',
         f'{entry.deployed_gflops:.2f}',
         f'{entry.deployed_megabytes:.1f} MB',
-        *(
-            (f'{paper[0]:.2f}', f'{paper[1]} G', f'{paper[2]:.3f} s')
-            if paper
-            else '---'
-        ),
+        *paper,
     ]
     return f'| {" | ".join(cells)} |'
 
@@ -203,8 +199,9 @@ def to_metafile(entries: Sequence[Entry]) -> str:
         dict(Collections=collections, Models=models), sort_keys=False, width=88
     )
     return (
-        '# Written by tools/analysis_tools/model_zoo.py. FLOPs and parameters are those\n'
-        '# of the deployed form; the accuracies are the figures of the paper.\n' + body
+        '# Written by tools/analysis_tools/model_zoo.py. FLOPs and parameters are '
+        'those\n# of the deployed form; the accuracies are the figures of the paper.\n'
+        + body
     )
 
 
