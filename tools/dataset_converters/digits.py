@@ -1,10 +1,13 @@
-"""Writes scikit-learn's handwritten digits as an image folder.
+"""Writes scikit-learn's handwritten digits for classification, detection, segmentation.
 
 The 1,797 real images (8x8 pixels, ten classes; the test set of the UCI
 "Optical Recognition of Handwritten Digits" data) come with scikit-learn, so that
-nothing is downloaded. Every fifth image of a class is for validation:
+nothing is downloaded. Every fifth image of a class is for validation; scenes for
+validation are made of these alone.
 
-    OUT/train/0/0000.png ... OUT/val/9/1795.png
+    OUT/train/0/0000.png ... OUT/val/9/1795.png          an ImageNet-style folder
+    OUT/coco/{train,val}2017/*.png, OUT/coco/annotations  COCO-format scenes
+    OUT/cityscapes/{leftImg8bit,gtFine}/{train,val}       Cityscapes-format scenes
 
 OUT/digits.json says that the folders are this tool's, which may replace them.
 """
@@ -14,22 +17,60 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple, Optional
 
+import cv2
 import mmcv
 import numpy as np
 from sklearn.datasets import load_digits
 
-FOLDERS = ('train', 'val')
+SPLITS = ('train', 'val')
+FOLDERS = (*SPLITS, 'coco', 'cityscapes')
 MARKER = 'digits.json'
 VAL_EVERY = 5
+NUM_SCENES = dict(train=300, val=80)
+# Height, width; digits and their sizes in a scene, both ends included.
+SCENE = (128, 192)
+DIGITS_IN_SCENE = (2, 4)
+DIGIT_SIZES = (28, 72)
+# Pixels whose ink covers more than this belong to the digit.
+INK = 0.4
+
+
+class Digit(NamedTuple):
+    """One handwritten digit.
+
+    Args:
+        index (int): Its place in scikit-learn's data.
+        label (int): 0 to 9.
+        ink (np.ndarray): Shape (8, 8), 0 to 1.
+    """
+
+    index: int
+    label: int
+    ink: np.ndarray
+
+
+class Scene(NamedTuple):
+    """Several digits on a textured background.
+
+    Args:
+        image (np.ndarray): Shape (H, W, 3), uint8, BGR.
+        labels (np.ndarray): Shape (H, W), uint8: 0 is background, 1 + d is digit d.
+        boxes (list[tuple]): (label, x, y, width, height) of each digit.
+    """
+
+    image: np.ndarray
+    labels: np.ndarray
+    boxes: list[tuple[int, int, int, int, int]]
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Writes scikit-learn's handwritten digits as an image folder."
+        description="Writes scikit-learn's handwritten digits as an image folder, as "
+        'COCO-format and as Cityscapes-format scenes.'
     )
     parser.add_argument(
         '--out', type=Path, default=Path('data/digits'), help='the folder to write'
@@ -37,20 +78,130 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def split_of(rank: int) -> str:
-    """The split of the ``rank``-th image of its class."""
-    return 'val' if rank % VAL_EVERY == VAL_EVERY - 1 else 'train'
+def split_digits() -> dict[str, list[Digit]]:
+    """The digits of each split; no image is in both."""
+    data = load_digits()
+    splits: dict[str, list[Digit]] = {split: [] for split in SPLITS}
+    ranks = dict.fromkeys(range(10), 0)
+    for index, (image, target) in enumerate(zip(data.images, data.target)):
+        label = int(target)
+        is_val = ranks[label] % VAL_EVERY == VAL_EVERY - 1
+        ranks[label] += 1
+        # 17 grey levels, 0 to 16.
+        splits['val' if is_val else 'train'].append(Digit(index, label, image / 16))
+    return splits
 
 
-def write_image_folder(out: Path) -> dict:
-    """Writes the classification data, replacing what is there.
+def write_image_folder(splits: dict[str, list[Digit]], out: Path) -> None:
+    """Writes OUT/SPLIT/CLASS/INDEX.png."""
+    for split, digits in splits.items():
+        for digit in digits:
+            path = out / split / str(digit.label) / f'{digit.index:04d}.png'
+            _write_image(np.round(digit.ink * 255).astype(np.uint8), path)
+
+
+def make_scene(digits: Sequence[Digit], rng: np.random.Generator) -> Scene:
+    """Puts a few digits of varied size and colour on a textured background."""
+    height, width = SCENE
+    paper = rng.uniform(60, 200, 3)
+    image = paper + _texture(rng, cell=32) * 30 + _texture(rng, cell=6) * 14
+    labels = np.zeros(SCENE, np.uint8)
+    boxes: list[tuple[int, int, int, int, int]] = []
+    taken = np.zeros(SCENE, bool)
+    for _ in range(rng.integers(*DIGITS_IN_SCENE, endpoint=True)):
+        digit = digits[rng.integers(len(digits))]
+        size = int(rng.integers(*DIGIT_SIZES, endpoint=True))
+        ink = cv2.resize(digit.ink, (size, size), interpolation=cv2.INTER_CUBIC)
+        ink = ink.clip(0, 1)
+        for _attempt in range(20):
+            y, x = rng.integers(height - size + 1), rng.integers(width - size + 1)
+            place = (slice(y, y + size), slice(x, x + size))
+            if not taken[place].any():
+                break
+        else:
+            continue  # No room left for it.
+        taken[place] = True
+        # Far enough from the paper to be seen, in a colour of its own.
+        colour = np.where(paper > 128, rng.uniform(0, 60, 3), rng.uniform(195, 255, 3))
+        image[place] += ink[..., None] * (colour - image[place])
+        mask = ink > INK
+        labels[place][mask] = digit.label + 1
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        boxes.append(
+            (
+                digit.label,
+                int(x + columns[0]),
+                int(y + rows[0]),
+                int(columns[-1] - columns[0] + 1),
+                int(rows[-1] - rows[0] + 1),
+            )
+        )
+    return Scene(image.clip(0, 255).astype(np.uint8), labels, boxes)
+
+
+def make_scenes(
+    splits: dict[str, list[Digit]], seed: int
+) -> Iterator[tuple[str, int, Scene]]:
+    """Yields (split, number, scene)."""
+    for i, split in enumerate(SPLITS):
+        rng = np.random.default_rng([seed, i])
+        for number in range(NUM_SCENES[split]):
+            yield split, number, make_scene(splits[split], rng)
+
+
+def write_coco(splits: dict[str, list[Digit]], out: Path) -> None:
+    """Writes OUT/{train,val}2017 and OUT/annotations/instances_*2017.json."""
+    categories = [dict(id=label, name=str(label)) for label in range(10)]
+    files = {
+        split: dict(images=[], annotations=[], categories=categories)
+        for split in SPLITS
+    }
+    for split, number, scene in make_scenes(splits, seed=0):
+        name = f'{number:06d}.png'
+        _write_image(scene.image, out / f'{split}2017' / name)
+        file = files[split]
+        file['images'].append(
+            dict(id=number, file_name=name, height=SCENE[0], width=SCENE[1])
+        )
+        for label, *box in scene.boxes:
+            file['annotations'].append(
+                dict(
+                    id=len(file['annotations']),
+                    image_id=number,
+                    category_id=label,
+                    bbox=box,
+                    area=box[2] * box[3],
+                    iscrowd=0,
+                )
+            )
+    (out / 'annotations').mkdir()
+    for split, file in files.items():
+        path = out / 'annotations' / f'instances_{split}2017.json'
+        path.write_text(json.dumps(file))
+
+
+def write_cityscapes(splits: dict[str, list[Digit]], out: Path) -> None:
+    """Writes OUT/leftImg8bit and OUT/gtFine, label 0 background, 1 + d digit d."""
+    for split, number, scene in make_scenes(splits, seed=1):
+        stem = f'digits_{number:06d}_000000'
+        folder = Path(split, 'digits')
+        _write_image(
+            scene.image, out / 'leftImg8bit' / folder / f'{stem}_leftImg8bit.png'
+        )
+        _write_image(
+            scene.labels, out / 'gtFine' / folder / f'{stem}_gtFine_labelTrainIds.png'
+        )
+
+
+def write_all(out: Path) -> dict[str, int]:
+    """Writes the data in all formats, replacing what is there.
 
     Args:
-        out (Path): The folder; ``train`` and ``val`` in it are replaced only when
-            the new ones are complete.
+        out (Path): The folder; what is in it is replaced only when the new data are
+            complete.
 
     Returns:
-        dict: Images by split.
+        dict[str, int]: Single digits by split.
 
     Raises:
         FileExistsError: If a folder is there that this tool has not written.
@@ -61,20 +212,13 @@ def write_image_folder(out: Path) -> dict:
             f"'{out / foreign[0]}' is there and was not written by this tool (there "
             f'is no {MARKER}); choose another folder'
         )
-    digits = load_digits()
-    counts = dict.fromkeys(FOLDERS, 0)
-    ranks = dict.fromkeys(range(10), 0)
+    splits = split_digits()
+    counts = {split: len(digits) for split, digits in splits.items()}
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix='.digits-') as temporary:
-        for index, (image, label) in enumerate(zip(digits.images, digits.target)):
-            split = split_of(ranks[int(label)])
-            ranks[int(label)] += 1
-            counts[split] += 1
-            # 17 grey levels, 0 to 16.
-            pixels = np.round(image * 255 / 16).astype(np.uint8)
-            path = Path(temporary, split, str(label), f'{index:04d}.png')
-            if not mmcv.imwrite(pixels, str(path)):
-                raise OSError(f'cannot write {path}')
+        write_image_folder(splits, Path(temporary))
+        write_coco(splits, Path(temporary, 'coco'))
+        write_cityscapes(splits, Path(temporary, 'cityscapes'))
         # Before the folders, so that an interrupted run can be repeated.
         (out / MARKER).write_text(json.dumps(counts) + '\n')
         for folder in FOLDERS:
@@ -86,13 +230,27 @@ def write_image_folder(out: Path) -> dict:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     try:
-        counts = write_image_folder(args.out)
+        counts = write_all(args.out)
     except OSError as error:
         sys.exit(f'error: {error}')
     print(
         f'Wrote {counts["train"]} training and {counts["val"]} validation images of '
-        f'handwritten digits to {args.out}/train and {args.out}/val.'
+        f'handwritten digits to {args.out}/train and {args.out}/val,\n'
+        f'and scenes of them ({NUM_SCENES["train"]} and {NUM_SCENES["val"]}) to '
+        f'{args.out}/coco (boxes) and {args.out}/cityscapes (labelled pixels).'
     )
+
+
+def _texture(rng: np.random.Generator, cell: int) -> np.ndarray:
+    """Smooth noise of about this many pixels a bump, shape (H, W, 1)."""
+    height, width = SCENE
+    coarse = rng.standard_normal((height // cell + 2, width // cell + 2))
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)[..., None]
+
+
+def _write_image(pixels: np.ndarray, path: Path) -> None:
+    if not mmcv.imwrite(pixels, str(path)):
+        raise OSError(f'cannot write {path}')
 
 
 if __name__ == '__main__':
