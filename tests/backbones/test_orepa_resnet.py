@@ -138,6 +138,9 @@ def test_output_shapes():
                 (2, 8 * expansion * 2**i, 16 // 2**i, 16 // 2**i) for i in range(4)
             ]
             assert net.feat_dim == 64 * expansion
+        # A stage that shrinks the map and keeps the channels projects as well.
+        net = tiny(18, block='none', strides=(2, 1, 2, 1)).eval()
+        assert [y.shape[-1] for y in net(x)] == [8, 8, 4, 4]
 
 
 @pytest.mark.parametrize(
