@@ -24,5 +24,7 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         table.add_row(*row)
     text = io.StringIO()
     # Wide enough for any row: a log is no terminal, and must not be cut.
-    Console(file=text, width=400, color_system=None).print(table, markup=False)
+    Console(file=text, width=400, color_system=None, emoji=False).print(
+        table, markup=False
+    )
     return '\n'.join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
