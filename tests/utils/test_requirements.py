@@ -1,0 +1,94 @@
+import importlib
+import sys
+
+import pytest
+
+from mmorepa.utils import requirements
+from mmorepa.utils.requirements import check_requirements
+
+ADVICE = {
+    'mmengine': 'pip install mmengine==0.10.7` (OpenMMLab) or `pip install onedl-',
+    'mmcv': 'pip install mmcv==2.1.0` (OpenMMLab) or `pip install onedl-mmcv==',
+}
+
+
+@pytest.fixture
+def version(monkeypatch):
+    """Sets the version that a package says it has."""
+    return lambda name, value: monkeypatch.setattr(
+        importlib.import_module(name), '__version__', value
+    )
+
+
+def test_here():
+    check_requirements()
+
+
+@pytest.mark.parametrize(
+    'name, value',
+    [
+        ('mmengine', '0.10.0'),
+        ('mmengine', '0.10.12'),
+        ('mmcv', '2.0.0'),
+        ('mmcv', '2.1.0'),
+        ('mmcv', '2.3.6'),
+    ],
+)
+def test_fits(version, name, value):
+    version(name, value)
+    check_requirements()
+
+
+@pytest.mark.parametrize(
+    'name, value, bounds',
+    [
+        ('mmengine', '0.9.1', '>= 0.10.0, < 1.0.0'),
+        ('mmengine', '1.0.0', '>= 0.10.0, < 1.0.0'),
+        ('mmcv', '1.7.2', '>= 2.0.0, < 3.0.0'),
+        ('mmcv', '2.0.0rc4', '>= 2.0.0, < 3.0.0'),
+        ('mmcv', '3.0.0', '>= 2.0.0, < 3.0.0'),
+        ('mmcv', '10.0.0', '>= 2.0.0, < 3.0.0'),
+    ],
+)
+def test_does_not_fit(version, name, value, bounds):
+    version(name, value)
+    with pytest.raises(ImportError) as info:
+        check_requirements()
+    text = str(info.value)
+    assert text.startswith(f'mmorepa needs {name} {bounds}, found {value}; ')
+    assert ADVICE[name] in text
+
+
+@pytest.mark.parametrize('name', ['mmengine', 'mmcv'])
+def test_missing(monkeypatch, name):
+    def missing(module):
+        if module == name:
+            raise ModuleNotFoundError(f'No module named {module!r}', name=module)
+        return importlib.import_module(module)
+
+    monkeypatch.setattr(requirements, 'import_module', missing)
+    with pytest.raises(ImportError) as info:
+        check_requirements()
+    assert str(info.value).startswith(f'mmorepa needs {name}, which is missing; ')
+    assert ADVICE[name] in str(info.value)
+
+
+@pytest.mark.parametrize('name', ['mmengine', 'mmcv'])
+def test_really_missing(monkeypatch, name):
+    """As Python itself reports it."""
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=f'mmorepa needs {name}, which is missing'):
+        check_requirements()
+
+
+def test_broken_package(monkeypatch):
+    """Something that mmcv itself misses is not reported as mmcv."""
+
+    def broken(module):
+        if module == 'mmcv':
+            raise ModuleNotFoundError("No module named 'cv2'", name='cv2')
+        return importlib.import_module(module)
+
+    monkeypatch.setattr(requirements, 'import_module', broken)
+    with pytest.raises(ModuleNotFoundError, match="No module named 'cv2'"):
+        check_requirements()
