@@ -1,13 +1,13 @@
 """Blocks whose branches run side by side on the feature map, each with its norm."""
 
 from collections.abc import Sequence
-from typing import Optional, Union
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
 
 from ..functional import embed_1x1
-from .reparam_conv import IntPair, ReparamConv2d, is_foldable
+from .reparam_conv import ReparamConv2d, is_foldable
 
 
 class MultiBranchConv2d(ReparamConv2d):
@@ -39,16 +39,7 @@ class MultiBranchConv2d(ReparamConv2d):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: IntPair,
-        stride: IntPair = 1,
-        padding: Union[IntPair, str] = 0,
-        dilation: IntPair = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = 'zeros',
-        *,
+        *args,
         norm_cfg: Optional[dict] = None,
         branches: Optional[Sequence[str]] = None,
         initial_scales: Optional[dict[str, float]] = None,
@@ -62,26 +53,15 @@ class MultiBranchConv2d(ReparamConv2d):
         if single_init:
             scales = dict.fromkeys(self.BRANCHES, 0.0)
             self._initial_scales = {**scales, 'origin': 1.0, **self._initial_scales}
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            norm_cfg=norm_cfg or dict(type='BN'),
-            **kwargs,
-        )
-        size, reach = self.kernel_size[0], self.dilation[0] * (self.kernel_size[0] // 2)
-        if self.padding != (reach, reach) or self.dilation[0] != self.dilation[1]:
+        super().__init__(*args, norm_cfg=norm_cfg or dict(type='BN'), **kwargs)
+        size, dilation = self.kernel_size[0], self.dilation[0]
+        reach = dilation * (size // 2)
+        if self.padding != (reach, reach) or self.dilation != (dilation, dilation):
             raise ValueError(
                 f'{type(self).__name__} folds its 1x1 branches into the centre of the '
                 f'{size}x{size} kernel, which takes padding = dilation * '
-                f'{size // 2} = {reach} here; found padding={padding}, '
-                f'dilation={dilation}'
+                f'{size // 2} = {reach} here; found padding={self.padding}, '
+                f'dilation={self.dilation}'
             )
 
     def build_branch(self, name: str) -> Optional[nn.Module]:

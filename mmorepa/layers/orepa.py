@@ -1,7 +1,7 @@
 """OREPA convolutions: many linear branches, one kernel, one convolution."""
 
 from collections.abc import Sequence
-from typing import Optional, Union
+from typing import Optional
 
 import torch
 from mmengine.registry import MODELS
@@ -18,7 +18,7 @@ from ..functional import (
     scaled_sum,
 )
 from .deep_linear import DeepLinearKernel
-from .reparam_conv import IntPair, ReparamConv2d
+from .reparam_conv import ReparamConv2d
 
 # From this kernel size on, the paper's networks use the deep linear form.
 DEEP_LINEAR_FROM = 7
@@ -262,16 +262,7 @@ class OREPAConv2d(ReparamConv2d):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: IntPair,
-        stride: IntPair = 1,
-        padding: Union[IntPair, str] = 0,
-        dilation: IntPair = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = 'zeros',
-        *,
+        *args,
         branches: Optional[Sequence[str]] = None,
         initial_scales: Optional[dict[str, float]] = None,
         single_init: bool = False,
@@ -283,18 +274,7 @@ class OREPAConv2d(ReparamConv2d):
         self._initial_scales = initial_scales or {}
         self._single_init = single_init
         self._kaiming_a = kaiming_a
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            **kwargs,
-        )
+        super().__init__(*args, **kwargs)
 
     def build_branches(self) -> nn.Module:
         size = self.kernel_size[0]

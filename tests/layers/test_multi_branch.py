@@ -336,8 +336,11 @@ def test_regularized_kernel_at_the_start(kind):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (dict(padding=0), r'takes padding = dilation \* 1 = 1 here; found padding=0'),
-        (dict(padding=1, dilation=2), '= 2 here; found padding=1, dilation=2'),
+        (dict(padding=0), r'dilation \* 1 = 1 here; found padding=\(0, 0\)'),
+        (
+            dict(padding=1, dilation=2),
+            r'= 2 here; found padding=\(1, 1\), dilation=\(2, 2\)',
+        ),
         (dict(padding=(1, 2), dilation=(1, 2)), r'found padding=\(1, 2\)'),
         (dict(padding='same'), 'found padding=same'),
         (dict(padding=1, branches=['orign']), "unknown branch 'orign'; the branches"),

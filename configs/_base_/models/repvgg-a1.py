@@ -1,13 +1,3 @@
-# The config that builds on this one says which block type the convs are.
-model = dict(
-    type='ImageClassifier',
-    backbone=dict(type='OREPARepVGG', arch='A1', out_indices=(3,)),
-    neck=dict(type='GlobalAveragePooling'),
-    head=dict(
-        type='LinearClsHead',
-        num_classes=1000,
-        in_channels=1280,
-        loss=dict(type='CrossEntropyLoss', loss_weight=1.0),
-        topk=(1, 5),
-    ),
-)
+_base_ = 'repvgg-a0.py'
+
+model = dict(backbone=dict(arch='A1'))

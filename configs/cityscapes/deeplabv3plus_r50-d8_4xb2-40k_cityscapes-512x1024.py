@@ -1,0 +1,10 @@
+_base_ = [
+    '../_base_/models/deeplabv3plus_r50-d8.py',
+    '../_base_/datasets/cityscapes.py',
+    '../_base_/schedules/cityscapes_40k.py',
+    '../_base_/seg_runtime.py',
+]
+
+pretrained = 'checkpoints/resnet50_4xb64_in1k.pth'
+
+model = dict(backbone=dict(block='none', init_cfg=dict(checkpoint=pretrained)))

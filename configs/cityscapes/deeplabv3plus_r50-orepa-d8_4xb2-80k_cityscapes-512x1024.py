@@ -1,0 +1,14 @@
+_base_ = [
+    '../_base_/models/deeplabv3plus_r50-d8.py',
+    '../_base_/datasets/cityscapes.py',
+    '../_base_/schedules/cityscapes_80k.py',
+    '../_base_/seg_runtime.py',
+]
+
+pretrained = 'checkpoints/resnet50-orepa_4xb64_in1k.pth'
+
+model = dict(backbone=dict(block='orepa', init_cfg=dict(checkpoint=pretrained)))
+
+# docs/transfer.md says where this number comes from.
+optim_wrapper = dict(paramwise_cfg=dict(stem_lr_mult=0.1))
+default_hooks = dict(checkpoint=dict(interval=8000))

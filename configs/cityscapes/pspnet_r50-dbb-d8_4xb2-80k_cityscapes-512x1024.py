@@ -1,0 +1,12 @@
+_base_ = [
+    '../_base_/models/pspnet_r50-d8.py',
+    '../_base_/datasets/cityscapes.py',
+    '../_base_/schedules/cityscapes_80k.py',
+    '../_base_/seg_runtime.py',
+]
+
+pretrained = 'checkpoints/resnet50-dbb_4xb64_in1k.pth'
+
+model = dict(backbone=dict(block='dbb', init_cfg=dict(checkpoint=pretrained)))
+
+default_hooks = dict(checkpoint=dict(interval=8000))

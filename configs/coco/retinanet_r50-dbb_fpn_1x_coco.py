@@ -1,0 +1,12 @@
+_base_ = [
+    '../_base_/models/retinanet_r50_fpn.py',
+    '../_base_/datasets/coco_detection.py',
+    '../_base_/schedules/coco_1x.py',
+    '../_base_/det_runtime.py',
+]
+
+pretrained = 'checkpoints/resnet50-dbb_4xb64_in1k.pth'
+
+model = dict(backbone=dict(block='dbb', init_cfg=dict(checkpoint=pretrained)))
+
+optim_wrapper = dict(optimizer=dict(lr=0.01))

@@ -1,0 +1,12 @@
+_base_ = [
+    '../_base_/models/retinanet_repvgg-a0_fpn.py',
+    '../_base_/datasets/coco_detection.py',
+    '../_base_/schedules/coco_1x.py',
+    '../_base_/det_runtime.py',
+]
+
+pretrained = 'checkpoints/repvgg-a0-orepa_4xb64_in1k.pth'
+
+model = dict(backbone=dict(block='orepa', init_cfg=dict(checkpoint=pretrained)))
+
+optim_wrapper = dict(optimizer=dict(lr=0.01))
