@@ -232,6 +232,8 @@ def test_initial_scales_and_single_init(kind):
     )
     expected = dict.fromkeys(kind.BRANCHES, [0.0])
     assert last_norms(conv) == {**expected, 'origin': [1.0], 'pointwise': [0.5]}
+    conv = kind(4, 4, 3, single_init=True, initial_scales=dict(origin=2.0), **options)
+    assert last_norms(conv) == {**expected, 'origin': [2.0]}
 
 
 def test_single_init_is_the_plain_conv():
