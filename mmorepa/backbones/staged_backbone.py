@@ -1,5 +1,6 @@
 """What every network of a stem and stages shares."""
 
+import os
 from collections.abc import Sequence
 from typing import Union
 
@@ -120,6 +121,19 @@ class StagedBackbone(BaseModule):
             module.eval()
             module.requires_grad_(False)
 
+    def init_weights(self) -> None:
+        """Initialises as ``init_cfg`` says.
+
+        Raises:
+            CheckpointError: If the checkpoint of a ``Pretrained`` ``init_cfg`` is a
+                local file that is not there.
+        """
+        configs = self.init_cfg or []
+        for cfg in [configs] if isinstance(configs, dict) else configs:
+            if cfg.get('type') == 'Pretrained':
+                _check_is_there(cfg['checkpoint'])
+        super().init_weights()
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         # MMEngine only warns when nothing fits, and training would go on from
         # random weights.
@@ -130,6 +144,21 @@ class StagedBackbone(BaseModule):
                 "prefix='backbone.')"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _check_is_there(checkpoint: str) -> None:
+    # Other paths, such as https://… and torchvision://…, are fetched by MMEngine.
+    if '://' in checkpoint or os.path.isfile(checkpoint):
+        return
+    raise CheckpointError(
+        f'no pretrained weights at {checkpoint!r} (init_cfg of the backbone). Train '
+        'them with the ImageNet config of that name (tools/train.py '
+        'configs/imagenet/...), or make them of a published checkpoint '
+        '(tools/model_converters/published_to_mmorepa.py), and set the path at the '
+        'top of the config or by --cfg-options '
+        'model.backbone.init_cfg.checkpoint=...; to start from random weights: '
+        'model.backbone.init_cfg=None'
+    )
 
 
 def scaled_channels(channels: int, factor: float, name: str) -> int:
