@@ -21,7 +21,7 @@ run() {
   local log=$1 shown=$2
   shift 2
   set +e
-  "$@" 2>&1 | tee "$log" | grep --line-buffered -E "$shown" | cut -c 1-160
+  "$@" 2>&1 | tee "$log" | sed -u -n -E "/$shown/{s/^(.{160}).*/\\1/;p}"
   local status=${PIPESTATUS[0]}
   set -e
   if ((status != 0)); then
