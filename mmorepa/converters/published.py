@@ -76,8 +76,8 @@ def from_published(
     network = _build(backbone, deployed)
     pairs = list(_pairs(network, set(theirs)))
     unused = {}
-    for key in [pair.theirs for pair in pairs if pair.theirs.endswith('.vector')]:
-        if '.rbr_dense.' in f'.{key}' and key in theirs and len(theirs[key]) == 6:
+    for key in [p.theirs for p in pairs if _has_unused_row(network, p)]:
+        if key in theirs and theirs[key].shape[:1] == (6,):
             # Neither used nor initialised by the published code.
             unused[key] = theirs[key][5:].clone()
             theirs[key] = theirs[key][:5]
@@ -129,20 +129,22 @@ def to_published(
         published = dict(
             has_module=not deployed, renamed={}, unused_rows=None, optional=[]
         )
-    pairs = list(_pairs(network, {'linear.weight', *published['optional']}))
+    head = {'linear.weight'} if _head(state_dict) else set()
+    pairs = list(_pairs(network, {*head, *published['optional']}))
     own = [_Pair(pair.ours, pair.ours) for pair in pairs if pair.ours is not None]
     _check(own, state_dict, _own_shapes(network, state_dict))
 
     unused = published['unused_rows']
-    theirs = {}
+    theirs, dtype = {}, torch.get_default_dtype()
     for pair in pairs:
-        if pair.ours is None:
-            value = pair.fixed()
+        if pair.ours is None:  # In the type of the weights it is saved with.
+            value = pair.fixed().to(dtype)
         else:
             value = pair.to_theirs(state_dict[pair.ours]).clone()
-        if pair.theirs.endswith('.vector'):
+            dtype = value.dtype
+        if _has_unused_row(network, pair):
             extra = (unused or {}).get(pair.theirs)
-            if unused is None and _has_unused_row(network, pair.ours):
+            if unused is None:
                 extra = torch.zeros_like(value[:1])
             if extra is not None:
                 value = torch.cat([value, extra])
@@ -153,7 +155,8 @@ def to_published(
 
 
 def _build(backbone: dict, deployed: bool) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
+    # Only names and shapes are asked of it: no memory, no time, no random numbers.
+    with torch.device('meta'):
         return MODELS.build(dict(backbone, deploy=deployed))
 
 
@@ -161,11 +164,12 @@ def _is_deployed(theirs: Mapping[str, Tensor]) -> bool:
     return not any(key.endswith('running_mean') for key in theirs)
 
 
-def _has_unused_row(network: nn.Module, ours: str) -> bool:
-    """Whether the published vector has a row more than the kernel has branches."""
-    name, _, rest = ours.removeprefix('backbone.').partition('.branches.')
-    conv = network.get_submodule(name)
-    return rest.startswith('origin.') and 'identity' in conv.branches
+def _has_unused_row(network: nn.Module, pair: _Pair) -> bool:
+    """Whether this is a vector that has a row more than the kernel has branches."""
+    if not pair.theirs.endswith('rbr_dense.vector'):
+        return False
+    name, _, _ = pair.ours.removeprefix('backbone.').partition('.branches.')
+    return 'identity' in network.get_submodule(name).branches
 
 
 # Spellings of one entry in different versions of the published code.
@@ -182,6 +186,8 @@ def _canonical(theirs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
         name = key
         for pattern, replacement in _SYNONYMS:
             name = re.sub(pattern, replacement, name)
+        if name != key and (name in theirs or name in canonical):
+            name = key  # There is another one: left over.
         canonical[name] = value
         if name != key:
             renamed[name] = key
@@ -190,13 +196,22 @@ def _canonical(theirs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
 
 def _own_shapes(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, tuple]:
     shapes = {f'backbone.{k}': tuple(v.shape) for k, v in network.state_dict().items()}
-    # The number of classes is the checkpoint's own affair.
-    head = next((k for k in ('linear.weight', 'head.fc.weight') if k in state), None)
-    if head is not None:
-        classes = len(state[head])
-        shapes['head.fc.weight'] = (classes, network.feat_dim)
-        shapes['head.fc.bias'] = (classes,)
+    for key in _head(state)[:1]:
+        # The number of classes is the checkpoint's own affair.
+        classes = tuple(state[key].shape[:1])
+        shapes['head.fc.weight'] = (*classes, network.feat_dim)
+        shapes['head.fc.bias'] = classes
     return shapes
+
+
+def _head(state: Mapping[str, Tensor]) -> list[str]:
+    """The keys of the classifier, in either layout, that there are."""
+    return [
+        f'{layer}.{entry}'
+        for entry in ('weight', 'bias')
+        for layer in ('linear', 'head.fc')
+        if f'{layer}.{entry}' in state
+    ]
 
 
 def _check(
@@ -210,7 +225,9 @@ def _check(
         shape = shapes[pair.ours] if fixed is None else tuple(fixed.shape)
         if tuple(value.shape) != shape:
             misshapen.append(f'{key} ({tuple(value.shape)}, not {shape})')
-        elif fixed is not None and not torch.allclose(value, fixed, atol=1e-5):
+        elif fixed is not None and not torch.allclose(
+            value.double(), fixed.to(value.dtype).double(), atol=1e-5
+        ):
             wrong.append(key)
     problems = [
         name_keys('missing from the checkpoint', expected.keys() - found.keys(), None),
@@ -243,7 +260,7 @@ def _pairs(network: nn.Module, present: set[str]) -> Iterator[_Pair]:
     for name in network.state_dict():
         if '.se.' in name:
             yield _Pair(_published_name(name), f'backbone.{name}')
-    if any(key.startswith('linear.') for key in present):
+    if present & {'linear.weight', 'linear.bias'}:
         for entry in ('weight', 'bias'):
             yield _Pair(f'linear.{entry}', f'head.fc.{entry}')
 
