@@ -1,0 +1,485 @@
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_near, deployed_twin
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from published_forward import PublishedNetwork
+from published_layout import (
+    REPVGGS,
+    RESNETS,
+    assert_same_bits,
+    cheap_state,
+    network,
+    repvgg,
+    resnet,
+    trained_state,
+)
+
+from mmorepa.converters import (
+    ARCHITECTURES,
+    backbone_of,
+    from_published,
+    identify,
+    to_published,
+)
+from mmorepa.utils.errors import CheckpointError
+
+CONFIGS = Path(__file__).parents[2] / 'configs' / 'imagenet'
+SPECIFIED = [
+    *((name, block) for name in RESNETS for block in ('none', 'dbb', 'orepa')),
+    *((name, block) for name in REPVGGS for block in ('repvgg', 'orepa')),
+]
+LARGE = 90e6  # entries; from there on, conversions take seconds
+
+
+def config_of(name, block):
+    """The config of a published network, or None."""
+    stem = name.lower().replace('resnet-', 'resnet').replace('resnext-', 'resnext')
+    stem = stem.replace('resnext50', 'resnext50-32x4d')
+    suffix = '' if block in ('none', 'repvgg') else f'-{block}'
+    path = CONFIGS / f'{stem}{suffix}_4xb64_in1k.py'
+    return path if path.is_file() else None
+
+
+def cases():
+    """Every network in both forms; the large ones are slow."""
+    for name, block in SPECIFIED:
+        for deployed in (False, True):
+            entries = sum(map(math.prod, network(name, block, deployed).values()))
+            yield pytest.param(
+                name,
+                block,
+                deployed,
+                marks=[pytest.mark.slow] if entries > LARGE else [],
+                id=f'{name}-{block}-{"deployed" if deployed else "training"}',
+            )
+
+
+def names(pairs):
+    return [f'{name}-{block}' for name, block in pairs]
+
+
+def test_every_architecture_is_specified_here():
+    assert ARCHITECTURES.keys() - {'ResNet-152'} == {name for name, _ in SPECIFIED}
+
+
+def test_every_imagenet_config_is_a_published_network():
+    found = {config_of(name, block) for name, block in SPECIFIED} - {None}
+    assert found == set(CONFIGS.glob('*.py'))
+
+
+@pytest.mark.parametrize('deployed', [False, True], ids=['training', 'deployed'])
+@pytest.mark.parametrize(('name', 'block'), SPECIFIED, ids=names(SPECIFIED))
+def test_identify(name, block, deployed):
+    state = {
+        key: torch.zeros(()).expand(shape)
+        for key, shape in network(name, block, deployed).items()
+    }
+    if deployed and block == 'repvgg':
+        block = 'orepa'  # Deployed, the two are one network.
+    assert identify(state) == backbone_of(name, block)
+
+
+@pytest.mark.parametrize(('name', 'block', 'deployed'), list(cases()))
+def test_round_trip(name, block, deployed):
+    published = cheap_state(
+        network(name, block, deployed), prefix='' if deployed else 'module.'
+    )
+    result = from_published(published)
+    meta = result['meta']
+    expected = block if not (deployed and block == 'repvgg') else 'orepa'
+    assert meta['architecture'] == name
+    assert meta['backbone'] == backbone_of(name, expected)
+    assert meta['deployed'] is deployed
+
+    config = config_of(name, block)
+    if config is not None:
+        load_strictly(config, deployed, result['state_dict'])
+    back = to_published(result['state_dict'], meta['backbone'], meta['published'])
+    assert_same_bits(back, published)
+
+
+def load_strictly(config, deployed, state_dict):
+    """Loads into the classifier of a config, without memory for its own weights."""
+    pytest.importorskip('mmpretrain')
+    cfg = Config.fromfile(config)
+    init_default_scope(cfg.default_scope)
+    cfg.model.backbone.deploy = deployed
+    with torch.device('meta'):
+        classifier = MODELS.build(cfg.model)
+    classifier.load_state_dict(state_dict, strict=True, assign=True)
+    assert_same_bits(dict(classifier.state_dict()), state_dict)
+
+
+# Networks of the same kinds, small enough for loops.
+SMALL = {
+    'basic': resnet,
+    'bottleneck': resnet,
+    'grouped': resnet,
+    'many groups': resnet,
+    'vgg': repvgg,
+    'grouped vgg': repvgg,
+    'squeezed vgg': repvgg,
+}
+SHAPES = {
+    'basic': ((2, 2, 2, 2), False, 4, 1, 64),
+    'bottleneck': ((3, 4, 6, 3), True, 4, 1, 64),
+    # As in all of the published code, up to four groups and more differ.
+    'grouped': ((3, 4, 6, 3), True, 4, 4, 32),
+    'many groups': ((3, 4, 6, 3), True, 4, 8, 32),
+    'vgg': ((2, 2, 2, 1), (4, 4, 8, 12, 20), 1, False),
+    'grouped vgg': ((2, 2, 2, 1), (8, 8, 16, 24, 32), 4, False),
+    'squeezed vgg': ((2, 2, 1, 1), (16, 16, 32, 32, 48), 2, True),
+}
+BLOCKS = {resnet: ('none', 'dbb', 'orepa'), repvgg: ('repvgg', 'orepa')}
+FUNCTIONS = [(name, block) for name, build in SMALL.items() for block in BLOCKS[build]]
+
+
+def small_state(name, block, deployed=False, prefix='module.'):
+    shapes = SMALL[name](*SHAPES[name], block, deployed=deployed, classes=7)
+    return trained_state(shapes, prefix)
+
+
+def small_backbone(name, block):
+    if SMALL[name] is resnet:
+        depths, _, width, groups, group_width = SHAPES[name]
+        return dict(
+            type='OREPAResNet',
+            depth=18 if name == 'basic' else 50,
+            base_channels=width,
+            groups=groups,
+            width_per_group=group_width,
+            block=block,
+        )
+    depths, widths, groups, use_se = SHAPES[name]
+    multipliers = [widths[i + 1] / (64 * 2**i) for i in range(4)]
+    arch = dict(num_blocks=depths, widths=multipliers, groups=groups, use_se=use_se)
+    return dict(type='OREPARepVGG', arch=arch, block=block)
+
+
+@torch.no_grad()
+def our_outputs(backbone, state_dict, images, deploy=False):
+    """The four stages and the logits of a network that is loaded strictly."""
+    net = MODELS.build(dict(backbone, deploy=deploy)).eval()
+    own = {
+        key.removeprefix('backbone.'): value
+        for key, value in state_dict.items()
+        if key.startswith('backbone.')
+    }
+    net.load_state_dict(own, strict=True)
+    forms = [net] if deploy else [net, deployed_twin(net)]
+    for form in forms:
+        outputs = form(images)
+        pooled = outputs[-1].mean(dim=(2, 3))
+        logits = pooled @ state_dict['head.fc.weight'].T + state_dict['head.fc.bias']
+        yield [*outputs, logits]
+
+
+@pytest.mark.parametrize(('name', 'block'), FUNCTIONS, ids=names(FUNCTIONS))
+def test_function_is_kept(name, block):
+    """Both forms of ours against the published state, by the formulas."""
+    published = small_state(name, block)
+    result = from_published(published)
+    backbone = result['meta']['backbone']
+    told = from_published(published, small_backbone(name, block))
+    assert_same_bits(told['state_dict'], result['state_dict'])
+    assert result['meta']['architecture'] == 'custom'
+    assert backbone['block'] == block
+
+    # Odd sizes, so that strides and borders do not fall together.
+    images = torch.randn(2, 3, 70, 66)
+    bare = {key.removeprefix('module.'): value for key, value in published.items()}
+    expected = PublishedNetwork(bare)(images)
+    forms = list(our_outputs(backbone, result['state_dict'], images))
+    assert len(forms) == 2
+    for form in forms:
+        assert_near(form, expected, 1e-4)
+    back = to_published(result['state_dict'], backbone, result['meta']['published'])
+    assert_same_bits(back, published)
+
+
+@pytest.mark.parametrize(('name', 'block'), FUNCTIONS, ids=names(FUNCTIONS))
+def test_function_of_a_deployed_state_is_kept(name, block):
+    published = small_state(name, block, deployed=True, prefix='')
+    result = from_published(published)
+    images = torch.randn(2, 3, 70, 66)
+    (outputs,) = our_outputs(
+        result['meta']['backbone'], result['state_dict'], images, deploy=True
+    )
+    assert_near(outputs, PublishedNetwork(published)(images), 1e-4)
+
+
+@pytest.mark.parametrize(('name', 'block'), FUNCTIONS, ids=names(FUNCTIONS))
+def test_deployed_by_us_for_them(name, block):
+    """The deployed form of a converted state is one of theirs, to the keys."""
+    published = small_state(name, block)
+    result = from_published(published)
+    backbone = result['meta']['backbone']
+    net = MODELS.build(backbone)
+    state_dict = result['state_dict']
+    own = {
+        key.removeprefix('backbone.'): value
+        for key, value in state_dict.items()
+        if key.startswith('backbone.')
+    }
+    net.load_state_dict(own)
+    deployed = deployed_twin(net.eval()).state_dict()
+    ours = {f'backbone.{key}': value for key, value in deployed.items()}
+    ours |= {k: v for k, v in state_dict.items() if k.startswith('head.')}
+    # As switch_to_deploy.py leaves it: `published` tells of the training form.
+    theirs = to_published(ours, backbone, result['meta']['published'])
+    shapes = SMALL[name](*SHAPES[name], block, deployed=True, classes=7)
+    assert {key: tuple(value.shape) for key, value in theirs.items()} == shapes
+    images = torch.randn(1, 3, 70, 66)
+    bare = {key.removeprefix('module.'): value for key, value in published.items()}
+    assert_near(PublishedNetwork(theirs)(images), PublishedNetwork(bare)(images), 1e-5)
+
+
+def test_without_what_the_conversion_noted():
+    """A state that we trained: keys as theirs, zeros in the row that is not used."""
+    published = small_state('vgg', 'orepa')
+    result = from_published(published)
+    theirs = to_published(result['state_dict'], result['meta']['backbone'])
+    with_row = [
+        key
+        for key, value in published.items()
+        if key.endswith('rbr_dense.vector') and len(value) == 6
+    ]
+    assert len(with_row) == 3
+    for key in with_row:
+        assert torch.equal(theirs[key][5], torch.zeros_like(theirs[key][5]))
+        theirs[key][5] = published[key][5]
+    assert_same_bits(theirs, published)
+
+
+def test_leaves_its_arguments_alone():
+    published = small_state('vgg', 'orepa')
+    before = copy.deepcopy(published)
+    result = from_published(published)
+    assert_same_bits(published, before)
+    ours = copy.deepcopy(result['state_dict'])
+    for value in result['state_dict'].values():
+        value.zero_()
+    assert_same_bits(published, before)
+    meta = result['meta']
+    for value in to_published(ours, meta['backbone'], meta['published']).values():
+        value.zero_()
+    back = to_published(ours, meta['backbone'], meta['published'])
+    assert_same_bits(back, before)
+
+
+def test_random_numbers_are_not_used_up():
+    published = small_state('basic', 'orepa')
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    result = from_published(published)
+    to_published(result['state_dict'], result['meta']['backbone'])
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+@pytest.mark.parametrize('deployed', [False, True])
+def test_prefix(prefix, deployed):
+    published = small_state('basic', 'orepa', deployed, prefix)
+    result = from_published(published)
+    assert all(k.startswith(('backbone.', 'head.fc.')) for k in result['state_dict'])
+    meta = result['meta']
+    back = to_published(result['state_dict'], meta['backbone'], meta['published'])
+    assert_same_bits(back, published)
+
+
+@pytest.mark.parametrize(
+    'spelling', ['l2i_conv', 'or1x1_l2i_conv', 'weight_l2i_conv', None]
+)
+def test_spellings_of_the_pointwise_conv(spelling):
+    published = small_state('bottleneck', 'orepa')
+    theirs = {
+        key.replace('weight_or1x1_l2i_conv', spelling or 'weight_or1x1_l2i_conv'): value
+        for key, value in published.items()
+    }
+    result = from_published(theirs)
+    assert_same_bits(result['state_dict'], from_published(published)['state_dict'])
+    meta = result['meta']
+    back = to_published(result['state_dict'], meta['backbone'], meta['published'])
+    assert_same_bits(back, theirs)
+
+
+@pytest.mark.parametrize('with_identity', [False, True])
+def test_spellings_of_dbb(with_identity):
+    published = small_state('basic', 'dbb')
+    theirs = {
+        key.replace('idconv1.conv.weight', 'idconv1.weight'): value
+        for key, value in published.items()
+    }
+    if with_identity:
+        for key in list(theirs):
+            if key.endswith('.idconv1.weight'):
+                eye = torch.eye(len(theirs[key]))[:, :, None, None]
+                theirs[key.replace('.weight', '.id_tensor')] = eye
+    result = from_published(theirs)
+    assert_same_bits(result['state_dict'], from_published(published)['state_dict'])
+    meta = result['meta']
+    back = to_published(result['state_dict'], meta['backbone'], meta['published'])
+    assert_same_bits(back, theirs)
+
+
+def test_backbone_without_a_classifier():
+    published = {
+        k: v for k, v in small_state('basic', 'orepa').items() if '.linear.' not in k
+    }
+    result = from_published(published)
+    assert all(key.startswith('backbone.') for key in result['state_dict'])
+    meta = result['meta']
+    back = to_published(result['state_dict'], meta['backbone'], meta['published'])
+    assert_same_bits(back, published)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(('name', 'block'), [('basic', 'orepa'), ('vgg', 'orepa')])
+def test_other_precisions(name, block, dtype):
+    """As after ``model.half()``, which converts fixed entries as well."""
+    published = {
+        key: value.to(dtype) if value.is_floating_point() else value
+        for key, value in small_state(name, block).items()
+    }
+    result = from_published(published)
+    kinds = {v.dtype for v in result['state_dict'].values()}
+    assert kinds == {dtype, torch.int64}
+    meta = result['meta']
+    back = to_published(result['state_dict'], meta['backbone'], meta['published'])
+    for value in (*back.values(), *published.values()):
+        value.nan_to_num_()  # The unused rows; their bits are another test's.
+    assert_same_bits(back, published)
+
+
+class TestErrors:
+    @pytest.fixture
+    def published(self):
+        return small_state('vgg', 'orepa', prefix='')
+
+    def test_names_every_key(self, published):
+        missing = [key for key in published if key.startswith('stage3.0.rbr_1x1.')]
+        missing.append('linear.bias')
+        for key in missing:
+            del published[key]
+        extra = [f'stage9.{i}.weight' for i in range(7)]
+        published |= {key: torch.zeros(1) for key in extra}
+        misshapen = ['stage1.0.rbr_dense.vector', 'stage2.1.rbr_identity.bias']
+        for key in misshapen:
+            published[key] = torch.zeros(3)
+        wrong = ['stage2.0.rbr_dense.weight_rbr_prior', 'stage1.1.rbr_dense.id_tensor']
+        for key in wrong:
+            published[key] += 0.01
+        with pytest.raises(CheckpointError) as caught:
+            from_published(published)
+        parts = str(caught.value).split('; ')
+        assert [part.split(': ')[-2].split('keys ')[-1] for part in parts] == [
+            'missing from the checkpoint',
+            'left over',
+            'of another shape',
+            'fixed in the published code, with other values',
+        ]
+        for part, keys in zip(parts, (missing, extra, misshapen, wrong)):
+            named = part.rsplit(': ', 1)[1].split(', ')
+            found = {word.split(' ')[0] for word in named if '.' in word}
+            assert found == set(keys), part
+        assert 'stage1.0.rbr_dense.vector ((3,), not (5, 4))' in str(caught.value)
+
+    @pytest.mark.parametrize(
+        'key', ['stage0.rbr_dense.weight_rbr_prior', 'stage0.rbr_dense.id_tensor']
+    )
+    @pytest.mark.parametrize('change', ['sign', 'nan', 'small'])
+    def test_fixed_entries(self, published, key, change):
+        value = published[key]
+        if change == 'sign':
+            value.neg_()
+        elif change == 'nan':
+            value[0] = float('nan')
+        else:
+            value.view(-1)[-1] += 1e-3
+        with pytest.raises(CheckpointError, match=f'other values: {key}$'):
+            from_published(published)
+
+    @pytest.mark.parametrize('entry', ['weight', 'bias'])
+    def test_half_a_classifier(self, published, entry):
+        del published[f'linear.{entry}']
+        with pytest.raises(CheckpointError, match=f'missing.*: linear.{entry}$'):
+            from_published(published)
+
+    @pytest.mark.parametrize(
+        ('key', 'shape', 'named'),
+        [
+            ('linear.weight', (7, 21), r'\(7, 21\), not \(7, 20\)'),
+            ('linear.weight', (), r'linear.weight \(\(\), not'),
+            ('linear.bias', (8,), r'\(8,\), not \(7,\)'),
+            ('stage0.rbr_dense.vector', (), r'\(\(\), not \(5, 4\)\)'),
+            ('stage0.rbr_dense.vector', (6, 4), r'\(\(6, 4\), not \(5, 4\)\)'),
+            ('stage1.1.rbr_dense.vector', (7, 4), r'\(\(7, 4\), not \(5, 4\)\)'),
+            ('stage1.1.rbr_dense.vector', (6, 5), r'not \(5, 4\)\)'),
+        ],
+    )
+    def test_shapes(self, published, key, shape, named):
+        published[key] = torch.zeros(shape)
+        with pytest.raises(CheckpointError, match=named):
+            from_published(published)
+
+    def test_both_spellings_of_one_entry(self):
+        published = small_state('bottleneck', 'orepa', prefix='')
+        published['stage1.0.conv1.l2i_conv1'] = torch.zeros(4, 4, 1, 1)
+        with pytest.raises(CheckpointError, match=r'left over.*conv1\.l2i_conv1'):
+            from_published(published)
+
+    def test_another_network(self, published):
+        with pytest.raises(CheckpointError, match='missing from.*left over'):
+            from_published(published, backbone_of('ResNet-18', 'orepa'))
+
+    def test_other_groups(self):
+        published = small_state('grouped', 'orepa')
+        backbone = dict(small_backbone('grouped', 'orepa'), groups=2)
+        with pytest.raises(CheckpointError, match='of another shape'):
+            from_published(published, backbone)
+
+    @pytest.mark.parametrize(
+        ('state', 'words'),
+        [
+            ({}, 'no keys stage1'),
+            ({'conv1.weight': torch.zeros(1)}, 'no keys stage1.*conv1.weight'),
+            (
+                {f'stage{i}.0.conv1.bn.bias': torch.zeros(1) for i in range(1, 5)},
+                r'no ResNet has stages of \(1, 1, 1, 1\) basic blocks',
+            ),
+            (
+                {f'stage{i}.0.rbr_identity.bias': torch.zeros(1) for i in range(1, 5)},
+                "no kernel under 'stage1.0'",
+            ),
+        ],
+    )
+    def test_no_published_network(self, state, words):
+        with pytest.raises(CheckpointError, match=words):
+            from_published(state)
+
+    def test_unknown_architecture(self):
+        with pytest.raises(ValueError, match="'ResNet-19'; choose one of ResNet-18, "):
+            backbone_of('ResNet-19', 'orepa')
+        assert backbone_of('repvgg-A0', 'orepa')['arch'] == 'A0'
+
+    def test_back_from_a_state_that_does_not_fit(self, published):
+        result = from_published(published)
+        ours, backbone = result['state_dict'], result['meta']['backbone']
+        lost = next(key for key in ours if key.endswith('.scale'))
+        del ours[lost]
+        ours['backbone.extra'] = torch.zeros(1)
+        with pytest.raises(CheckpointError) as caught:
+            to_published(ours, backbone)
+        assert f'missing from the checkpoint: {lost}' in str(caught.value)
+        assert 'left over: backbone.extra' in str(caught.value)
+
+    def test_blocks_without_a_published_layout(self):
+        backbone = dict(type='OREPAResNet', depth=18, block='deep_linear')
+        with pytest.raises(CheckpointError, match='no layout for DeepLinearConv2d'):
+            from_published(small_state('basic', 'none'), backbone)
