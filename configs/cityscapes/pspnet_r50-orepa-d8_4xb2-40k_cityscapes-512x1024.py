@@ -10,4 +10,4 @@ pretrained = 'checkpoints/resnet50-orepa_4xb64_in1k.pth'
 model = dict(backbone=dict(block='orepa', init_cfg=dict(checkpoint=pretrained)))
 
 # docs/transfer.md says where this number comes from.
-optim_wrapper = dict(paramwise_cfg=dict(stem_lr_mult=0.1))
+optim_wrapper = dict(paramwise_cfg=dict(stem_lr_mult=0.5))

@@ -12,5 +12,5 @@ model = dict(backbone=dict(block='orepa', init_cfg=dict(checkpoint=pretrained)))
 optim_wrapper = dict(
     optimizer=dict(lr=0.01),
     # docs/transfer.md says where this number comes from.
-    paramwise_cfg=dict(stem_lr_mult=0.1),
+    paramwise_cfg=dict(stem_lr_mult=0.5),
 )
