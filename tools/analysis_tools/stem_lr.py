@@ -22,6 +22,7 @@ import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
@@ -197,10 +198,8 @@ def plot(
         left.plot(
             *zip(*stems), marker, color=colour, markersize=9, markeredgecolor='black'
         )
-    left.axhline(1, color='grey', linewidth=0.8, linestyle='--')
-    left.annotate(
-        'a plain conv', (len(layers) - 1, 1), ha='right', va='bottom', color='grey'
-    )
+    left.axhline(1, color='grey', linestyle='--', label='a plain conv')
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set(
         title='Amplification of a step (the stem is outlined)',
         xlabel='conv, in the order of the network',
@@ -263,8 +262,8 @@ def show(figures: dict) -> None:
     print(
         '\nA multiplier of the stem that gives it the median of the other convs:\n'
         f'  stem_lr_mult={multipliers["amplification"]:.2g} for steps of the kernel,\n'
-        f'  stem_lr_mult={multipliers["relative"]:.2g} for steps relative to the kernel, '
-        'which is what\n  counts where a BatchNorm follows.'
+        f'  stem_lr_mult={multipliers["relative"]:.2g} for steps relative to the '
+        'kernel, which is what\n  counts where a BatchNorm follows.'
     )
 
 
