@@ -57,7 +57,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             cfg.resume = True
             cfg.load_from = None if args.resume == 'auto' else args.resume
         if args.auto_scale_lr:
-            if 'auto_scale_lr' not in cfg:
+            if not cfg.get('auto_scale_lr'):
                 raise ValueError(
                     '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in '
                     'the config'
