@@ -1,0 +1,225 @@
+import json
+from pathlib import Path
+
+import mmcv
+import numpy as np
+import pytest
+from tool_runs import command, run_apart, run_here, tool
+
+pytest.importorskip('sklearn')
+TOOL = 'dataset_converters/digits.py'
+
+
+@pytest.fixture
+def few_scenes(monkeypatch):
+    monkeypatch.setattr(tool(TOOL), 'NUM_SCENES', dict(train=3, val=2))
+
+
+def contents(folder):
+    """Files by path, relative to ``folder``."""
+    files = (path for path in Path(folder).rglob('*') if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def convert(out):
+    return run_here(TOOL, '--out', out)
+
+
+class TestImages:
+    def test_split(self, digits):
+        train, val = (
+            sorted((digits / split).glob('*/*.png')) for split in ('train', 'val')
+        )
+        assert (len(train), len(val)) == (1442, 355)
+        # Names are the numbers of the images: no image is in both, and none is lost.
+        numbers = sorted(int(path.stem) for path in train + val)
+        assert numbers == list(range(1797))
+        for label in range(10):
+            counts = [
+                len(list((digits / split / str(label)).iterdir()))
+                for split in ('train', 'val')
+            ]
+            assert counts[1] == sum(counts) // 5
+        assert json.loads((digits / 'digits.json').read_text()) == dict(
+            train=1442, val=355
+        )
+
+    def test_pixels_and_labels(self, digits):
+        from sklearn.datasets import load_digits
+
+        data = load_digits()
+        paths = sorted(digits.glob('train/*/*.png')) + sorted(
+            digits.glob('val/*/*.png')
+        )
+        for path in paths[::50]:
+            number = int(path.stem)
+            assert path.parent.name == str(data.target[number])
+            image = mmcv.imread(str(path), flag='unchanged')
+            assert image.shape == (8, 8) and image.dtype == np.uint8
+            assert np.abs(image / 255 * 16 - data.images[number]).max() < 0.05
+
+
+class TestScenes:
+    def test_boxes_hold_the_digits(self):
+        """Each is tight about what is labelled as its digit; nothing else is."""
+        module = tool(TOOL)
+        splits = module.split_digits()
+        rng = np.random.default_rng(0)
+        counts = []
+        for _ in range(30):
+            scene = module.make_scene(splits['train'], rng)
+            assert scene.image.shape == (128, 192, 3) and scene.image.dtype == np.uint8
+            found = np.zeros_like(scene.labels)
+            for label, x, y, width, height in scene.boxes:
+                inside = scene.labels[y : y + height, x : x + width]
+                assert inside.shape == (height, width)
+                assert set(np.unique(inside)) <= {0, 1 + label}
+                for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]):
+                    assert edge.any()
+                found[y : y + height, x : x + width] = inside
+            assert np.array_equal(found, scene.labels)
+            counts.append(len(scene.boxes))
+        # Fewer than two only where the first leaves no room.
+        assert {2, 3, 4} <= set(counts) <= {1, 2, 3, 4} and counts.count(1) < 5
+
+    def test_digits_can_be_seen(self):
+        """Ink differs from the paper about it."""
+        module = tool(TOOL)
+        rng = np.random.default_rng(0)
+        for _ in range(10):
+            scene = module.make_scene(module.split_digits()['train'], rng)
+            image = scene.image.astype(float)
+            ink, paper = image[scene.labels > 0], image[scene.labels == 0]
+            assert np.abs(ink.mean(0) - paper.mean(0)).max() > 40
+
+    def test_splits_share_no_digit(self, monkeypatch, few_scenes):
+        module = tool(TOOL)
+        used = {}
+        monkeypatch.setattr(
+            module,
+            'make_scene',
+            lambda digits, rng: used.setdefault(len(digits), {d.index for d in digits}),
+        )
+        for seed in (0, 1):
+            list(module.make_scenes(module.split_digits(), seed))
+        assert set(used) == {1442, 355} and not used[1442] & used[355]
+
+    def test_coco(self, digits):
+        for split, count in (('train', 300), ('val', 80)):
+            path = digits / f'coco/annotations/instances_{split}2017.json'
+            data = json.loads(path.read_text())
+            names = {image['file_name'] for image in data['images']}
+            folder = digits / f'coco/{split}2017'
+            assert names == {path.name for path in folder.iterdir()}
+            assert len(names) == len({i['id'] for i in data['images']}) == count
+            assert [c['name'] for c in data['categories']] == list('0123456789')
+            ids = [annotation['id'] for annotation in data['annotations']]
+            assert ids == list(range(len(ids)))
+            boxes = {image['id']: 0 for image in data['images']}
+            for annotation in data['annotations']:
+                x, y, width, height = annotation['bbox']
+                assert 0 <= x < x + width <= 192 and 0 <= y < y + height <= 128
+                assert annotation['area'] == width * height
+                assert annotation['category_id'] in range(10)
+                boxes[annotation['image_id']] += 1
+            assert set(boxes.values()) <= {1, 2, 3, 4}
+
+    def test_cityscapes(self, digits):
+        root = digits / 'cityscapes'
+        for split, count in (('train', 300), ('val', 80)):
+            images = sorted((root / 'leftImg8bit' / split).glob('*/*_leftImg8bit.png'))
+            labels = sorted(
+                (root / 'gtFine' / split).glob('*/*_gtFine_labelTrainIds.png')
+            )
+            assert len(images) == count
+            assert [
+                p.name.replace('leftImg8bit', 'gtFine_labelTrainIds') for p in images
+            ] == [p.name for p in labels]
+            for path in labels[::40]:
+                mask = mmcv.imread(str(path), flag='unchanged')
+                assert mask.shape == (128, 192) and mask.dtype == np.uint8
+                assert mask.any() and set(np.unique(mask)) <= set(range(11))
+
+
+@pytest.mark.usefixtures('few_scenes')
+class TestRerun:
+    def test_replaces(self, tmp_path, capsys):
+        convert(tmp_path)
+        assert '1442 training and 355 validation images' in capsys.readouterr().out
+        first = contents(tmp_path)
+        (tmp_path / 'train' / '0' / 'stale.png').touch()
+        (tmp_path / 'train' / '0' / '0000.png').unlink()
+        convert(tmp_path)
+        assert contents(tmp_path) == first
+
+    def test_completes_what_was_broken_off(self, tmp_path):
+        """Between the removal of a folder and its replacement."""
+        convert(tmp_path)
+        first = contents(tmp_path)
+        (tmp_path / 'val').rename(tmp_path.parent / 'gone')
+        convert(tmp_path)
+        assert contents(tmp_path) == first
+
+    def test_leaves_other_files(self, tmp_path):
+        (tmp_path / 'notes.txt').write_text('mine')
+        convert(tmp_path)
+        convert(tmp_path)
+        assert (tmp_path / 'notes.txt').read_text() == 'mine'
+
+
+@pytest.mark.usefixtures('few_scenes')
+class TestErrors:
+    @pytest.mark.parametrize('folder', ['train', 'val', 'coco', 'cityscapes'])
+    def test_folder_of_somebody_else(self, tmp_path, folder):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / 'mine.png').write_bytes(b'mine')
+        before = contents(tmp_path)
+        with pytest.raises(SystemExit, match='^error: .*not written by this tool'):
+            convert(tmp_path)
+        assert contents(tmp_path) == before
+
+    def test_file_in_the_way(self, tmp_path):
+        (tmp_path / 'out').write_text('mine')
+        with pytest.raises(SystemExit, match='^error: .*out'):
+            convert(tmp_path / 'out')
+        assert (tmp_path / 'out').read_text() == 'mine'
+
+    def break_off(self, monkeypatch, failure):
+        """Makes the 1,500th image fail."""
+        write, calls = mmcv.imwrite, []
+
+        def imwrite(*args):
+            calls.append(args)
+            return failure() if len(calls) == 1500 else write(*args)
+
+        monkeypatch.setattr(tool(TOOL).mmcv, 'imwrite', imwrite)
+        return calls
+
+    def test_nothing_half_written(self, tmp_path, monkeypatch):
+        calls = self.break_off(monkeypatch, lambda: False)
+        with pytest.raises(SystemExit, match='^error: cannot write .*png'):
+            convert(tmp_path / 'out')
+        assert len(calls) == 1500
+        assert contents(tmp_path) == {}
+        assert not list((tmp_path / 'out').iterdir())
+
+    def test_older_data_stay(self, tmp_path, monkeypatch):
+        convert(tmp_path)
+        before = contents(tmp_path)
+
+        def interrupt():
+            raise KeyboardInterrupt
+
+        self.break_off(monkeypatch, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            convert(tmp_path)
+        assert contents(tmp_path) == before
+
+    @pytest.mark.slow
+    def test_command_line(self, tmp_path):
+        (tmp_path / 'val').mkdir()
+        done = run_apart(*command(TOOL, '--out', tmp_path))
+        assert done.returncode == 1
+        (line,) = done.stderr.splitlines()
+        assert line.startswith('error: ') and str(tmp_path / 'val') in line
+        assert done.stdout == ''

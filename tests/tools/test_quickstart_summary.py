@@ -1,0 +1,88 @@
+import json
+
+import mmcv
+import pytest
+from tool_runs import run_here, tool
+
+TOOL = 'analysis_tools/quickstart_summary.py'
+
+
+@pytest.fixture
+def work_dir(tmp_path):
+    """A folder as tools/quickstart.sh leaves it, of two epochs of three steps."""
+    form = dict(gflops=1.0, megabytes=8.0)
+    write(tmp_path / 'test.json', {'accuracy/top1': 91.25})
+    write(tmp_path / 'test_deploy.json', {'accuracy/top1': 91.5})
+    write(
+        tmp_path / 'switch.json',
+        dict(
+            training_form=dict(form, params=2000, latency_ms=3.5),
+            deployed=dict(form, params=500, latency_ms=1.25),
+            differences={
+                'random input': dict(absolute=9e-1, relative=9e-1),
+                'test images': dict(absolute=2e-5, relative=1e-6),
+            },
+        ),
+    )
+    for time, loss in (('20260101_000000', 9.0), ('20260102_000000', 1.0)):
+        lines = []
+        for epoch in (1, 2):
+            for step in range(3 * epoch - 2, 3 * epoch + 1):
+                lines.append(dict(loss=loss / step, epoch=epoch, step=step, iter=step))
+            lines.append({'accuracy/top1': 40.0 * epoch, 'step': epoch})
+        path = tmp_path / 'train' / time / 'vis_data' / 'scalars.json'
+        path.parent.mkdir(parents=True)
+        path.write_text('\n'.join(map(json.dumps, lines)))
+    return tmp_path
+
+
+def write(path, content):
+    path.write_text(json.dumps(content))
+
+
+def summarize(work_dir):
+    run_here(TOOL, work_dir, '--seconds', 90, '--training-seconds', 60)
+
+
+def test_figures(work_dir, capsys):
+    summarize(work_dir)
+    assert json.loads((work_dir / 'summary.json').read_text()) == dict(
+        train_top1=91.25,
+        deploy_top1=91.5,
+        max_abs_logit_diff=2e-5,
+        params_train=2000,
+        params_deploy=500,
+        latency_ms_train_form=3.5,
+        latency_ms_deploy=1.25,
+        training_seconds=60,
+        seconds=90,
+    )
+    text = capsys.readouterr().out
+    rows = [line.split() for line in text.splitlines()]
+    assert ['top-1', 'accuracy', '(%)', '91.25', '91.50'] in rows
+    assert ['parameters', '2,000', '500'] in rows
+    assert ['latency', '(ms)', '3.50', '1.25'] in rows
+    assert '2.0e-05' in text and 'took 60 s, everything 90 s' in text
+    assert str(work_dir / 'summary.json') in text
+
+
+def test_curves(work_dir):
+    losses, accuracies = tool(TOOL).read_curves(work_dir / 'train')
+    # Of the last run; steps are shown as epochs.
+    assert losses == [(step / 3, 1 / step) for step in range(1, 7)]
+    assert accuracies == [(1, 40.0), (2, 80.0)]
+    summarize(work_dir)
+    image = mmcv.imread(str(work_dir / 'curves.png'))
+    assert image.shape[0] > 200 and image.shape[1] > 600
+    # Something is drawn on the white.
+    assert (image < 200).mean() > 0.005
+    assert not list(work_dir.glob('.*'))
+
+
+@pytest.mark.parametrize('name', ['test.json', 'switch.json', 'train'])
+def test_something_is_missing(work_dir, name):
+    (work_dir / name).rename(work_dir / 'gone')
+    with pytest.raises(FileNotFoundError):
+        summarize(work_dir)
+    assert not (work_dir / 'summary.json').exists()
+    assert not (work_dir / 'curves.png').exists()
