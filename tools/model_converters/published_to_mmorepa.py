@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Optional
 
 from mmorepa.converters import (
@@ -77,6 +78,11 @@ def translate_back(checkpoint: dict, backbone: Optional[dict]) -> dict:
             'the checkpoint does not say which network it is (only converted ones do): '
             'give --arch and --block'
         )
+    if not any(key.startswith('backbone.') for key in checkpoint['state_dict']):
+        raise ValueError(
+            'the checkpoint is a backbone alone (of --backbone-only?): its keys do not '
+            "start with 'backbone.'; translate the whole network back"
+        )
     published = meta.get('published')
     state_dict = to_published(checkpoint['state_dict'], backbone, published)
     if not any(key.endswith('running_mean') for key in state_dict):
@@ -91,10 +97,16 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     with one_line_errors():
         backbone = None if args.arch is None else backbone_of(args.arch, args.block)
         checkpoint = read_checkpoint(args.source, keep_prefix=True)
+        if Path(args.out).is_file() and Path(args.out).samefile(args.source):
+            raise FileExistsError(
+                f'{args.out!r} is the checkpoint to read, and the translation leaves '
+                "the optimizer's state out; write to another file"
+            )
         if args.reverse:
             result = translate_back(checkpoint, backbone)
         else:
             result = translate(checkpoint, backbone, args.backbone_only)
+    with one_line_errors((OSError,)):
         write_checkpoint(result, args.out)
     if args.reverse:
         print(f'Wrote the published layout to {args.out}.')
