@@ -7,13 +7,22 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .hooks import EquivalentKernelDecayHook, SwitchToDeployHook
-from .optimizers import BFloat16OptimWrapper, OREPAOptimWrapperConstructor
+from .optimizers import (
+    BFloat16OptimWrapper,
+    FoldedAmpOptimWrapper,
+    FoldedBFloat16OptimWrapper,
+    FoldedOptimWrapper,
+    OREPAOptimWrapperConstructor,
+)
 
 allow_mmengine_checkpoints()
 
 __all__ = [
     'BFloat16OptimWrapper',
     'EquivalentKernelDecayHook',
+    'FoldedAmpOptimWrapper',
+    'FoldedBFloat16OptimWrapper',
+    'FoldedOptimWrapper',
     'OREPAOptimWrapperConstructor',
     'SwitchToDeployHook',
     'allow_mmengine_checkpoints',

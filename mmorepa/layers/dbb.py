@@ -146,6 +146,8 @@ class _IdentityKernel(nn.Module):
 class AverageConv2d(ReparamConv2d):
     """Average pooling as the depthwise conv that it is, dilation included."""
 
+    folds_online = False
+
     def build_branches(self) -> '_AverageKernel':
         return _AverageKernel(self.out_channels, self.kernel_size[0])
 

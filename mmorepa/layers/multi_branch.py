@@ -36,6 +36,7 @@ class MultiBranchConv2d(ReparamConv2d):
     """
 
     BRANCHES: tuple[str, ...] = ()
+    folds_online = False
 
     def __init__(
         self,

@@ -26,11 +26,16 @@ class OnlineFold:
     A kernel that carries a gradient may be used, and differentiated, any number
     of times: a conv that a head applies to five pyramid levels folds once.
 
+    While it is held (:meth:`hold`), the kernel is a leaf of the graph: gradients
+    stop at it, and are passed on to the branches all at once (:meth:`pull_back`).
+
     The cache belongs to one module: copies and pickles of it are empty.
     """
 
     def __init__(self) -> None:
         self._entry: Optional[_Entry] = None
+        self._leaf: Optional[nn.Parameter] = None
+        self._is_held = False
 
     def __call__(self, branches: nn.Module) -> Tensor:
         """Returns ``branches()``, the kernel, folded afresh only if need be.
@@ -43,6 +48,8 @@ class OnlineFold:
             Tensor: Shape (O, Ig, k, k), in the dtype of the parameters.
         """
         if torch.compiler.is_compiling():
+            if self._is_held:
+                return self._leaf
             # The compiler differentiates and fuses the formulas themselves.
             return _fold(branches, dict(_named_tensors(branches)))
         if torch.jit.is_tracing():
@@ -53,8 +60,50 @@ class OnlineFold:
             self.clear()
             if next(_tensors_outside(branches), None) is not None:
                 return _fold_as_it_is(branches)
-            entry = self._entry = _Entry(branches)
+            leaf = self._leaf if self._is_held else None
+            entry = self._entry = _Entry(branches, leaf)
         return entry.kernel(branches)
+
+    def hold(self, branches: nn.Module) -> nn.Parameter:
+        """Makes the kernel a leaf, brought up to date if the branches have changed.
+
+        Args:
+            branches (nn.Module): As for a call.
+
+        Returns:
+            nn.Parameter: The kernel, the same object at every call.
+        """
+        if self._leaf is None:
+            with torch.no_grad():
+                self._leaf = nn.Parameter(self(branches).clone())
+        if not self._is_held:
+            self._is_held = True
+            self.clear()
+        self(branches)
+        return self._leaf
+
+    def release(self) -> None:
+        """Makes the kernel a function of the branches again."""
+        if self._is_held:
+            self._is_held = False
+            self.clear()
+
+    def pull_back(self, branches: nn.Module) -> None:
+        """Adds to the gradients of the branches what the held kernel's amounts to.
+
+        ``dL/dθ += Jᵀ · dL/dW`` with ``J = dW/dθ``; the kernel's gradient is consumed.
+
+        Args:
+            branches (nn.Module): As for a call.
+        """
+        if self._leaf is None or self._leaf.grad is None:
+            return
+        tensors = dict(_named_tensors(branches))
+        grads = _fold_gradients(branches, tensors, self._leaf.grad)
+        for tensor, grad in zip(tensors.values(), grads):
+            if grad is not None:
+                tensor.grad = grad if tensor.grad is None else tensor.grad + grad
+        self._leaf.grad = None
 
     def clear(self) -> None:
         """Forgets the kernel."""
@@ -78,9 +127,14 @@ class _Entry:
 
     Args:
         branches (nn.Module): What the kernel is folded from.
+        leaf (nn.Parameter, optional): Where the kernel is written, and then has no
+            gradient to the branches. Defaults to None.
     """
 
-    def __init__(self, branches: nn.Module) -> None:
+    def __init__(
+        self, branches: nn.Module, leaf: Optional[nn.Parameter] = None
+    ) -> None:
+        self._leaf = leaf
         self._places = [
             _Place(store, name, weakref.ref(tensor), _state(tensor))
             for module in branches.modules()
@@ -107,6 +161,10 @@ class _Entry:
     def kernel(self, branches: nn.Module) -> Tensor:
         """The kernel, with a gradient where that is asked for."""
         with_grad = self._is_trained and torch.is_grad_enabled()
+        if self._leaf is not None and self._kernel is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._leaf.copy_(_fold(branches, dict(_named_tensors(branches))))
+            self._kernel = self._leaf
         if self._kernel is None or (with_grad and not self._kernel.requires_grad):
             # Outside of inference mode, since a kernel made inside of it could not
             # serve a later pass that needs a gradient with respect to its input.
@@ -153,17 +211,8 @@ class _Fold(torch.autograd.Function):
                 'the forward and the backward pass; run backward() before '
                 'the optimizer step (or whatever changed it)'
             )
-        leaves = [t.detach().requires_grad_(t.requires_grad) for t in ctx.tensors]
-        needed = [leaf for leaf in leaves if leaf.requires_grad]
-        # backward() may be called inside of autocast, as the forward pass was.
-        with torch.enable_grad(), _no_autocast(grad.device.type):
-            kernel = _fold(ctx.branches, dict(zip(ctx.names, leaves)))
-            grads = iter(torch.autograd.grad(kernel, needed, grad, allow_unused=True))
-        return (
-            None,
-            None,
-            *(next(grads) if leaf.requires_grad else None for leaf in leaves),
-        )
+        tensors = dict(zip(ctx.names, ctx.tensors))
+        return None, None, *_fold_gradients(ctx.branches, tensors, grad)
 
 
 def _fold(branches: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
@@ -178,6 +227,19 @@ def _fold(branches: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
             return functional_call(branches, tensors, ())
         wide = {name: t.float() for name, t in tensors.items()}
         return functional_call(branches, wide, ()).to(first.dtype)
+
+
+def _fold_gradients(
+    branches: nn.Module, tensors: dict[str, Tensor], grad: Tensor
+) -> list[Optional[Tensor]]:
+    """``Jᵀ · grad`` for every tensor that is trained, None for the others."""
+    leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors.values()]
+    needed = [leaf for leaf in leaves if leaf.requires_grad]
+    # backward() may be called inside of autocast, as the forward pass was.
+    with torch.enable_grad(), _no_autocast(grad.device.type):
+        kernel = _fold(branches, dict(zip(tensors, leaves)))
+        grads = iter(torch.autograd.grad(kernel, needed, grad, allow_unused=True))
+    return [next(grads) if leaf.requires_grad else None for leaf in leaves]
 
 
 def _fold_as_it_is(branches: nn.Module) -> Tensor:

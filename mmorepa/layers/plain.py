@@ -35,6 +35,8 @@ class PlainConv2d(ReparamConv2d):
     Takes the arguments of :class:`ReparamConv2d`.
     """
 
+    folds_online = False
+
     def build_branches(self) -> PlainKernel:
         return PlainKernel(
             self.out_channels, self.in_channels // self.groups, self.kernel_size[0]

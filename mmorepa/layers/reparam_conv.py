@@ -54,6 +54,9 @@ class ReparamConv2d(nn.Conv2d):
         ValueError: If the arguments describe a conv that has no fold.
     """
 
+    # Whether kernel() is a fold of the branches, rather than a parameter of its own.
+    folds_online = True
+
     def __init__(
         self,
         in_channels: int,
@@ -119,6 +122,31 @@ class ReparamConv2d(nn.Conv2d):
         if self.deployed:
             return self.weight
         return self._online_fold(self.branches)
+
+    def hold_kernel(self) -> Optional[nn.Parameter]:
+        """Makes the kernel a leaf of the graph, for folded training.
+
+        Forward and backward passes then see a plain conv. :meth:`pull_back` passes
+        the gradient on to the branches, :meth:`release_kernel` ends it.
+
+        Returns:
+            nn.Parameter | None: The kernel, the same object at every call, up to
+            date; None where nothing is folded or nothing is trained.
+        """
+        is_folded = self.folds_online and not self.deployed
+        if not is_folded or not any(
+            p.requires_grad for p in self.branches.parameters()
+        ):
+            return None
+        return self._online_fold.hold(self.branches)
+
+    def pull_back(self) -> None:
+        """Turns the held kernel's gradient into gradients of the branches."""
+        self._online_fold.pull_back(self.branches)
+
+    def release_kernel(self) -> None:
+        """Ends :meth:`hold_kernel`."""
+        self._online_fold.release()
 
     def regularized_kernel(self) -> Tensor:
         """The kernel whose L2 norm a weight decay should look at.

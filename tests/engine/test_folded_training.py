@@ -1,0 +1,273 @@
+"""Folded training gives what online folding gives, at the plain network's price."""
+
+import copy
+import os
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from mmengine.model import BaseModel, MMDistributedDataParallel
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn import functional as F
+
+import mmorepa
+from mmorepa.layers import OREPAConv2d, ReparamConv2d
+
+SLIM = dict(type='OREPAResNet', depth=18, base_channels=8)
+SGD = dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-3)
+
+
+class Classifier(BaseModel):
+    def __init__(self, backbone: dict) -> None:
+        super().__init__()
+        self.backbone = MODELS.build(backbone)
+        self.fc = nn.Linear(self.backbone.feat_dim, 10)
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        logits = self.fc(self.backbone(inputs)[-1].mean(dim=(2, 3)))
+        if mode == 'loss':
+            return dict(loss=F.cross_entropy(logits, data_samples))
+        return logits
+
+
+def build(backbone: dict) -> Classifier:
+    torch.manual_seed(0)
+    return Classifier(backbone).double().train()
+
+
+def batches(count: int = 4, size: int = 4) -> list[dict]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        dict(
+            inputs=torch.rand(size, 3, 64, 64, generator=generator).double(),
+            data_samples=torch.randint(10, (size,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def wrap(model: nn.Module, kind: str, **options):
+    cfg = dict(type=kind, optimizer=dict(SGD), **options)
+    wrapper = build_optim_wrapper(model, cfg)
+    wrapper.initialize_count_status(model, 0, len(batches()))
+    return wrapper
+
+
+def train(model: nn.Module, wrapper) -> list[float]:
+    return [model.train_step(data, wrapper)['loss'].item() for data in batches()]
+
+
+def assert_same_states(one: nn.Module, other: nn.Module, tolerance=1e-10) -> None:
+    states = one.state_dict(), other.state_dict()
+    assert states[0].keys() == states[1].keys()
+    for key, value in states[0].items():
+        torch.testing.assert_close(
+            states[1][key], value, rtol=tolerance, atol=tolerance, msg=key
+        )
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(),
+        dict(clip_grad=dict(max_norm=0.5)),
+        dict(accumulative_counts=2),
+    ],
+    ids=['plain', 'clipped', 'accumulated'],
+)
+@pytest.mark.parametrize(
+    'backbone',
+    [
+        SLIM,
+        dict(SLIM, frozen_stages=1),
+        dict(SLIM, with_cp=True, norm_cfg=dict(type='GN', num_groups=2)),
+        dict(
+            SLIM,
+            depth=50,
+            block_cfg=dict(branches=['origin', 'pointwise_kxk', 'pointwise_pointwise']),
+        ),
+        dict(type='OREPARepVGG', arch='A0', base_channels=8),
+        dict(SLIM, block='dbb'),
+    ],
+    ids=['resnet', 'frozen', 'checkpointed', 'ablated', 'repvgg', 'dbb'],
+)
+def test_equals_online_folding(backbone, options):
+    online = build(backbone)
+    folded = copy.deepcopy(online)
+    start = copy.deepcopy(online)
+
+    expected = train(online, wrap(online, 'OptimWrapper', **options))
+    found = train(folded, wrap(folded, 'FoldedOptimWrapper', **options))
+
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert_same_states(online, folded, 1e-8)
+    moved = [
+        not torch.equal(a, b) for a, b in zip(start.parameters(), folded.parameters())
+    ]
+    assert sum(moved) > len(moved) / 2
+
+
+def test_resumes_from_the_other_mode():
+    online = build(SLIM)
+    mixed = copy.deepcopy(online)
+    first = wrap(online, 'OptimWrapper')
+    train(online, first)
+    train(online, first)
+
+    wrapper = wrap(mixed, 'FoldedOptimWrapper')
+    train(mixed, wrapper)
+    resumed = build(SLIM)
+    resumed.load_state_dict(mixed.state_dict())
+    second = wrap(resumed, 'OptimWrapper')
+    second.load_state_dict(wrapper.state_dict())
+    train(resumed, second)
+    assert_same_states(online, resumed, 1e-8)
+
+
+def test_evaluation_between_steps_sees_new_weights():
+    model = build(SLIM)
+    wrapper = wrap(model, 'FoldedOptimWrapper')
+    train(model, wrapper)
+    model.eval()
+    image = batches(1)[0]['inputs']
+    with torch.no_grad():
+        before = model(image)
+        for param in model.parameters():
+            param.data.mul_(0.9)  # As an EMA hook swaps its averages in.
+        after = model(image)
+        expected = mmorepa.switch_to_deploy(copy.deepcopy(model))(image)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, expected)
+
+
+def test_the_model_is_an_ordinary_one_outside_of_the_step():
+    model = build(SLIM)
+    names = [name for name, _ in model.named_parameters()]
+    train(model, wrap(model, 'FoldedOptimWrapper'))
+    assert [name for name, _ in model.named_parameters()] == names
+    loss = model(**batches(1)[0], mode='loss')['loss']
+    loss.backward()
+    assert all(param.grad is not None for param in model.parameters())
+
+
+def test_folds_once_per_step_under_accumulation(monkeypatch):
+    model = build(SLIM)
+    conv = model.backbone.layer1[0].conv1
+    forward, calls = conv.branches.forward, []
+    monkeypatch.setattr(conv.branches, 'forward', lambda: calls.append(0) or forward())
+    wrapper = wrap(model, 'FoldedOptimWrapper', accumulative_counts=2)
+    data = batches(2)
+    model.train_step(data[0], wrapper)
+    after_first = len(calls)
+    model.train_step(data[1], wrapper)
+    # Once more, for the gradients of the branches.
+    assert len(calls) == after_first + 1
+
+
+def test_activations_saved_are_those_of_the_plain_network():
+    def saved_bytes(model: nn.Module, wrapper) -> int:
+        stored = {}
+
+        def pack(tensor):
+            stored[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+            wrapper.optim_context(model),
+        ):
+            loss = model(**batches(1)[0], mode='loss')['loss']
+        held = {
+            module.hold_kernel().untyped_storage().data_ptr()
+            for module in model.modules()
+            if isinstance(module, ReparamConv2d) and module.hold_kernel() is not None
+        }
+        kept = {k: s.nbytes() for k, s in stored.items() if k not in own | held}
+        loss.backward()
+        return sum(kept.values())
+
+    orepa, plain = build(SLIM), build(dict(SLIM, block='none'))
+    assert saved_bytes(orepa, wrap(orepa, 'FoldedOptimWrapper')) == saved_bytes(
+        plain, wrap(plain, 'OptimWrapper')
+    )
+
+
+def test_bfloat16():
+    model = build(SLIM).float()
+    wrapper = wrap(model, 'FoldedBFloat16OptimWrapper')
+    data = batches(1)[0]
+    data['inputs'] = data['inputs'].float()
+    before = copy.deepcopy(model)
+    assert torch.isfinite(model.train_step(data, wrapper)['loss'])
+    conv, old = model.backbone.layer1[0].conv1, before.backbone.layer1[0].conv1
+    assert not torch.equal(conv.branches.scale, old.branches.scale)
+
+
+def test_conv_that_is_compiled():
+    conv = OREPAConv2d(4, 4, 3, padding=1)
+    image = torch.rand(1, 4, 8, 8)
+    kernel = conv.hold_kernel()
+    compiled = torch.compile(conv, backend='eager', fullgraph=True)
+    torch.testing.assert_close(compiled(image), conv(image))
+    compiled(image).sum().backward()
+    assert kernel.grad is not None
+    conv.pull_back()
+    assert conv.branches.weight_origin.grad is not None
+    assert kernel.grad is None
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(('127.0.0.1', 0))
+        return server.getsockname()[1]
+
+
+def _train_in_parallel(rank, world, kind, port, path):
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', rank=rank, world_size=world)
+    # Batch statistics would differ between one process and two.
+    model = build(dict(SLIM, norm_cfg=dict(type='GN', num_groups=2)))
+    wire = [0]
+
+    def count(state, bucket):
+        wire[0] += bucket.buffer().numel() * bucket.buffer().element_size()
+        return allreduce_hook(None, bucket)
+
+    parallel = MMDistributedDataParallel(
+        model, device_ids=None, broadcast_buffers=False, find_unused_parameters=False
+    )
+    parallel.register_comm_hook(None, count)
+    wrapper = wrap(parallel, kind)
+    for data in batches():
+        part = {key: value.chunk(world)[rank] for key, value in data.items()}
+        parallel.train_step(part, wrapper)
+    if rank == 0:
+        torch.save((wire[0] / len(batches()), model.state_dict()), path)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_data_parallel(tmp_path):
+    results = {}
+    for kind, world in (
+        ('OptimWrapper', 1),
+        ('OptimWrapper', 2),
+        ('FoldedOptimWrapper', 2),
+    ):
+        path = tmp_path / f'{kind}{world}.pt'
+        mp.spawn(_train_in_parallel, (world, kind, _free_port(), path), nprocs=world)
+        results[kind, world] = torch.load(path)
+    _, expected = results['OptimWrapper', 1]
+    for _, state in results.values():
+        for key, value in expected.items():
+            torch.testing.assert_close(state[key], value, rtol=1e-9, atol=1e-9)
+    plain = build(dict(SLIM, norm_cfg=dict(type='GN', num_groups=2), block='none'))
+    plain_bytes = sum(p.numel() * p.element_size() for p in plain.parameters())
+    assert results['FoldedOptimWrapper', 2][0] == plain_bytes
+    assert results['OptimWrapper', 2][0] > 2 * plain_bytes
