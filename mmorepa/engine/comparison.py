@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.structures import BaseDataElement, InstanceData
 from torch import Tensor, nn
 
 
@@ -70,14 +71,43 @@ def network_outputs(model: nn.Module, *args, **kwargs) -> list[Tensor]:
             toolboxes, ``inputs`` of shape (N, C, H, W) and maybe ``data_samples``.
 
     Returns:
-        list[Tensor]: Logits, feature maps or the outputs of dense heads.
+        list[Tensor]: Logits, feature maps or the outputs of heads; the second stage
+        of a two-stage detector is run on a fixed grid of boxes.
     """
-    if hasattr(model, 'roi_head'):
-        # Proposals are taken by rank, and rounding may swap two of them: hold
-        # against each other what the ranks are made of.
-        features = model.extract_feat(kwargs['inputs'] if kwargs else args[0])
-        return list(_tensors([features, model.rpn_head(features)]))
+    if hasattr(getattr(model, 'rpn_head', None), 'prior_generator'):
+        return _two_stage_outputs(model, kwargs['inputs'] if kwargs else args[0])
     return list(_tensors(model(*args, mode='tensor', **kwargs)))
+
+
+def _two_stage_outputs(model: nn.Module, inputs: Tensor) -> list[Tensor]:
+    """Outputs of both stages of a detector, the second for boxes of our choice.
+
+    Proposals are taken by rank, and rounding may swap two of them: what the ranks
+    are made of is compared, and the second stage sees the same boxes in both forms.
+    """
+    features = model.extract_feat(inputs)
+    outputs = [features, model.rpn_head(features)]
+    if getattr(model, 'roi_head', None) is not None:
+        size = tuple(inputs.shape[-2:])
+        boxes = _grid_of_boxes(*size).to(inputs)
+        outputs.append(
+            model.roi_head(
+                features,
+                [InstanceData(bboxes=boxes) for _ in inputs],
+                [BaseDataElement(metainfo=dict(img_shape=size)) for _ in inputs],
+            )
+        )
+    return list(_tensors(outputs))
+
+
+def _grid_of_boxes(height: int, width: int) -> Tensor:
+    """Boxes of an eighth, a quarter and half of the image's size, tiling it."""
+    boxes = []
+    for parts in (8, 4, 2):
+        y, x = torch.meshgrid(torch.arange(parts), torch.arange(parts), indexing='ij')
+        corners = torch.stack([x, y, x + 1, y + 1], dim=-1).reshape(-1, 4)
+        boxes.append(corners * torch.tensor([width, height, width, height]) / parts)
+    return torch.cat(boxes)
 
 
 def largest_difference(expected: list[Tensor], found: list[Tensor]) -> Difference:
