@@ -11,6 +11,7 @@ from runners import TinyClassifier
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmorepa.backbones import OREPAResNet
 from mmorepa.layers import OREPAConv2d
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
@@ -293,3 +294,134 @@ def test_schedulers_keep_the_ratio():
         scheduler.step()
     assert seen == pytest.approx([0.1, 0.0853553, 0.05, 0.0146447], rel=1e-5)
     assert settings_by_name(model, wrapper)['head.bias'][0] == pytest.approx(0)
+
+
+def resnet(block='orepa', depth=18, **options):
+    return nn.ModuleDict(
+        dict(
+            backbone=OREPAResNet(depth, block=block, base_channels=4, **options),
+            head=nn.Linear(32, 2),
+        )
+    )
+
+
+class TestMultipliers:
+    """Each changes one setting of the parameters that it is for, and no other."""
+
+    def changes(self, model, option, value=3.0, **others):
+        """Factors by which ``option`` changes (learning rate, decay), by name."""
+        others.setdefault('bias_lr_mult', 2.0)
+        before = settings_by_name(model, wrapper_of(model, **others))
+        after = settings_by_name(model, wrapper_of(model, **others, **{option: value}))
+        return {
+            name: tuple(a / b if b else a - b for a, b in zip(after[name], pair))
+            for name, pair in before.items()
+            if after[name] != pair
+        }
+
+    def test_stem(self):
+        model = resnet()
+        found = self.changes(model, 'stem_lr_mult', norm_bias_lr_mult=2.0)
+        stem = [f'backbone.stem.{n}' for n, _ in model.backbone.stem.named_parameters()]
+        assert set(found) == set(stem)
+        assert {'backbone.stem.norm.weight', 'backbone.stem.norm.bias'} < set(stem)
+        assert 'backbone.stem.branches.factors.2.scale' in stem
+        assert all(pair == pytest.approx((3, 1)) for pair in found.values())
+
+    def test_stem_that_is_named(self):
+        model = Various()
+        found = self.changes(model, 'stem_lr_mult', stem_keys=['conv', 'head'])
+        wanted = {
+            name
+            for name, _ in model.named_parameters()
+            if name.startswith(('conv.', 'head.'))
+        }
+        assert set(found) == wanted
+        # Names are whole: 'conv' is not 'conv_offset'.
+        with pytest.raises(ValueError, match='stem_keys names con, which is no module'):
+            wrapper_of(model, stem_lr_mult=2.0, stem_keys=['con', 'head'])
+
+    def test_scales(self):
+        model = resnet(depth=50)
+        scales = {n for n, _ in model.named_parameters() if n.endswith('.scale')}
+        assert len(scales) > 50
+        for option, factors in (
+            ('scale_lr_mult', (3, 1)),
+            ('scale_decay_mult', (1, 3)),
+        ):
+            found = self.changes(model, option)
+            assert set(found) == scales
+            assert all(pair == pytest.approx(factors) for pair in found.values())
+
+    @pytest.mark.parametrize('block', ['none', 'dbb', 'orepa', 'orepa_repvgg'])
+    def test_branches(self, block):
+        """All that is folded into a kernel decays with it; norms and biases do not."""
+        model = resnet(block)
+        found = self.changes(model, 'branch_decay_mult', 0.0)
+        wanted = {
+            name
+            for name, param in model.named_parameters()
+            if name.startswith('backbone.') and param.dim() > 1
+        }
+        assert set(found) == wanted
+        norms = {name for name in dict(model.named_parameters()) if 'norm' in name}
+        assert norms and not norms & wanted
+        after = settings_by_name(model, wrapper_of(model, branch_decay_mult=0.0))
+        assert {after[name] for name in wanted} == {(0.1, 0.0)}
+
+    def test_together(self):
+        model = resnet()
+        found = settings_by_name(
+            model,
+            wrapper_of(
+                model,
+                custom_keys={'layer1': dict(lr_mult=0.5)},
+                norm_bias_lr_mult=2.0,
+                stem_lr_mult=0.1,
+                scale_lr_mult=3.0,
+                scale_decay_mult=0.0,
+            ),
+        )
+        stem = 'backbone.stem.'
+        assert found[stem + 'norm.bias'] == pytest.approx((0.1 * 2 * 0.1, 1e-4))
+        scale = 'branches.factors.0.scale'
+        assert found[stem + scale] == pytest.approx((0.1 * 0.1 * 3, 0))
+        block = 'backbone.layer1.0.conv1.'
+        assert found[block + 'branches.scale'] == pytest.approx((0.1 * 0.5 * 3, 0))
+        assert found[block + 'norm.bias'] == pytest.approx((0.1 * 0.5 * 2, 1e-4))
+        assert found['head.weight'] == (0.1, 1e-4)
+
+    @pytest.mark.parametrize(
+        'option, model',
+        [
+            ('stem_lr_mult', Various),
+            ('scale_lr_mult', lambda: resnet('none')),
+            ('scale_decay_mult', lambda: resnet('dbb')),
+            ('branch_decay_mult', lambda: nn.Conv2d(2, 2, 3)),
+            ('branch_decay_mult', lambda: resnet('orepa', deploy=True)),
+        ],
+    )
+    def test_fits_nothing(self, option, model):
+        with pytest.raises(ValueError, match=f'{option}=2.0 has no effect: the model'):
+            wrapper_of(model(), **{option: 2.0})
+
+    def test_fits_what_is_frozen(self):
+        """As in detectors, whose configs freeze the stem."""
+        with pytest.raises(ValueError, match='stem_lr_mult=2.0 .* is frozen'):
+            wrapper_of(resnet(frozen_stages=1), stem_lr_mult=2.0)
+
+    @pytest.mark.parametrize('name', ['norm_bias_lr_mul', 'lr_mult', 'stem'])
+    def test_unknown(self, name):
+        with pytest.raises(ValueError, match=f'no option {name}; it knows .*stem_keys'):
+            wrapper_of(Various(), **{name: 2.0})
+
+    def test_optimizer_without_decay(self):
+        with pytest.raises(ValueError, match="branch_decay_mult needs 'weight_decay'"):
+            build_optim_wrapper(
+                resnet(),
+                dict(
+                    optimizer=dict(type='SGD', lr=0.1),
+                    constructor='OREPAOptimWrapperConstructor',
+                    paramwise_cfg=dict(branch_decay_mult=0.0),
+                ),
+            )
