@@ -90,6 +90,12 @@ class MultiBranchConv2d(ReparamConv2d):
             if name in self._initial_scales:
                 nn.init.constant_(branch.norm.weight, self._initial_scales[name])
             branches[name] = branch
+        if not branches:
+            raise ValueError(
+                f'no branch is left: a {type(self).__name__} of {self.in_channels} to '
+                f'{self.out_channels} channels and stride {self.stride[0]} has no '
+                f'{" or ".join(self._branches)} branch'
+            )
         return branches
 
     def build_norm(self) -> None:
