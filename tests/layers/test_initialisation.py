@@ -1,0 +1,408 @@
+"""What every weight of every block starts with, by its statistics."""
+
+import math
+
+import pytest
+import torch
+from helpers import assert_near, trained_like
+from torch import nn
+
+from mmorepa.backbones import OREPARepVGG, OREPAResNet
+from mmorepa.layers import (
+    DBBConv2d,
+    OREPAConv2d,
+    OREPARepVGGConv2d,
+    PlainConv2d,
+    RepVGGConv2d,
+)
+
+NORM = dict(bias=False, norm_cfg=dict(type='BN'))
+# The scales of the linear branches at the start, in the order of the rows.
+SCALES_3X3 = {
+    'origin': 0.25,
+    'average': 0.25,
+    'frequency': 0.0,
+    'pointwise_kxk': 0.5,
+    'pointwise': 1.0,
+    'depthwise_separable': 0.5,
+}
+SCALES_1X1 = {'origin': 1.0, 'pointwise_pointwise': 0.5}
+
+
+def assert_uniform(weight, bound):
+    """Uniform between -bound and bound: by extremes, mean and variance."""
+    values = weight.detach().double().flatten()
+    count = len(values)
+    assert count > 100, 'too few to tell'
+    assert values.abs().max() <= bound * (1 + 1e-6)
+    # The largest of n is expected at n / (n + 1), the chance of less is e^-20 here.
+    assert values.max() > bound * (1 - 40 / count)
+    assert values.min() < -bound * (1 - 40 / count)
+    variance = bound**2 / 3
+    assert abs(values.mean()) < 5 * math.sqrt(variance / count)
+    # The fourth moment of a uniform distribution is 1.8 times its squared variance.
+    error = (values.square().mean() - variance).abs()
+    assert error < 5 * variance * math.sqrt(0.8 / count)
+
+
+def assert_normal(weight, std):
+    values = weight.detach().double().flatten()
+    count = len(values)
+    assert count > 100, 'too few to tell'
+    assert values.abs().max() > 2.5 * std, 'bounded as no normal distribution is'
+    assert abs(values.mean()) < 5 * std / math.sqrt(count)
+    error = (values.square().mean() - std**2).abs()
+    assert error < 5 * std**2 * math.sqrt(2 / count)
+
+
+def kaiming(fan_in, a):
+    return math.sqrt(6 / ((1 + a**2) * fan_in))
+
+
+def assert_rows(scale, values):
+    assert scale.shape[0] == len(values)
+    for row, value in zip(scale, values):
+        assert torch.equal(row, torch.full_like(row, value))
+
+
+def check_kernel(kernel, inputs, groups, a, names, size=3):
+    """The weights of section 1, with the branches ``names``."""
+    own, taps = inputs // groups, size**2
+    hidden = inputs if groups <= 4 else 2 * inputs
+    outputs = kernel.scale.shape[1]
+    shapes = {
+        'weight_origin': ((outputs, own, size, size), own * taps),
+        'weight_average': ((outputs, own, 1, 1), own),
+        'weight_frequency': ((outputs, own, 1, 1), own),
+        'weight_pointwise_kxk_2': (
+            (outputs, hidden // groups, size, size),
+            hidden // groups * taps,
+        ),
+        'weight_pointwise': ((outputs, own, 1, 1), own),
+        'weight_depthwise': ((8 * inputs, 1, size, size), taps),
+        'weight_separable': ((outputs, 8 * own, 1, 1), 8 * own),
+    }
+    if 'pointwise' not in names:
+        del shapes['weight_pointwise']
+    zeros = 'weight_pointwise_kxk_1'
+    assert {n for n, _ in kernel.named_parameters()} == {*shapes, zeros, 'scale'}
+    for name, (shape, fan_in) in shapes.items():
+        weight = getattr(kernel, name)
+        assert weight.shape == shape
+        assert_uniform(weight, kaiming(fan_in, a))
+    first = getattr(kernel, zeros)
+    assert first.shape == (hidden, own, 1, 1)
+    assert not first.any()
+    for t, row in enumerate(kernel.identity[:, :, 0, 0]):
+        assert row.nonzero().tolist() == [[t % own]] and row.sum() == 1
+    assert_rows(kernel.scale, [SCALES_3X3[name] for name in names])
+
+
+def check_norm(norm, weight=1.0):
+    for tensor, value in (
+        (norm.weight, weight),
+        (norm.bias, 0.0),
+        (norm.running_mean, 0.0),
+        (norm.running_var, 1.0),
+    ):
+        assert torch.equal(tensor, torch.full_like(tensor, value))
+
+
+class TestOREPA:
+    @pytest.mark.parametrize(
+        ('groups', 'size'), [(1, 3), (4, 3), (8, 3), (32, 3), (1, 5)]
+    )
+    def test_kxk(self, groups, size):
+        conv = OREPAConv2d(64, 96, size, groups=groups, **NORM)
+        check_kernel(conv.branches, 64, groups, 0.0, list(SCALES_3X3), size)
+        check_norm(conv.norm)
+
+    @pytest.mark.parametrize(('inputs', 'outputs'), [(48, 80), (80, 48), (64, 64)])
+    def test_1x1(self, inputs, outputs):
+        conv = OREPAConv2d(inputs, outputs, 1, **NORM)
+        kernel = conv.branches
+        assert {n for n, _ in kernel.named_parameters()} == {
+            'weight_origin',
+            'weight_first',
+            'weight_second',
+            'scale',
+        }
+        assert_uniform(kernel.weight_origin, kaiming(inputs, 1.0))
+        square, other = kernel.weight_first, kernel.weight_second
+        if outputs <= inputs:
+            square, other = other, square
+        assert torch.equal(
+            square[:, :, 0, 0], torch.eye(inputs if outputs > inputs else outputs)
+        )
+        assert other.shape == (outputs, inputs, 1, 1)
+        assert_uniform(other, kaiming(inputs, 1.0))
+        # All of it is trained, the identity too.
+        assert all(p.requires_grad for p in kernel.parameters())
+        assert_rows(kernel.scale, SCALES_1X1.values())
+        check_norm(conv.norm)
+
+    def test_large(self):
+        conv = OREPAConv2d(48, 64, 7, **NORM)
+        first, *others = conv.branches.factors
+        assert len(others) == 2
+        check_kernel(first, 48, 1, 0.0, list(SCALES_3X3))
+        for factor in others:
+            check_kernel(factor, 64, 1, 0.0, list(SCALES_3X3))
+        norms = [m for m in conv.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert norms == [conv.norm]
+        check_norm(conv.norm)
+
+    @pytest.mark.parametrize('groups', [1, 8])
+    def test_dense_branch_of_repvgg(self, groups):
+        conv = OREPARepVGGConv2d(64, 64, 3, padding=1, groups=groups)
+        dense = conv.branches['origin']
+        names = [name for name in SCALES_3X3 if name != 'pointwise']
+        check_kernel(dense.branches, 64, groups, 1.0, names)
+        for branch in conv.branches.values():
+            check_norm(branch.norm)
+        assert_normal(conv.branches['pointwise'].branches.weight, math.sqrt(2 / 64))
+
+
+class TestBaselines:
+    @pytest.mark.parametrize(('size', 'groups'), [(1, 1), (3, 1), (3, 4), (7, 1)])
+    def test_plain(self, size, groups):
+        """As OpenMMLab's ResNets: Kaiming's normal distribution, fan-out, ReLU."""
+        conv = PlainConv2d(32, 64, size, groups=groups, **NORM)
+        assert_normal(conv.branches.weight, math.sqrt(2 / (64 * size**2)))
+        check_norm(conv.norm)
+
+    def test_repvgg(self):
+        conv = RepVGGConv2d(64, 64, 3, padding=1)
+        assert_normal(conv.branches['origin'].branches.weight, math.sqrt(2 / 576))
+        assert_normal(conv.branches['pointwise'].branches.weight, math.sqrt(2 / 64))
+        for branch in conv.branches.values():
+            check_norm(branch.norm)
+
+    def test_dbb(self):
+        conv = DBBConv2d(32, 64, 3, padding=1)
+        convs = {
+            'origin': (conv.branches['origin'], 9),
+            'pointwise': (conv.branches['pointwise'], 1),
+            'average': (conv.branches['average'].first, 1),
+            'pointwise_kxk': (conv.branches['pointwise_kxk'].second, 9),
+        }
+        for module, taps in convs.values():
+            assert_normal(module.branches.weight, math.sqrt(2 / (64 * taps)))
+        first = conv.branches['pointwise_kxk'].first
+        assert not first.branches.weight.any()
+        assert torch.equal(first.kernel()[:, :, 0, 0], torch.eye(32))
+        norms = [m for m in conv.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert len(norms) == 6
+        for norm in norms:
+            check_norm(norm)
+
+
+def scales_of(module):
+    return {name: value for name, value in module.named_parameters() if 'scale' in name}
+
+
+class TestOptions:
+    """Arguments of the blocks, here through the networks that hand them on."""
+
+    def test_single_init(self):
+        net = OREPAResNet(50, base_channels=8, block_cfg=dict(single_init=True))
+        found = scales_of(net)
+        # The stem's three, and three convs a block and four projections.
+        assert len(found) == 3 + 16 * 3 + 4
+        for scale in found.values():
+            assert_rows(scale, [1.0] + [0.0] * (len(scale) - 1))
+
+    def test_single_init_starts_as_the_plain_kernel(self):
+        for conv in (
+            OREPAConv2d(16, 24, 3, groups=2, single_init=True),
+            OREPAConv2d(16, 24, 1, single_init=True),
+        ):
+            assert_near(conv.kernel(), conv.branches.weight_origin, 1e-7)
+
+    def test_scales_by_name(self):
+        cfg = dict(initial_scales=dict(frequency=0.125, pointwise_pointwise=0.0))
+        net = OREPAResNet(50, base_channels=8, block_cfg=cfg)
+        kinds = {6: {**SCALES_3X3, 'frequency': 0.125}, 2: dict(origin=1.0, other=0.0)}
+        for scale in scales_of(net).values():
+            assert_rows(scale, kinds[len(scale)].values())
+
+    def test_scales_over_single_init(self):
+        conv = OREPAConv2d(
+            8, 8, 3, single_init=True, initial_scales=dict(average=0.5, origin=0.75)
+        )
+        assert_rows(conv.branches.scale, [0.75, 0.5, 0, 0, 0, 0])
+
+    @pytest.mark.parametrize('block', ['repvgg', 'orepa'])
+    def test_repvgg(self, block):
+        cfg = dict(single_init=True, initial_scales=dict(identity=0.5))
+        net = OREPARepVGG('A0', block, base_channels=16, block_cfg=cfg)
+        values = dict(origin=1.0, pointwise=0.0, identity=0.5)
+        seen = set()
+        for block in net.modules():
+            if isinstance(block, RepVGGConv2d):
+                for name, branch in block.branches.items():
+                    check_norm(branch.norm, values[name])
+                    seen.add(name)
+        assert seen == set(values)
+        names = [name for name in SCALES_3X3 if name != 'pointwise']
+        for scale in scales_of(net).values():
+            assert_rows(scale, [SCALES_3X3[name] for name in names])
+
+    def test_dbb(self):
+        cfg = dict(initial_scales=dict(average=0.25))
+        net = OREPAResNet(18, 'dbb', base_channels=8, block_cfg=cfg)
+        convs = [m for m in net.modules() if isinstance(m, DBBConv2d)]
+        assert len(convs) == 16
+        for conv in convs:
+            for name, branch in conv.branches.items():
+                check_norm(branch.norm, 0.25 if name == 'average' else 1.0)
+
+
+def terms(kernel):
+    """The branches of a 3×3 kernel, unscaled, from its weights."""
+    outputs, own = kernel.weight_origin.shape[:2]
+    groups = kernel.groups
+
+    def grouped(weight):
+        return weight.unflatten(0, (groups, -1))
+
+    first = grouped(kernel.weight_pointwise_kxk_1 + kernel.identity)[..., 0, 0]
+    second = grouped(kernel.weight_pointwise_kxk_2)
+    composed = torch.einsum('goTyx,gTi->goiyx', second, first).flatten(0, 1)
+    depthwise = kernel.weight_depthwise.view(groups, own, 8, 3, 3)
+    separable = kernel.weight_separable.view(groups, -1, own, 8)
+    product = torch.einsum('goit,gityx->goiyx', separable, depthwise).flatten(0, 1)
+    centre = torch.zeros(3, 3)
+    centre[1, 1] = 1
+    return {
+        'origin': kernel.weight_origin,
+        'average': kernel.weight_average * torch.ones(3, 3) / 9,
+        'frequency': kernel.weight_frequency * kernel.filters[:, None],
+        'pointwise_kxk': composed,
+        'pointwise': kernel.weight_pointwise * centre,
+        'depthwise_separable': product,
+    }
+
+
+CHOICES = [
+    *([name] for name in SCALES_3X3),
+    ['origin', 'average'],
+    ['depthwise_separable', 'pointwise', 'frequency'],  # in any order
+    list(SCALES_3X3)[1:],
+]
+
+
+class TestBranches:
+    """The folded result is the sum of the branches that were chosen."""
+
+    @pytest.mark.parametrize('names', CHOICES, ids='+'.join)
+    @pytest.mark.parametrize('groups', [1, 2])
+    @torch.no_grad()
+    def test_orepa(self, names, groups):
+        whole = OREPAConv2d(8, 12, 3, groups=groups, bias=False)
+        kernel = trained_like(whole).branches
+        conv = OREPAConv2d(8, 12, 3, groups=groups, bias=False, branches=names)
+        kept = {
+            key: value
+            for key, value in kernel.state_dict().items()
+            if key in conv.branches.state_dict()
+        }
+        order = list(SCALES_3X3)
+        rows = sorted(order.index(name) for name in names)
+        kept['scale'] = kernel.scale[rows]
+        conv.branches.load_state_dict(kept, strict=True)
+        expected = sum(
+            kernel.scale[order.index(name)][:, None, None, None] * terms(kernel)[name]
+            for name in names
+        )
+        assert_near(conv.kernel(), expected, 1e-5)
+        # And nothing is kept that is not chosen.
+        assert sum(p.numel() for p in conv.branches.parameters()) == sum(
+            v.numel() for v in kept.values()
+        )
+
+    @pytest.mark.parametrize(
+        ('kind', 'names'),
+        [
+            *((DBBConv2d, [name]) for name in DBBConv2d.BRANCHES),
+            (DBBConv2d, ['average', 'origin']),
+            *((RepVGGConv2d, [name]) for name in RepVGGConv2d.BRANCHES),
+            (RepVGGConv2d, ['identity', 'origin']),
+            (OREPARepVGGConv2d, ['origin']),
+            (OREPARepVGGConv2d, ['pointwise', 'origin']),
+        ],
+    )
+    @torch.no_grad()
+    def test_on_the_feature_map(self, kind, names):
+        whole = trained_like(kind(8, 8, 3, padding=1, bias=False)).eval()
+        conv = kind(8, 8, 3, padding=1, bias=False, branches=names).eval()
+        own = conv.state_dict().keys()
+        conv.load_state_dict(
+            {k: v for k, v in whole.state_dict().items() if k in own}, strict=True
+        )
+        assert set(conv.branches) == set(names)
+        x = torch.randn(2, 8, 9, 7)
+        expected = sum(whole.branches[name](x) for name in names)
+        assert_near(conv(x), expected, 1e-5)
+        conv.switch_to_deploy()
+        assert_near(conv(x), expected, 1e-5)
+
+    def test_in_resnet(self):
+        cfg = dict(branches=['origin', 'average', 'pointwise_pointwise'])
+        net = OREPAResNet(50, base_channels=4, block_cfg=cfg)
+        kernels = {
+            tuple(m.branches)
+            for m in net.modules()
+            if isinstance(getattr(m, 'branches', None), tuple)
+        }
+        assert kernels == {('origin', 'average'), ('origin', 'pointwise_pointwise')}
+
+    def test_in_repvgg(self):
+        net = OREPARepVGG('A0', base_channels=4, block_cfg=dict(branches=['origin']))
+        convs = [m for m in net.modules() if isinstance(m, OREPARepVGGConv2d)]
+        assert len(convs) == 22
+        assert {tuple(conv.branches) for conv in convs} == {('origin',)}
+
+    @pytest.mark.parametrize(
+        ('build', 'cfg', 'words'),
+        [
+            (
+                lambda **cfg: OREPAResNet(18, **cfg),
+                dict(branches=['orign']),
+                "unknown branch 'orign'; the branches .* origin, average, frequency",
+            ),
+            (
+                lambda **cfg: OREPAResNet(18, **cfg),
+                dict(initial_scales=dict(avg=1.0)),
+                "unknown branch 'avg'",
+            ),
+            (
+                lambda **cfg: OREPAResNet(18, **cfg),
+                dict(branches=[]),
+                'no branch is left; choose at least one of origin',
+            ),
+            (  # The 1x1 convs of bottlenecks have no such branch.
+                lambda **cfg: OREPAResNet(50, **cfg),
+                dict(branches=['average']),
+                'no branch is left; choose at least one of origin, pointwise_pointw',
+            ),
+            (
+                lambda **cfg: OREPAResNet(18, 'dbb', **cfg),
+                dict(branches=['frequency']),
+                "unknown branch 'frequency'; the branches of DBBConv2d are origin",
+            ),
+            (
+                lambda **cfg: OREPARepVGG('A0', **cfg),
+                dict(branches=['average']),
+                "unknown branch 'average'; the branches of OREPARepVGGConv2d",
+            ),
+            (
+                lambda **cfg: OREPARepVGG('A0', 'repvgg', **cfg),
+                dict(branches=['identity']),
+                'no branch is left',
+            ),
+        ],
+    )
+    def test_errors(self, build, cfg, words):
+        with pytest.raises(ValueError, match=words):
+            build(base_channels=4, block_cfg=cfg)
