@@ -71,9 +71,12 @@ class OnlineFold:
             branches (nn.Module): As for a call.
 
         Returns:
-            nn.Parameter: The kernel, the same object at every call.
+            nn.Parameter: The kernel, the same object at every call until the
+            branches change their dtype or device.
         """
-        if self._leaf is None:
+        like = next(branches.parameters())
+        if self._leaf is None or not _is_like(self._leaf, like):
+            self.release()
             with torch.no_grad():
                 self._leaf = nn.Parameter(self(branches).clone())
         if not self._is_held:
@@ -262,6 +265,10 @@ def _no_autocast(device_type: str) -> Iterator[None]:
     else:
         with torch.autocast(device_type, enabled=False):
             yield
+
+
+def _is_like(tensor: Tensor, other: Tensor) -> bool:
+    return (tensor.dtype, tensor.device) == (other.dtype, other.device)
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
