@@ -410,6 +410,77 @@ def test_parameters_made_in_inference_mode():
         assert_near(conv(image() * 0 + 1), uncached(conv, torch.ones(2, 4, 7, 7)), 1e-6)
 
 
+# Held kernels
+
+
+def held_gradients(conv, x):
+    """Gradients of the branches by way of a held kernel."""
+    kernel = conv.hold_kernel()
+    y = conv(x)
+    assert kernel.is_leaf and conv.kernel() is kernel
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    (y * weights.to(y.dtype)).sum().backward()
+    assert all(p.grad is None for p in conv.branches.parameters())
+    conv.pull_back()
+    conv.release_kernel()
+    assert kernel.grad is None
+    found = {name: p.grad for name, p in conv.named_parameters()}
+    conv.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize('k', [1, 3, 7])
+def test_held_kernel_passes_on_the_same_gradients(k):
+    conv = make(k, bias=True)
+    for _ in range(2):
+        x = image()
+        expected = gradients(uncached(conv, x), conv)
+        assert_same_gradients(held_gradients(conv, x), expected)
+        with torch.no_grad():
+            for parameter in conv.parameters():
+                parameter.add_(0.1)
+    assert_fresh(conv)
+
+
+def test_held_kernel_follows_the_branches():
+    """A new value of the branches, a conversion and a copy in the midst of it."""
+    conv = make()
+    kernel = conv.hold_kernel()
+    with counted_folds(conv) as folds:
+        conv(image())
+        conv(image())
+        assert not folds
+        with torch.no_grad():
+            conv.branches.weight_origin.add_(1)
+        conv(image())
+        assert len(folds) == 1
+    assert torch.equal(kernel, conv.branches())
+    assert conv.hold_kernel() is kernel
+    with torch.no_grad():
+        assert not conv.kernel().requires_grad
+    assert_fresh(copy.deepcopy(conv))
+    conv.release_kernel()
+    assert_fresh(conv)
+
+    conv.double()
+    x = image(dtype=torch.float64)
+    expected = gradients(uncached(conv, x), conv)
+    assert_same_gradients(held_gradients(conv, x), expected)
+
+
+def test_held_kernel_of_partly_frozen_branches():
+    conv = make()
+    conv.branches.scale.requires_grad_(False)
+    conv.hold_kernel()
+    conv(image()).sum().backward()
+    conv.pull_back()
+    assert conv.branches.scale.grad is None
+    assert conv.branches.weight_origin.grad.any()
+    conv.release_kernel()
+    assert conv.requires_grad_(False).hold_kernel() is None
+
+
 # Autograd
 
 
