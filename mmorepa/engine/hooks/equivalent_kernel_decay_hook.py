@@ -52,13 +52,16 @@ class EquivalentKernelDecayHook(Hook):
                 'EquivalentKernelDecayHook has no effect: the model has no '
                 're-parameterised conv that is trained'
             )
+        self.after_train(runner)  # A training before this one may have been cut off.
         # The forward pass, not the optimizer: this way every toolbox, AMP, gradient
         # accumulation and the logs treat it as the loss that it is.
         self._handle = model.register_forward_hook(self._add_loss, with_kwargs=True)
 
     def after_train(self, runner: Runner) -> None:
         """Takes it off again."""
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
 
     def _add_loss(
         self, model: nn.Module, args: tuple, kwargs: dict, losses: Any
