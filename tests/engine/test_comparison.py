@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 from helpers import import_models, trained_like
-from mmengine.model import BaseModel
+from mmengine.model import BaseDataPreprocessor, BaseModel
 from runners import Colours, TinyClassifier, TinyTTA
 from torch import nn
 
@@ -146,3 +146,20 @@ class TestRawOutputs:
         assert found.shape == (2, 3)
         (expected,) = network_outputs(model, (images.float() - 100) / 50)
         assert torch.equal(found, expected)
+
+
+class InPlace(BaseDataPreprocessor):
+    """Some preprocessors write into the batch that they are given."""
+
+    def forward(self, data, training=False):
+        data[0].mul_(2)
+        return data
+
+
+def test_batch_stays_for_the_test():
+    model = trained_like(TinyClassifier(data_preprocessor=InPlace())).eval()
+    batch = [torch.ones(2, 3, 8, 8), torch.arange(2)]
+    (first,) = raw_outputs(model, batch)
+    (second,) = raw_outputs(model, batch)
+    assert torch.equal(first, second)
+    assert torch.equal(batch[0], torch.ones(2, 3, 8, 8))
