@@ -2,6 +2,10 @@
 # From nothing to a deployed network: sets up the environment, pretrains a slim
 # OREPA-ResNet-18 on real handwritten digits, tests it, switches it to its plain
 # form, and tests that. STACK=onedl in the environment picks the OneDL forks.
+#
+#   bash tools/quickstart.sh            the above
+#   bash tools/quickstart.sh transfer   goes on from it: fine-tunes a detector and a
+#                                       segmenter with that backbone, and deploys them
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -9,6 +13,8 @@ readonly CONFIG=configs/digits/resnet18-slim-orepa_1xb64_digits.py
 readonly DATA=data/digits
 readonly WORK=work_dirs/quickstart
 readonly EPOCHS=20
+readonly DETECTOR=configs/digits/faster-rcnn_r18-slim-orepa_fpn_1xb2-10e_digits.py
+readonly SEGMENTER=configs/digits/deeplabv3plus_r18-slim-orepa-d8_1xb4-1200_digits.py
 export VENV=${VENV:-$PWD/.venv}
 readonly PYTHON=$VENV/bin/python
 
@@ -32,7 +38,7 @@ run() {
   fi
 }
 
-main() {
+pretrain() {
   SECONDS=0
   step 'Environment'
   bash tools/setup_env.sh
@@ -70,4 +76,65 @@ main() {
     --seconds "$SECONDS" --training-seconds "$training_seconds"
 }
 
-main
+# fine_tune TASK CONFIG: trains, tests, switches, tests again and draws, all in
+# $WORK/TASK.
+fine_tune() {
+  local task=$1 config=$2 folder=$WORK/$1 checkpoint
+  local shown='mAP: |mIoU: |(Epoch|Iter)\(train\).*[05]0/'
+  rm -rf "$folder"
+  mkdir -p "$folder"
+  run "$folder/train.log" "$shown" \
+    "$PYTHON" tools/train.py "$config" --work-dir "$folder/train" \
+    --cfg-options model.backbone.init_cfg.checkpoint="$WORK/train/epoch_$EPOCHS.pth"
+  checkpoint=$(<"$folder/train/last_checkpoint")
+
+  step 'Testing the training form'
+  run "$folder/test.log" "$shown" \
+    "$PYTHON" tools/test.py "$config" "$checkpoint" --work-dir "$folder/test" \
+    --out "$folder/test.json" --out-item metrics
+
+  step 'Switching to the deployed form'
+  "$PYTHON" tools/model_converters/switch_to_deploy.py "$config" "$checkpoint" \
+    "$folder/deploy.pth" --json "$folder/switch.json"
+
+  step 'Testing the deployed form'
+  run "$folder/test_deploy.log" "$shown" \
+    "$PYTHON" tools/test.py "$config" "$folder/deploy.pth" --work-dir "$folder/test" \
+    --out "$folder/test_deploy.json" --out-item metrics \
+    --cfg-options model.backbone.deploy=True
+
+  run "$folder/draw.log" '^Wrote' \
+    "$PYTHON" tools/analysis_tools/draw_predictions.py "$config" "$checkpoint" \
+    "$folder/deploy.pth" "$folder/predictions.png"
+}
+
+transfer() {
+  if [[ ! -f $WORK/train/epoch_$EPOCHS.pth || ! -f $WORK/summary.json ]]; then
+    pretrain
+  fi
+  step 'Environment, with the compiled operators that detection needs'
+  bash tools/setup_env.sh --ops
+  "$PYTHON" tools/dataset_converters/digits.py --out "$DATA"
+
+  SECONDS=0
+  step 'Fine-tuning a Faster R-CNN on scenes of several digits (minutes)'
+  fine_tune det "$DETECTOR"
+  local det_seconds=$SECONDS
+
+  SECONDS=0
+  step 'Fine-tuning a DeepLabV3+ on scenes of several digits (minutes)'
+  fine_tune seg "$SEGMENTER"
+
+  step 'Summary'
+  "$PYTHON" tools/analysis_tools/transfer_summary.py "$WORK" \
+    --det-seconds "$det_seconds" --seg-seconds "$SECONDS"
+}
+
+case ${1:-} in
+  '') pretrain ;;
+  transfer) transfer ;;
+  *)
+    echo "quickstart: unknown argument '$1'; known is 'transfer'" >&2
+    exit 2
+    ;;
+esac

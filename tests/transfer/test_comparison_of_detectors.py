@@ -10,7 +10,7 @@ from mmorepa import switch_to_deploy
 from mmorepa.engine.comparison import largest_difference, network_outputs, raw_outputs
 
 
-def detector(name='digits/faster-rcnn_r18-slim-orepa_fpn_1xb4-8e_digits.py'):
+def detector(name='digits/faster-rcnn_r18-slim-orepa_fpn_1xb2-10e_digits.py'):
     return build(shrink(load(name))).eval()
 
 
@@ -45,7 +45,7 @@ def test_equal_after_the_switch():
 
 def test_cascade():
     """A second stage that asks for the size of the images."""
-    cfg = shrink(load('digits/faster-rcnn_r18-slim-orepa_fpn_1xb4-8e_digits.py'))
+    cfg = shrink(load('digits/faster-rcnn_r18-slim-orepa_fpn_1xb2-10e_digits.py'))
     head = cfg.model.roi_head
     head.update(
         type='CascadeRoIHead',

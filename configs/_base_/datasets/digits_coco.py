@@ -24,7 +24,7 @@ _load = [
     dict(type='Resize', scale=(192, 128), keep_ratio=True),
 ]
 digits_train_dataloader = dict(
-    batch_size=4,
+    batch_size=2,
     num_workers=1,
     # Without a flip: a digit's mirror image is none.
     dataset=dict(**_dataset, pipeline=[*_load, dict(type='PackDetInputs')]),
@@ -50,15 +50,15 @@ digits_val_dataloader = dict(
 )
 digits_evaluator = dict(ann_file='data/digits/coco/annotations/instances_val2017.json')
 
-digits_train_cfg = dict(max_epochs=8, val_interval=8)
+digits_train_cfg = dict(max_epochs=10, val_interval=10)
 digits_param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=50),
     dict(
         type='CosineAnnealingLR',
-        T_max=8,
+        T_max=10,
         by_epoch=True,
         begin=0,
-        end=8,
+        end=10,
         convert_to_iter_based=True,
     ),
 ]

@@ -1,0 +1,158 @@
+"""Draws what the training form and the deployed form predict, side by side."""
+
+import argparse
+import copy
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+import mmcv
+import numpy as np
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
+from torch import nn
+from torch.utils.data import Dataset
+
+from mmorepa import switch_to_deploy
+from mmorepa.engine import read_checkpoint
+from mmorepa.engine.checkpoint import load_strictly, load_training_form
+from mmorepa.engine.config import check_data_folders, one_line_errors
+
+COLUMNS = ('ground truth', 'training form', 'deployed')
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description='Draws what the training form and the deployed form of a detector '
+        'or a segmenter predict for test images, side by side.'
+    )
+    parser.add_argument('config', help='the config of the training')
+    parser.add_argument('checkpoint', help='the training checkpoint')
+    parser.add_argument('deployed', help='the deployed checkpoint')
+    parser.add_argument('out', type=Path, help='the PNG to write')
+    parser.add_argument(
+        '--images', type=int, default=4, help='how many test images (default: 4)'
+    )
+    parser.add_argument(
+        '--score', type=float, default=0.5, help='lowest score of a box (default: 0.5)'
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='settings that override the config',
+    )
+    args = parser.parse_args(argv)
+    if args.images < 1:
+        parser.error('--images is at least 1')
+    return args
+
+
+def load_models(cfg: Config, checkpoint: str, deployed: str) -> tuple[nn.Module, ...]:
+    """The training form and the deployed form, each from its own file."""
+    training = MODELS.build(cfg.model).eval()
+    plain = switch_to_deploy(copy.deepcopy(training))
+    load_training_form(training, read_checkpoint(checkpoint)['state_dict'])
+    load_strictly(plain, read_checkpoint(deployed)['state_dict'])
+    return training, plain
+
+
+def draw_rows(
+    cfg: Config,
+    models: Sequence[nn.Module],
+    dataset: Dataset,
+    images: int,
+    score: float,
+) -> list[list[np.ndarray]]:
+    """An image for each of :data:`COLUMNS`, of the first test images."""
+    visualizer = VISUALIZERS.build(
+        dict(type=cfg.visualizer.type, name='draw_predictions')
+    )
+    visualizer.dataset_meta = dataset.metainfo
+    # The two toolboxes' visualizers agree on all but this.
+    options = dict(pred_score_thr=score) if cfg.default_scope == 'mmdet' else {}
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        file = str(Path(folder, 'drawn.png'))
+        for i in range(min(images, len(dataset))):
+            item = dataset[i]
+            samples = [
+                model.test_step(pseudo_collate([copy.deepcopy(item)]))[0]
+                for model in models
+            ]
+            image = mmcv.imread(samples[0].img_path, channel_order='rgb')
+            row = []
+            for sample, is_truth in (
+                (samples[0], True),
+                *((s, False) for s in samples),
+            ):
+                visualizer.add_datasample(
+                    'drawn',
+                    image.copy(),
+                    sample.cpu(),
+                    draw_gt=is_truth,
+                    draw_pred=not is_truth,
+                    out_file=file,
+                    **options,
+                )
+                row.append(mmcv.imread(file, channel_order='rgb'))
+            rows.append(row)
+    return rows
+
+
+def write(rows: list[list[np.ndarray]], path: Path) -> None:
+    """Lays the images out as one picture."""
+    height, width = rows[0][0].shape[:2]
+    figure, axes = plt.subplots(
+        len(rows),
+        len(COLUMNS),
+        figsize=(4 * len(COLUMNS), 4 * height / width * len(rows) + 0.4),
+        squeeze=False,
+        layout='constrained',
+    )
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            axes[i][j].imshow(image)
+            axes[i][j].axis('off')
+            if i == 0:
+                axes[i][j].set_title(COLUMNS[j])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.name}')
+    figure.savefig(temporary, dpi=100, format='png')
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    with one_line_errors():
+        if not Path(args.config).is_file():
+            raise FileNotFoundError(f'no config at {args.config!r}')
+        cfg = Config.fromfile(args.config)
+        if args.cfg_options is not None:
+            cfg.merge_from_dict(args.cfg_options)
+        if cfg.get('default_scope') not in ('mmdet', 'mmseg'):
+            raise ValueError(
+                'this draws detectors and segmenters (default_scope mmdet or mmseg), '
+                f'found default_scope={cfg.get("default_scope")!r}'
+            )
+        check_data_folders(cfg, ('test',))
+        init_default_scope(cfg.default_scope)
+        models = load_models(cfg, args.checkpoint, args.deployed)
+        dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    rows = draw_rows(cfg, models, dataset, args.images, args.score)
+    with one_line_errors((OSError,)):
+        write(rows, args.out)
+    print(f'Wrote {args.out}.')
+
+
+if __name__ == '__main__':
+    main()
