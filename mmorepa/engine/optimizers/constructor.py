@@ -101,6 +101,9 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 f'paramwise_cfg has no option {", ".join(sorted(unknown))}; it knows '
                 f'{", ".join(sorted({*_MMENGINE_OPTIONS, *_MULTIPLIERS, "stem_keys"}))}'
             )
+        keys = self.paramwise_cfg.get('stem_keys')
+        if isinstance(keys, str):  # Or else its letters would be the names.
+            raise ValueError(f'stem_keys is a list of names, found {keys!r}')
 
     def _multiply(
         self,
