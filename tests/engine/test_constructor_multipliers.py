@@ -1,0 +1,357 @@
+"""What the multipliers reach, parameter by parameter, and what they leave."""
+
+import copy
+from pathlib import Path
+
+import pytest
+from helpers import import_models
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DefaultScope
+from mmengine.utils import import_modules_from_strings
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmorepa import switch_to_deploy
+from mmorepa.layers import OREPAConv2d
+
+CONFIGS = Path(__file__).parents[2] / 'configs' / 'imagenet'
+LR, DECAY = 0.1, 1e-4
+RECIPE = dict(
+    norm_decay_mult=0.0, bias_decay_mult=0.0, bias_lr_mult=2.0, norm_bias_lr_mult=2.0
+)
+
+
+def settings(model, optimizer=None, **paramwise):
+    """(learning rate, weight decay) by the name of every parameter."""
+    optimizer = optimizer or dict(type='SGD', lr=LR, momentum=0.9, weight_decay=DECAY)
+    wrapper = build_optim_wrapper(
+        model,
+        dict(
+            optimizer=optimizer,
+            constructor='OREPAOptimWrapperConstructor',
+            paramwise_cfg=paramwise,
+        ),
+    )
+    names = {id(param): name for name, param in model.named_parameters()}
+    found = {}
+    for group in wrapper.optimizer.param_groups:
+        for param in group['params']:
+            assert names[id(param)] not in found
+            found[names[id(param)]] = group['lr'], group['weight_decay']
+    return found
+
+
+def classifier(name, **backbone):
+    import_models('mmpretrain')
+    cfg = Config.fromfile(CONFIGS / f'{name}_4xb64_in1k.py').model
+    cfg.backbone.update(base_channels=4, **backbone)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        models = import_modules_from_strings('mmpretrain.registry').MODELS
+        return models.build(cfg)
+
+
+def detector(backbone):
+    import_models('mmdet')
+    cfg = dict(
+        type='RetinaNet',
+        backbone=backbone,
+        neck=dict(
+            type='FPN', in_channels=[16, 32, 64, 128], out_channels=8, num_outs=5
+        ),
+        bbox_head=dict(
+            type='RetinaHead',
+            num_classes=3,
+            in_channels=8,
+            feat_channels=8,
+            stacked_convs=1,
+            anchor_generator=dict(
+                type='AnchorGenerator',
+                octave_base_scale=4,
+                scales_per_octave=1,
+                ratios=[1.0],
+                strides=[8, 16, 32, 64, 128],
+            ),
+            bbox_coder=dict(type='DeltaXYWHBBoxCoder'),
+        ),
+    )
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        models = import_modules_from_strings('mmdet.registry').MODELS
+        return models.build(cfg)
+
+
+OURS = dict(type='OREPAResNet', depth=50, base_channels=4)
+STOCK = dict(
+    type='ResNet',
+    depth=50,
+    base_channels=4,
+    stem_channels=4,
+    frozen_stages=-1,
+    conv_cfg=dict(type='OREPAConv2d'),
+    norm_cfg=dict(type='BN', requires_grad=True),
+)
+MODELS = {
+    'resnet50': lambda: classifier('resnet50-orepa'),
+    'repvgg': lambda: classifier('repvgg-a0-orepa'),
+    'dbb': lambda: classifier('resnet18-dbb'),
+    'retinanet': lambda: detector(OURS),
+    'stock retinanet': lambda: detector(STOCK),
+}
+# What the names say about a parameter.
+STEMS = {
+    'stock retinanet': ('backbone.conv1.', 'backbone.bn1.'),
+    **dict.fromkeys(('resnet50', 'repvgg', 'dbb', 'retinanet'), 'backbone.stem.'),
+}
+STEM_KEYS = {'stock retinanet': dict(stem_keys=['backbone.conv1', 'backbone.bn1'])}
+
+
+def kinds(kind, model):
+    """The names that each multiplier is meant for, from names and types alone."""
+    norms = [n for n, m in model.named_modules() if isinstance(m, _BatchNorm)]
+    names = [name for name, _ in model.named_parameters()]
+    of_norms = {n for n in names if n.rpartition('.')[0] in norms}
+    return dict(
+        norm_bias_lr_mult={n for n in of_norms if n.endswith('.bias')},
+        stem_lr_mult={n for n in names if n.startswith(STEMS[kind])},
+        scale_lr_mult={n for n in names if n.endswith('.scale')},
+        scale_decay_mult={n for n in names if n.endswith('.scale')},
+        branch_decay_mult={n for n in names if '.branches.' in n} - of_norms,
+    )
+
+
+@pytest.fixture(scope='module')
+def built():
+    """Models by kind; optimizers leave them alone."""
+    models = {}
+
+    def build(kind):
+        if kind not in models:
+            models[kind] = MODELS[kind]()
+        return models[kind]
+
+    return build
+
+
+def multiplied(before, names, mult, setting):
+    return {
+        name: ((lr * mult, decay) if setting == 'lr' else (lr, decay * mult))
+        if name in names
+        else (lr, decay)
+        for name, (lr, decay) in before.items()
+    }
+
+
+def approximately(expected):
+    return {name: pytest.approx(values, rel=1e-9) for name, values in expected.items()}
+
+
+OTHERS = {
+    'no others': dict(),
+    'recipe': {k: v for k, v in RECIPE.items() if k != 'norm_bias_lr_mult'},
+    'custom keys': dict(
+        norm_decay_mult=0.0,
+        bias_lr_mult=2.0,
+        custom_keys={
+            'layer1': dict(lr_mult=0.5, decay_mult=3.0),
+            'stem': dict(lr_mult=0.25),
+            'conv1': dict(decay_mult=0.7),
+        },
+    ),
+    'flat and depthwise': dict(flat_decay_mult=0.4, dwconv_decay_mult=0.3),
+}
+MULTIPLIERS = {
+    'norm_bias_lr_mult': 3.0,
+    'stem_lr_mult': 0.1,
+    'scale_lr_mult': 5.0,
+    'scale_decay_mult': 0.2,
+    'branch_decay_mult': 0.0,
+}
+
+
+@pytest.mark.parametrize('others', OTHERS)
+@pytest.mark.parametrize('option', MULTIPLIERS)
+@pytest.mark.parametrize('kind', MODELS)
+def test_multiplies_what_others_give(built, kind, option, others):
+    model = built(kind)
+    names = kinds(kind, model)[option]
+    options = OTHERS[others]
+    keys = STEM_KEYS.get(kind, {}) if option == 'stem_lr_mult' else {}
+    mult = MULTIPLIERS[option]
+    if kind == 'dbb' and option.startswith('scale_'):
+        assert not names
+        with pytest.raises(ValueError, match=f'{option}={mult} has no effect'):
+            settings(model, **options, **{option: mult})
+        return
+    assert names
+    before = settings(model, **options)
+    assert before.keys() == dict(model.named_parameters()).keys()
+    found = settings(model, **options, **keys, **{option: mult})
+    setting = 'lr' if '_lr_' in option else 'decay'
+    assert found == approximately(multiplied(before, names, mult, setting))
+    assert found != before
+
+
+@pytest.mark.parametrize('kind', ['resnet50', 'repvgg', 'retinanet', 'stock retinanet'])
+def test_all_at_once(built, kind):
+    """Where several are meant for one parameter, they multiply each other."""
+    model = built(kind)
+    by_option = kinds(kind, model)
+    base = {k: v for k, v in RECIPE.items() if k != 'norm_bias_lr_mult'}
+    expected = settings(model, **base)
+    for option, mult in MULTIPLIERS.items():
+        setting = 'lr' if '_lr_' in option else 'decay'
+        expected = multiplied(expected, by_option[option], mult, setting)
+    found = settings(model, **base, **MULTIPLIERS, **STEM_KEYS.get(kind, {}))
+    assert found == approximately(expected)
+
+
+def test_numbers(built):
+    """The recipe with a slower stem and no decay of branches, number by number."""
+    found = settings(
+        built('resnet50'),
+        **RECIPE,
+        stem_lr_mult=0.1,
+        scale_lr_mult=0.5,
+        branch_decay_mult=0.0,
+    )
+    expected = {
+        # The norm of the stem keeps its rules: no decay, biases at the double rate.
+        'backbone.stem.norm.weight': (0.01, 0.0),
+        'backbone.stem.norm.bias': (0.02, 0.0),
+        'backbone.stem.branches.factors.0.weight_origin': (0.01, 0.0),
+        'backbone.stem.branches.factors.2.scale': (0.005, 0.0),
+        'backbone.layer1.0.conv1.branches.scale': (0.05, 0.0),
+        'backbone.layer1.0.conv2.branches.weight_depthwise': (0.1, 0.0),
+        'backbone.layer1.0.conv2.norm.weight': (0.1, 0.0),
+        'backbone.layer1.0.conv2.norm.bias': (0.2, 0.0),
+        'head.fc.weight': (0.1, 1e-4),
+        'head.fc.bias': (0.2, 0.0),
+    }
+    assert {name: found[name] for name in expected} == approximately(expected)
+
+
+def test_norms_inside_of_blocks_are_no_branches(built):
+    """RepVGG's branches end in norms, which have a decay of their own."""
+    model = built('repvgg')
+    found = settings(model, branch_decay_mult=0.0)
+    block = 'backbone.layer1.1.conv.branches'
+    expected = {
+        f'{block}.origin.branches.weight_origin': (LR, 0.0),
+        f'{block}.origin.branches.scale': (LR, 0.0),
+        f'{block}.origin.norm.weight': (LR, DECAY),
+        f'{block}.pointwise.branches.weight': (LR, 0.0),
+        f'{block}.pointwise.norm.bias': (LR, DECAY),
+        f'{block}.identity.norm.weight': (LR, DECAY),
+        'head.fc.weight': (LR, DECAY),
+    }
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_stem_that_is_named(built):
+    """Any modules can be the stem, of our networks too."""
+    model = built('resnet50')
+    keys = ['backbone.stem.branches', 'backbone.layer1.0', 'head.fc']
+    found = settings(model, stem_lr_mult=0.1, stem_keys=keys)
+    slow = {name for name, (lr, _) in found.items() if lr == pytest.approx(0.01)}
+    prefixes = tuple(f'{key}.' for key in keys)
+    assert slow == {n for n, _ in model.named_parameters() if n.startswith(prefixes)}
+
+
+def test_module_of_a_wrapper(built):
+    model = copy.deepcopy(built('repvgg'))
+    wrapped = nn.DataParallel(model)
+    inner = settings(model, stem_lr_mult=0.1)
+    wrapper = build_optim_wrapper(
+        wrapped,
+        dict(
+            optimizer=dict(type='SGD', lr=LR),
+            constructor='OREPAOptimWrapperConstructor',
+            paramwise_cfg=dict(stem_lr_mult=0.1),
+        ),
+    )
+    rates = {
+        id(param): group['lr']
+        for group in wrapper.optimizer.param_groups
+        for param in group['params']
+    }
+    for name, param in model.named_parameters():
+        assert rates[id(param)] == inner[name][0]
+
+
+class TestErrors:
+    @pytest.mark.parametrize('option', MULTIPLIERS)
+    def test_nothing_that_fits(self, option):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False))
+        message = f'{option}=2.0 has no effect: the model has nothing that it is meant'
+        with pytest.raises(ValueError, match=message):
+            settings(model, **{option: 2.0})
+
+    @pytest.mark.parametrize(
+        ('option', 'frozen'),
+        [
+            ('stem_lr_mult', dict(frozen_stages=0)),
+            ('scale_lr_mult', dict(frozen_stages=4)),
+            ('scale_decay_mult', dict(frozen_stages=4)),
+            ('branch_decay_mult', dict(frozen_stages=4)),
+            ('norm_bias_lr_mult', dict(frozen_stages=4)),
+        ],
+    )
+    def test_only_frozen_parameters(self, option, frozen):
+        model = classifier('resnet18-orepa', **frozen)
+        message = rf'{option}=2.0 has no effect: all that .* is frozen \(frozen_stages'
+        with pytest.raises(ValueError, match=message):
+            settings(model, **{option: 2.0})
+
+    def test_some_frozen_parameters(self):
+        model = classifier('resnet18-orepa', frozen_stages=1)
+        found = settings(model, scale_lr_mult=2.0)
+        fast = [name for name, (lr, _) in found.items() if lr == 2 * LR]
+        assert len(fast) == 12
+        assert all(name.endswith('.scale') for name in fast)
+        assert not any('stem' in name or 'layer1' in name for name in found)
+
+    def test_frozen_stem_of_mmdet(self):
+        """Its configs freeze stem and first stage, where a multiplier is lost."""
+        model = detector(dict(STOCK, frozen_stages=1))
+        options = dict(stem_lr_mult=0.1, stem_keys=['backbone.conv1', 'backbone.bn1'])
+        with pytest.raises(
+            ValueError, match='stem_lr_mult=0.1 has no effect: all that'
+        ):
+            settings(model, **options)
+
+    def test_stem_of_other_networks_has_to_be_named(self, built):
+        with pytest.raises(ValueError, match='stem_lr_mult=0.1 has no effect'):
+            settings(built('stock retinanet'), stem_lr_mult=0.1)
+
+    @pytest.mark.parametrize(
+        ('options', 'words'),
+        [
+            (
+                dict(stem_lr_mult=0.1, stem_keys=['backbone.stem', 'backbone.conv9']),
+                'stem_keys names backbone.conv9, which is no module',
+            ),
+            (
+                dict(stem_lr_mult=0.1, stem_keys='backbone.stem'),
+                "stem_keys is a list of names, found 'backbone.stem'",
+            ),
+            (
+                dict(stem_lr_mul=0.1),
+                'paramwise_cfg has no option stem_lr_mul; it knows .*stem_lr_mult',
+            ),
+            (dict(scale_lr=1.0, lr=2.0), 'has no option lr, scale_lr; it knows'),
+        ],
+    )
+    def test_options(self, built, options, words):
+        with pytest.raises(ValueError, match=words):
+            settings(built('resnet50'), **options)
+
+    def test_deployed(self):
+        model = switch_to_deploy(nn.Sequential(OREPAConv2d(4, 4, 3)))
+        with pytest.raises(ValueError, match='branch_decay_mult=0.0 has no effect'):
+            settings(model, branch_decay_mult=0.0)
+
+    @pytest.mark.parametrize('option', ['scale_decay_mult', 'branch_decay_mult'])
+    def test_decay_that_is_not_set(self, option):
+        model = nn.Sequential(OREPAConv2d(4, 4, 3))
+        with pytest.raises(ValueError, match=f"{option} needs 'weight_decay' in the"):
+            settings(model, dict(type='SGD', lr=LR), **{option: 0.0})
