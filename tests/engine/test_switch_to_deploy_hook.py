@@ -83,12 +83,16 @@ class TestTest:
         assert runner.test() == first
         assert torch.equal(logits_tested(runner), logits)
 
-    def test_deployed_already(self, tmp_path):
+    def test_deployed_already(self, tmp_path, messages):
         model = TinyClassifier(deploy=True)
         expected = logits_of(model)
         runner = make_test_runner(tmp_path, model, custom_hooks=[HOOK])
+        texts = messages(runner)
         runner.test()
         assert torch.equal(logits_tested(runner), expected)
+        # Said, since who asks for a switch and gets none should know.
+        assert len([t for t in texts if t.startswith('Nothing to switch')]) == 1
+        assert not any(t.startswith('Switched') for t in texts)
 
     def test_same_result_as_without(self, tmp_path):
         _, path, _ = trained_state(tmp_path)

@@ -57,7 +57,13 @@ class SwitchToDeployHook(Hook):
         Raises:
             RuntimeError: If the outputs differ by more than the tolerance.
         """
-        if batch_idx != 0 or not is_switchable(runner.model):
+        if batch_idx != 0:
+            return
+        if not is_switchable(runner.model):
+            runner.logger.info(
+                'Nothing to switch: the model is deployed, or it has no '
+                're-parameterised conv.'
+            )
             return
         compare = self.tolerance is not None
         if compare:
