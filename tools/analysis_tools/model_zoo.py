@@ -161,8 +161,8 @@ def to_metafile(entries: Sequence[Entry]) -> str:
             Metadata={
                 'Training Data': 'ImageNet-1k',
                 'Training Techniques': ['SGD with Momentum', 'Weight Decay'],
-                'Training Epochs': 120,
-                'Training Batch Size': 256,
+                'Epochs': 120,
+                'Batch Size': 256,
                 'Architecture': [name],
             },
             Paper=dict(
