@@ -93,6 +93,7 @@ class TestDocument:
             else:
                 assert row[-3:] == ['–'] * 3, name
         assert PAPER.keys() < rows().keys()
+        assert tool(TOOL).PAPER == PAPER
 
     @pytest.mark.parametrize('name', KNOWN)
     def test_figures_that_are_known(self, name):
