@@ -120,15 +120,14 @@ class PublishedNetwork:
         composed, product = torch.zeros_like(origin), torch.zeros_like(origin)
         for group in range(groups):
             here = range(group * outputs // groups, (group + 1) * outputs // groups)
-            for t in range(hidden):
-                composed[here] += second[here, t][:, None] * first[group * hidden + t]
+            maps = first[group * hidden : (group + 1) * hidden, :, 0, 0]
+            composed[here] = torch.einsum('otyx,ti->oiyx', second[here], maps)
             # The published code interleaves the groups.
             rows = [o * groups + group for o in range(outputs // groups)]
-            for i in range(own):
-                for t in range(8):
-                    weights = separable[rows, i * 8 + t]
-                    taps = depthwise[(group * own + i) * 8 + t, 0]
-                    product[here, i] += weights * taps
+            for t in range(8):
+                channels = [(group * own + i) * 8 + t for i in range(own)]
+                columns = [i * 8 + t for i in range(own)]
+                product[here] += separable[rows][:, columns] * depthwise[channels, 0]
         branches = [
             origin,
             (entry('avg_conv') / 9).expand(-1, -1, 3, 3),

@@ -74,10 +74,11 @@ class Recorder(Hook):
         self.losses.append({name: float(value) for name, value in outputs.items()})
 
 
-def run(tmp_path, model, iterations=1, decay=DECAY, hook=True, wrapper=None, **options):
+def run(tmp_path, model, iterations=1, hook=True, hooks=(), wrapper=None, **options):
     """Trains; the runner and what it recorded."""
     recorder = Recorder()
-    hooks = [dict(type='EquivalentKernelDecayHook', weight_decay=decay)] if hook else []
+    decay = dict(type='EquivalentKernelDecayHook', weight_decay=DECAY)
+    hooks = [*([decay] if hook else []), *hooks]
     runner = make_runner(
         tmp_path,
         model,
@@ -300,14 +301,15 @@ def test_data_parallel(tmp_path, monkeypatch, network):
     assert_same_weights(model, expected)
 
 
-def test_folded_training(tmp_path):
+@pytest.mark.parametrize('network', NETWORKS)
+def test_folded_training(tmp_path, network):
     """With the fold out of the graph, the decay reaches the branches as well."""
-    start = resnet('orepa')
-    expected, _ = run(tmp_path / 'online', copy.deepcopy(start), iterations=3)
+    start = NETWORKS[network]()
+    expected, _ = run(tmp_path / 'online', copy.deepcopy(start), iterations=2)
     folded, _ = run(
         tmp_path / 'folded',
         copy.deepcopy(start),
-        iterations=3,
+        iterations=2,
         wrapper=dict(type='FoldedOptimWrapper'),
     )
     assert_same_weights(folded.model, expected.model, 1e-4)
@@ -453,22 +455,29 @@ class TestForwardHook:
         assert seen[1].keys() == {'loss_cls', 'loss_kernel_decay'}
 
     def test_with_averages_and_copies(self, tmp_path):
-        """EMAHook and others copy the model; checkpoints know nothing of the hook."""
+        """Hooks copy the model while it trains; checkpoints know nothing of it."""
         model = resnet('orepa')
+        start = copy.deepcopy(model)
         runner, recorder = run(
             tmp_path,
             model,
             iterations=2,
+            hooks=[dict(type='EMAHook', momentum=0.5, begin_iter=0)],
             default_hooks=dict(
-                logger=dict(type='LoggerHook', interval=1),
                 checkpoint=dict(type='CheckpointHook', interval=1, by_epoch=False),
             ),
         )
-        # Copies made by deepcopy while it trained.
+        expected, losses = step_by_hand(start)
+        assert recorder.losses[0] == pytest.approx(losses, rel=1e-5)
+        saved = torch.load(tmp_path / 'iter_1.pth', weights_only=True)
+        assert saved['state_dict'].keys() == model.state_dict().keys()
+        # Of the first step, the average is a copy.
+        for name, parameter in expected.named_parameters():
+            if parameter.any():
+                assert_near(saved['state_dict'][name], parameter, 1e-5)
+        # Copies made by deepcopy work on their own.
         copied = recorder.models[1]
         assert copied(*batch(), mode='loss')['loss_cls'] > 0
-        saved = torch.load(tmp_path / 'iter_2.pth', weights_only=True)
-        assert saved['state_dict'].keys() == model.state_dict().keys()
 
 
 def test_built_by_a_detector_config(tmp_path):
