@@ -68,8 +68,20 @@ def short_config(scenes_folder, tmp_path_factory):
             'train_dataloader = dict(**data)\n'
             'val_dataloader = data\n'
             'test_dataloader = data\n'
-            'model = dict(backbone=dict(init_cfg=None))\n'
-            "log_level = 'WARNING'\n" + evaluator + '\n'.join(lines) + '\n'
+            # Statistics that a few steps suffice for, small steps, and no threshold,
+            # so that there are boxes, with scores to compare.
+            "norm_cfg = dict(type='BN', requires_grad=True, momentum=0.9)\n"
+            'model = dict(backbone=dict(init_cfg=None, norm_cfg=norm_cfg))\n'
+            + (
+                'optim_wrapper = dict(optimizer=dict(lr=0.001))\n'
+                "model['test_cfg'] = dict(rcnn=dict(score_thr=0.0), score_thr=0.0)\n"
+                if is_detector
+                else ''
+            )
+            + "log_level = 'WARNING'\n"
+            + evaluator
+            + '\n'.join(lines)
+            + '\n'
         )
         return path
 

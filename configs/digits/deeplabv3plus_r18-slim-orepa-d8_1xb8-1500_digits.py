@@ -4,7 +4,8 @@ _base_ = [
 ]
 
 model = dict(**_base_.digits_model)
-model['decode_head'].update(c1_in_channels=16, c1_channels=16)
+# Dilations for maps of 12x18, which those for Cityscapes would reach out of.
+model['decode_head'].update(c1_in_channels=16, c1_channels=16, dilations=(1, 2, 4, 6))
 data_preparation = _base_.digits_preparation
 train_dataloader = _base_.digits_train_dataloader
 val_dataloader = _base_.digits_val_dataloader
@@ -12,5 +13,5 @@ test_dataloader = val_dataloader
 optim_wrapper = _base_.digits_optim_wrapper
 train_cfg = _base_.digits_train_cfg
 param_scheduler = _base_.digits_param_scheduler
-default_hooks = dict(checkpoint=dict(interval=1200))
+default_hooks = dict(checkpoint=dict(interval=1500))
 randomness = dict(seed=0)
