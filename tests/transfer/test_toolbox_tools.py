@@ -140,6 +140,29 @@ def test_inferencers(trained, run_python, scenes_folder):
     )
 
 
+def test_predictions_side_by_side(trained, run_python, tmp_path):
+    import mmcv
+
+    _, forms = trained
+    config, checkpoint = forms['training form']
+    deployed = forms['deployed'][1]
+    out = tmp_path / 'folder' / 'predictions.png'
+    run_python(
+        'tools/analysis_tools/draw_predictions.py',
+        *(config, checkpoint, deployed, out, '--images=2', '--score=0.01'),
+    )
+    picture = mmcv.imread(str(out))
+    height, width = picture.shape[:2]
+    # Two rows of three images of 192x128.
+    assert width > 1000 and 0.4 < height / width < 0.6
+    assert picture.std() > 10
+    middle, right = (
+        picture[:, i * width // 3 : (i + 1) * width // 3].astype(float) for i in (1, 2)
+    )
+    assert abs(middle.mean() - right.mean()) < 2
+    assert [path.name for path in out.parent.iterdir()] == ['predictions.png']
+
+
 def test_inferencer_of_classifiers(run_python, scenes_folder, tmp_path):
     import_models('mmpretrain')
     config = CONFIGS / 'digits/resnet18-slim-orepa_1xb64_digits.py'
