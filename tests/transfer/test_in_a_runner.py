@@ -182,7 +182,8 @@ def test_options_of_training(name, option, short_config, tmp_path):
         assert not any(key.startswith(frozen) for key in changed)
     else:
         assert any(key.startswith('stem.') for key in changed)
-    assert any(key.startswith('layer4.') for key in changed)
+    last = f'{backbone.stage_names[-1]}.'
+    assert any(key.startswith(last) for key in changed)
     assert all(torch.isfinite(p).all() for p in backbone.parameters())
     convs = [m for m in backbone.modules() if isinstance(m, ReparamConv2d)]
     assert convs and not any(m.deployed for m in convs)
