@@ -14,7 +14,7 @@ readonly DATA=data/digits
 readonly WORK=work_dirs/quickstart
 readonly EPOCHS=20
 readonly DETECTOR=configs/digits/faster-rcnn_r18-slim-orepa_fpn_1xb2-10e_digits.py
-readonly SEGMENTER=configs/digits/deeplabv3plus_r18-slim-orepa-d8_1xb8-1500_digits.py
+readonly SEGMENTER=configs/digits/deeplabv3plus_r18-slim-orepa-d8_1xb8-2500_digits.py
 export VENV=${VENV:-$PWD/.venv}
 readonly PYTHON=$VENV/bin/python
 

@@ -57,25 +57,35 @@ _dataset = dict(
     ),
 )
 # At three quarters of their size, the digits are about as large as those of the
-# pretraining. They are not mirrored: a digit's mirror image is none.
-_load, _resize, _annotate, _pack = (
+# pretraining.
+_size = (144, 96)
+_train_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(144, 96), keep_ratio=True),
+    dict(type='LoadAnnotations'),
+    dict(type='RandomResize', scale=_size, ratio_range=(0.8, 1.25), keep_ratio=True),
+    dict(type='RandomCrop', crop_size=_size[::-1]),
+    # That of Cityscapes but for the flip: a digit's mirror image is none.
+    dict(type='PhotoMetricDistortion'),
+    dict(type='PackSegInputs'),
+]
+_test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=_size, keep_ratio=True),
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
-)
+]
 digits_train_dataloader = dict(
     batch_size=8,
     num_workers=1,
-    dataset=dict(**_dataset, pipeline=[_load, _annotate, _resize, _pack]),
+    dataset=dict(**_dataset, pipeline=_train_pipeline),
 )
 digits_val_dataloader = dict(
-    num_workers=1, dataset=dict(**_dataset, pipeline=[_load, _resize, _annotate, _pack])
+    num_workers=1, dataset=dict(**_dataset, pipeline=_test_pipeline)
 )
 
 # Eight images of few pixels, a head a quarter as wide: larger steps than for a city.
-digits_optim_wrapper = dict(optimizer=dict(lr=0.05))
-digits_train_cfg = dict(max_iters=1500, val_interval=1500)
+digits_optim_wrapper = dict(optimizer=dict(lr=0.1))
+digits_train_cfg = dict(max_iters=2500, val_interval=2500)
 digits_param_scheduler = [
-    dict(type='PolyLR', eta_min=1e-4, power=0.9, begin=0, end=1500, by_epoch=False)
+    dict(type='PolyLR', eta_min=1e-4, power=0.9, begin=0, end=2500, by_epoch=False)
 ]

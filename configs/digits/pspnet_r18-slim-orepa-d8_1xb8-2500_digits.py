@@ -11,5 +11,5 @@ test_dataloader = val_dataloader
 optim_wrapper = _base_.digits_optim_wrapper
 train_cfg = _base_.digits_train_cfg
 param_scheduler = _base_.digits_param_scheduler
-default_hooks = dict(checkpoint=dict(interval=1500))
+default_hooks = dict(checkpoint=dict(interval=2500))
 randomness = dict(seed=0)
