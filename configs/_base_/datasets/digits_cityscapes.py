@@ -56,14 +56,15 @@ _dataset = dict(
         )
     ),
 )
-# At three quarters of their size, the digits are about as large as those of the
-# pretraining.
-_size = (144, 96)
+# Somewhat smaller, the digits are about as large as those of the pretraining. No image
+# is smaller than a crop: the loss has no class weight for the label of padding.
+_size = (168, 112)
+_crop_size = (96, 144)
 _train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
-    dict(type='RandomResize', scale=_size, ratio_range=(0.8, 1.25), keep_ratio=True),
-    dict(type='RandomCrop', crop_size=_size[::-1]),
+    dict(type='RandomResize', scale=_size, ratio_range=(0.86, 1.15), keep_ratio=True),
+    dict(type='RandomCrop', crop_size=_crop_size),
     # That of Cityscapes but for the flip: a digit's mirror image is none.
     dict(type='PhotoMetricDistortion'),
     dict(type='PackSegInputs'),
