@@ -80,7 +80,7 @@ pretrain() {
 # $WORK/TASK.
 fine_tune() {
   local task=$1 config=$2 folder=$WORK/$1 checkpoint
-  local shown='mAP: |mIoU: |(Epoch|Iter)\(train\).*[05]0/'
+  local shown='mAP: |mIoU: |(Epoch|Iter)\(train\)'
   rm -rf "$folder"
   mkdir -p "$folder"
   run "$folder/train.log" "$shown" \
