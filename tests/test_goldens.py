@@ -92,6 +92,9 @@ def published(request, layout):
             # The published blocks with an identity branch have a row that no
             # branch uses.
             ours[key] = value[:5]
+        if key.endswith('weight_pointwise_kxk_2'):
+            # Ours have the channels last.
+            ours[key] = value.permute(0, 2, 3, 1)
     return request.param, build, ours, classifier
 
 

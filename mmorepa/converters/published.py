@@ -37,7 +37,7 @@ class _Pair(NamedTuple):
     """An entry here and there.
 
     ``ours`` is None for entries that the published code saves though they are fixed;
-    ``fixed`` makes them. ``to_ours`` and ``to_theirs`` reorder the rows.
+    ``fixed`` makes them. ``to_ours`` and ``to_theirs`` reorder rows or dimensions.
     """
 
     theirs: str
@@ -222,7 +222,11 @@ def _check(
     for key in expected.keys() & found.keys():
         pair, value = expected[key], found[key]
         fixed = None if pair.fixed is None else pair.fixed()
-        shape = shapes[pair.ours] if fixed is None else tuple(fixed.shape)
+        if fixed is None:
+            like = pair.to_theirs(torch.empty(shapes[pair.ours], device='meta'))
+        else:
+            like = fixed
+        shape = tuple(like.shape)
         if tuple(value.shape) != shape:
             misshapen.append(f'{key} ({tuple(value.shape)}, not {shape})')
         elif fixed is not None and not torch.allclose(
@@ -396,6 +400,11 @@ def _kernel_pairs(
             pair = pair._replace(
                 to_ours=lambda x: _swap_rows(x, -1, groups),
                 to_theirs=lambda x: _swap_rows(x, groups, -1),
+            )
+        if theirs == '1x1_kxk_conv2':
+            pair = pair._replace(
+                to_ours=lambda x: x.permute(0, 2, 3, 1).contiguous(),
+                to_theirs=lambda x: x.permute(0, 3, 1, 2).contiguous(),
             )
         yield pair
     yield _Pair(f'{there}vector', f'{here}scale')

@@ -1,5 +1,11 @@
 """The algebra of re-parameterisation: pure functions on tensors."""
 
+from .closed_forms import (
+    fold_1x1,
+    fold_1x1_gradients,
+    fold_kxk,
+    fold_kxk_gradients,
+)
 from .fusion import fuse_bn
 from .kernels import (
     average_kernel,
@@ -22,6 +28,10 @@ __all__ = [
     'depthwise_separable_kernel',
     'embed_1x1',
     'filtered_kernel',
+    'fold_1x1',
+    'fold_1x1_gradients',
+    'fold_kxk',
+    'fold_kxk_gradients',
     'frequency_prior',
     'fuse_bn',
     'identity_1x1',

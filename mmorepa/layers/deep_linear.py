@@ -2,6 +2,7 @@
 
 from typing import Callable
 
+import torch
 from torch import Tensor, nn
 
 from ..functional import compose_deep_linear
@@ -39,10 +40,63 @@ class DeepLinearKernel(nn.Module):
 
     def forward(self) -> Tensor:
         """Returns the kernel, shape (O, Ig, k, k)."""
-        kernel, *factors = [factor() for factor in self.factors]
-        for factor in factors:
-            kernel = compose_deep_linear(kernel, factor, self.groups)
-        return kernel
+        return self._compose([factor() for factor in self.factors])
+
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether :meth:`fold` and :meth:`fold_gradients` may be called."""
+        return all(getattr(factor, 'has_closed_form', False) for factor in self.factors)
+
+    def fold(self, tensors: dict[str, Tensor]) -> Tensor:
+        """As :meth:`forward`, but without a graph.
+
+        Args:
+            tensors (dict[str, Tensor]): Parameters and buffers by name.
+        """
+        return self._compose(self._fold_factors(tensors))
+
+    def fold_gradients(
+        self, tensors: dict[str, Tensor], grad: Tensor
+    ) -> dict[str, Tensor]:
+        """The derivative of :meth:`fold`, through the factors' own.
+
+        Args:
+            tensors (dict[str, Tensor]): Parameters and buffers by name.
+            grad (Tensor): The gradient of the kernel.
+
+        Returns:
+            dict[str, Tensor]: The gradient of every parameter, by its name.
+        """
+        kernels = [k.requires_grad_() for k in self._fold_factors(tensors)]
+        with torch.enable_grad():
+            composed = self._compose(kernels)
+        found = {}
+        grads = torch.autograd.grad(composed, kernels, grad)
+        for index, (factor, kernel_grad) in enumerate(zip(self.factors, grads)):
+            own = factor.fold_gradients(_of_factor(tensors, index), kernel_grad)
+            found.update({f'factors.{index}.{name}': g for name, g in own.items()})
+        return found
+
+    def _fold_factors(self, tensors: dict[str, Tensor]) -> list[Tensor]:
+        return [
+            factor.fold(_of_factor(tensors, index))
+            for index, factor in enumerate(self.factors)
+        ]
+
+    def _compose(self, kernels: list[Tensor]) -> Tensor:
+        kernel, *others = kernels
+        for other in others:
+            kernel = compose_deep_linear(kernel, other, self.groups)
+        return kernel.contiguous()
+
+
+def _of_factor(tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    prefix = f'factors.{index}.'
+    return {
+        name[len(prefix) :]: tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 class DeepLinearConv2d(ReparamConv2d):

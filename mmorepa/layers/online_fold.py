@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
+from torch.nn.utils.parametrize import is_parametrized
 
 _HALF_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -105,7 +106,10 @@ class OnlineFold:
         grads = _fold_gradients(branches, tensors, self._leaf.grad)
         for tensor, grad in zip(tensors.values(), grads):
             if grad is not None:
-                tensor.grad = grad if tensor.grad is None else tensor.grad + grad
+                if tensor.grad is None:
+                    tensor.grad = grad
+                else:
+                    tensor.grad.add_(grad)
         self._leaf.grad = None
 
     def clear(self) -> None:
@@ -166,7 +170,7 @@ class _Entry:
         with_grad = self._is_trained and torch.is_grad_enabled()
         if self._leaf is not None and self._kernel is None:
             with torch.inference_mode(False), torch.no_grad():
-                self._leaf.copy_(_fold(branches, dict(_named_tensors(branches))))
+                self._leaf.copy_(_fold_fast(branches, dict(_named_tensors(branches))))
             self._kernel = self._leaf
         if self._kernel is None or (with_grad and not self._kernel.requires_grad):
             # Outside of inference mode, since a kernel made inside of it could not
@@ -203,7 +207,7 @@ class _Fold(torch.autograd.Function):
     ) -> Tensor:
         ctx.branches, ctx.names, ctx.tensors = branches, names, tensors
         ctx.versions = [_version(t) for t in tensors]
-        return _fold(branches, dict(zip(names, tensors)))
+        return _fold_fast(branches, dict(zip(names, tensors)))
 
     @staticmethod
     @once_differentiable
@@ -219,23 +223,39 @@ class _Fold(torch.autograd.Function):
 
 
 def _fold(branches: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
-    """The kernel, computed in float32 or better whatever the context says.
+    """The kernel by the plain formulas, which can be differentiated.
 
-    The sum of several branches loses digits in half precision, and costs nothing
-    compared with the convolution itself.
+    Computed in float32 or better whatever the context says: the sum of several
+    branches loses digits in half precision, and costs nothing compared with the
+    convolution itself.
     """
     first = next(iter(tensors.values()))
     with _no_autocast(first.device.type):
-        if first.dtype not in _HALF_DTYPES:
-            return functional_call(branches, tensors, ())
-        wide = {name: t.float() for name, t in tensors.items()}
-        return functional_call(branches, wide, ()).to(first.dtype)
+        kernel = functional_call(branches, _widened(tensors), ())
+    return kernel.to(first.dtype)
+
+
+def _fold_fast(branches: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
+    """The kernel in closed form where there is one; no graph is built."""
+    if not _has_closed_form(branches):
+        return _fold(branches, tensors)
+    first = next(iter(tensors.values()))
+    with torch.no_grad(), _no_autocast(first.device.type):
+        return branches.fold(_widened(tensors)).to(first.dtype)
 
 
 def _fold_gradients(
     branches: nn.Module, tensors: dict[str, Tensor], grad: Tensor
 ) -> list[Optional[Tensor]]:
     """``Jᵀ · grad`` for every tensor that is trained, None for the others."""
+    if _has_closed_form(branches):
+        with torch.no_grad(), _no_autocast(grad.device.type):
+            wide = _widened({'': grad, **tensors})
+            found = branches.fold_gradients(wide, wide.pop(''))
+        return [
+            found[name].to(t.dtype) if t.requires_grad else None
+            for name, t in tensors.items()
+        ]
     leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors.values()]
     needed = [leaf for leaf in leaves if leaf.requires_grad]
     # backward() may be called inside of autocast, as the forward pass was.
@@ -243,6 +263,20 @@ def _fold_gradients(
         kernel = _fold(branches, dict(zip(tensors, leaves)))
         grads = iter(torch.autograd.grad(kernel, needed, grad, allow_unused=True))
     return [next(grads) if leaf.requires_grad else None for leaf in leaves]
+
+
+def _has_closed_form(branches: nn.Module) -> bool:
+    """Whether the branches' own ``fold`` and ``fold_gradients`` can be called."""
+    # Which take the parameters themselves, not what a parametrisation makes of others.
+    return getattr(branches, 'has_closed_form', False) and not any(
+        is_parametrized(module) for module in branches.modules()
+    )
+
+
+def _widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: t.float() if t.dtype in _HALF_DTYPES else t for name, t in tensors.items()
+    }
 
 
 def _fold_as_it_is(branches: nn.Module) -> Tensor:

@@ -13,6 +13,10 @@ from ..functional import (
     depthwise_separable_kernel,
     embed_1x1,
     filtered_kernel,
+    fold_1x1,
+    fold_1x1_gradients,
+    fold_kxk,
+    fold_kxk_gradients,
     frequency_prior,
     identity_1x1,
     scaled_sum,
@@ -82,6 +86,7 @@ class OREPAKernel(nn.Module):
         self.kernel_size = kernel_size
         self.groups = groups
         inputs = in_channels // groups
+        self.shape = (out_channels, inputs, kernel_size, kernel_size)
 
         def weight(rows: int, columns: int, size: int = 1) -> nn.Parameter:
             return _kaiming_uniform((rows, columns, size, size), kaiming_a)
@@ -100,8 +105,11 @@ class OREPAKernel(nn.Module):
             self.weight_pointwise_kxk_1 = nn.Parameter(
                 torch.zeros(hidden, inputs, 1, 1)
             )
-            self.weight_pointwise_kxk_2 = weight(
-                out_channels, hidden // groups, kernel_size
+            second = weight(out_channels, hidden // groups, kernel_size)
+            # Stored with the channels last, (O, k, k, T/g), as its product with the
+            # first conv takes it.
+            self.weight_pointwise_kxk_2 = nn.Parameter(
+                second.detach().permute(0, 2, 3, 1).contiguous()
             )
             identity = identity_1x1(hidden, inputs)
             self.register_buffer('identity', identity, persistent=False)
@@ -117,6 +125,21 @@ class OREPAKernel(nn.Module):
         kernels = [getattr(self, f'_{name}')() for name in self.branches]
         return scaled_sum(kernels, self.scale)
 
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether :meth:`fold` and :meth:`fold_gradients` may be called."""
+        return self.groups == 1
+
+    def fold(self, tensors: dict[str, Tensor]) -> Tensor:
+        """As :meth:`forward`, fast and without a graph: :func:`.fold_kxk`."""
+        return fold_kxk(tensors, self.branches, self.shape)
+
+    def fold_gradients(
+        self, tensors: dict[str, Tensor], grad: Tensor
+    ) -> dict[str, Tensor]:
+        """The derivative of :meth:`fold`: :func:`.fold_kxk_gradients`."""
+        return fold_kxk_gradients(tensors, self.branches, self.shape, grad)
+
     def _origin(self) -> Tensor:
         return self.weight_origin
 
@@ -128,7 +151,8 @@ class OREPAKernel(nn.Module):
 
     def _pointwise_kxk(self) -> Tensor:
         first = self.weight_pointwise_kxk_1 + self.identity
-        return compose_1x1_kxk(first, self.weight_pointwise_kxk_2, self.groups)
+        second = self.weight_pointwise_kxk_2.permute(0, 3, 1, 2)
+        return compose_1x1_kxk(first, second, self.groups)
 
     def _pointwise(self) -> Tensor:
         return embed_1x1(self.weight_pointwise, self.kernel_size)
@@ -193,6 +217,21 @@ class OREPAPointwiseKernel(nn.Module):
         """Returns the kernel, shape (O, Ig, 1, 1)."""
         kernels = [getattr(self, f'_{name}')() for name in self.branches]
         return scaled_sum(kernels, self.scale)
+
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether :meth:`fold` and :meth:`fold_gradients` may be called."""
+        return self.groups == 1 and len(self.branches) == 2
+
+    def fold(self, tensors: dict[str, Tensor]) -> Tensor:
+        """As :meth:`forward`, fast and without a graph: :func:`.fold_1x1`."""
+        return fold_1x1(tensors, self.branches)
+
+    def fold_gradients(
+        self, tensors: dict[str, Tensor], grad: Tensor
+    ) -> dict[str, Tensor]:
+        """The derivative of :meth:`fold`: :func:`.fold_1x1_gradients`."""
+        return fold_1x1_gradients(tensors, self.branches, grad)
 
     def _origin(self) -> Tensor:
         return self.weight_origin

@@ -7,6 +7,7 @@ import socket
 import pytest
 import torch
 import torch.multiprocessing as mp
+from helpers import counted_folds
 from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
@@ -157,15 +158,21 @@ def test_the_model_is_an_ordinary_one_outside_of_the_step():
 def test_folds_once_per_step_under_accumulation(monkeypatch):
     model = build(SLIM)
     conv = model.backbone.layer1[0].conv1
-    forward, calls = conv.branches.forward, []
-    monkeypatch.setattr(conv.branches, 'forward', lambda: calls.append(0) or forward())
+    gradients, pulled = conv.branches.fold_gradients, []
+    monkeypatch.setattr(
+        conv.branches,
+        'fold_gradients',
+        lambda *args: pulled.append(0) or gradients(*args),
+    )
     wrapper = wrap(model, 'FoldedOptimWrapper', accumulative_counts=2)
-    data = batches(2)
-    model.train_step(data[0], wrapper)
-    after_first = len(calls)
-    model.train_step(data[1], wrapper)
-    # Once more, for the gradients of the branches.
-    assert len(calls) == after_first + 1
+    data = batches(4)
+    with counted_folds(conv) as folds:
+        for steps in (1, 2):
+            model.train_step(data.pop(), wrapper)
+            # Once to make room for the kernel, and once for each step.
+            assert len(folds) == steps + 1 and len(pulled) == steps - 1
+            model.train_step(data.pop(), wrapper)
+            assert len(folds) == steps + 1 and len(pulled) == steps
 
 
 def test_activations_saved_are_those_of_the_plain_network():

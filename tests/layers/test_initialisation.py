@@ -75,7 +75,7 @@ def check_kernel(kernel, inputs, groups, a, names, size=3):
         'weight_average': ((outputs, own, 1, 1), own),
         'weight_frequency': ((outputs, own, 1, 1), own),
         'weight_pointwise_kxk_2': (
-            (outputs, hidden // groups, size, size),
+            (outputs, size, size, hidden // groups),
             hidden // groups * taps,
         ),
         'weight_pointwise': ((outputs, own, 1, 1), own),
@@ -268,7 +268,7 @@ def terms(kernel):
 
     first = grouped(kernel.weight_pointwise_kxk_1 + kernel.identity)[..., 0, 0]
     second = grouped(kernel.weight_pointwise_kxk_2)
-    composed = torch.einsum('goTyx,gTi->goiyx', second, first).flatten(0, 1)
+    composed = torch.einsum('goyxT,gTi->goiyx', second, first).flatten(0, 1)
     depthwise = kernel.weight_depthwise.view(groups, own, 8, 3, 3)
     separable = kernel.weight_separable.view(groups, -1, own, 8)
     product = torch.einsum('goit,gityx->goiyx', separable, depthwise).flatten(0, 1)

@@ -46,7 +46,8 @@ def run_branches(kernel, x, groups):
     for t in range(first.shape[0]):
         identity[t, t % (in_channels // groups)] = 1
     hidden = F.conv2d(x, first + identity, groups=groups)
-    pointwise_kxk = F.conv2d(hidden, kernel.weight_pointwise_kxk_2, groups=groups)
+    second = kernel.weight_pointwise_kxk_2.permute(0, 3, 1, 2)
+    pointwise_kxk = F.conv2d(hidden, second, groups=groups)
 
     margin = k // 2
     inner = x[:, :, margin:-margin, margin:-margin]
@@ -145,7 +146,7 @@ def test_kernel_by_size(k, kind):
 def test_width_of_the_composed_branch(groups, hidden):
     kernel = OREPAKernel(16, 8, 3, groups)
     assert kernel.weight_pointwise_kxk_1.shape == (hidden, 8 // groups, 1, 1)
-    assert kernel.weight_pointwise_kxk_2.shape == (16, hidden // groups, 3, 3)
+    assert kernel.weight_pointwise_kxk_2.shape == (16, 3, 3, hidden // groups)
     assert kernel.weight_depthwise.shape == (64, 1, 3, 3)
     assert kernel.weight_separable.shape == (16, 64 // groups, 1, 1)
 
