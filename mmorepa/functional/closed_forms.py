@@ -19,13 +19,16 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-# The elements of a block: 1 MB in float32, of which a core's cache holds a few.
-_BLOCK = 2**18
+# The elements of a block: 2 MB in float32, which the cache of a core can hold.
+_BLOCK = 2**19
 
 
 @torch.no_grad()
 def fold_kxk(
-    tensors: dict[str, Tensor], branches: Sequence[str], shape: Sequence[int]
+    tensors: dict[str, Tensor],
+    branches: Sequence[str],
+    shape: Sequence[int],
+    out: Optional[Tensor] = None,
 ) -> Tensor:
     """The k×k kernel of OREPA: ``Σ_b s_b · K_b``.
 
@@ -33,30 +36,32 @@ def fold_kxk(
         tensors (dict[str, Tensor]): Parameters and buffers of an ``OREPAKernel``.
         branches (Sequence[str]): Its branches, in the order of the rows of ``scale``.
         shape (Sequence[int]): (O, I, k, k).
+        out (Tensor, optional): Where to write the kernel, contiguous. Defaults to
+            None.
 
     Returns:
         Tensor: Shape (O, I, k, k), without a graph.
     """
     t = _by_role(tensors, branches, shape)
-    kernel = t.scale.new_empty(shape)
+    kernel = t.scale.new_empty(shape) if out is None else out
     for rows in _blocks(kernel):
-        out = kernel[rows].flatten(2)
+        block = kernel[rows].flatten(2)
         scale = dict(zip(branches, t.scale[:, rows, None, None]))
         if 'pointwise_kxk' in scale:
             composed = torch.matmul(t.second[rows], t.first)
             # Scaled on the way to the other order of dimensions.
-            torch.mul(composed.transpose(1, 2), scale['pointwise_kxk'], out=out)
+            torch.mul(composed.transpose(1, 2), scale['pointwise_kxk'], out=block)
         else:
-            out.zero_()
+            block.zero_()
         if 'origin' in scale:
-            out.addcmul_(t.origin[rows], scale['origin'])
+            block.addcmul_(t.origin[rows], scale['origin'])
         if 'depthwise_separable' in scale:
             product = torch.einsum('oim,imk->oik', t.separable[rows], t.depthwise)
-            out.addcmul_(product, scale['depthwise_separable'])
+            block.addcmul_(product, scale['depthwise_separable'])
         if t.filtered:
             weights = torch.stack([w[rows] for w in t.filtered.values()], dim=2)
             scales = torch.cat([scale[name] for name in t.filtered], dim=1)
-            out.baddbmm_(weights, t.filters[rows] * scales)
+            block.baddbmm_(weights, t.filters[rows] * scales)
     return kernel
 
 
@@ -132,23 +137,27 @@ def fold_kxk_gradients(
 
 
 @torch.no_grad()
-def fold_1x1(tensors: dict[str, Tensor], branches: Sequence[str]) -> Tensor:
+def fold_1x1(
+    tensors: dict[str, Tensor], branches: Sequence[str], out: Optional[Tensor] = None
+) -> Tensor:
     """The 1×1 kernel of OREPA: ``s₀·W + s₁·(W₂·W₁)``.
 
     Args:
         tensors (dict[str, Tensor]): Those of an ``OREPAPointwiseKernel`` with both
             branches.
         branches (Sequence[str]): In the order of the rows of ``scale``.
+        out (Tensor, optional): Where to write the kernel, contiguous. Defaults to
+            None.
 
     Returns:
         Tensor: Shape (O, I, 1, 1), without a graph.
     """
     origin, first, second = _matrices(tensors)
     scale = dict(zip(branches, tensors['scale'][:, :, None]))
-    kernel = torch.mm(second, first)
+    kernel = torch.mm(second, first, out=None if out is None else out.flatten(1))
     for rows in _blocks(kernel):
-        out = kernel[rows].mul_(scale['pointwise_pointwise'][rows])
-        out.addcmul_(origin[rows], scale['origin'][rows])
+        block = kernel[rows].mul_(scale['pointwise_pointwise'][rows])
+        block.addcmul_(origin[rows], scale['origin'][rows])
     return kernel[:, :, None, None]
 
 

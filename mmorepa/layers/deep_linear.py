@@ -1,6 +1,6 @@
 """Large kernels as a chain of small ones."""
 
-from typing import Callable
+from typing import Callable, Optional
 
 import torch
 from torch import Tensor, nn
@@ -47,13 +47,15 @@ class DeepLinearKernel(nn.Module):
         """Whether :meth:`fold` and :meth:`fold_gradients` may be called."""
         return all(getattr(factor, 'has_closed_form', False) for factor in self.factors)
 
-    def fold(self, tensors: dict[str, Tensor]) -> Tensor:
+    def fold(self, tensors: dict[str, Tensor], out: Optional[Tensor] = None) -> Tensor:
         """As :meth:`forward`, but without a graph.
 
         Args:
             tensors (dict[str, Tensor]): Parameters and buffers by name.
+            out (Tensor, optional): Where to write the kernel. Defaults to None.
         """
-        return self._compose(self._fold_factors(tensors))
+        kernel = self._compose(self._fold_factors(tensors))
+        return kernel if out is None else out.copy_(kernel)
 
     def fold_gradients(
         self, tensors: dict[str, Tensor], grad: Tensor

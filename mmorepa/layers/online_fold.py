@@ -170,7 +170,7 @@ class _Entry:
         with_grad = self._is_trained and torch.is_grad_enabled()
         if self._leaf is not None and self._kernel is None:
             with torch.inference_mode(False), torch.no_grad():
-                self._leaf.copy_(_fold_fast(branches, dict(_named_tensors(branches))))
+                _fold_fast(branches, dict(_named_tensors(branches)), self._leaf)
             self._kernel = self._leaf
         if self._kernel is None or (with_grad and not self._kernel.requires_grad):
             # Outside of inference mode, since a kernel made inside of it could not
@@ -235,13 +235,25 @@ def _fold(branches: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
     return kernel.to(first.dtype)
 
 
-def _fold_fast(branches: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
-    """The kernel in closed form where there is one; no graph is built."""
-    if not _has_closed_form(branches):
-        return _fold(branches, tensors)
+def _fold_fast(
+    branches: nn.Module, tensors: dict[str, Tensor], out: Optional[Tensor] = None
+) -> Tensor:
+    """The kernel in closed form where there is one; no graph is built.
+
+    Args:
+        branches (nn.Module): What the kernel is folded from.
+        tensors (dict[str, Tensor]): Their parameters and buffers.
+        out (Tensor, optional): Where to write it. Defaults to None.
+    """
     first = next(iter(tensors.values()))
     with torch.no_grad(), _no_autocast(first.device.type):
-        return branches.fold(_widened(tensors)).to(first.dtype)
+        if not _has_closed_form(branches):
+            kernel = _fold(branches, tensors)
+        elif out is None or out.dtype in _HALF_DTYPES:
+            kernel = branches.fold(_widened(tensors)).to(first.dtype)
+        else:
+            return branches.fold(tensors, out)
+        return kernel if out is None else out.copy_(kernel)
 
 
 def _fold_gradients(

@@ -130,9 +130,9 @@ class OREPAKernel(nn.Module):
         """Whether :meth:`fold` and :meth:`fold_gradients` may be called."""
         return self.groups == 1
 
-    def fold(self, tensors: dict[str, Tensor]) -> Tensor:
+    def fold(self, tensors: dict[str, Tensor], out: Optional[Tensor] = None) -> Tensor:
         """As :meth:`forward`, fast and without a graph: :func:`.fold_kxk`."""
-        return fold_kxk(tensors, self.branches, self.shape)
+        return fold_kxk(tensors, self.branches, self.shape, out)
 
     def fold_gradients(
         self, tensors: dict[str, Tensor], grad: Tensor
@@ -223,9 +223,9 @@ class OREPAPointwiseKernel(nn.Module):
         """Whether :meth:`fold` and :meth:`fold_gradients` may be called."""
         return self.groups == 1 and len(self.branches) == 2
 
-    def fold(self, tensors: dict[str, Tensor]) -> Tensor:
+    def fold(self, tensors: dict[str, Tensor], out: Optional[Tensor] = None) -> Tensor:
         """As :meth:`forward`, fast and without a graph: :func:`.fold_1x1`."""
-        return fold_1x1(tensors, self.branches)
+        return fold_1x1(tensors, self.branches, out)
 
     def fold_gradients(
         self, tensors: dict[str, Tensor], grad: Tensor

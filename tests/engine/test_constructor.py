@@ -1,8 +1,10 @@
+import copy
 import logging
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_near
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
@@ -426,3 +428,47 @@ class TestMultipliers:
                     paramwise_cfg=dict(branch_decay_mult=0.0),
                 ),
             )
+
+
+@pytest.mark.parametrize(
+    ('optimizer', 'expected'),
+    [
+        (dict(type='SGD', lr=0.1), True),
+        (dict(type='AdamW', lr=0.1), True),
+        (dict(type=torch.optim.SGD, lr=0.1), True),
+        (dict(type='SGD', lr=0.1, fused=False), False),
+        (dict(type='SGD', lr=0.1, foreach=True), None),
+        (dict(type='RMSprop', lr=0.1), 'not an option'),
+    ],
+)
+def test_fused_where_it_can_be(optimizer, expected):
+    model = nn.Sequential(OREPAConv2d(3, 4, 3), nn.BatchNorm2d(4))
+    wrapper = build_optim_wrapper(
+        model,
+        dict(optimizer=optimizer, constructor='OREPAOptimWrapperConstructor'),
+    )
+    assert wrapper.optimizer.defaults.get('fused', 'not an option') is expected
+
+
+def test_fused_updates_are_the_same():
+    models = [nn.Sequential(OREPAConv2d(3, 4, 3), nn.BatchNorm2d(4)).double()]
+    models.append(copy.deepcopy(models[0]))
+    wrappers = [
+        build_optim_wrapper(
+            model,
+            dict(
+                optimizer=dict(
+                    type='SGD', lr=0.1, momentum=0.9, weight_decay=0.01, **options
+                ),
+                constructor='OREPAOptimWrapperConstructor',
+                paramwise_cfg=dict(norm_decay_mult=0.0),
+            ),
+        )
+        for model, options in zip(models, (dict(), dict(fused=False)))
+    ]
+    for _ in range(3):
+        x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+        for model, wrapper in zip(models, wrappers):
+            wrapper.update_params(model(x).square().mean())
+    for one, other in zip(models[0].parameters(), models[1].parameters()):
+        assert_near(one, other, 1e-13)

@@ -56,6 +56,9 @@ def test_equals_the_plain_formulas(kernel, blocks, contiguous):
     actual = kernel.fold(tensors)
     assert actual.is_contiguous() and not actual.requires_grad
     assert_near(actual, expected, 1e-14)
+    out = torch.full_like(expected, torch.nan)
+    assert kernel.fold(tensors, out).data_ptr() == out.data_ptr()
+    assert torch.equal(out, actual)
 
     grad = torch.randn_like(expected)
     names, parameters = zip(*kernel.named_parameters())

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from typing import Optional, Union
 
 from mmengine.logging import MMLogger
-from mmengine.optim import DefaultOptimWrapperConstructor
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS
 from torch import nn
 from torch.nn import GroupNorm, LayerNorm
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -40,8 +40,9 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
       scaling vectors included; 0 goes with
       :class:`mmorepa.engine.EquivalentKernelDecayHook`.
 
-    Parameters with the same settings share one group, so that the optimizer can
-    update them together; the groups are logged as one table.
+    Parameters with the same settings share one group, and an optimizer of PyTorch's
+    updates them in one fused loop where it can, unless its config says ``fused`` or
+    ``foreach``; the groups are logged as one table.
 
     Raises:
         ValueError: If an option is not known, a multiplier fits no parameter that is
@@ -60,6 +61,23 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         ...     ),
         ... )
     """
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        """Builds the optimizer and its wrapper.
+
+        Args:
+            model (nn.Module): The model, wrapped or not.
+
+        Returns:
+            OptimWrapper: Of the type that the config asks for.
+        """
+        if not {'fused', 'foreach'} & self.optimizer_cfg.keys():
+            kind = self.optimizer_cfg['type']
+            if _can_fuse(
+                OPTIMIZERS.get(kind) if isinstance(kind, str) else kind, model
+            ):
+                self.optimizer_cfg['fused'] = True
+        return super().__call__(model)
 
     def add_params(
         self,
@@ -157,6 +175,19 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             f'Parameter groups ({frozen} tensors are frozen and in none):\n'
             f'{format_table(headers, rows)}'
         )
+
+
+def _can_fuse(optimizer: Optional[type], model: nn.Module) -> bool:
+    """Whether this optimizer has a fused update for these parameters."""
+    if optimizer is None or not optimizer.__module__.startswith('torch.optim.'):
+        return False
+    trained = [param for param in model.parameters() if param.requires_grad]
+    try:
+        optimizer(trained, lr=0.1, fused=True)
+    except (TypeError, ValueError, RuntimeError):
+        # It has none, or this version or device has not, or nothing is trained.
+        return False
+    return True
 
 
 def _norm_biases(module: nn.Module, options: dict) -> list[nn.Parameter]:
