@@ -1,10 +1,19 @@
 import pytest
 import torch
 
+from mmorepa.layers import branch_by_branch
+
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _training_forms_run_branch_by_branch():
+    """So that what is compared with a fold is not a fold itself: see test_eval_form."""
+    with branch_by_branch():
+        yield
 
 
 @pytest.fixture

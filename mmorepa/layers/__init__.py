@@ -3,6 +3,7 @@
 from .blocks import BLOCKS, BlockType, build_conv
 from .dbb import DBBConv2d
 from .deep_linear import DeepLinearConv2d, DeepLinearKernel
+from .eval_form import branch_by_branch
 from .multi_branch import MultiBranchConv2d
 from .orepa import (
     OREPAConv2d,
@@ -31,6 +32,7 @@ __all__ = [
     'PlainKernel',
     'RepVGGConv2d',
     'ReparamConv2d',
+    'branch_by_branch',
     'build_conv',
     'is_switchable',
     'switch_to_deploy',

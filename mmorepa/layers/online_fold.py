@@ -59,7 +59,7 @@ class OnlineFold:
         entry = self._entry
         if entry is None or not entry.is_current():
             self.clear()
-            if next(_tensors_outside(branches), None) is not None:
+            if next(tensors_outside(branches), None) is not None:
                 return _fold_as_it_is(branches)
             leaf = self._leaf if self._is_held else None
             entry = self._entry = _Entry(branches, leaf)
@@ -129,7 +129,41 @@ class _Place(NamedTuple):
     state: tuple
 
 
-class _Entry:
+class Watch:
+    """The state of all parameters and buffers of a module at one time.
+
+    Args:
+        module (nn.Module): The module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._places = [
+            _Place(store, name, weakref.ref(tensor), _state(tensor))
+            for child in module.modules()
+            for store in (child._parameters, child._buffers)
+            for name, tensor in store.items()
+            if tensor is not None
+        ]
+        tensors = [place.tensor() for place in self._places]
+        self.is_trained = any(tensor.requires_grad for tensor in tensors)
+        self._samples = [] if tensors[0].is_meta else [_sample(t) for t in tensors]
+        self._content = self._read_samples()
+
+    def is_current(self) -> bool:
+        """Whether the module is still in that state."""
+        for store, name, reference, state in self._places:
+            # None where pruning or a parametrisation took a parameter away.
+            tensor = store.get(name)
+            # `is`, since a new tensor may live where a freed one did.
+            if tensor is None or reference() is not tensor or _state(tensor) != state:
+                return False
+        return not self._samples or torch.equal(self._read_samples(), self._content)
+
+    def _read_samples(self) -> Optional[Tensor]:
+        return torch.cat(self._samples) if self._samples else None
+
+
+class _Entry(Watch):
     """The kernel of one state of the branches.
 
     Args:
@@ -141,33 +175,13 @@ class _Entry:
     def __init__(
         self, branches: nn.Module, leaf: Optional[nn.Parameter] = None
     ) -> None:
+        super().__init__(branches)
         self._leaf = leaf
-        self._places = [
-            _Place(store, name, weakref.ref(tensor), _state(tensor))
-            for module in branches.modules()
-            for store in (module._parameters, module._buffers)
-            for name, tensor in store.items()
-            if tensor is not None
-        ]
-        tensors = [place.tensor() for place in self._places]
-        self._is_trained = any(tensor.requires_grad for tensor in tensors)
-        self._samples = [] if tensors[0].is_meta else [_sample(t) for t in tensors]
-        self._content = self._read_samples()
         self._kernel: Optional[Tensor] = None
-
-    def is_current(self) -> bool:
-        """Whether the branches are still in the state of this entry."""
-        for store, name, reference, state in self._places:
-            # None where pruning or a parametrisation took a parameter away.
-            tensor = store.get(name)
-            # `is`, since a new tensor may live where a freed one did.
-            if tensor is None or reference() is not tensor or _state(tensor) != state:
-                return False
-        return not self._samples or torch.equal(self._read_samples(), self._content)
 
     def kernel(self, branches: nn.Module) -> Tensor:
         """The kernel, with a gradient where that is asked for."""
-        with_grad = self._is_trained and torch.is_grad_enabled()
+        with_grad = self.is_trained and torch.is_grad_enabled()
         if self._leaf is not None and self._kernel is None:
             with torch.inference_mode(False), torch.no_grad():
                 _fold_fast(branches, dict(_named_tensors(branches)), self._leaf)
@@ -179,9 +193,6 @@ class _Entry:
                 names, tensors = zip(*_named_tensors(branches))
                 self._kernel = _Fold.apply(branches, names, *tensors)
         return self._kernel if with_grad else self._kernel.detach()
-
-    def _read_samples(self) -> Optional[Tensor]:
-        return torch.cat(self._samples) if self._samples else None
 
 
 def _state(tensor: Tensor) -> tuple:
@@ -293,12 +304,12 @@ def _widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _fold_as_it_is(branches: nn.Module) -> Tensor:
     """The kernel of branches whose tensors cannot be watched or exchanged."""
-    device = next(_tensors_outside(branches)).device
+    device = next(tensors_outside(branches)).device
     with _no_autocast(device.type):
         return branches()
 
 
-def _tensors_outside(module: nn.Module) -> Iterator[Tensor]:
+def tensors_outside(module: nn.Module) -> Iterator[Tensor]:
     """Tensors that a wrapper put in the place of parameters: FSDP, or pruning."""
     for child in module.modules():
         yield from (v for v in vars(child).values() if isinstance(v, Tensor))

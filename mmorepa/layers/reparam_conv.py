@@ -16,6 +16,7 @@ from torch.nn.utils import skip_init
 
 from ..functional import fuse_bn
 from ..utils.errors import CheckpointError
+from .eval_form import EvalForm
 from .online_fold import OnlineFold
 
 IntPair = Union[int, tuple[int, int]]
@@ -94,6 +95,7 @@ class ReparamConv2d(nn.Conv2d):
         if act_cfg is not None:
             self.act = build_activation_layer(act_cfg)
         self._online_fold = OnlineFold()
+        self._eval_form = EvalForm()
         self._become_training_form(with_branches=not deploy)
         if deploy:
             self._become_plain(self._deployed_with_bias)
@@ -161,18 +163,25 @@ class ReparamConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Convolution, normalisation, activation.
 
+        In eval mode, where no gradient is asked for, a training form runs as the
+        plain conv that it equals.
+
         Args:
             x (Tensor): Shape (N, I, H, W).
 
         Returns:
             Tensor: Shape (N, O, H', W').
         """
+        norm = self.norm
         if self.deployed:
             x = self._conv_forward(x, self.weight, self.bias)
+        elif self._eval_form.applies(self):
+            x = self._conv_forward(x, *self._eval_form(self, self._fuse))
+            norm = None if self._folds_norm else norm
         else:
             x = self.convolve(x)
-        if self.norm is not None:
-            x = self.norm(x)
+        if norm is not None:
+            x = norm(x)
         return x if self.act is None else self.act(x)
 
     def convolve(self, x: Tensor) -> Tensor:
@@ -203,6 +212,22 @@ class ReparamConv2d(nn.Conv2d):
         return (
             fold_norm(kernel, bias, self.norm) if self._folds_norm else (kernel, bias)
         )
+
+    def _fuse(self) -> tuple[Tensor, Optional[Tensor]]:
+        """The plain conv of eval mode, in the precision of the branches."""
+        # An average has no parameters, but a norm after it.
+        like = next(t for t in self.state_dict().values() if t.is_floating_point())
+        bias = None if self.bias is None else _double(self.bias)
+        if self.folds_online:
+            # Not the fold in float64, for the sake of mean teachers, which change at
+            # every step.
+            kernel = _double(self.kernel())
+            self._online_fold.clear()
+            if self._folds_norm:
+                kernel, bias = fold_norm(kernel, bias, self.norm)
+        else:
+            kernel, bias = self.equivalent_kernel_bias()
+        return kernel.to(like), None if bias is None else bias.to(like)
 
     def fold(self, bias: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
         """The kernel and bias of the branches, before :attr:`norm`, in float64.
@@ -250,7 +275,7 @@ class ReparamConv2d(nn.Conv2d):
         """
 
     def train(self, mode: bool = True) -> 'ReparamConv2d':
-        self._online_fold.clear()
+        self._forget()
         return super().train(mode)
 
     def extra_repr(self) -> str:
@@ -306,10 +331,15 @@ class ReparamConv2d(nn.Conv2d):
             options.update(device=like.device, dtype=like.dtype)
             plain = skip_init(nn.Conv2d, *shape, **options)
         self.weight, self.bias = plain.weight, plain.bias
+        self._forget()
+
+    def _forget(self) -> None:
+        """Frees what is kept of a fold, which would be found to be outdated anyway."""
         self._online_fold.clear()
+        self._eval_form.clear()
 
     def _apply(self, *args, **kwargs) -> 'ReparamConv2d':
-        self._online_fold.clear()
+        self._forget()
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(
@@ -347,7 +377,7 @@ class ReparamConv2d(nn.Conv2d):
             unexpected_keys,
             error_msgs,
         )
-        self._online_fold.clear()
+        self._forget()
 
     def _fold_state_dict(self, state_dict: dict[str, Tensor], prefix: str) -> None:
         """Replaces this module's entries, a training form, by the deployed form."""
