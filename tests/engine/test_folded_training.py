@@ -9,7 +9,7 @@ import torch
 import torch.multiprocessing as mp
 from helpers import counted_folds
 from mmengine.model import BaseModel, MMDistributedDataParallel
-from mmengine.optim import build_optim_wrapper
+from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -110,6 +110,60 @@ def test_equals_online_folding(backbone, options):
         not torch.equal(a, b) for a, b in zip(start.parameters(), folded.parameters())
     ]
     assert sum(moved) > len(moved) / 2
+
+
+@pytest.mark.parametrize(
+    ('kind', 'expected'),
+    [
+        (None, 'FoldedOptimWrapper'),
+        ('OptimWrapper', 'FoldedOptimWrapper'),
+        (OptimWrapper, 'FoldedOptimWrapper'),
+        ('BFloat16OptimWrapper', 'FoldedBFloat16OptimWrapper'),
+        ('FoldedOptimWrapper', 'FoldedOptimWrapper'),
+    ],
+)
+def test_is_the_default_of_the_constructor(kind, expected):
+    def of(backbone, **options):
+        cfg = dict(
+            optimizer=dict(SGD),
+            constructor='OREPAOptimWrapperConstructor',
+            **(dict(type=kind) if kind else {}),
+            **options,
+        )
+        before = copy.deepcopy(cfg)
+        wrapper = build_optim_wrapper(build(backbone), cfg)
+        assert cfg == before
+        return type(wrapper).__name__
+
+    assert of(SLIM) == expected
+    if kind != 'FoldedOptimWrapper':
+        unfolded = expected.removeprefix('Folded')
+        assert of(SLIM, folded=False) == unfolded
+        assert of(dict(SLIM, block='none')) == unfolded
+        assert of(dict(SLIM, deploy=True)) == unfolded
+
+
+def test_the_constructors_wrapper_trains_folded():
+    """The same as online, and through held kernels."""
+    online = build(SLIM)
+    folded = copy.deepcopy(online)
+    wrappers = [
+        build_optim_wrapper(
+            model,
+            dict(
+                optimizer=dict(SGD),
+                constructor='OREPAOptimWrapperConstructor',
+                folded=is_folded,
+            ),
+        )
+        for model, is_folded in ((online, False), (folded, True))
+    ]
+    losses = [train(m, w) for m, w in zip((online, folded), wrappers)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-10)
+    assert_same_states(online, folded)
+    conv = folded.backbone.layer1[0].conv1
+    with wrappers[1].optim_context(folded):
+        assert conv.kernel().is_leaf and conv.kernel().requires_grad
 
 
 def test_resumes_from_the_other_mode():

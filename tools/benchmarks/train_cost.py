@@ -62,12 +62,12 @@ class Variant(NamedTuple):
 
     Args:
         block (str): The block type.
-        wrapper (str): The type of the optimizer wrapper.
+        folded (bool): Whether the fold is outside of the graph.
         naive (bool): Whether every pass differentiates the plain formulas.
     """
 
     block: str
-    wrapper: str = 'OptimWrapper'
+    folded: bool = False
     naive: bool = False
 
 
@@ -76,7 +76,7 @@ VARIANTS = {
     'DBB': Variant('dbb'),
     'OREPA, naive': Variant('orepa', naive=True),
     'OREPA, online': Variant('orepa'),
-    'OREPA, folded': Variant('orepa', 'FoldedOptimWrapper'),
+    'OREPA, folded': Variant('orepa', folded=True),
 }
 OREPA = 'OREPA, folded'
 
@@ -137,7 +137,7 @@ class Trainer:
             for conv in folded_convs(self.network):
                 conv.kernel = conv.branches.forward
         options = copy.deepcopy(cfg.optim_wrapper)
-        options.type = variant.wrapper
+        options.folded = variant.folded
         self.wrapper: OptimWrapper = build_optim_wrapper(self.network, options)
 
     def forward_backward(self, inputs: Tensor, samples: list) -> None:
@@ -399,7 +399,6 @@ def measure_optimizers(
 ) -> dict[str, dict]:
     """Seconds of the optimizer alone on the OREPA network."""
     settings = copy.deepcopy(cfg.optim_wrapper)
-    settings.type = 'OptimWrapper'
     # MMEngine's constructor does not know this option of ours.
     common = {k: v for k, v in settings.paramwise_cfg.items() if 'norm_bias' not in k}
     one_each = dict(constructor='DefaultOptimWrapperConstructor', paramwise_cfg=common)

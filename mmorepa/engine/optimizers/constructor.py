@@ -6,8 +6,17 @@ from contextlib import contextmanager
 from typing import Optional, Union
 
 from mmengine.logging import MMLogger
-from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS
+from mmengine.optim import (
+    AmpOptimWrapper,
+    DefaultOptimWrapperConstructor,
+    OptimWrapper,
+)
+from mmengine.registry import (
+    OPTIM_WRAPPER_CONSTRUCTORS,
+    OPTIM_WRAPPERS,
+    OPTIMIZERS,
+    Registry,
+)
 from torch import nn
 from torch.nn import GroupNorm, LayerNorm
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,7 +25,18 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from ...backbones import StagedBackbone
 from ...layers import OREPAKernel, OREPAPointwiseKernel, ReparamConv2d
 from ...utils.tables import format_table
+from .bfloat16_optim_wrapper import BFloat16OptimWrapper
+from .folded_optim_wrapper import (
+    FoldedAmpOptimWrapper,
+    FoldedBFloat16OptimWrapper,
+    FoldedOptimWrapper,
+)
 
+_FOLDED = {
+    OptimWrapper: FoldedOptimWrapper,
+    AmpOptimWrapper: FoldedAmpOptimWrapper,
+    BFloat16OptimWrapper: FoldedBFloat16OptimWrapper,
+}
 _NORMS = (_BatchNorm, _InstanceNorm, GroupNorm, LayerNorm)
 
 
@@ -40,6 +60,10 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
       scaling vectors included; 0 goes with
       :class:`mmorepa.engine.EquivalentKernelDecayHook`.
 
+    Networks with kernels to fold train folded: a wrapper of type ``OptimWrapper``,
+    ``AmpOptimWrapper`` or ``BFloat16OptimWrapper`` becomes its folded form, such as
+    :class:`FoldedOptimWrapper`, unless ``folded=False`` stands beside its type.
+
     Parameters with the same settings share one group, and an optimizer of PyTorch's
     updates them in one fused loop where it can, unless its config says ``fused`` or
     ``foreach``; the groups are logged as one table.
@@ -62,6 +86,13 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         ... )
     """
 
+    def __init__(
+        self, optim_wrapper_cfg: dict, paramwise_cfg: Optional[dict] = None
+    ) -> None:
+        optim_wrapper_cfg = dict(optim_wrapper_cfg)
+        self.folded = optim_wrapper_cfg.pop('folded', True)
+        super().__init__(optim_wrapper_cfg, paramwise_cfg)
+
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Builds the optimizer and its wrapper.
 
@@ -72,11 +103,16 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             OptimWrapper: Of the type that the config asks for.
         """
         if not {'fused', 'foreach'} & self.optimizer_cfg.keys():
-            kind = self.optimizer_cfg['type']
-            if _can_fuse(
-                OPTIMIZERS.get(kind) if isinstance(kind, str) else kind, model
-            ):
+            kind = _class_of(self.optimizer_cfg['type'], OPTIMIZERS)
+            if _can_fuse(kind, model):
                 self.optimizer_cfg['fused'] = True
+        if self.folded and any(
+            isinstance(m, ReparamConv2d) and m.folds_online and not m.deployed
+            for m in model.modules()
+        ):
+            kind = self.optim_wrapper_cfg.get('type', 'OptimWrapper')
+            kind = _class_of(kind, OPTIM_WRAPPERS)
+            self.optim_wrapper_cfg['type'] = _FOLDED.get(kind, kind)
         return super().__call__(model)
 
     def add_params(
@@ -175,6 +211,10 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             f'Parameter groups ({frozen} tensors are frozen and in none):\n'
             f'{format_table(headers, rows)}'
         )
+
+
+def _class_of(kind: Union[str, type], registry: Registry) -> Optional[type]:
+    return registry.get(kind) if isinstance(kind, str) else kind
 
 
 def _can_fuse(optimizer: Optional[type], model: nn.Module) -> bool:

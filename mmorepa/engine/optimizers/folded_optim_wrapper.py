@@ -38,8 +38,11 @@ class _FoldedTraining:
             model (nn.Module): The model, wrapped or not.
         """
         network = model.module if is_model_wrapper(model) else model
+        # Other wrappers keep parameters in pieces, which only a forward pass puts
+        # together: these fold online.
+        can_hold = network is model or isinstance(model, DistributedDataParallel)
         convs = (m for m in network.modules() if isinstance(m, ReparamConv2d))
-        kernels = {conv: conv.hold_kernel() for conv in convs}
+        kernels = {conv: conv.hold_kernel() for conv in convs} if can_hold else {}
         self._held = {c: kernel for c, kernel in kernels.items() if kernel is not None}
         if isinstance(model, DistributedDataParallel) and model is not self._wrapper:
             _reduce_held_kernels(model, self._held)
