@@ -517,6 +517,8 @@ def onnx_session(model: nn.Module, images: Tensor) -> Optional[object]:
         torch.onnx.export(model, (images,), file, dynamo=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads would go on to spin through the others' turns.
+    options.add_session_config_entry('session.intra_op.allow_spinning', '0')
     return onnxruntime.InferenceSession(
         file.getvalue(), options, providers=['CPUExecutionProvider']
     )
