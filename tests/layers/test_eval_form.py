@@ -82,9 +82,9 @@ def test_equals_the_branches(conv):
         assert len(calls) == 1
 
 
-def test_norm_is_not_run(conv):
-    if not isinstance(conv.norm, nn.BatchNorm2d) or not conv.norm.track_running_stats:
-        pytest.skip('has no single norm that can be folded')
+@pytest.mark.parametrize('kind', ['none', 'orepa', 'deep_linear', 'not_affine'])
+def test_norm_is_not_run(kind):
+    conv = trained_like(CONVS[kind]()).eval()
     conv.norm.forward = None
     with torch.no_grad():
         conv(image())
