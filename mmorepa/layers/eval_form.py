@@ -26,24 +26,7 @@ class EvalForm:
         self._watch: Optional[Watch] = None
         self._conv: Optional[Conv] = None
 
-    def applies(self, module: nn.Module) -> bool:
-        """Whether ``module`` may run as that conv.
-
-        Args:
-            module (nn.Module): A training form.
-        """
-        return (
-            _is_on
-            and not torch.is_grad_enabled()
-            # A BatchNorm may be in another mode than the conv that it belongs to.
-            and not any(child.training for child in module.modules())
-            # Compilers and tracers see the branches.
-            and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
-            and next(tensors_outside(module), None) is None
-        )
-
-    def __call__(self, module: nn.Module, fuse: Callable[[], Conv]) -> Conv:
+    def __call__(self, module: nn.Module, fuse: Callable[[], Conv]) -> Optional[Conv]:
         """Returns ``fuse()``, computed afresh only if need be.
 
         Args:
@@ -51,9 +34,23 @@ class EvalForm:
             fuse (Callable): Returns kernel and bias.
 
         Returns:
-            tuple[Tensor, Tensor | None]: Shapes (O, Ig, k, k) and (O,).
+            tuple[Tensor, Tensor | None] | None: Shapes (O, Ig, k, k) and (O,); None
+            where the training form has to run.
         """
+        if (
+            not _is_on
+            or torch.is_grad_enabled()
+            # Compilers and tracers see the branches.
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            # A BatchNorm may be in another mode than the conv that it belongs to.
+            or any(child.training for child in module.modules())
+        ):
+            return None
         if self._watch is None or not self._watch.is_current():
+            self.clear()
+            if next(tensors_outside(module), None) is not None:
+                return None  # They cannot be watched.
             # Outside of inference mode, whose tensors could serve nothing else.
             with torch.inference_mode(False), torch.no_grad():
                 self._conv = fuse()

@@ -154,9 +154,9 @@ class Watch:
     def is_current(self) -> bool:
         """Whether the module is still in that state."""
         for store, name, reference, state in self._places:
-            # None where pruning or a parametrisation took a parameter away.
+            # None where pruning or a parametrisation took a parameter away. `is`,
+            # since a new tensor may live where a freed one did.
             tensor = store.get(name)
-            # `is`, since a new tensor may live where a freed one did.
             if tensor is None or reference() is not tensor or _state(tensor) != state:
                 return False
         return all(map(torch.equal, self._read_samples(), self._content))

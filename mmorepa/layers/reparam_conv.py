@@ -173,10 +173,11 @@ class ReparamConv2d(nn.Conv2d):
             Tensor: Shape (N, O, H', W').
         """
         norm = self.norm
+        plain = None if self.deployed else self._eval_form(self, self._fuse)
         if self.deployed:
             x = self._conv_forward(x, self.weight, self.bias)
-        elif self._eval_form.applies(self):
-            x = self._conv_forward(x, *self._eval_form(self, self._fuse))
+        elif plain is not None:
+            x = self._conv_forward(x, *plain)
             norm = None if self._folds_norm else norm
         else:
             x = self.convolve(x)

@@ -650,9 +650,11 @@ def print_tables(result: dict) -> None:
 def plot(results: list[dict], path: Path) -> None:
     """Draws what a step costs over the plain network's, one panel for each budget."""
     panels = {
-        'time of a step': lambda r: r['step'].median,
-        'saved for backward': lambda r: r['saved_bytes'],
-        'all-reduced': lambda r: r['all_reduced_bytes'],
+        'time of a step': lambda r, plain: r['ratio'].median,
+        'saved for backward': lambda r, plain: r['saved_bytes'] / plain['saved_bytes'],
+        'all-reduced': lambda r, plain: (
+            r['all_reduced_bytes'] / plain['all_reduced_bytes']
+        ),
     }
     figure, axes = plt.subplots(
         1, len(panels), figsize=(12, 3.8), layout='constrained', sharey=False
@@ -660,9 +662,7 @@ def plot(results: list[dict], path: Path) -> None:
     width = 0.8 / len(VARIANTS)
     for axis, (title, value) in zip(axes, panels.items()):
         for index, name in enumerate(VARIANTS):
-            heights = [
-                value(r['steps'][name]) / value(r['steps']['plain']) for r in results
-            ]
+            heights = [value(r['steps'][name], r['steps']['plain']) for r in results]
             places = [
                 n + (index - (len(VARIANTS) - 1) / 2) * width
                 for n in range(len(results))
@@ -676,7 +676,7 @@ def plot(results: list[dict], path: Path) -> None:
         axis.set_xticks(
             range(len(results)),
             [
-                f'{Path(r["config"]).stem.split("_")[0]}\n{r["batch_size"]} images'
+                f'{Path(r["config"]).stem.split("-orepa")[0]}\n{r["batch_size"]} images'
                 for r in results
             ],
         )
