@@ -43,8 +43,7 @@ class EvalForm:
             # Compilers and tracers see the branches.
             or torch.compiler.is_compiling()
             or torch.jit.is_tracing()
-            # A BatchNorm may be in another mode than the conv that it belongs to.
-            or any(child.training for child in module.modules())
+            or any(_must_run(child, module) for child in module.modules())
         ):
             return None
         if self._watch is None or not self._watch.is_current():
@@ -63,6 +62,14 @@ class EvalForm:
 
     def __reduce__(self) -> tuple:
         return EvalForm, ()
+
+
+def _must_run(child: nn.Module, module: nn.Module) -> bool:
+    # A BatchNorm may be in another mode than the conv that it belongs to, and
+    # somebody may be waiting for its inputs or outputs.
+    return child.training or (
+        child is not module and bool(child._forward_hooks or child._forward_pre_hooks)
+    )
 
 
 @contextmanager

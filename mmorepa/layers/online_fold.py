@@ -58,7 +58,7 @@ class OnlineFold:
             return branches()
         entry = self._entry
         if entry is None or not entry.is_current():
-            self.clear()
+            self._entry = None
             if next(tensors_outside(branches), None) is not None:
                 return _fold_as_it_is(branches)
             leaf = self._leaf if self._is_held else None
@@ -82,7 +82,7 @@ class OnlineFold:
                 self._leaf = nn.Parameter(self(branches).clone())
         if not self._is_held:
             self._is_held = True
-            self.clear()
+            self._entry = None
         self(branches)
         return self._leaf
 
@@ -90,7 +90,7 @@ class OnlineFold:
         """Makes the kernel a function of the branches again."""
         if self._is_held:
             self._is_held = False
-            self.clear()
+            self._entry = None
 
     def pull_back(self, branches: nn.Module) -> None:
         """Adds to the gradients of the branches what the held kernel's amounts to.
@@ -105,16 +105,25 @@ class OnlineFold:
         tensors = dict(_named_tensors(branches))
         grads = _fold_gradients(branches, tensors, self._leaf.grad)
         for tensor, grad in zip(tensors.values(), grads):
-            if grad is not None:
-                if tensor.grad is None:
-                    tensor.grad = grad
-                else:
-                    tensor.grad.add_(grad)
+            if grad is None:
+                continue
+            if tensor.grad is not None:
+                tensor.grad.add_(grad)
+            elif grad.stride() == tensor.stride():
+                tensor.grad = grad
+            else:
+                # As autograd would leave it: fused optimizers go through a parameter
+                # and its gradient in the order of their storages.
+                tensor.grad = torch.empty_like(tensor).copy_(grad)
         self._leaf.grad = None
 
     def clear(self) -> None:
-        """Forgets the kernel."""
-        self._entry = None
+        """Forgets the kernel, unless it is held.
+
+        A held one may be in use: it is written again only where a branch changes.
+        """
+        if not self._is_held:
+            self._entry = None
 
     def __reduce__(self) -> tuple:
         return OnlineFold, ()
@@ -145,7 +154,6 @@ class Watch:
             if tensor is not None
         ]
         tensors = [place.tensor() for place in self._places]
-        self.is_trained = any(tensor.requires_grad for tensor in tensors)
         samples = [] if tensors[0].is_meta else [_sample(t) for t in tensors]
         # By their number of dimensions, so that each kind can be read at once.
         self._samples = [[s for s in samples if s.dim() == n] for n in (1, 2)]
@@ -162,7 +170,8 @@ class Watch:
         return all(map(torch.equal, self._read_samples(), self._content))
 
     def _read_samples(self) -> list[Tensor]:
-        return [torch.cat(samples) for samples in self._samples if samples]
+        # As bytes, of which a NaN equals itself.
+        return [torch.cat(s).view(torch.uint8) for s in self._samples if s]
 
 
 class _Entry(Watch):
@@ -178,12 +187,23 @@ class _Entry(Watch):
         self, branches: nn.Module, leaf: Optional[nn.Parameter] = None
     ) -> None:
         super().__init__(branches)
+        self._are_trained = self._which_are_trained()
         self._leaf = leaf
         self._kernel: Optional[Tensor] = None
 
+    def is_current(self) -> bool:
+        """Whether the branches are in that state still, as far as it matters."""
+        if not super().is_current():
+            return False
+        # The values of a held kernel do not depend on what is trained.
+        return self._leaf is not None or self._which_are_trained() == self._are_trained
+
+    def _which_are_trained(self) -> list[bool]:
+        return [place.store[place.name].requires_grad for place in self._places]
+
     def kernel(self, branches: nn.Module) -> Tensor:
         """The kernel, with a gradient where that is asked for."""
-        with_grad = self.is_trained and torch.is_grad_enabled()
+        with_grad = any(self._are_trained) and torch.is_grad_enabled()
         if self._leaf is not None and self._kernel is None:
             with torch.inference_mode(False), torch.no_grad():
                 _fold_fast(branches, dict(_named_tensors(branches)), self._leaf)
@@ -198,7 +218,7 @@ class _Entry(Watch):
 
 
 def _state(tensor: Tensor) -> tuple:
-    return tensor.data_ptr(), _version(tensor), tensor.requires_grad
+    return tensor.data_ptr(), _version(tensor)
 
 
 def _version(tensor: Tensor) -> Optional[int]:

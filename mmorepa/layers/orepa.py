@@ -128,7 +128,8 @@ class OREPAKernel(nn.Module):
     @property
     def has_closed_form(self) -> bool:
         """Whether :meth:`fold` and :meth:`fold_gradients` may be called."""
-        return self.groups == 1
+        # A subclass may have changed what forward() computes.
+        return type(self) is OREPAKernel and self.groups == 1
 
     def fold(self, tensors: dict[str, Tensor], out: Optional[Tensor] = None) -> Tensor:
         """As :meth:`forward`, fast and without a graph: :func:`.fold_kxk`."""
@@ -221,7 +222,8 @@ class OREPAPointwiseKernel(nn.Module):
     @property
     def has_closed_form(self) -> bool:
         """Whether :meth:`fold` and :meth:`fold_gradients` may be called."""
-        return self.groups == 1 and len(self.branches) == 2
+        is_own = type(self) is OREPAPointwiseKernel
+        return is_own and self.groups == 1 and len(self.branches) == 2
 
     def fold(self, tensors: dict[str, Tensor], out: Optional[Tensor] = None) -> Tensor:
         """As :meth:`forward`, fast and without a graph: :func:`.fold_1x1`."""

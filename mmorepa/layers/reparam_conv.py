@@ -216,8 +216,9 @@ class ReparamConv2d(nn.Conv2d):
 
     def _fuse(self) -> tuple[Tensor, Optional[Tensor]]:
         """The plain conv of eval mode, in the precision of the branches."""
-        # An average has no parameters, but a norm after it.
-        like = next(t for t in self.state_dict().values() if t.is_floating_point())
+        tensors = [t for t in self.state_dict().values() if t.is_floating_point()]
+        # A norm may be in another precision than the kernels; an average has none.
+        like = next((t for t in tensors if t.dim() == 4), tensors[0])
         bias = None if self.bias is None else _double(self.bias)
         if self.folds_online:
             # Not the fold in float64, for the sake of mean teachers, which change at

@@ -14,8 +14,16 @@ from mmorepa.engine.comparison import (
     raw_outputs,
     unwrapped,
 )
+from mmorepa.layers import branch_by_branch
 
 NAN, INF = math.nan, math.inf
+
+
+@pytest.fixture(autouse=True)
+def _to_the_last_bit():
+    """Outputs with gradients and without come from the same convs."""
+    with branch_by_branch():
+        yield
 
 
 def tensors(*values):

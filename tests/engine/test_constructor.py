@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmorepa.backbones import OREPAResNet
+from mmorepa.engine import OREPAOptimWrapperConstructor
 from mmorepa.layers import OREPAConv2d
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
@@ -439,6 +440,7 @@ class TestMultipliers:
         (dict(type='SGD', lr=0.1, fused=False), False),
         (dict(type='SGD', lr=0.1, foreach=True), None),
         (dict(type='RMSprop', lr=0.1), 'not an option'),
+        (dict(type='AdamW', lr=0.1, differentiable=True), None),
     ],
 )
 def test_fused_where_it_can_be(optimizer, expected):
@@ -448,6 +450,30 @@ def test_fused_where_it_can_be(optimizer, expected):
         dict(optimizer=optimizer, constructor='OREPAOptimWrapperConstructor'),
     )
     assert wrapper.optimizer.defaults.get('fused', 'not an option') is expected
+
+
+def test_config_is_left_alone():
+    config = dict(optimizer=dict(type='SGD', lr=0.1), type='OptimWrapper')
+    before = copy.deepcopy(config)
+    OREPAOptimWrapperConstructor(config)(nn.Sequential(OREPAConv2d(3, 4, 3)))
+    assert (
+        config['optimizer'] == before['optimizer'] and config['type'] == before['type']
+    )
+
+
+def test_wrapper_types():
+    def build(**options):
+        config = dict(
+            optimizer=dict(type='SGD', lr=0.1),
+            constructor='OREPAOptimWrapperConstructor',
+            **options,
+        )
+        return build_optim_wrapper(nn.Sequential(OREPAConv2d(3, 4, 3)), config)
+
+    with pytest.raises(KeyError, match='OptimWraper'):
+        build(type='OptimWraper')
+    with pytest.raises(ValueError, match='folded=False contradicts'):
+        build(type='FoldedOptimWrapper', folded=False)
 
 
 def test_fused_updates_are_the_same():

@@ -143,9 +143,22 @@ def test_is_the_default_of_the_constructor(kind, expected):
         assert of(dict(SLIM, deploy=True)) == unfolded
 
 
-def test_the_constructors_wrapper_trains_folded():
-    """The same as online, and through held kernels."""
-    online = build(SLIM)
+@pytest.mark.parametrize(
+    'backbone',
+    [
+        SLIM,
+        dict(SLIM, block='deep_linear'),
+        dict(SLIM, depth=50, groups=4),
+        dict(type='OREPARepVGG', arch='A0', base_channels=8),
+    ],
+    ids=['resnet', 'deep_linear', 'grouped', 'repvgg'],
+)
+@pytest.mark.parametrize('channels_last', [False, True])
+def test_the_constructors_wrapper_trains_folded(backbone, channels_last):
+    """The same as online, with the optimizer that the constructor chooses."""
+    online = build(backbone)
+    if channels_last:
+        online.to(memory_format=torch.channels_last)
     folded = copy.deepcopy(online)
     wrappers = [
         build_optim_wrapper(
@@ -161,9 +174,13 @@ def test_the_constructors_wrapper_trains_folded():
     losses = [train(m, w) for m, w in zip((online, folded), wrappers)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-10)
     assert_same_states(online, folded)
-    conv = folded.backbone.layer1[0].conv1
     with wrappers[1].optim_context(folded):
-        assert conv.kernel().is_leaf and conv.kernel().requires_grad
+        held = [
+            conv.kernel()
+            for conv in folded.modules()
+            if isinstance(conv, ReparamConv2d) and conv.folds_online
+        ]
+        assert held and all(k.is_leaf and k.requires_grad for k in held)
 
 
 def test_resumes_from_the_other_mode():

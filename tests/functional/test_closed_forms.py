@@ -107,6 +107,22 @@ def test_scales_of_zero():
     )
 
 
+class Doubled(OREPAKernel):
+    def _average(self):
+        return 2 * super()._average()
+
+
+class Shifted(OREPADeepLinearKernel):
+    def forward(self):
+        return super().forward() + 1
+
+
+@pytest.mark.parametrize('kernel', [Doubled(4, 4, 3), Shifted(4, 4, 5)])
+def test_subclasses_fold_as_they_say(kernel):
+    """A closed form is that of one formula."""
+    assert not kernel.has_closed_form
+
+
 @pytest.mark.parametrize('k', [1, 3, 7])
 def test_it_is_what_a_conv_runs_with(k):
     """Neither a fold nor its gradient goes through the plain formulas."""

@@ -94,19 +94,23 @@ def test_follows_every_change(conv):
     """Parameters, statistics, loads, and writes that PyTorch does not count."""
     x = image()
     other = trained_like(copy.deepcopy(conv), seed=1).state_dict()
+    tensors = {**dict(conv.named_parameters()), **dict(conv.named_buffers())}
+    saved = conv.state_dict()
     with torch.no_grad():
         before = conv(x)
-        for name, tensor in conv.state_dict().items():
-            if name.endswith('num_batches_tracked'):
+        for name, tensor in tensors.items():
+            if name not in saved or name.endswith('num_batches_tracked'):
                 continue
             for change in (
                 lambda t=tensor: t.mul_(1.5),
+                lambda t=tensor: t.data.add_(0.1),
                 lambda t=tensor: setattr(t, 'data', t.data + 0.1),
             ):
-                conv(x)
+                unchanged = conv(x)
                 change()
                 with branch_by_branch():
                     expected = conv(x)
+                assert not torch.equal(expected, unchanged)
                 assert_near(conv(x), expected)
         conv.load_state_dict(other)
         with branch_by_branch():
@@ -139,6 +143,32 @@ def test_training_is_not_touched(conv):
             with torch.no_grad():
                 conv(x)
             assert not torch.equal(norm.running_mean, before)
+
+
+def test_norm_in_another_precision():
+    """Kernel and bias are those of the branches, whatever the norm is in."""
+    for kind in ('orepa', 'dbb', 'repvgg'):
+        conv = trained_like(CONVS[kind]()).eval()
+        with torch.no_grad():
+            expected = conv(image())
+            conv.bfloat16()
+            for norm in conv.modules():
+                if isinstance(norm, nn.BatchNorm2d):
+                    norm.float()
+            torch.manual_seed(0)
+            assert conv(image().bfloat16()).dtype == torch.bfloat16
+        assert expected.dtype == torch.float32
+
+
+def test_hooks_are_heard():
+    conv = trained_like(CONVS['orepa']()).eval()
+    seen = []
+    handle = conv.norm.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        conv(image())
+        handle.remove()
+        conv(image())
+    assert len(seen) == 1
 
 
 def test_folds_once():

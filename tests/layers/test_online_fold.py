@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
-from mmorepa.layers import OREPAConv2d
+from mmorepa.layers import OREPAConv2d, eval_form
 from mmorepa.layers.online_fold import OnlineFold
 
 # Without groups the fold has a closed form, with groups autograd differentiates it.
@@ -47,6 +47,13 @@ def image(**kwargs):
 def afresh(conv):
     """The kernel that an empty cache serves, to the last bit."""
     return OnlineFold()(conv.branches)
+
+
+def projection(y):
+    """The weights of the sum that :func:`gradients` differentiates."""
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    return weights.to(y.dtype)
 
 
 def uncached(conv, x):
@@ -483,6 +490,55 @@ def test_held_kernel_follows_the_branches():
     x = image(dtype=torch.float64)
     expected = gradients(uncached(conv, x), conv)
     assert_same_gradients(held_gradients(conv, x), expected)
+
+
+@pytest.mark.parametrize(
+    'between',
+    [
+        lambda conv: conv.eval(),
+        lambda conv: conv.requires_grad_(False) and conv(image()),
+        lambda conv: conv.eval() and conv(image()),
+    ],
+    ids=['mode', 'frozen for a while', 'evaluated'],
+)
+def test_held_kernel_between_forward_and_backward(between, monkeypatch):
+    """It is not written again while a graph needs it."""
+    monkeypatch.setattr(eval_form, '_is_on', True)
+    conv = make().train()
+    x = image()
+    expected = gradients(uncached(conv, x) * 2, conv)
+    kernel = conv.hold_kernel()
+    loss = (conv(x) * 2).mul(projection(conv(x))).sum()
+    with torch.no_grad():
+        between(conv)
+    conv.train().requires_grad_()
+    conv(image())
+    loss.backward()
+    assert conv.hold_kernel() is kernel
+    conv.pull_back()
+    assert_same_gradients({n: p.grad for n, p in conv.named_parameters()}, expected)
+
+
+def test_held_kernel_with_nan():
+    conv = make()
+    with torch.no_grad():
+        conv.branches.weight_origin[0] = torch.nan
+    conv.hold_kernel()
+    (conv(image()) + conv(image())).sum().backward()
+
+
+@pytest.mark.parametrize('memory_format', [torch.channels_last, None])
+def test_gradients_of_a_held_kernel_are_laid_out_as_the_parameters(memory_format):
+    """Fused optimizers rely on it."""
+    for k in (1, 3, 7):
+        conv = make(k)
+        if memory_format:
+            conv.to(memory_format=memory_format)
+        conv.hold_kernel()
+        conv(image()).sum().backward()
+        conv.pull_back()
+        for parameter in conv.parameters():
+            assert parameter.grad.stride() == parameter.stride()
 
 
 def test_held_kernel_of_partly_frozen_branches():

@@ -164,11 +164,15 @@ class Trainer:
         self.wrapper.step()
         self.wrapper.zero_grad()
 
-    def gradients(self) -> list[Tensor]:
+    def parameters(self) -> list[Tensor]:
+        """All that forward passes and the optimizer need: held kernels too."""
         parameters = list(self.network.parameters())
         if isinstance(self.wrapper, FoldedOptimWrapper):
             parameters += [c.hold_kernel() for c in folded_convs(self.network)]
-        return [p.grad for p in parameters if p.grad is not None]
+        return parameters
+
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters() if p.grad is not None]
 
 
 def folded_convs(network: nn.Module) -> list[OREPAConv2d]:
@@ -288,7 +292,7 @@ def measure_bytes(trainer: Trainer, batch: tuple) -> dict[str, int]:
     states = trainer.wrapper.optimizer.state.values()
     return dict(
         saved_bytes=sum(n for pointer, n in saved.items() if pointer not in parameters),
-        parameter_bytes=nbytes(trainer.network.parameters()),
+        parameter_bytes=nbytes(trainer.parameters()),
         gradient_bytes=gradients,
         optimizer_bytes=nbytes(
             value

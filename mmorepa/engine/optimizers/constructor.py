@@ -91,6 +91,12 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     ) -> None:
         optim_wrapper_cfg = dict(optim_wrapper_cfg)
         self.folded = optim_wrapper_cfg.pop('folded', True)
+        kind = _class_of(optim_wrapper_cfg.get('type'), OPTIM_WRAPPERS)
+        if not self.folded and kind in _FOLDED.values():
+            raise ValueError(
+                f'folded=False contradicts type={kind.__name__!r}; take '
+                f'{kind.__name__.removeprefix("Folded")!r}'
+            )
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
@@ -103,16 +109,17 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             OptimWrapper: Of the type that the config asks for.
         """
         if not {'fused', 'foreach'} & self.optimizer_cfg.keys():
-            kind = _class_of(self.optimizer_cfg['type'], OPTIMIZERS)
-            if _can_fuse(kind, model):
-                self.optimizer_cfg['fused'] = True
+            fused = {**self.optimizer_cfg, 'fused': True}
+            if _can_be_built(fused, model):
+                self.optimizer_cfg = fused
         if self.folded and any(
             isinstance(m, ReparamConv2d) and m.folds_online and not m.deployed
             for m in model.modules()
         ):
             kind = self.optim_wrapper_cfg.get('type', 'OptimWrapper')
-            kind = _class_of(kind, OPTIM_WRAPPERS)
-            self.optim_wrapper_cfg['type'] = _FOLDED.get(kind, kind)
+            self.optim_wrapper_cfg['type'] = _FOLDED.get(
+                _class_of(kind, OPTIM_WRAPPERS), kind
+            )
         return super().__call__(model)
 
     def add_params(
@@ -217,15 +224,18 @@ def _class_of(kind: Union[str, type], registry: Registry) -> Optional[type]:
     return registry.get(kind) if isinstance(kind, str) else kind
 
 
-def _can_fuse(optimizer: Optional[type], model: nn.Module) -> bool:
-    """Whether this optimizer has a fused update for these parameters."""
+def _can_be_built(config: dict, model: nn.Module) -> bool:
+    """Whether a fused optimizer of PyTorch's takes these options and parameters."""
+    options = dict(config)
+    optimizer = _class_of(options.pop('type'), OPTIMIZERS)
     if optimizer is None or not optimizer.__module__.startswith('torch.optim.'):
         return False
     trained = [param for param in model.parameters() if param.requires_grad]
     try:
-        optimizer(trained, lr=0.1, fused=True)
+        optimizer(trained, **options)
     except (TypeError, ValueError, RuntimeError):
-        # It has none, or this version or device has not, or nothing is trained.
+        # It has no such update, or not with other options, in this version or on this
+        # device; or nothing is trained.
         return False
     return True
 
