@@ -19,6 +19,8 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from .kernels import average_kernel, embed_1x1
+
 # The elements of a block: 2 MB in float32, which the cache of a core can hold.
 _BLOCK = 2**19
 
@@ -227,20 +229,15 @@ def _by_role(
     if 'depthwise_separable' in branches:
         separable = tensors['weight_separable'].reshape(outputs, inputs, -1)
         depthwise = tensors['weight_depthwise'].reshape(inputs, -1, taps)
-    filtered, filters = {}, []
-    for name in ('average', 'frequency', 'pointwise'):
-        if name not in branches:
-            continue
-        filtered[name] = tensors[f'weight_{name}'].flatten(1)
-        if name == 'frequency':
-            filters.append(tensors['filters'].flatten(1))
-            continue
-        filter_ = filtered[name].new_zeros(taps)
-        if name == 'average':
-            filter_.fill_(1 / taps)
-        else:
-            filter_[taps // 2] = 1
-        filters.append(filter_.expand(outputs, taps))
+    ones = tensors['scale'].new_ones(outputs, 1, 1, 1)
+    filter_of = {
+        'average': lambda: average_kernel(ones, size[0]),
+        'frequency': lambda: tensors['filters'],
+        'pointwise': lambda: embed_1x1(ones, size[0]),
+    }
+    names = [name for name in filter_of if name in branches]
+    filtered = {name: tensors[f'weight_{name}'].flatten(1) for name in names}
+    filters = [filter_of[name]().reshape(outputs, taps) for name in names]
     return _ByRole(
         tensors['scale'],
         origin,

@@ -135,12 +135,16 @@ class ReparamConv2d(nn.Conv2d):
             nn.Parameter | None: The kernel, the same object at every call, up to
             date; None where nothing is folded or nothing is trained.
         """
-        is_folded = self.folds_online and not self.deployed
-        if not is_folded or not any(
+        if not self.has_online_fold or not any(
             p.requires_grad for p in self.branches.parameters()
         ):
             return None
         return self._online_fold.hold(self.branches)
+
+    @property
+    def has_online_fold(self) -> bool:
+        """Whether :meth:`kernel` folds branches, in the form that this is in."""
+        return self.folds_online and not self.deployed
 
     def pull_back(self) -> None:
         """Turns the held kernel's gradient into gradients of the branches."""
@@ -209,10 +213,7 @@ class ReparamConv2d(nn.Conv2d):
         bias = None if self.bias is None else _double(self.bias)
         if self.deployed:
             return _double(self.weight), bias
-        kernel, bias = self.fold(bias)
-        return (
-            fold_norm(kernel, bias, self.norm) if self._folds_norm else (kernel, bias)
-        )
+        return self._with_norm(*self.fold(bias))
 
     def _fuse(self) -> tuple[Tensor, Optional[Tensor]]:
         """The plain conv of eval mode, in the precision of the branches."""
@@ -225,11 +226,17 @@ class ReparamConv2d(nn.Conv2d):
             # every step.
             kernel = _double(self.kernel())
             self._online_fold.clear()
-            if self._folds_norm:
-                kernel, bias = fold_norm(kernel, bias, self.norm)
         else:
-            kernel, bias = self.equivalent_kernel_bias()
+            kernel, bias = self.fold(bias)
+        kernel, bias = self._with_norm(kernel, bias)
         return kernel.to(like), None if bias is None else bias.to(like)
+
+    def _with_norm(
+        self, kernel: Tensor, bias: Optional[Tensor]
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        if not self._folds_norm:
+            return kernel, bias
+        return fold_norm(kernel, bias, self.norm)
 
     def fold(self, bias: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
         """The kernel and bias of the branches, before :attr:`norm`, in float64.

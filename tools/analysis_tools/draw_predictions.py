@@ -24,6 +24,7 @@ from mmorepa import switch_to_deploy
 from mmorepa.engine import read_checkpoint
 from mmorepa.engine.checkpoint import load_strictly, load_training_form
 from mmorepa.engine.config import check_data_folders, one_line_errors
+from mmorepa.utils.files import written_whole
 
 COLUMNS = ('ground truth', 'training form', 'deployed')
 
@@ -125,10 +126,9 @@ def write(rows: list[list[np.ndarray]], path: Path) -> None:
             if i == 0:
                 axes[i][j].set_title(COLUMNS[j])
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}')
-    figure.savefig(temporary, dpi=100, format='png')
+    with written_whole(path) as file:
+        figure.savefig(file, dpi=100, format='png')
     plt.close(figure)
-    temporary.replace(path)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

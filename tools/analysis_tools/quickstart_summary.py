@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
@@ -12,6 +11,7 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
+from mmorepa.utils.files import written_whole
 from mmorepa.utils.tables import format_table
 
 ACCURACY = 'accuracy/top1'
@@ -74,9 +74,8 @@ def plot(losses: list, accuracies: list, summary: dict, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.set_xlim(left=0)
     figure.suptitle('OREPA-ResNet-18 (slim) on handwritten digits')
-    temporary = path.with_name(f'.{path.name}')
-    figure.savefig(temporary, dpi=120, format='png')
-    temporary.replace(path)
+    with written_whole(path) as file:
+        figure.savefig(file, dpi=120, format='png')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -85,9 +84,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     curves = args.work_dir / 'curves.png'
     plot(*read_curves(args.work_dir / 'train'), summary, curves)
     target = args.work_dir / 'summary.json'
-    temporary = target.with_name('.summary.json')
-    temporary.write_text(json.dumps(summary, indent=2) + '\n')
-    os.replace(temporary, target)
+    with written_whole(target) as file:
+        file.write_text(json.dumps(summary, indent=2) + '\n')
 
     headers = ('', 'training form', 'deployed')
     rows = [

@@ -12,7 +12,6 @@ channels, compares these.
 import argparse
 import itertools
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -41,6 +40,7 @@ from mmorepa.engine.checkpoint import load_training_form
 from mmorepa.engine.config import check_data_folders, one_line_errors
 from mmorepa.layers import DeepLinearKernel, PlainKernel
 from mmorepa.utils.errors import CheckpointError
+from mmorepa.utils.files import written_whole
 from mmorepa.utils.tables import format_table
 
 
@@ -227,10 +227,9 @@ def plot(
     for axes in (left, right):
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}')
-    figure.savefig(temporary, dpi=120, format='png')
+    with written_whole(path) as file:
+        figure.savefig(file, dpi=120, format='png')
     plt.close(figure)
-    temporary.replace(path)
 
 
 def show(figures: dict) -> None:
@@ -268,11 +267,10 @@ def show(figures: dict) -> None:
 
 
 def write_json(figures: dict, path: Path) -> None:
-    """Writes under a temporary name, then renames."""
+    """Writes the file, and the folder that it is in."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}')
-    temporary.write_text(json.dumps(figures, indent=2) + '\n')
-    os.replace(temporary, path)
+    with written_whole(path) as file:
+        file.write_text(json.dumps(figures, indent=2) + '\n')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> dict:

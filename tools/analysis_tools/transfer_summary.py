@@ -2,11 +2,11 @@
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
+from mmorepa.utils.files import written_whole
 from mmorepa.utils.tables import format_table
 
 # Task: its name in the summary, its name for people, what the metric calls it, and
@@ -43,9 +43,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     seconds = {f'{task}_seconds': getattr(args, f'{task}_seconds') for task in TASKS}
     target = args.work_dir / 'summary.json'
     summary = {**json.loads(target.read_text()), **figures, **seconds}
-    temporary = target.with_name('.summary.json')
-    temporary.write_text(json.dumps(summary, indent=2) + '\n')
-    os.replace(temporary, target)
+    with written_whole(target) as file:
+        file.write_text(json.dumps(summary, indent=2) + '\n')
     rows = [
         (
             name,

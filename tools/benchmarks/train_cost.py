@@ -45,6 +45,7 @@ from mmorepa.layers import (
     OREPAKernel,
     OREPAPointwiseKernel,
 )
+from mmorepa.utils.files import written_whole
 from mmorepa.utils.tables import format_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,11 +155,14 @@ class Trainer:
         options.folded = variant.folded
         self.wrapper: OptimWrapper = build_optim_wrapper(self.network, options)
 
-    def forward_backward(self, inputs: Tensor, samples: list) -> None:
+    def forward(self, inputs: Tensor, samples: list) -> Tensor:
         with self.wrapper.optim_context(self.model):
             losses = self.model(inputs, samples, mode='loss')
         loss, _ = self.network.parse_losses(losses)
-        self.wrapper.backward(self.wrapper.scale_loss(loss))
+        return self.wrapper.scale_loss(loss)
+
+    def forward_backward(self, inputs: Tensor, samples: list) -> None:
+        self.wrapper.backward(self.forward(inputs, samples))
 
     def optimize(self) -> None:
         self.wrapper.step()
@@ -244,6 +248,37 @@ def ratios(measured: Sequence[float], reference: Sequence[float]) -> Spread:
     return Spread.of([a / b for a, b in zip(measured, reference)])
 
 
+def measure_seconds(
+    functions: dict[str, Callable[[], object]],
+    reference: str,
+    rounds: int,
+    what: str,
+    clock: Clock,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, dict]:
+    """Seconds of each function, in turn, and over those of ``reference``.
+
+    ``before`` is called before each, and not counted.
+    """
+
+    def timed(function: Callable[[], object]) -> Callable[[], tuple[float]]:
+        def measure() -> tuple[float]:
+            before()
+            return (clock.seconds(function),)
+
+        return measure
+
+    measured = in_turn({n: timed(f) for n, f in functions.items()}, rounds, what)
+    seconds = {name: [t for (t,) in times] for name, times in measured.items()}
+    return {
+        name: dict(
+            seconds=Spread.of(seconds[name]),
+            ratio=ratios(seconds[name], seconds[reference]),
+        )
+        for name in functions
+    }
+
+
 def measure_steps(
     trainers: dict[str, Trainer], batch: tuple, rounds: int, clock: Clock
 ) -> dict[str, dict]:
@@ -281,9 +316,7 @@ def measure_bytes(trainer: Trainer, batch: tuple) -> dict[str, int]:
 
     parameters = {p.untyped_storage().data_ptr() for p in trainer.network.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        with trainer.wrapper.optim_context(trainer.model):
-            losses = trainer.model(*batch, mode='loss')
-        loss, _ = trainer.network.parse_losses(losses)
+        loss = trainer.forward(*batch)
     trainer.wrapper.backward(loss)
     gradients = nbytes(trainer.gradients())
     trainer.wrapper.step()
@@ -377,13 +410,6 @@ def measure_fold(network: nn.Module, rounds: int, clock: Clock) -> dict[str, dic
             conv.train()  # forgets the kernel
         torch.autograd.backward([conv.kernel() for conv in convs], grads)
 
-    def timed(function: Callable[[], None]) -> Callable[[], tuple[float]]:
-        def measure() -> tuple[float]:
-            network.zero_grad()
-            return (clock.seconds(function),)
-
-        return measure
-
     def profiled() -> dict[str, float]:
         network.zero_grad()
         with profile() as profiler:
@@ -397,19 +423,12 @@ def measure_fold(network: nn.Module, rounds: int, clock: Clock) -> dict[str, dic
         total = sum(parts.values())
         return {name: part / total for name, part in parts.items()}
 
-    names = {'floor': floor, 'naive fold': naive, 'fold': fast}
-    measured = in_turn({n: timed(f) for n, f in names.items()}, rounds, 'folds')
-    parts = profiled()
+    functions = {'floor': floor, 'naive fold': naive, 'fold': fast}
+    figures = measure_seconds(
+        functions, 'floor', rounds, 'folds', clock, before=network.zero_grad
+    )
+    figures['fold']['parts'] = profiled()
     network.zero_grad()
-    seconds = {name: [t for (t,) in times] for name, times in measured.items()}
-    figures: dict[str, dict] = {
-        name: dict(
-            seconds=Spread.of(seconds[name]),
-            ratio=ratios(seconds[name], seconds['floor']),
-        )
-        for name in names
-    }
-    figures['fold']['parts'] = parts
     return figures
 
 
@@ -450,18 +469,16 @@ def measure_optimizers(
         optimizers[name] = build_optim_wrapper(network, options).optimizer
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
-    measured = in_turn(
-        {n: lambda o=o: (clock.seconds(o.step),) for n, o in optimizers.items()},
+    figures = measure_seconds(
+        {name: optimizer.step for name, optimizer in optimizers.items()},
+        'one group for each tensor',
         rounds,
         'optimizers',
+        clock,
     )
-    return {
-        name: dict(
-            seconds=Spread.of([t for (t,) in measured[name]]),
-            groups=len(optimizers[name].param_groups),
-        )
-        for name in kinds
-    }
+    for name, optimizer in optimizers.items():
+        figures[name]['groups'] = len(optimizer.param_groups)
+    return figures
 
 
 @torch.no_grad()
@@ -490,19 +507,7 @@ def measure_inference(
     if session is not None:
         feed = {session.get_inputs()[0].name: images.cpu().numpy()}
         functions['OREPA, deployed, ONNX Runtime'] = lambda: session.run(None, feed)
-    measured = in_turn(
-        {n: lambda f=f: (clock.seconds(f),) for n, f in functions.items()},
-        rounds,
-        'inference',
-    )
-    seconds = {name: [t for (t,) in times] for name, times in measured.items()}
-    return {
-        name: dict(
-            seconds=Spread.of(seconds[name]),
-            ratio=ratios(seconds[name], seconds[reference]),
-        )
-        for name in functions
-    }
+    return measure_seconds(functions, reference, rounds, 'inference', clock)
 
 
 def onnx_session(model: nn.Module, images: Tensor) -> Optional[object]:
@@ -660,9 +665,7 @@ def plot(results: list[dict], path: Path) -> None:
             r['all_reduced_bytes'] / plain['all_reduced_bytes']
         ),
     }
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(12, 3.8), layout='constrained', sharey=False
-    )
+    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.8), layout='constrained')
     width = 0.8 / len(VARIANTS)
     for axis, (title, value) in zip(axes, panels.items()):
         for index, name in enumerate(VARIANTS):
@@ -688,10 +691,9 @@ def plot(results: list[dict], path: Path) -> None:
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=5
     )
-    temporary = path.with_name(f'.{path.name}')
-    figure.savefig(temporary, dpi=130, format='png')
+    with written_whole(path) as file:
+        figure.savefig(file, dpi=130, format='png')
     plt.close(figure)
-    temporary.replace(path)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -707,9 +709,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             print_tables(results[-1])
     args.out.mkdir(parents=True, exist_ok=True)
     document = dict(machine=machine(args), results=results)
-    temporary = args.out / '.train_cost.json'
-    temporary.write_text(json.dumps(document, indent=2) + '\n')
-    temporary.replace(args.out / 'train_cost.json')
+    with written_whole(args.out / 'train_cost.json') as file:
+        file.write_text(json.dumps(document, indent=2) + '\n')
     plot(results, args.out / 'train_cost.png')
     print(f'\n{document["machine"]}')
     print(f'Figures: {args.out}/train_cost.json   Chart: {args.out}/train_cost.png')

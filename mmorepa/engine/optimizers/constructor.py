@@ -113,8 +113,7 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             if _can_be_built(fused, model):
                 self.optimizer_cfg = fused
         if self.folded and any(
-            isinstance(m, ReparamConv2d) and m.folds_online and not m.deployed
-            for m in model.modules()
+            isinstance(m, ReparamConv2d) and m.has_online_fold for m in model.modules()
         ):
             kind = self.optim_wrapper_cfg.get('type', 'OptimWrapper')
             self.optim_wrapper_cfg['type'] = _FOLDED.get(

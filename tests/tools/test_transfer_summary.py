@@ -1,19 +1,10 @@
-import importlib.util
 import json
 import subprocess
 
 import pytest
-from scenes import ROOT
+from tool_runs import ROOT, run_here
 
-SUMMARY = ROOT / 'tools/analysis_tools/transfer_summary.py'
-
-
-@pytest.fixture
-def tool():
-    spec = importlib.util.spec_from_file_location('tool_transfer_summary', SUMMARY)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+SUMMARY = 'analysis_tools/transfer_summary.py'
 
 
 def write_results(folder):
@@ -26,10 +17,10 @@ def write_results(folder):
             (folder / task / f'{form}.json').write_text(json.dumps(values))
 
 
-def test_appends(tool, tmp_path, capsys):
+def test_appends(tmp_path, capsys):
     (tmp_path / 'summary.json').write_text('{"train_top1": 98.3, "det_ap": 0.1}')
     write_results(tmp_path)
-    tool.main([str(tmp_path), '--det-seconds=10', '--seg-seconds=20'])
+    run_here(SUMMARY, tmp_path, '--det-seconds=10', '--seg-seconds=20')
     assert json.loads((tmp_path / 'summary.json').read_text()) == dict(
         train_top1=98.3,
         det_ap=0.5,
@@ -45,10 +36,10 @@ def test_appends(tool, tmp_path, capsys):
     assert not list(tmp_path.glob('.summary*'))
 
 
-def test_nothing_is_written_without_all_results(tool, tmp_path):
+def test_nothing_is_written_without_all_results(tmp_path):
     (tmp_path / 'summary.json').write_text('{}')
     with pytest.raises(FileNotFoundError, match='det'):
-        tool.main([str(tmp_path), '--det-seconds=10', '--seg-seconds=20'])
+        run_here(SUMMARY, tmp_path, '--det-seconds=10', '--seg-seconds=20')
     assert (tmp_path / 'summary.json').read_text() == '{}'
 
 
