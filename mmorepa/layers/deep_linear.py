@@ -61,13 +61,18 @@ class DeepLinearKernel(nn.Module):
         return kernel if out is None else out.copy_(kernel)
 
     def fold_gradients(
-        self, tensors: dict[str, Tensor], grad: Tensor
+        self,
+        tensors: dict[str, Tensor],
+        grad: Tensor,
+        out: Optional[dict[str, Tensor]] = None,
     ) -> dict[str, Tensor]:
         """The derivative of :meth:`fold`, through the factors' own.
 
         Args:
             tensors (dict[str, Tensor]): Parameters and buffers by name.
             grad (Tensor): The gradient of the kernel.
+            out (dict[str, Tensor], optional): Where to write some of the gradients.
+                Defaults to None.
 
         Returns:
             dict[str, Tensor]: The gradient of every parameter, by its name.
@@ -78,7 +83,9 @@ class DeepLinearKernel(nn.Module):
         found = {}
         grads = torch.autograd.grad(composed, kernels, grad)
         for index, (factor, kernel_grad) in enumerate(zip(self.factors, grads)):
-            own = factor.fold_gradients(_of_factor(tensors, index), kernel_grad)
+            own = factor.fold_gradients(
+                _of_factor(tensors, index), kernel_grad, _of_factor(out or {}, index)
+            )
             found.update({f'factors.{index}.{name}': g for name, g in own.items()})
         return found
 

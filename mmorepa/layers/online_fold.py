@@ -37,6 +37,7 @@ class OnlineFold:
         self._entry: Optional[_Entry] = None
         self._leaf: Optional[nn.Parameter] = None
         self._is_held = False
+        self._gradients: dict[str, Tensor] = {}
 
     def __call__(self, branches: nn.Module) -> Tensor:
         """Returns ``branches()``, the kernel, folded afresh only if need be.
@@ -78,6 +79,7 @@ class OnlineFold:
         like = next(branches.parameters())
         if self._leaf is None or not _is_like(self._leaf, like):
             self.release()
+            self._gradients = {}
             with torch.no_grad():
                 self._leaf = nn.Parameter(self(branches).clone())
         if not self._is_held:
@@ -96,6 +98,7 @@ class OnlineFold:
         """Adds to the gradients of the branches what the held kernel's amounts to.
 
         ``dL/dθ += Jᵀ · dL/dW`` with ``J = dW/dθ``; the kernel's gradient is consumed.
+        On a CPU the memory of the branches' gradients is used again in the next step.
 
         Args:
             branches (nn.Module): As for a call.
@@ -103,18 +106,22 @@ class OnlineFold:
         if self._leaf is None or self._leaf.grad is None:
             return
         tensors = dict(_named_tensors(branches))
-        grads = _fold_gradients(branches, tensors, self._leaf.grad)
-        for tensor, grad in zip(tensors.values(), grads):
+        unused = {n: g for n, g in self._gradients.items() if tensors[n].grad is None}
+        grads = _fold_gradients(branches, tensors, self._leaf.grad, unused)
+        for (name, tensor), grad in zip(tensors.items(), grads):
             if grad is None:
                 continue
             if tensor.grad is not None:
                 tensor.grad.add_(grad)
-            elif grad.stride() == tensor.stride():
-                tensor.grad = grad
-            else:
+                continue
+            if grad.stride() != tensor.stride():
                 # As autograd would leave it: fused optimizers go through a parameter
                 # and its gradient in the order of their storages.
-                tensor.grad = torch.empty_like(tensor).copy_(grad)
+                grad = torch.empty_like(tensor).copy_(grad)
+            elif grad.device.type == 'cpu':
+                # Where memory from the system is cleared, page by page, before use.
+                self._gradients[name] = grad
+            tensor.grad = grad
         self._leaf.grad = None
 
     def clear(self) -> None:
@@ -290,13 +297,21 @@ def _fold_fast(
 
 
 def _fold_gradients(
-    branches: nn.Module, tensors: dict[str, Tensor], grad: Tensor
+    branches: nn.Module,
+    tensors: dict[str, Tensor],
+    grad: Tensor,
+    out: Optional[dict[str, Tensor]] = None,
 ) -> list[Optional[Tensor]]:
-    """``Jᵀ · grad`` for every tensor that is trained, None for the others."""
+    """``Jᵀ · grad`` for every tensor that is trained, None for the others.
+
+    What ``out`` has may be written there.
+    """
     if _has_closed_form(branches):
+        if grad.dtype in _HALF_DTYPES:
+            out = None
         with torch.no_grad(), _no_autocast(grad.device.type):
             wide = _widened({'': grad, **tensors})
-            found = branches.fold_gradients(wide, wide.pop(''))
+            found = branches.fold_gradients(wide, wide.pop(''), out)
         return [
             found[name].to(t.dtype) if t.requires_grad else None
             for name, t in tensors.items()

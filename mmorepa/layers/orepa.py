@@ -136,10 +136,13 @@ class OREPAKernel(nn.Module):
         return fold_kxk(tensors, self.branches, self.shape, out)
 
     def fold_gradients(
-        self, tensors: dict[str, Tensor], grad: Tensor
+        self,
+        tensors: dict[str, Tensor],
+        grad: Tensor,
+        out: Optional[dict[str, Tensor]] = None,
     ) -> dict[str, Tensor]:
         """The derivative of :meth:`fold`: :func:`.fold_kxk_gradients`."""
-        return fold_kxk_gradients(tensors, self.branches, self.shape, grad)
+        return fold_kxk_gradients(tensors, self.branches, self.shape, grad, out)
 
     def _origin(self) -> Tensor:
         return self.weight_origin
@@ -230,10 +233,13 @@ class OREPAPointwiseKernel(nn.Module):
         return fold_1x1(tensors, self.branches, out)
 
     def fold_gradients(
-        self, tensors: dict[str, Tensor], grad: Tensor
+        self,
+        tensors: dict[str, Tensor],
+        grad: Tensor,
+        out: Optional[dict[str, Tensor]] = None,
     ) -> dict[str, Tensor]:
         """The derivative of :meth:`fold`: :func:`.fold_1x1_gradients`."""
-        return fold_1x1_gradients(tensors, self.branches, grad)
+        return fold_1x1_gradients(tensors, self.branches, grad, out)
 
     def _origin(self) -> Tensor:
         return self.weight_origin
