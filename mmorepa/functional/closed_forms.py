@@ -2,28 +2,28 @@
 
 What ``autograd`` makes of the formulas in :mod:`.kernels` keeps every term of the
 sum, each as large as the kernel, and walks through memory for each operation. Here a
-fold is one matrix product and a pass, its derivative two products and two passes, and
-nothing is kept but the parameters. All goes from block to block of output channels, so
-that each step finds in the cache what the one before has left there. The passes are
-operations of PyTorch (:mod:`.passes`), or compiled for a CPU (:mod:`.compiled_passes`).
+fold is one matrix product and a few passes, its derivative two products and a few
+passes, and nothing is kept but the parameters. All goes from block to block of output
+channels, so that each step finds in the cache what the one before has left there. On a
+CPU the same is done by :mod:`.compiled`, where that is available.
 
-The tests hold both against the plain formulas, and against numerical derivatives.
+The tests hold all of this against the plain formulas and numerical derivatives.
 
 Tensors are those of the kernel modules in :mod:`mmorepa.layers.orepa`, by name and
-without groups. ``G`` stands for the gradient of the kernel, ``s`` for the scale of a
-branch; for the other letters see :class:`.passes.Roles`.
+without groups. ``T`` stands for the channels between two composed convs, ``K = k²``
+for the taps, ``m`` for the maps of the depthwise conv, ``G`` for the gradient of the
+kernel and ``s`` for the scale of a branch.
 """
 
 from collections.abc import Iterator, Sequence
-from types import ModuleType
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-from . import compiled_passes, passes
+from . import compiled
+from .compiled import Branches, Parameters
 from .kernels import average_kernel, embed_1x1
-from .passes import Roles
 
 # The elements of a block: 4 MB in float32, about what the caches of two cores hold.
 _BLOCK = 2**20
@@ -49,7 +49,7 @@ def fold_kxk(
         Tensor: Shape (O, I, k, k), without a graph.
     """
     kernel = tensors['scale'].new_empty(shape) if out is None else out
-    _fold(_roles_kxk(tensors, branches, shape), kernel.flatten(2))
+    _fold(_branches_kxk(tensors, branches), kernel)
     return kernel
 
 
@@ -57,7 +57,6 @@ def fold_kxk(
 def fold_kxk_gradients(
     tensors: dict[str, Tensor],
     branches: Sequence[str],
-    shape: Sequence[int],
     grad: Tensor,
     out: Optional[dict[str, Tensor]] = None,
 ) -> dict[str, Tensor]:
@@ -70,7 +69,6 @@ def fold_kxk_gradients(
     Args:
         tensors (dict[str, Tensor]): As for :func:`fold_kxk`.
         branches (Sequence[str]): As for :func:`fold_kxk`.
-        shape (Sequence[int]): (O, I, k, k).
         grad (Tensor): G, shape (O, I, k, k).
         out (dict[str, Tensor], optional): Where to write some of the gradients,
             contiguous. Defaults to None.
@@ -79,8 +77,8 @@ def fold_kxk_gradients(
         dict[str, Tensor]: The gradient of every parameter, by its name.
     """
     found = _gradients_like(tensors, out)
-    t = _roles_kxk(tensors, branches, shape)
-    _write_gradients(t, grad, _views_kxk(found, branches, shape))
+    d = _parameters_kxk(found)
+    _fold_gradients(_branches_kxk(tensors, branches), grad.contiguous(), d)
     return found
 
 
@@ -100,9 +98,9 @@ def fold_1x1(
     Returns:
         Tensor: Shape (O, I, 1, 1), without a graph.
     """
-    t = _roles_1x1(tensors, branches)
-    kernel = t.origin.new_empty(*t.origin.shape, 1) if out is None else out
-    _fold(t, kernel.flatten(2))
+    origin = tensors['weight_origin']
+    kernel = origin.new_empty(origin.shape) if out is None else out
+    _fold(_branches_1x1(tensors, branches), kernel)
     return kernel
 
 
@@ -125,139 +123,169 @@ def fold_1x1_gradients(
         dict[str, Tensor]: The gradient of every parameter, by its name.
     """
     found = _gradients_like(tensors, out)
-    t = _roles_1x1(tensors, branches)
-    _write_gradients(t, grad, _roles_1x1(found, branches))
+    d = _parameters_1x1(found)
+    _fold_gradients(_branches_1x1(tensors, branches), grad.contiguous(), d)
     return found
 
 
-def _fold(t: Roles, kernel: Tensor) -> None:
-    """Writes the kernel, shape (O, I, K)."""
-    run = _passes_for(t)
-    composed = None
+def _fold(t: Branches, kernel: Tensor) -> None:
+    """Writes the kernel, shape (O, I, k, k)."""
+    if compiled.can_fold(t, kernel):
+        return compiled.fold(t, kernel)
+    m = _matrices(t, kernel.shape)
     for rows in _blocks(kernel):
-        if t.second is not None:
-            composed = torch.matmul(t.second[rows], t.first)
-        run.combine(kernel, rows, composed, t)
+        block = kernel[rows].flatten(2)
+        scale = {b: t.parameters.scale[r, rows, None, None] for b, r in t.rows.items()}
+        if m.second is None:
+            block.zero_()
+        else:
+            composed = torch.matmul(m.second[rows], m.first)
+            # Scaled on the way to the other order of dimensions.
+            torch.mul(composed.transpose(1, 2), scale['composed'], out=block)
+        if m.origin is not None:
+            block.addcmul_(m.origin[rows], scale['origin'])
+        if m.separable is not None:
+            product = torch.einsum('oim,imk->oik', m.separable[rows], m.depthwise)
+            block.addcmul_(product, scale['separable'])
+        if m.filtered:
+            weights = torch.stack([w[rows] for w in m.filtered.values()], dim=2)
+            scales = torch.cat([scale[branch] for branch in m.filtered], dim=1)
+            block.baddbmm_(weights, m.filters[rows] * scales)
 
 
-def _write_gradients(t: Roles, grad: Tensor, d: Roles) -> None:
-    """Writes the gradients of the branches, that of the kernel being (O, I, k, k)."""
-    run = _passes_for(t)
-    grad = grad.contiguous().flatten(2)
-    # These are added up.
-    sums = d
-    if t.depthwise is not None:
-        sums = d._replace(depthwise=torch.zeros_like(t.depthwise))
-    for number, rows in enumerate(_blocks(grad)):
-        by_tap = run.split(grad, rows, t, sums)
-        if t.second is None:
-            continue
-        product = torch.matmul(by_tap, t.first.t())
-        run.rescale(rows, by_tap, product, t, d)
-        matrices = t.second[rows].flatten(0, 1).t(), by_tap.flatten(0, 1)
-        torch.addmm(d.first, *matrices, beta=min(number, 1), out=d.first)
-    if t.depthwise is not None:
-        d.depthwise.copy_(sums.depthwise)
+def _fold_gradients(t: Branches, grad: Tensor, d: Parameters) -> None:
+    """Writes the gradients of the parameters, that of the kernel being (O, I, k, k)."""
+    if compiled.can_fold(t, grad):
+        return compiled.fold_gradients(t, grad, d)
+    m, dm = _matrices(t, grad.shape), _views(d, grad.shape)
+    for added_up in (dm.first, dm.depthwise):
+        if added_up is not None:
+            added_up.zero_()
+    for rows in _blocks(grad):
+        g = grad[rows].flatten(2)
+        scale = {b: t.parameters.scale[r, rows, None, None] for b, r in t.rows.items()}
+        d_scale = {branch: d.scale[row, rows] for branch, row in t.rows.items()}
+        if m.second is not None:
+            s, second = scale['composed'], m.second[rows]
+            by_tap = g.transpose(1, 2)
+            product = torch.matmul(by_tap, m.first.t())
+            _inner_product(second, product, out=d_scale['composed'])
+            torch.mul(product, s, out=dm.second[rows])
+            scaled = (by_tap * s).flatten(0, 1)
+            dm.first.addmm_(second.flatten(0, 1).t(), scaled)
+        if m.origin is not None:
+            _inner_product(m.origin[rows], g, out=d_scale['origin'])
+            torch.mul(g, scale['origin'], out=dm.origin[rows])
+        if m.separable is not None:
+            s, separable = scale['separable'], m.separable[rows]
+            product = torch.einsum('oik,imk->oim', g, m.depthwise)
+            _inner_product(separable, product, out=d_scale['separable'])
+            torch.mul(product, s, out=dm.separable[rows])
+            dm.depthwise.baddbmm_((separable * s).permute(1, 2, 0), g.transpose(0, 1))
+        if m.filtered:
+            products = torch.bmm(m.filters[rows], g.transpose(1, 2)).unbind(1)
+            for product, (branch, weight) in zip(products, m.filtered.items()):
+                torch.sum(weight[rows] * product, dim=1, out=d_scale[branch])
+                s = scale[branch].squeeze(2)
+                torch.mul(product, s, out=dm.filtered[branch][rows])
 
 
-def _passes_for(t: Roles) -> ModuleType:
-    return compiled_passes if compiled_passes.can_take(t) else passes
+def _branches_kxk(tensors: dict[str, Tensor], branches: Sequence[str]) -> Branches:
+    rows = {branch: row for row, branch in enumerate(branches)}
+    names = {'pointwise_kxk': 'composed', 'depthwise_separable': 'separable'}
+    return Branches(
+        _parameters_kxk(tensors),
+        {names.get(branch, branch): row for branch, row in rows.items()},
+        tensors.get('identity'),
+        tensors.get('filters'),
+    )
 
 
-def _views_kxk(
-    tensors: dict[str, Tensor], branches: Sequence[str], shape: Sequence[int]
-) -> Roles:
-    """The parameters, or their gradients, reshaped to what the products take."""
-    outputs, inputs, *size = shape
-    taps = size[0] * size[1]
-    row_of = {name: row for row, name in enumerate(branches)}
-    origin = second = first = separable = depthwise = None
-    if 'origin' in row_of:
-        origin = tensors['weight_origin'].reshape(outputs, inputs, taps)
-    if 'pointwise_kxk' in row_of:
-        row_of['composed'] = row_of['pointwise_kxk']
-        second = tensors['weight_pointwise_kxk_2'].flatten(1, 2)
-        first = tensors['weight_pointwise_kxk_1'].flatten(1)
-    if 'depthwise_separable' in row_of:
-        row_of['separable'] = row_of['depthwise_separable']
-        separable = tensors['weight_separable'].reshape(outputs, inputs, -1)
-        depthwise = tensors['weight_depthwise'].reshape(inputs, -1, taps)
-        depthwise = depthwise.permute(1, 2, 0)
-    filtered = {
-        name: tensors[f'weight_{name}'].flatten(1)
-        for name in ('average', 'frequency', 'pointwise')
-        if name in row_of
-    }
-    return Roles(
+def _parameters_kxk(tensors: dict[str, Tensor]) -> Parameters:
+    return Parameters(
         tensors['scale'],
-        row_of,
-        origin,
-        second,
-        first,
-        separable,
-        depthwise,
-        filtered,
-        filters=None,
+        tensors.get('weight_origin'),
+        tensors.get('weight_pointwise_kxk_1'),
+        tensors.get('weight_pointwise_kxk_2'),
+        tensors.get('weight_separable'),
+        tensors.get('weight_depthwise'),
+        tensors.get('weight_average'),
+        tensors.get('weight_frequency'),
+        tensors.get('weight_pointwise'),
     )
 
 
-def _roles_kxk(
-    tensors: dict[str, Tensor], branches: Sequence[str], shape: Sequence[int]
-) -> Roles:
-    t = _views_kxk(tensors, branches, shape)
-    outputs, _, size, _ = shape
-    first, filters = t.first, None
-    if first is not None:
-        first = first + tensors['identity'].flatten(1)
-    if t.filtered:
-        one = t.scale.new_ones(1, 1, 1, 1)
-        filter_of = {
-            'average': lambda: average_kernel(one, size),
-            'frequency': lambda: tensors['filters'],
-            'pointwise': lambda: embed_1x1(one, size),
-        }
-        rows = [filter_of[name]().reshape(-1, size**2) for name in t.filtered]
-        filters = torch.stack([row.expand(outputs, -1) for row in rows], dim=1)
-    return _contiguous(t._replace(first=first, filters=filters))
+def _branches_1x1(tensors: dict[str, Tensor], branches: Sequence[str]) -> Branches:
+    rows = {
+        'composed': branches.index('pointwise_pointwise'),
+        'origin': branches.index('origin'),
+    }
+    return Branches(_parameters_1x1(tensors), rows)
 
 
-def _roles_1x1(tensors: dict[str, Tensor], branches: Sequence[str]) -> Roles:
-    row_of = {name: row for row, name in enumerate(branches)}
-    row_of['composed'] = row_of['pointwise_pointwise']
-    return _contiguous(
-        Roles(
-            tensors['scale'],
-            row_of,
-            origin=tensors['weight_origin'].flatten(2),
-            second=tensors['weight_second'].flatten(2).transpose(1, 2),
-            first=tensors['weight_first'].flatten(1),
-            separable=None,
-            depthwise=None,
-            filtered={},
-            filters=None,
-        )
-    )
-
-
-def _contiguous(t: Roles) -> Roles:
-    """The same with every tensor in one piece, most of which are."""
-    return Roles(*(x.contiguous() if isinstance(x, Tensor) else x for x in t))._replace(
-        filtered={name: weight.contiguous() for name, weight in t.filtered.items()}
-    )
+def _parameters_1x1(tensors: dict[str, Tensor]) -> Parameters:
+    names = ('scale', 'weight_origin', 'weight_first', 'weight_second')
+    return Parameters(*(tensors[name] for name in names))
 
 
 def _gradients_like(
     tensors: dict[str, Tensor], out: Optional[dict[str, Tensor]]
 ) -> dict[str, Tensor]:
     """Memory for the gradients of all parameters, unwritten."""
-    found = {}
+    found = dict(out or {})
     for name, tensor in tensors.items():
-        if name == 'scale' or name.startswith('weight_'):
-            memory = (out or {}).get(name)
-            if memory is None:
-                memory = tensor.new_empty(tensor.shape)
-            found[name] = memory
+        is_parameter = name == 'scale' or name.startswith('weight_')
+        if is_parameter and name not in found:
+            found[name] = tensor.new_empty(tensor.shape)
     return found
+
+
+class _Matrices(NamedTuple):
+    """Parameters in the shapes of the products that they enter."""
+
+    origin: Optional[Tensor]  # (O, I, K)
+    second: Optional[Tensor]  # (O, K, T)
+    first: Optional[Tensor]  # (T, I)
+    separable: Optional[Tensor]  # (O, I, m)
+    depthwise: Optional[Tensor]  # (I, m, K)
+    filtered: dict[str, Tensor]  # (O, I) each: a weight of a filter
+    filters: Optional[Tensor]  # (O, filtered, K)
+
+
+def _views(p: Parameters, shape: Sequence[int]) -> _Matrices:
+    outputs, inputs, *size = shape
+    taps = size[0] * size[1]
+
+    def view(tensor: Optional[Tensor], *sizes: int) -> Optional[Tensor]:
+        return None if tensor is None else tensor.reshape(sizes)
+
+    filtered = dict(average=p.average, frequency=p.frequency, pointwise=p.pointwise)
+    return _Matrices(
+        view(p.origin, outputs, inputs, taps),
+        view(p.second, outputs, taps, -1),
+        view(p.first, -1, inputs),
+        view(p.separable, outputs, inputs, -1),
+        view(p.depthwise, inputs, -1, taps),
+        {b: view(w, outputs, inputs) for b, w in filtered.items() if w is not None},
+        filters=None,
+    )
+
+
+def _matrices(t: Branches, shape: Sequence[int]) -> _Matrices:
+    m = _views(t.parameters, shape)
+    outputs, _, size, _ = shape
+    if t.identity is not None:
+        m = m._replace(first=m.first + t.identity.flatten(1))
+    if m.filtered:
+        ones = t.parameters.scale.new_ones(outputs, 1, 1, 1)
+        filter_of = {
+            'average': lambda: average_kernel(ones, size),
+            'frequency': lambda: t.filters,
+            'pointwise': lambda: embed_1x1(ones, size),
+        }
+        filters = [filter_of[branch]().reshape(outputs, -1) for branch in m.filtered]
+        m = m._replace(filters=torch.stack(filters, dim=1))
+    return m
 
 
 def _blocks(kernel: Tensor) -> Iterator[slice]:
@@ -267,4 +295,9 @@ def _blocks(kernel: Tensor) -> Iterator[slice]:
     if kernel.device.type == 'cpu':
         step = -(-rows // -(-kernel.numel() // _BLOCK))
     for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+        yield slice(start, start + step)
+
+
+def _inner_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``out[o] = ⟨a[o], b[o]⟩``"""
+    torch.sum((a * b).flatten(1), dim=1, out=out)

@@ -57,14 +57,14 @@ class OnlineFold:
         if torch.jit.is_tracing():
             # A trace records the formulas, and cannot call modules by stand-ins.
             return branches()
+        leaf = self._leaf if self._is_held else None
         entry = self._entry
-        if entry is None or not entry.is_current():
+        if entry is None or not (entry.is_current(leaf) or entry.renew()):
             self._entry = None
             if next(tensors_outside(branches), None) is not None:
                 return _fold_as_it_is(branches)
-            leaf = self._leaf if self._is_held else None
-            entry = self._entry = _Entry(branches, leaf)
-        return entry.kernel(branches)
+            entry = self._entry = _Entry(branches)
+        return entry.kernel(branches, leaf)
 
     def hold(self, branches: nn.Module) -> nn.Parameter:
         """Makes the kernel a leaf, brought up to date if the branches have changed.
@@ -82,17 +82,19 @@ class OnlineFold:
             self._gradients = {}
             with torch.no_grad():
                 self._leaf = nn.Parameter(self(branches).clone())
-        if not self._is_held:
-            self._is_held = True
-            self._entry = None
+        self._set_held(True)
         self(branches)
         return self._leaf
 
     def release(self) -> None:
         """Makes the kernel a function of the branches again."""
-        if self._is_held:
-            self._is_held = False
-            self._entry = None
+        self._set_held(False)
+
+    def _set_held(self, is_held: bool) -> None:
+        if self._is_held != is_held:
+            self._is_held = is_held
+            if self._entry is not None:
+                self._entry.forget_kernel()
 
     def pull_back(self, branches: nn.Module) -> None:
         """Adds to the gradients of the branches what the held kernel's amounts to.
@@ -105,7 +107,9 @@ class OnlineFold:
         """
         if self._leaf is None or self._leaf.grad is None:
             return
-        tensors = dict(_named_tensors(branches))
+        if self._entry is None:
+            self._entry = _Entry(branches)
+        tensors = self._entry.tensors()
         unused = {n: g for n, g in self._gradients.items() if tensors[n].grad is None}
         grads = _fold_gradients(branches, tensors, self._leaf.grad, unused)
         for (name, tensor), grad in zip(tensors.items(), grads):
@@ -137,12 +141,12 @@ class OnlineFold:
 
 
 class _Place(NamedTuple):
-    """Where a module keeps a tensor, and what the tensor was like."""
+    """Where a module keeps a tensor."""
 
+    full_name: str
     store: dict
     name: str
     tensor: weakref.ref
-    state: tuple
 
 
 class Watch:
@@ -154,27 +158,60 @@ class Watch:
 
     def __init__(self, module: nn.Module) -> None:
         self._places = [
-            _Place(store, name, weakref.ref(tensor), _state(tensor))
-            for child in module.modules()
+            _Place(f'{prefix}.{name}'.lstrip('.'), store, name, weakref.ref(tensor))
+            for prefix, child in module.named_modules()
             for store in (child._parameters, child._buffers)
             for name, tensor in store.items()
             if tensor is not None
         ]
-        tensors = [place.tensor() for place in self._places]
-        samples = [] if tensors[0].is_meta else [_sample(t) for t in tensors]
+        tensors = self.tensors().values()
+        is_meta = next(iter(tensors)).is_meta
+        samples = [] if is_meta else [_sample(t) for t in tensors]
         # By their number of dimensions, so that each kind can be read at once.
         self._samples = [[s for s in samples if s.dim() == n] for n in (1, 2)]
+        self._states = self._read_states()
         self._content = self._read_samples()
 
     def is_current(self) -> bool:
         """Whether the module is still in that state."""
-        for store, name, reference, state in self._places:
+        return self._read_states() == self._states and all(
+            map(torch.equal, self._read_samples(), self._content)
+        )
+
+    def renew(self) -> bool:
+        """Watches the present state from now on, which costs less than a new watch.
+
+        Returns:
+            bool: Whether that is possible: not where tensors were exchanged.
+        """
+        states = self._read_states()
+        if states is None or self._states is None:
+            return False
+        if any(new[0] != old[0] for new, old in zip(states, self._states)):
+            return False
+        self._states = states
+        self._content = self._read_samples()
+        return True
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All parameters and buffers by name."""
+        return {
+            place.full_name: place.store[place.name]
+            for place in self._places
+            if place.name in place.store
+        }
+
+    def _read_states(self) -> Optional[list[tuple]]:
+        """Where tensors are and how often they changed; None if one was exchanged."""
+        states = []
+        for _, store, name, reference in self._places:
             # None where pruning or a parametrisation took a parameter away. `is`,
             # since a new tensor may live where a freed one did.
             tensor = store.get(name)
-            if tensor is None or reference() is not tensor or _state(tensor) != state:
-                return False
-        return all(map(torch.equal, self._read_samples(), self._content))
+            if tensor is None or reference() is not tensor:
+                return None
+            states.append(_state(tensor))
+        return states
 
     def _read_samples(self) -> list[Tensor]:
         # As bytes, of which a NaN equals itself.
@@ -186,40 +223,57 @@ class _Entry(Watch):
 
     Args:
         branches (nn.Module): What the kernel is folded from.
-        leaf (nn.Parameter, optional): Where the kernel is written, and then has no
-            gradient to the branches. Defaults to None.
     """
 
-    def __init__(
-        self, branches: nn.Module, leaf: Optional[nn.Parameter] = None
-    ) -> None:
+    def __init__(self, branches: nn.Module) -> None:
         super().__init__(branches)
         self._are_trained = self._which_are_trained()
-        self._leaf = leaf
         self._kernel: Optional[Tensor] = None
 
-    def is_current(self) -> bool:
-        """Whether the branches are in that state still, as far as it matters."""
+    def is_current(self, leaf: Optional[nn.Parameter]) -> bool:
+        """Whether the branches are in that state still, as far as it matters.
+
+        Args:
+            leaf (nn.Parameter, optional): As for :meth:`kernel`.
+        """
         if not super().is_current():
             return False
         # The values of a held kernel do not depend on what is trained.
-        return self._leaf is not None or self._which_are_trained() == self._are_trained
+        return leaf is not None or self._which_are_trained() == self._are_trained
+
+    def renew(self) -> bool:
+        """Goes over to the present state of the branches, if that is possible."""
+        self.forget_kernel()
+        if not super().renew():
+            return False
+        self._are_trained = self._which_are_trained()
+        return True
+
+    def forget_kernel(self) -> None:
+        """Has the kernel folded anew when it is asked for."""
+        self._kernel = None
 
     def _which_are_trained(self) -> list[bool]:
-        return [place.store[place.name].requires_grad for place in self._places]
+        return [tensor.requires_grad for tensor in self.tensors().values()]
 
-    def kernel(self, branches: nn.Module) -> Tensor:
-        """The kernel, with a gradient where that is asked for."""
+    def kernel(self, branches: nn.Module, leaf: Optional[nn.Parameter]) -> Tensor:
+        """The kernel, with a gradient where that is asked for.
+
+        Args:
+            branches (nn.Module): As before.
+            leaf (nn.Parameter, optional): Where the kernel is written, and then has no
+                gradient to the branches.
+        """
         with_grad = any(self._are_trained) and torch.is_grad_enabled()
-        if self._leaf is not None and self._kernel is None:
+        if leaf is not None and self._kernel is None:
             with torch.inference_mode(False), torch.no_grad():
-                _fold_fast(branches, dict(_named_tensors(branches)), self._leaf)
-            self._kernel = self._leaf
+                _fold_fast(branches, self.tensors(), leaf)
+            self._kernel = leaf
         if self._kernel is None or (with_grad and not self._kernel.requires_grad):
             # Outside of inference mode, since a kernel made inside of it could not
             # serve a later pass that needs a gradient with respect to its input.
             with torch.inference_mode(False), torch.set_grad_enabled(with_grad):
-                names, tensors = zip(*_named_tensors(branches))
+                names, tensors = zip(*self.tensors().items())
                 self._kernel = _Fold.apply(branches, names, *tensors)
         return self._kernel if with_grad else self._kernel.detach()
 

@@ -142,7 +142,7 @@ class OREPAKernel(nn.Module):
         out: Optional[dict[str, Tensor]] = None,
     ) -> dict[str, Tensor]:
         """The derivative of :meth:`fold`: :func:`.fold_kxk_gradients`."""
-        return fold_kxk_gradients(tensors, self.branches, self.shape, grad, out)
+        return fold_kxk_gradients(tensors, self.branches, grad, out)
 
     def _origin(self) -> Tensor:
         return self.weight_origin

@@ -59,7 +59,7 @@ def test_report(result):
     for name, step in figures['steps'].items():
         median, low, high = step['ratio']
         assert 0 < low <= median <= high and name in text
-    assert {*figures['fold']} == {'floor', 'naive fold', 'fold'}
+    assert {*figures['fold']} == {'floor', 'naive', 'online', 'folded'}
     assert 'OREPA, deployed' in figures['inference']
     Image.open(out / 'train_cost.png').verify()
 

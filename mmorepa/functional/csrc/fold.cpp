@@ -1,12 +1,20 @@
-// The passes of passes.py, compiled for a CPU: one walk through memory instead of one
-// for each operation.
+// The folds of closed_forms.py and their derivatives, compiled for a CPU.
 //
-// Names and shapes are those of passes.py: O outputs, I inputs, K taps, M maps of each
-// input in the depthwise branch. Input channels are the lanes of the vectors, since
-// all that is done to a tap is done to every input channel alike.
+// On a CPU a fold waits for memory more than it computes. Between the matrix products,
+// all that is done to a row of the kernel is done here in one walk through memory.
+//
+// Names and shapes are those of closed_forms.py: O outputs, I inputs, K taps, T channels
+// between two composed convs, M maps of each input in the depthwise branch. Input
+// channels are the lanes of the vectors, since what is done to a tap is done to every
+// input channel alike.
 
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -27,11 +35,11 @@ namespace {
 
 using at::IntArrayRef;
 using at::Tensor;
-using at::TensorList;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int M = 8;
-constexpr int MAX_FILTERS = 3;
+// The elements of a block of rows, which the caches are to hold between two steps.
+constexpr int64_t BLOCK = 1 << 20;
 // Rows whose sums with a depthwise filter are done together, to load it only once.
 constexpr int GROUP = 4;
 
@@ -203,7 +211,7 @@ INLINE void for_inputs(int64_t I, F f) {
 
 template <typename S>
 S* data(const Tensor& tensor) {
-  TORCH_CHECK(tensor.is_contiguous(), "the compiled passes take contiguous tensors");
+  TORCH_CHECK(tensor.is_contiguous(), "compiled folds take contiguous tensors");
   return tensor.data_ptr<S>();
 }
 
@@ -212,35 +220,28 @@ S* data(const OptionalTensor& tensor) {
   return tensor.has_value() ? data<S>(*tensor) : nullptr;
 }
 
-// The tensors of all branches, or their gradients.
+// The branches whose kernels are one weight for each input times a filter.
+enum Filter { AVERAGE, FREQUENCY, POINTWISE, FILTERS };
+
+// All parameters, or all gradients, but for those of the composed convs.
 template <typename S>
 struct Branches {
-  Branches(const Tensor& scale, IntArrayRef row_of, const Tensor& origin,
-           const OptionalTensor& separable, const OptionalTensor& depthwise,
-           TensorList weights)
-      : outputs(scale.size(1)),
-        scales(data<S>(scale)),
-        row_of(row_of),
-        origin(data<S>(origin)),
-        separable(data<S>(separable)),
-        depthwise(data<S>(depthwise)),
-        filtered(weights.size()) {
-    TORCH_CHECK(filtered <= MAX_FILTERS, "too many filtered branches");
-    for (int q = 0; q < filtered; ++q) weight[q] = data<S>(weights[q]);
-  }
-
-  // Of the branches as `row_of` names them.
-  S* scale(int branch, int64_t o) const { return scales + row_of[branch] * outputs + o; }
-
-  int64_t outputs;
-  S* scales;
-  IntArrayRef row_of;
   S *origin, *separable, *depthwise;
-  int filtered;
-  S* weight[MAX_FILTERS];
+  S* weight[FILTERS];
+  // Of each branch, one for each output.
+  S *scale_composed, *scale_origin, *scale_separable;
+  S* scale_of[FILTERS];
 };
 
-enum { COMPOSED, ORIGIN, SEPARABLE, FILTERED };  // the order of row_of
+// The filters of output o.
+template <typename S, int K>
+INLINE void write_filters(int64_t o, const S* frequencies, S filter[FILTERS][K]) {
+  for (int k = 0; k < K; ++k) {
+    filter[AVERAGE][k] = S(1) / K;
+    filter[FREQUENCY][k] = frequencies ? frequencies[o * K + k] : 0;
+    filter[POINTWISE][k] = k == K / 2;
+  }
+}
 
 // Calls f(o, R) for the rows from first to last, GROUP of them at a time if there are.
 template <typename F>
@@ -284,21 +285,22 @@ void add_separable(int64_t I, S* sums, const S* scale_composed, const S* separab
 // One row of the kernel, (I, K), from that of the product, (K, I).
 template <typename S, int K>
 void combine_row(int64_t I, int64_t o, S* kernel, const S* composed, S scale_composed,
-                 const Branches<S>& t, const S* filters) {
-  S coefficient[MAX_FILTERS][K];
-  for (int q = 0; q < t.filtered; ++q)
-    for (int k = 0; k < K; ++k)
-      coefficient[q][k] =
-          *t.scale(FILTERED + q, o) * filters[(o * t.filtered + q) * K + k];
-  const S scale_origin = *t.scale(ORIGIN, o);
+                 const Branches<S>& t, const S* frequencies) {
+  S filter[FILTERS][K];
+  write_filters<S, K>(o, frequencies, filter);
+  for (int q = 0; q < FILTERS; ++q)
+    for (int k = 0; t.weight[q] && k < K; ++k) filter[q][k] *= t.scale_of[q][o];
+  const S scale_origin = t.scale_origin[o];
   for_inputs<S>(I, [&](int64_t i, auto n) INLINE_LAMBDA {
     Vector<S> taps[K], flat[K], origin[K];
 #pragma GCC unroll 16
     for (int k = 0; k < K; ++k) taps[k] = scale_composed * load(composed + k * I + i, n);
-    for (int q = 0; q < t.filtered; ++q) {
+#pragma GCC unroll 3
+    for (int q = 0; q < FILTERS; ++q) {
+      if (!t.weight[q]) continue;
       const auto weight = load(t.weight[q] + o * I + i, n);
 #pragma GCC unroll 16
-      for (int k = 0; k < K; ++k) taps[k] += coefficient[q][k] * weight;
+      for (int k = 0; k < K; ++k) taps[k] += filter[q][k] * weight;
     }
     transpose_back<K, S>(taps, flat);
     load_flat<K>(t.origin + (o * I + i) * K, origin, n);
@@ -308,12 +310,10 @@ void combine_row(int64_t I, int64_t o, S* kernel, const S* composed, S scale_com
   });
 }
 
+// The rows of the kernel from start to stop, from those of the product.
 template <typename S, int K>
-void combine(const Tensor& kernel, int64_t start, int64_t stop, const Tensor& composed,
-             const OptionalTensor& filters, const Branches<S>& t) {
-  const int64_t I = kernel.size(1);
-  S *out = data<S>(kernel), *products = data<S>(composed);
-  const S* filter = data<S>(filters);
+void combine(int64_t I, int64_t start, int64_t stop, S* kernel, S* composed,
+             const Branches<S>& t, const S* frequencies) {
   const int64_t groups = (stop - start + GROUP - 1) / GROUP;
   at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
@@ -321,13 +321,13 @@ void combine(const Tensor& kernel, int64_t start, int64_t stop, const Tensor& co
       const int64_t last = std::min(first + GROUP, stop);
       if (t.separable)
         for_groups(first, last, [&](int64_t o, auto R) {
-          add_separable<S, K, R>(I, products + (o - start) * K * I, t.scale(COMPOSED, o),
-                                 t.separable + o * I * M, t.depthwise,
-                                 t.scale(SEPARABLE, o));
+          add_separable<S, K, R>(I, composed + (o - start) * K * I,
+                                 t.scale_composed + o, t.separable + o * I * M,
+                                 t.depthwise, t.scale_separable + o);
         });
       for (int64_t o = first; o < last; ++o)
-        combine_row<S, K>(I, o, out + o * I * K, products + (o - start) * K * I,
-                          t.separable ? S(1) : *t.scale(COMPOSED, o), t, filter);
+        combine_row<S, K>(I, o, kernel + o * I * K, composed + (o - start) * K * I,
+                          t.separable ? S(1) : t.scale_composed[o], t, frequencies);
     }
     finish_streams();
   });
@@ -338,12 +338,13 @@ void combine(const Tensor& kernel, int64_t start, int64_t stop, const Tensor& co
 // One row of the gradient, (I, K), in the order of the products, (K, I), and what is
 // found of the branches' gradients on the way.
 template <typename S, int K>
-void split_row(int64_t I, int64_t o, const S* grad, S* by_tap, const S* filters,
-               const Branches<S>& t, const Branches<S>& d) {
-  Vector<S> origin_total{}, filtered_total[MAX_FILTERS] = {};
-  const S scale_origin = *t.scale(ORIGIN, o);
-  S scale[MAX_FILTERS];
-  for (int q = 0; q < t.filtered; ++q) scale[q] = *t.scale(FILTERED + q, o);
+void split_row(int64_t I, int64_t o, const S* grad, S* by_tap, const Branches<S>& t,
+               const Branches<S>& d, const S* frequencies) {
+  Vector<S> origin_total{}, filter_total[FILTERS] = {};
+  S filter[FILTERS][K], scale[FILTERS];
+  write_filters<S, K>(o, frequencies, filter);
+  for (int q = 0; q < FILTERS; ++q) scale[q] = t.weight[q] ? t.scale_of[q][o] : 0;
+  const S scale_origin = t.scale_origin[o];
   for_inputs<S>(I, [&](int64_t i, auto n) INLINE_LAMBDA {
     Vector<S> flat[K], taps[K], origin[K];
     load_flat<K>(grad + i * K, flat, n);
@@ -356,18 +357,19 @@ void split_row(int64_t I, int64_t o, const S* grad, S* by_tap, const S* filters,
       flat[k] *= scale_origin;
     }
     stream_flat<K>(d.origin + (o * I + i) * K, flat, n);
-    for (int q = 0; q < t.filtered; ++q) {
-      const S* filter = filters + (o * t.filtered + q) * K;
-      Vector<S> x = filter[0] * taps[0];
+#pragma GCC unroll 3
+    for (int q = 0; q < FILTERS; ++q) {
+      if (!t.weight[q]) continue;
+      Vector<S> x = filter[q][0] * taps[0];
 #pragma GCC unroll 16
-      for (int k = 1; k < K; ++k) x += filter[k] * taps[k];
-      filtered_total[q] += x * load(t.weight[q] + o * I + i, n);
+      for (int k = 1; k < K; ++k) x += filter[q][k] * taps[k];
+      filter_total[q] += x * load(t.weight[q] + o * I + i, n);
       stream(d.weight[q] + o * I + i, scale[q] * x, n);
     }
   });
-  *d.scale(ORIGIN, o) = sum<S>(origin_total);
-  for (int q = 0; q < t.filtered; ++q)
-    *d.scale(FILTERED + q, o) = sum<S>(filtered_total[q]);
+  d.scale_origin[o] = sum<S>(origin_total);
+  for (int q = 0; q < FILTERS; ++q)
+    if (t.weight[q]) d.scale_of[q][o] = sum<S>(filter_total[q]);
 }
 
 // The gradients of the depthwise separable branch, those of `depthwise` added up.
@@ -417,19 +419,14 @@ void separable_gradients(int64_t I, const S* by_tap, const S* separable,
   for (int r = 0; r < R; ++r) d_scale[r] = sum<S>(total[r]);
 }
 
+// The rows of the gradient from start to stop in the order of the products, and the
+// gradients of all branches but the composed one; that of `depthwise` is added up, for
+// every task in sums of its own.
 template <typename S, int K>
-void split(const Tensor& grad, int64_t start, int64_t stop, const Tensor& by_tap,
-           const OptionalTensor& filters, const Branches<S>& t, const Branches<S>& d) {
-  const int64_t I = grad.size(1), filter_size = M * K * I;
-  const S *g = data<S>(grad), *filter = data<S>(filters);
-  S* taps = data<S>(by_tap);
+void split(int64_t I, int64_t start, int64_t stop, const S* grad, S* by_tap,
+           const Branches<S>& t, const Branches<S>& d, const S* frequencies,
+           int64_t tasks) {
   const int64_t groups = (stop - start + GROUP - 1) / GROUP;
-  // Every task adds up gradients of its own: sums that came in the order in which
-  // threads finish would be other ones in every run.
-  const int64_t tasks = std::min<int64_t>(at::get_num_threads(), groups);
-  Tensor partial;
-  if (t.separable) partial = at::zeros({tasks, filter_size}, grad.options());
-  S* partials = t.separable ? data<S>(partial) : nullptr;
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t last_group = groups * (task + 1) / tasks;
@@ -437,44 +434,42 @@ void split(const Tensor& grad, int64_t start, int64_t stop, const Tensor& by_tap
         const int64_t first = start + group * GROUP;
         const int64_t last = std::min(first + GROUP, stop);
         for (int64_t o = first; o < last; ++o)
-          split_row<S, K>(I, o, g + o * I * K, taps + (o - start) * K * I, filter, t, d);
+          split_row<S, K>(I, o, grad + o * I * K, by_tap + (o - start) * K * I, t, d,
+                          frequencies);
         if (t.separable)
           for_groups(first, last, [&](int64_t o, auto R) {
             separable_gradients<S, K, R>(
-                I, taps + (o - start) * K * I, t.separable + o * I * M,
-                d.separable + o * I * M, t.depthwise, partials + task * filter_size,
-                t.scale(SEPARABLE, o), d.scale(SEPARABLE, o));
+                I, by_tap + (o - start) * K * I, t.separable + o * I * M,
+                d.separable + o * I * M, t.depthwise, d.depthwise + task * M * K * I,
+                t.scale_separable + o, d.scale_separable + o);
           });
       }
     }
     finish_streams();
   });
-  for (int64_t task = 0; t.separable && task < tasks; ++task)
-    for_inputs<S>(filter_size, [&](int64_t j, auto n) INLINE_LAMBDA {
-      const auto more = load(partials + task * filter_size + j, n);
-      store(d.depthwise + j, load(d.depthwise + j, n) + more, n);
-    });
 }
 
-template <typename S>
-void rescale(int64_t start, int64_t stop, const Tensor& by_tap, const Tensor& product,
-             const Tensor& second, const Tensor& d_second, const S* scale, S* d_scale) {
-  const int64_t size = second[0].numel(), taps_size = by_tap[0].numel();
-  const S *w = data<S>(second), *products = data<S>(product);
-  S *d = data<S>(d_second), *taps = data<S>(by_tap);
+// The scale of the composed branch, in what was found without it: in `by_tap`, and in
+// `product` on its way to the gradient of the second conv. All are rows of K numbers
+// of channels, from `start` on but for `second` and `d_second`, which have all rows.
+template <typename S, int K>
+void rescale(int64_t I, int64_t T, int64_t start, int64_t stop, S* by_tap,
+             const S* product, const S* second, S* d_second, const Branches<S>& t,
+             const Branches<S>& d) {
   at::parallel_for(start, stop, 1, [&](int64_t begin, int64_t end) {
     for (int64_t o = begin; o < end; ++o) {
+      const S scale = t.scale_composed[o];
+      const S *from = product + (o - start) * K * T, *weight = second + o * K * T;
+      S *to = d_second + o * K * T, *taps = by_tap + (o - start) * K * I;
       Vector<S> total{};
-      const S* from = products + (o - start) * size;
-      for_inputs<S>(size, [&](int64_t j, auto n) INLINE_LAMBDA {
+      for_inputs<S>(K * T, [&](int64_t j, auto n) INLINE_LAMBDA {
         const auto x = load(from + j, n);
-        total += x * load(w + o * size + j, n);
-        stream(d + o * size + j, scale[o] * x, n);
+        total += x * load(weight + j, n);
+        stream(to + j, scale * x, n);
       });
-      d_scale[o] = sum<S>(total);
-      S* row = taps + (o - start) * taps_size;
-      for_inputs<S>(taps_size, [&](int64_t j, auto n) INLINE_LAMBDA {
-        store(row + j, scale[o] * load(row + j, n), n);
+      d.scale_composed[o] = sum<S>(total);
+      for_inputs<S>(K * I, [&](int64_t j, auto n) INLINE_LAMBDA {
+        store(taps + j, scale * load(taps + j, n), n);
       });
     }
     finish_streams();
@@ -483,78 +478,160 @@ void rescale(int64_t start, int64_t stop, const Tensor& by_tap, const Tensor& pr
 
 // ---- what Python calls ---------------------------------------------------------------
 
-// Calls f(S, K) with the number type and the taps of a kernel, (O, I, K).
+// The tensors of a kernel or their gradients, with the rows of `scale` that belong to
+// the branches.
+struct Tensors {
+  const Tensor& scale;
+  IntArrayRef rows;
+  const Tensor &origin, &first, &second;
+  const OptionalTensor &separable, &depthwise, &average, &frequency, &pointwise;
+
+  template <typename S>
+  Branches<S> branches(const Tensor& by_map) const {
+    S* scales = data<S>(scale);
+    auto scale_of = [&](int branch) { return scales + rows[branch] * scale.size(1); };
+    return {data<S>(origin),
+            data<S>(separable),
+            separable.has_value() ? data<S>(by_map) : nullptr,
+            {data<S>(average), data<S>(frequency), data<S>(pointwise)},
+            scale_of(0),
+            scale_of(1),
+            scale_of(2),
+            {scale_of(3), scale_of(4), scale_of(5)}};
+  }
+};
+
+// The depthwise filters, (I, M, K), in the order of the sums, (M, K, I), and back.
+Tensor to_maps(const OptionalTensor& depthwise, int64_t I) {
+  return depthwise.has_value() ? depthwise->view({I, -1}).t().contiguous() : Tensor();
+}
+
+void from_maps(const OptionalTensor& depthwise, const Tensor& by_map, int64_t I) {
+  if (depthwise.has_value()) depthwise->view({I, -1}).copy_(by_map.sum(0).t());
+}
+
+Tensor with_identity(const Tensor& first, const OptionalTensor& identity, int64_t I) {
+  return (identity.has_value() ? at::add(first, *identity) : first).view({-1, I});
+}
+
+// Calls f(first row, row after the last) for the blocks of a kernel.
+template <typename F>
+void for_blocks(int64_t rows, int64_t size, F f) {
+  const int64_t blocks = (rows * size + BLOCK - 1) / BLOCK;
+  const int64_t step = (rows + blocks - 1) / blocks;
+  for (int64_t start = 0; start < rows; start += step)
+    f(start, std::min(start + step, rows), step);
+}
+
+// Calls f(S, K) with the number type and the taps of a kernel.
 template <typename F>
 void dispatch(const Tensor& kernel, F f) {
   using One = std::integral_constant<int, 1>;
   using Nine = std::integral_constant<int, 9>;
   const bool is_float = kernel.scalar_type() == at::kFloat;
-  const bool is_double = kernel.scalar_type() == at::kDouble;
-  const int64_t taps = kernel.size(2);
-  TORCH_CHECK((is_float || is_double) && (taps == 1 || taps == 9),
-              "there are compiled passes for float32, float64 and 1 or 9 taps");
+  const int64_t taps = kernel.size(2) * kernel.size(3);
+  TORCH_CHECK(taps == 1 || taps == 9, "compiled folds have 1 or 9 taps, found ", taps);
   if (is_float && taps == 9) f(float(), Nine{});
   if (is_float && taps == 1) f(float(), One{});
-  if (is_double && taps == 9) f(double(), Nine{});
-  if (is_double && taps == 1) f(double(), One{});
+  if (!is_float && taps == 9) f(double(), Nine{});
+  if (!is_float && taps == 1) f(double(), One{});
 }
 
-void combine_rows(const Tensor& kernel, int64_t start, int64_t stop,
-                  const Tensor& composed, const Tensor& scale, IntArrayRef row_of,
-                  const Tensor& origin, const OptionalTensor& separable,
-                  const OptionalTensor& depthwise, TensorList weights,
-                  const OptionalTensor& filters) {
-  dispatch(kernel, [&](auto zero, auto K) {
+void fold(const Tensor& kernel, const OptionalTensor& identity,
+          const OptionalTensor& filters, IntArrayRef rows, const Tensor& scale,
+          const Tensor& origin, const Tensor& first, const Tensor& second,
+          const OptionalTensor& separable, const OptionalTensor& depthwise,
+          const OptionalTensor& average, const OptionalTensor& frequency,
+          const OptionalTensor& pointwise) {
+  // All that follows is written into what is there already.
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const Tensors tensors{scale,     rows,      origin,  first,     second,
+                        separable, depthwise, average, frequency, pointwise};
+  dispatch(kernel, [&](auto zero, auto taps) {
     using S = decltype(zero);
-    const Branches<S> t(scale, row_of, origin, separable, depthwise, weights);
-    combine<S, K>(kernel, start, stop, composed, filters, t);
+    constexpr int K = taps;
+    const int64_t O = kernel.size(0), I = kernel.size(1);
+    const Tensor by_map = to_maps(depthwise, I);
+    const auto t = tensors.branches<S>(by_map);
+    const Tensor matrix = with_identity(first, identity, I);
+    const Tensor left = second.view({O * K, -1});
+    Tensor composed;
+    for_blocks(O, I * K, [&](int64_t start, int64_t stop, int64_t step) {
+      if (start == 0) composed = at::empty({step * K, I}, kernel.options());
+      Tensor block = composed.narrow(0, 0, (stop - start) * K);
+      at::mm_out(block, left.narrow(0, start * K, (stop - start) * K), matrix);
+      combine<S, K>(I, start, stop, data<S>(kernel), data<S>(block), t,
+                    data<S>(filters));
+    });
   });
   kernel.unsafeGetTensorImpl()->bump_version();
 }
 
-void split_rows(const Tensor& grad, int64_t start, int64_t stop, const Tensor& by_tap,
-                const Tensor& scale, const Tensor& d_scale, IntArrayRef row_of,
-                const Tensor& origin, const Tensor& d_origin,
-                const OptionalTensor& separable, const OptionalTensor& d_separable,
-                const OptionalTensor& depthwise, const OptionalTensor& d_depthwise,
-                TensorList weights, TensorList d_weights,
-                const OptionalTensor& filters) {
-  dispatch(grad, [&](auto zero, auto K) {
+void fold_gradients(
+    const Tensor& grad, const OptionalTensor& identity, const OptionalTensor& filters,
+    IntArrayRef rows, const Tensor& scale, const Tensor& origin, const Tensor& first,
+    const Tensor& second, const OptionalTensor& separable,
+    const OptionalTensor& depthwise, const OptionalTensor& average,
+    const OptionalTensor& frequency, const OptionalTensor& pointwise,
+    const Tensor& d_scale, const Tensor& d_origin, const Tensor& d_first,
+    const Tensor& d_second, const OptionalTensor& d_separable,
+    const OptionalTensor& d_depthwise, const OptionalTensor& d_average,
+    const OptionalTensor& d_frequency, const OptionalTensor& d_pointwise) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const Tensors tensors{scale,     rows,      origin,  first,     second,
+                        separable, depthwise, average, frequency, pointwise};
+  const Tensors gradients{d_scale,     rows,        d_origin,  d_first,     d_second,
+                          d_separable, d_depthwise, d_average, d_frequency, d_pointwise};
+  dispatch(grad, [&](auto zero, auto taps) {
     using S = decltype(zero);
-    const Branches<S> t(scale, row_of, origin, separable, depthwise, weights);
-    const Branches<S> d(d_scale, row_of, d_origin, d_separable, d_depthwise, d_weights);
-    split<S, K>(grad, start, stop, by_tap, filters, t, d);
+    constexpr int K = taps;
+    const int64_t O = grad.size(0), I = grad.size(1);
+    const Tensor by_map = to_maps(depthwise, I);
+    // A sum for every task: added up in the order in which threads finish, it would be
+    // another one in every run.
+    const int64_t tasks = at::get_num_threads();
+    Tensor d_by_map;
+    if (depthwise.has_value()) d_by_map = at::zeros({tasks, M * K, I}, grad.options());
+    const auto t = tensors.branches<S>(by_map);
+    const auto d = gradients.branches<S>(d_by_map);
+    const Tensor matrix = with_identity(first, identity, I);
+    const int64_t T = matrix.size(0);
+    const Tensor left = second.view({O * K, T});
+    Tensor d_matrix = d_first.view({T, I}), taps_space, product_space;
+    for_blocks(O, I * K, [&](int64_t start, int64_t stop, int64_t step) {
+      const int64_t count = (stop - start) * K;
+      if (start == 0) {
+        taps_space = at::empty({step * K, I}, grad.options());
+        product_space = at::empty({step * K, T}, grad.options());
+      }
+      const Tensor by_tap = taps_space.narrow(0, 0, count);
+      Tensor product = product_space.narrow(0, 0, count);
+      split<S, K>(I, start, stop, data<S>(grad), data<S>(by_tap), t, d,
+                  data<S>(filters), tasks);
+      at::mm_out(product, by_tap, matrix.t());
+      rescale<S, K>(I, T, start, stop, data<S>(by_tap), data<S>(product),
+                    data<S>(second), data<S>(d_second), t, d);
+      at::addmm_out(d_matrix, d_matrix, left.narrow(0, start * K, count).t(), by_tap,
+                    start > 0);
+    });
+    from_maps(d_depthwise, d_by_map, I);
   });
-}
-
-void rescale_rows(int64_t start, int64_t stop, const Tensor& by_tap,
-                  const Tensor& product, const Tensor& second, const Tensor& d_second,
-                  const Tensor& scale, const Tensor& d_scale) {
-  if (second.scalar_type() == at::kDouble)
-    rescale<double>(start, stop, by_tap, product, second, d_second,
-                    data<double>(scale), data<double>(d_scale));
-  else
-    rescale<float>(start, stop, by_tap, product, second, d_second, data<float>(scale),
-                   data<float>(d_scale));
 }
 
 }  // namespace
 
 TORCH_LIBRARY(mmorepa, library) {
   library.def(
-      "combine(Tensor(a!) kernel, int start, int stop, Tensor(b!) composed, "
-      "Tensor scale, int[] row_of, Tensor origin, Tensor? separable, "
-      "Tensor? depthwise, Tensor[] weights, Tensor? filters) -> ()",
-      combine_rows);
+      "fold(Tensor(a!) kernel, Tensor? identity, Tensor? filters, int[] rows, "
+      "Tensor scale, Tensor origin, Tensor first, Tensor second, Tensor? separable, "
+      "Tensor? depthwise, Tensor? average, Tensor? frequency, Tensor? pointwise) -> ()",
+      fold);
   library.def(
-      "split(Tensor grad, int start, int stop, Tensor(a!) by_tap, Tensor scale, "
-      "Tensor(b!) d_scale, int[] row_of, Tensor origin, Tensor(c!) d_origin, "
-      "Tensor? separable, Tensor(d!)? d_separable, Tensor? depthwise, "
-      "Tensor(e!)? d_depthwise, Tensor[] weights, Tensor(f!)[] d_weights, "
-      "Tensor? filters) -> ()",
-      split_rows);
-  library.def(
-      "rescale(int start, int stop, Tensor(a!) by_tap, Tensor product, Tensor second, "
-      "Tensor(b!) d_second, Tensor scale, Tensor(c!) d_scale) -> ()",
-      rescale_rows);
+      "fold_gradients(Tensor grad, Tensor? identity, Tensor? filters, int[] rows, "
+      "Tensor scale, Tensor origin, Tensor first, Tensor second, Tensor? separable, "
+      "Tensor? depthwise, Tensor? average, Tensor? frequency, Tensor? pointwise, "
+      "Tensor(a!) d_scale, Tensor(b!) d_origin, Tensor(c!) d_first, "
+      "Tensor(d!) d_second, Tensor(e!)? d_separable, Tensor(f!)? d_depthwise, "
+      "Tensor(g!)? d_average, Tensor(h!)? d_frequency, Tensor(i!)? d_pointwise) -> ()",
+      fold_gradients);
 }
