@@ -21,6 +21,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from ..utils.autocast import no_autocast
 from . import compiled
 from .compiled import Branches, Parameters
 from .kernels import average_kernel, embed_1x1
@@ -29,7 +30,6 @@ from .kernels import average_kernel, embed_1x1
 _BLOCK = 2**20
 
 
-@torch.no_grad()
 def fold_kxk(
     tensors: dict[str, Tensor],
     branches: Sequence[str],
@@ -53,7 +53,6 @@ def fold_kxk(
     return kernel
 
 
-@torch.no_grad()
 def fold_kxk_gradients(
     tensors: dict[str, Tensor],
     branches: Sequence[str],
@@ -82,7 +81,6 @@ def fold_kxk_gradients(
     return found
 
 
-@torch.no_grad()
 def fold_1x1(
     tensors: dict[str, Tensor], branches: Sequence[str], out: Optional[Tensor] = None
 ) -> Tensor:
@@ -104,7 +102,6 @@ def fold_1x1(
     return kernel
 
 
-@torch.no_grad()
 def fold_1x1_gradients(
     tensors: dict[str, Tensor],
     branches: Sequence[str],
@@ -131,7 +128,13 @@ def fold_1x1_gradients(
 def _fold(t: Branches, kernel: Tensor) -> None:
     """Writes the kernel, shape (O, I, k, k)."""
     if compiled.can_fold(t, kernel):
-        return compiled.fold(t, kernel)
+        compiled.fold(t, kernel)
+        return
+    with torch.no_grad(), no_autocast(kernel.device.type):
+        _fold_in_operations(t, kernel)
+
+
+def _fold_in_operations(t: Branches, kernel: Tensor) -> None:
     m = _matrices(t, kernel.shape)
     for rows in _blocks(kernel):
         block = kernel[rows].flatten(2)
@@ -156,7 +159,13 @@ def _fold(t: Branches, kernel: Tensor) -> None:
 def _fold_gradients(t: Branches, grad: Tensor, d: Parameters) -> None:
     """Writes the gradients of the parameters, that of the kernel being (O, I, k, k)."""
     if compiled.can_fold(t, grad):
-        return compiled.fold_gradients(t, grad, d)
+        compiled.fold_gradients(t, grad, d)
+        return
+    with torch.no_grad(), no_autocast(grad.device.type):
+        _fold_gradients_in_operations(t, grad, d)
+
+
+def _fold_gradients_in_operations(t: Branches, grad: Tensor, d: Parameters) -> None:
     m, dm = _matrices(t, grad.shape), _views(d, grad.shape)
     for added_up in (dm.first, dm.depthwise):
         if added_up is not None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import compose_deep_linear
+from ..utils.autocast import no_autocast
 from .plain import PlainKernel
 from .reparam_conv import ReparamConv2d
 
@@ -57,8 +58,9 @@ class DeepLinearKernel(nn.Module):
             tensors (dict[str, Tensor]): Parameters and buffers by name.
             out (Tensor, optional): Where to write the kernel. Defaults to None.
         """
-        kernel = self._compose(self._fold_factors(tensors))
-        return kernel if out is None else out.copy_(kernel)
+        with torch.no_grad():
+            kernel = self._compose(self._fold_factors(tensors))
+            return kernel if out is None else out.copy_(kernel)
 
     def fold_gradients(
         self,
@@ -97,8 +99,9 @@ class DeepLinearKernel(nn.Module):
 
     def _compose(self, kernels: list[Tensor]) -> Tensor:
         kernel, *others = kernels
-        for other in others:
-            kernel = compose_deep_linear(kernel, other, self.groups)
+        with no_autocast(kernel.device.type):
+            for other in others:
+                kernel = compose_deep_linear(kernel, other, self.groups)
         return kernel.contiguous()
 
 

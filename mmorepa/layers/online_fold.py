@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple, Optional
 
 import torch
@@ -10,6 +9,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn.utils.parametrize import is_parametrized
+
+from ..utils.autocast import no_autocast
 
 _HALF_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -266,9 +267,7 @@ class _Entry(Watch):
         """
         with_grad = any(self._are_trained) and torch.is_grad_enabled()
         if leaf is not None and self._kernel is None:
-            with torch.inference_mode(False), torch.no_grad():
-                _fold_fast(branches, self.tensors(), leaf)
-            self._kernel = leaf
+            self._kernel = _fold_fast(branches, self.tensors(), leaf)
         if self._kernel is None or (with_grad and not self._kernel.requires_grad):
             # Outside of inference mode, since a kernel made inside of it could not
             # serve a later pass that needs a gradient with respect to its input.
@@ -324,7 +323,7 @@ def _fold(branches: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
     convolution itself.
     """
     first = next(iter(tensors.values()))
-    with _no_autocast(first.device.type):
+    with no_autocast(first.device.type):
         kernel = functional_call(branches, _widened(tensors), ())
     return kernel.to(first.dtype)
 
@@ -339,15 +338,17 @@ def _fold_fast(
         tensors (dict[str, Tensor]): Their parameters and buffers.
         out (Tensor, optional): Where to write it. Defaults to None.
     """
-    first = next(iter(tensors.values()))
-    with torch.no_grad(), _no_autocast(first.device.type):
-        if not _has_closed_form(branches):
-            kernel = _fold(branches, tensors)
-        elif out is None or out.dtype in _HALF_DTYPES:
-            kernel = branches.fold(_widened(tensors)).to(first.dtype)
-        else:
+    if _has_closed_form(branches):
+        if out is not None and out.dtype not in _HALF_DTYPES:
             return branches.fold(tensors, out)
-        return kernel if out is None else out.copy_(kernel)
+        kernel = branches.fold(_widened(tensors))
+    else:
+        with torch.no_grad():
+            kernel = _fold(branches, tensors)
+    with torch.no_grad():
+        if out is not None:
+            return out.copy_(kernel)
+        return kernel.to(next(iter(tensors.values())).dtype)
 
 
 def _fold_gradients(
@@ -363,9 +364,8 @@ def _fold_gradients(
     if _has_closed_form(branches):
         if grad.dtype in _HALF_DTYPES:
             out = None
-        with torch.no_grad(), _no_autocast(grad.device.type):
-            wide = _widened({'': grad, **tensors})
-            found = branches.fold_gradients(wide, wide.pop(''), out)
+        wide = _widened({'': grad, **tensors})
+        found = branches.fold_gradients(wide, wide.pop(''), out)
         return [
             found[name].to(t.dtype) if t.requires_grad else None
             for name, t in tensors.items()
@@ -373,7 +373,7 @@ def _fold_gradients(
     leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors.values()]
     needed = [leaf for leaf in leaves if leaf.requires_grad]
     # backward() may be called inside of autocast, as the forward pass was.
-    with torch.enable_grad(), _no_autocast(grad.device.type):
+    with torch.enable_grad(), no_autocast(grad.device.type):
         kernel = _fold(branches, dict(zip(tensors, leaves)))
         grads = iter(torch.autograd.grad(kernel, needed, grad, allow_unused=True))
     return [next(grads) if leaf.requires_grad else None for leaf in leaves]
@@ -396,7 +396,7 @@ def _widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _fold_as_it_is(branches: nn.Module) -> Tensor:
     """The kernel of branches whose tensors cannot be watched or exchanged."""
     device = next(tensors_outside(branches)).device
-    with _no_autocast(device.type):
+    with no_autocast(device.type):
         return branches()
 
 
@@ -404,15 +404,6 @@ def tensors_outside(module: nn.Module) -> Iterator[Tensor]:
     """Tensors that a wrapper put in the place of parameters: FSDP, or pruning."""
     for child in module.modules():
         yield from (v for v in vars(child).values() if isinstance(v, Tensor))
-
-
-@contextmanager
-def _no_autocast(device_type: str) -> Iterator[None]:
-    if device_type == 'meta':  # has no autocast
-        yield
-    else:
-        with torch.autocast(device_type, enabled=False):
-            yield
 
 
 def _is_like(tensor: Tensor, other: Tensor) -> bool:

@@ -15,7 +15,6 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -501,9 +500,24 @@ struct Tensors {
   }
 };
 
+// What is needed for the time of a call, kept for the next one: memory from the system
+// is cleared, page by page, before use, which takes as long as half of a small fold.
+enum Purpose { BY_TAP, PRODUCT, MATRIX, BY_MAP, D_BY_MAP, PURPOSES };
+
+Tensor scratch(Purpose purpose, IntArrayRef shape, const Tensor& like) {
+  static thread_local Tensor kept[PURPOSES];
+  Tensor& tensor = kept[purpose];
+  const int64_t size = c10::multiply_integers(shape);
+  if (!tensor.defined() || tensor.numel() < size || tensor.dtype() != like.dtype())
+    tensor = at::empty({size}, like.options());
+  return tensor.narrow(0, 0, size).view(shape);
+}
+
 // The depthwise filters, (I, M, K), in the order of the sums, (M, K, I), and back.
 Tensor to_maps(const OptionalTensor& depthwise, int64_t I) {
-  return depthwise.has_value() ? depthwise->view({I, -1}).t().contiguous() : Tensor();
+  if (!depthwise.has_value()) return {};
+  const Tensor filters = depthwise->view({I, -1}).t();
+  return scratch(BY_MAP, filters.sizes(), filters).copy_(filters);
 }
 
 void from_maps(const OptionalTensor& depthwise, const Tensor& by_map, int64_t I) {
@@ -511,7 +525,9 @@ void from_maps(const OptionalTensor& depthwise, const Tensor& by_map, int64_t I)
 }
 
 Tensor with_identity(const Tensor& first, const OptionalTensor& identity, int64_t I) {
-  return (identity.has_value() ? at::add(first, *identity) : first).view({-1, I});
+  if (!identity.has_value()) return first.view({-1, I});
+  Tensor sum = scratch(MATRIX, first.sizes(), first);
+  return at::add_out(sum, first, *identity).view({-1, I});
 }
 
 // Calls f(first row, row after the last) for the blocks of a kernel.
@@ -520,7 +536,7 @@ void for_blocks(int64_t rows, int64_t size, F f) {
   const int64_t blocks = (rows * size + BLOCK - 1) / BLOCK;
   const int64_t step = (rows + blocks - 1) / blocks;
   for (int64_t start = 0; start < rows; start += step)
-    f(start, std::min(start + step, rows), step);
+    f(start, std::min(start + step, rows));
 }
 
 // Calls f(S, K) with the number type and the taps of a kernel.
@@ -555,12 +571,11 @@ void fold(const Tensor& kernel, const OptionalTensor& identity,
     const auto t = tensors.branches<S>(by_map);
     const Tensor matrix = with_identity(first, identity, I);
     const Tensor left = second.view({O * K, -1});
-    Tensor composed;
-    for_blocks(O, I * K, [&](int64_t start, int64_t stop, int64_t step) {
-      if (start == 0) composed = at::empty({step * K, I}, kernel.options());
-      Tensor block = composed.narrow(0, 0, (stop - start) * K);
-      at::mm_out(block, left.narrow(0, start * K, (stop - start) * K), matrix);
-      combine<S, K>(I, start, stop, data<S>(kernel), data<S>(block), t,
+    for_blocks(O, I * K, [&](int64_t start, int64_t stop) {
+      const int64_t count = (stop - start) * K;
+      Tensor composed = scratch(BY_TAP, {count, I}, kernel);
+      at::mm_out(composed, left.narrow(0, start * K, count), matrix);
+      combine<S, K>(I, start, stop, data<S>(kernel), data<S>(composed), t,
                     data<S>(filters));
     });
   });
@@ -591,21 +606,18 @@ void fold_gradients(
     // another one in every run.
     const int64_t tasks = at::get_num_threads();
     Tensor d_by_map;
-    if (depthwise.has_value()) d_by_map = at::zeros({tasks, M * K, I}, grad.options());
+    if (depthwise.has_value())
+      d_by_map = scratch(D_BY_MAP, {tasks, M * K, I}, grad).zero_();
     const auto t = tensors.branches<S>(by_map);
     const auto d = gradients.branches<S>(d_by_map);
     const Tensor matrix = with_identity(first, identity, I);
     const int64_t T = matrix.size(0);
     const Tensor left = second.view({O * K, T});
-    Tensor d_matrix = d_first.view({T, I}), taps_space, product_space;
-    for_blocks(O, I * K, [&](int64_t start, int64_t stop, int64_t step) {
+    Tensor d_matrix = d_first.view({T, I});
+    for_blocks(O, I * K, [&](int64_t start, int64_t stop) {
       const int64_t count = (stop - start) * K;
-      if (start == 0) {
-        taps_space = at::empty({step * K, I}, grad.options());
-        product_space = at::empty({step * K, T}, grad.options());
-      }
-      const Tensor by_tap = taps_space.narrow(0, 0, count);
-      Tensor product = product_space.narrow(0, 0, count);
+      const Tensor by_tap = scratch(BY_TAP, {count, I}, grad);
+      Tensor product = scratch(PRODUCT, {count, T}, grad);
       split<S, K>(I, start, stop, data<S>(grad), data<S>(by_tap), t, d,
                   data<S>(filters), tasks);
       at::mm_out(product, by_tap, matrix.t());

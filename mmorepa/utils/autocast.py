@@ -1,0 +1,16 @@
+"""Full precision where the context asks for mixed precision."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def no_autocast(device_type: str) -> AbstractContextManager:
+    """A context without autocast.
+
+    Args:
+        device_type (str): As ``tensor.device.type``.
+    """
+    if device_type == 'meta':  # has no autocast
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
