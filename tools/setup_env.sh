@@ -20,7 +20,7 @@ Environment variables:
   STACK      openmmlab (default) or onedl, the maintained forks; one per environment
   VENV       folder of the environment (default: .venv in the repository root)
   PYTHON     interpreter to create it with (default: python3)
-  MMOREPA_CACHE  where compiled mmcv wheels are kept (default: ~/.cache/mmorepa)
+  MMOREPA_CACHE  where what was compiled is kept (default: ~/.cache/mmorepa)
 END
 }
 
@@ -250,6 +250,21 @@ install_package() {
   pip_install --no-build-isolation --no-deps --editable "$ROOT"
 }
 
+# Without a compiler everything works, training on a CPU more slowly.
+build_fold() {
+  "$python" "$ROOT/tools/build_fold.py" ||
+    echo 'Not compiled: folds run as operations of PyTorch'
+}
+
+set_up_fold() {
+  local cache=${MMOREPA_CACHE:-$HOME/.cache/mmorepa}
+  if ! compgen -G "$cache/mmorepa_fold-*.so" >/dev/null; then
+    rm -f "$state/fold"
+  fi
+  step fold "$cache $(text_of torch) $(cat "$ROOT"/mmorepa/functional/{csrc/fold.cpp,compiled.py})" \
+    'Compile the folds for this CPU (20 s)' build_fold
+}
+
 main() {
   parse_arguments "$@"
   trap stop_heartbeat EXIT
@@ -272,6 +287,7 @@ main() {
   fi
   step package "$(cat "$ROOT/setup.py" "$ROOT/mmorepa/version.py" && echo "$ROOT")" \
     'Install mmorepa from this folder (5 s)' install_package
+  set_up_fold
   echo "Ready. To use it: source $venv/bin/activate"
 }
 

@@ -127,8 +127,7 @@ def fold_1x1_gradients(
 
 def _fold(t: Branches, kernel: Tensor) -> None:
     """Writes the kernel, shape (O, I, k, k)."""
-    if compiled.can_fold(t, kernel):
-        compiled.fold(t, kernel)
+    if compiled.fold(t, kernel):
         return
     with torch.no_grad(), no_autocast(kernel.device.type):
         _fold_in_operations(t, kernel)
@@ -158,8 +157,7 @@ def _fold_in_operations(t: Branches, kernel: Tensor) -> None:
 
 def _fold_gradients(t: Branches, grad: Tensor, d: Parameters) -> None:
     """Writes the gradients of the parameters, that of the kernel being (O, I, k, k)."""
-    if compiled.can_fold(t, grad):
-        compiled.fold_gradients(t, grad, d)
+    if compiled.fold_gradients(t, grad, d):
         return
     with torch.no_grad(), no_autocast(grad.device.type):
         _fold_gradients_in_operations(t, grad, d)

@@ -151,54 +151,49 @@ def _flags() -> list[str]:
     return [*_FLAGS, *_INSTRUCTIONS.get(capability, [])]
 
 
-def can_fold(t: Branches, kernel: Tensor) -> bool:
-    """Whether a kernel can be folded here.
-
-    Args:
-        t (Branches): Its branches.
-        kernel (Tensor): The kernel, or its gradient: shape (O, I, k, k).
-    """
-    p = t.parameters
-    return (
-        kernel.device.type == 'cpu'
-        and kernel.dtype in (torch.float32, torch.float64)
-        and kernel.shape[2:] in ((1, 1), (3, 3))
-        and p.origin is not None
-        and p.second is not None
-        and (
-            p.separable is None or p.separable.numel() == 8 * p.origin.shape[:2].numel()
-        )
-        and all(
-            # A subclass might stand for something else than memory.
-            type(tensor) in (Tensor, nn.Parameter)
-            and tensor.dtype == kernel.dtype
-            and tensor.is_contiguous()
-            for tensor in (kernel, *p, t.identity, t.filters)
-            if tensor is not None
-        )
-        and is_available()
-    )
-
-
-def fold(t: Branches, kernel: Tensor) -> None:
-    """Writes the kernel.
+def fold(t: Branches, kernel: Tensor) -> bool:
+    """Writes the kernel, if there is compiled code for it.
 
     Args:
         t (Branches): Its branches.
         kernel (Tensor): Where to, shape (O, I, k, k).
+
+    Returns:
+        bool: Whether it is written. Not if the code is not compiled or the tensors are
+        of another kind, device, layout or size than it takes.
     """
-    _library().fold(kernel, t.identity, t.filters, _rows(t), *t.parameters)
+    if not _may_fold(t, kernel):
+        return False
+    return _library().fold(kernel, t.identity, t.filters, _rows(t), *t.parameters)
 
 
-def fold_gradients(t: Branches, grad: Tensor, d: Parameters) -> None:
-    """Writes the gradients of the parameters.
+def fold_gradients(t: Branches, grad: Tensor, d: Parameters) -> bool:
+    """Writes the gradients of the parameters, if there is compiled code for them.
 
     Args:
         t (Branches): The branches.
         grad (Tensor): That of the kernel, shape (O, I, k, k).
         d (Parameters): Where to, contiguous.
+
+    Returns:
+        bool: As for :func:`fold`.
     """
-    _library().fold_gradients(grad, t.identity, t.filters, _rows(t), *t.parameters, *d)
+    if not _may_fold(t, grad):
+        return False
+    return _library().fold_gradients(
+        grad, t.identity, t.filters, _rows(t), *t.parameters, *d
+    )
+
+
+def _may_fold(t: Branches, kernel: Tensor) -> bool:
+    return (
+        # A subclass might stand for something else than memory.
+        type(kernel) in (Tensor, nn.Parameter)
+        and kernel.device.type == 'cpu'
+        and t.parameters.origin is not None
+        and t.parameters.second is not None
+        and _library() is not None
+    )
 
 
 def _rows(t: Branches) -> list[int]:

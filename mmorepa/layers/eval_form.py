@@ -46,7 +46,7 @@ class EvalForm:
             or any(_must_run(child, module) for child in module.modules())
         ):
             return None
-        if self._watch is None or not self._watch.is_current():
+        if self._watch is None or not self._watch.is_current(module):
             self.clear()
             if next(tensors_outside(module), None) is not None:
                 return None  # They cannot be watched.

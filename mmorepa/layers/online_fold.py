@@ -60,7 +60,9 @@ class OnlineFold:
             return branches()
         leaf = self._leaf if self._is_held else None
         entry = self._entry
-        if entry is None or not (entry.is_current(leaf) or entry.renew()):
+        if entry is None or not (
+            entry.is_current(branches, leaf) or entry.renew(branches)
+        ):
             self._entry = None
             if next(tensors_outside(branches), None) is not None:
                 return _fold_as_it_is(branches)
@@ -158,6 +160,8 @@ class Watch:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        # Weak, as is what is known of the tensors: `module` may own this.
+        self._modules = [weakref.ref(child) for child in module.modules()]
         self._places = [
             _Place(f'{prefix}.{name}'.lstrip('.'), store, name, weakref.ref(tensor))
             for prefix, child in module.named_modules()
@@ -170,22 +174,29 @@ class Watch:
         samples = [] if is_meta else [_sample(t) for t in tensors]
         # By their number of dimensions, so that each kind can be read at once.
         self._samples = [[s for s in samples if s.dim() == n] for n in (1, 2)]
-        self._states = self._read_states()
+        self._states = self._read_states(module)
         self._content = self._read_samples()
 
-    def is_current(self) -> bool:
-        """Whether the module is still in that state."""
-        return self._read_states() == self._states and all(
+    def is_current(self, module: nn.Module) -> bool:
+        """Whether the module is still in that state, and still the same.
+
+        Args:
+            module (nn.Module): What is in the place of the module now.
+        """
+        return self._read_states(module) == self._states and all(
             map(torch.equal, self._read_samples(), self._content)
         )
 
-    def renew(self) -> bool:
+    def renew(self, module: nn.Module) -> bool:
         """Watches the present state from now on, which costs less than a new watch.
 
+        Args:
+            module (nn.Module): As for :meth:`is_current`.
+
         Returns:
-            bool: Whether that is possible: not where tensors were exchanged.
+            bool: Whether that is possible: not where tensors or modules were exchanged.
         """
-        states = self._read_states()
+        states = self._read_states(module)
         if states is None or self._states is None:
             return False
         if any(new[0] != old[0] for new, old in zip(states, self._states)):
@@ -202,8 +213,10 @@ class Watch:
             if place.name in place.store
         }
 
-    def _read_states(self) -> Optional[list[tuple]]:
-        """Where tensors are and how often they changed; None if one was exchanged."""
+    def _read_states(self, module: nn.Module) -> Optional[list[tuple]]:
+        """Where tensors are and how often they changed; None if any was exchanged."""
+        if [reference() for reference in self._modules] != list(module.modules()):
+            return None
         states = []
         for _, store, name, reference in self._places:
             # None where pruning or a parametrisation took a parameter away. `is`,
@@ -231,21 +244,26 @@ class _Entry(Watch):
         self._are_trained = self._which_are_trained()
         self._kernel: Optional[Tensor] = None
 
-    def is_current(self, leaf: Optional[nn.Parameter]) -> bool:
+    def is_current(self, branches: nn.Module, leaf: Optional[nn.Parameter]) -> bool:
         """Whether the branches are in that state still, as far as it matters.
 
         Args:
+            branches (nn.Module): What is in their place now.
             leaf (nn.Parameter, optional): As for :meth:`kernel`.
         """
-        if not super().is_current():
+        if not super().is_current(branches):
             return False
         # The values of a held kernel do not depend on what is trained.
         return leaf is not None or self._which_are_trained() == self._are_trained
 
-    def renew(self) -> bool:
-        """Goes over to the present state of the branches, if that is possible."""
+    def renew(self, branches: nn.Module) -> bool:
+        """Goes over to the present state of the branches, if that is possible.
+
+        Args:
+            branches (nn.Module): What is in their place now.
+        """
         self.forget_kernel()
-        if not super().renew():
+        if not super().renew(branches):
             return False
         self._are_trained = self._which_are_trained()
         return True
@@ -362,14 +380,12 @@ def _fold_gradients(
     What ``out`` has may be written there.
     """
     if _has_closed_form(branches):
-        if grad.dtype in _HALF_DTYPES:
-            out = None
-        wide = _widened({'': grad, **tensors})
-        found = branches.fold_gradients(wide, wide.pop(''), out)
-        return [
-            found[name].to(t.dtype) if t.requires_grad else None
-            for name, t in tensors.items()
-        ]
+        if grad.dtype not in _HALF_DTYPES:
+            found = branches.fold_gradients(tensors, grad, out)
+        else:
+            found = branches.fold_gradients(_widened(tensors), grad.float())
+            found = {name: g.to(grad.dtype) for name, g in found.items()}
+        return [found[n] if t.requires_grad else None for n, t in tensors.items()]
     leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors.values()]
     needed = [leaf for leaf in leaves if leaf.requires_grad]
     # backward() may be called inside of autocast, as the forward pass was.

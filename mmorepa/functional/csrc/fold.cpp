@@ -208,9 +208,16 @@ INLINE void for_inputs(int64_t I, F f) {
 
 // ---- the branches --------------------------------------------------------------------
 
+// Some wrappers of modules take the memory of tensors away for a while.
+void check_memory(const Tensor& tensor) {
+  TORCH_CHECK(tensor.numel() == 0 || tensor.const_data_ptr() != nullptr,
+              "a tensor of shape ", tensor.sizes(), " has no memory at present");
+}
+
 template <typename S>
 S* data(const Tensor& tensor) {
-  TORCH_CHECK(tensor.is_contiguous(), "compiled folds take contiguous tensors");
+  TORCH_CHECK(tensor.is_contiguous(), "compiled folds write to contiguous tensors");
+  check_memory(tensor);
   return tensor.data_ptr<S>();
 }
 
@@ -539,21 +546,28 @@ void for_blocks(int64_t rows, int64_t size, F f) {
     f(start, std::min(start + step, rows));
 }
 
-// Calls f(S, K) with the number type and the taps of a kernel.
+// Calls f(S, K) with the number type and the taps of a kernel. Returns whether these,
+// and the tensors that come with it, are such as there is code for.
 template <typename F>
-void dispatch(const Tensor& kernel, F f) {
+bool dispatch(const Tensor& kernel, std::initializer_list<OptionalTensor> others, F f) {
   using One = std::integral_constant<int, 1>;
   using Nine = std::integral_constant<int, 9>;
   const bool is_float = kernel.scalar_type() == at::kFloat;
   const int64_t taps = kernel.size(2) * kernel.size(3);
-  TORCH_CHECK(taps == 1 || taps == 9, "compiled folds have 1 or 9 taps, found ", taps);
+  if (!is_float && kernel.scalar_type() != at::kDouble) return false;
+  if ((taps != 1 && taps != 9) || !kernel.is_contiguous()) return false;
+  for (const auto& tensor : others)
+    if (tensor.has_value() &&
+        (!tensor->is_contiguous() || tensor->dtype() != kernel.dtype()))
+      return false;
   if (is_float && taps == 9) f(float(), Nine{});
   if (is_float && taps == 1) f(float(), One{});
   if (!is_float && taps == 9) f(double(), Nine{});
   if (!is_float && taps == 1) f(double(), One{});
+  return true;
 }
 
-void fold(const Tensor& kernel, const OptionalTensor& identity,
+bool fold(const Tensor& kernel, const OptionalTensor& identity,
           const OptionalTensor& filters, IntArrayRef rows, const Tensor& scale,
           const Tensor& origin, const Tensor& first, const Tensor& second,
           const OptionalTensor& separable, const OptionalTensor& depthwise,
@@ -563,7 +577,13 @@ void fold(const Tensor& kernel, const OptionalTensor& identity,
   at::AutoDispatchBelowADInplaceOrView guard;
   const Tensors tensors{scale,     rows,      origin,  first,     second,
                         separable, depthwise, average, frequency, pointwise};
-  dispatch(kernel, [&](auto zero, auto taps) {
+  const auto given = {OptionalTensor(scale), OptionalTensor(origin),
+                      OptionalTensor(first), OptionalTensor(second),
+                      separable,             depthwise,
+                      average,               frequency,
+                      pointwise,             identity,
+                      filters};
+  const bool is_done = dispatch(kernel, given, [&](auto zero, auto taps) {
     using S = decltype(zero);
     constexpr int K = taps;
     const int64_t O = kernel.size(0), I = kernel.size(1);
@@ -579,10 +599,11 @@ void fold(const Tensor& kernel, const OptionalTensor& identity,
                     data<S>(filters));
     });
   });
-  kernel.unsafeGetTensorImpl()->bump_version();
+  if (is_done) kernel.unsafeGetTensorImpl()->bump_version();
+  return is_done;
 }
 
-void fold_gradients(
+bool fold_gradients(
     const Tensor& grad, const OptionalTensor& identity, const OptionalTensor& filters,
     IntArrayRef rows, const Tensor& scale, const Tensor& origin, const Tensor& first,
     const Tensor& second, const OptionalTensor& separable,
@@ -597,7 +618,13 @@ void fold_gradients(
                         separable, depthwise, average, frequency, pointwise};
   const Tensors gradients{d_scale,     rows,        d_origin,  d_first,     d_second,
                           d_separable, d_depthwise, d_average, d_frequency, d_pointwise};
-  dispatch(grad, [&](auto zero, auto taps) {
+  const auto given = {OptionalTensor(scale), OptionalTensor(origin),
+                      OptionalTensor(first), OptionalTensor(second),
+                      separable,             depthwise,
+                      average,               frequency,
+                      pointwise,             identity,
+                      filters};
+  return dispatch(grad, given, [&](auto zero, auto taps) {
     using S = decltype(zero);
     constexpr int K = taps;
     const int64_t O = grad.size(0), I = grad.size(1);
@@ -636,7 +663,8 @@ TORCH_LIBRARY(mmorepa, library) {
   library.def(
       "fold(Tensor(a!) kernel, Tensor? identity, Tensor? filters, int[] rows, "
       "Tensor scale, Tensor origin, Tensor first, Tensor second, Tensor? separable, "
-      "Tensor? depthwise, Tensor? average, Tensor? frequency, Tensor? pointwise) -> ()",
+      "Tensor? depthwise, Tensor? average, Tensor? frequency, Tensor? pointwise) "
+      "-> bool",
       fold);
   library.def(
       "fold_gradients(Tensor grad, Tensor? identity, Tensor? filters, int[] rows, "
@@ -644,6 +672,7 @@ TORCH_LIBRARY(mmorepa, library) {
       "Tensor? depthwise, Tensor? average, Tensor? frequency, Tensor? pointwise, "
       "Tensor(a!) d_scale, Tensor(b!) d_origin, Tensor(c!) d_first, "
       "Tensor(d!) d_second, Tensor(e!)? d_separable, Tensor(f!)? d_depthwise, "
-      "Tensor(g!)? d_average, Tensor(h!)? d_frequency, Tensor(i!)? d_pointwise) -> ()",
+      "Tensor(g!)? d_average, Tensor(h!)? d_frequency, Tensor(i!)? d_pointwise) "
+      "-> bool",
       fold_gradients);
 }
