@@ -113,8 +113,14 @@ class OnlineFold:
         if self._entry is None:
             self._entry = _Entry(branches)
         tensors = self._entry.tensors()
-        unused = {n: g for n, g in self._gradients.items() if tensors[n].grad is None}
+        unused = {
+            name: memory
+            for name, memory in self._gradients.items()
+            if name in tensors and tensors[name].grad is None
+        }
         grads = _fold_gradients(branches, tensors, self._leaf.grad, unused)
+        # Memory from the system is cleared, page by page, before use.
+        is_kept = self._leaf.device.type == 'cpu' and _has_closed_form(branches)
         for (name, tensor), grad in zip(tensors.items(), grads):
             if grad is None:
                 continue
@@ -125,8 +131,7 @@ class OnlineFold:
                 # As autograd would leave it: fused optimizers go through a parameter
                 # and its gradient in the order of their storages.
                 grad = torch.empty_like(tensor).copy_(grad)
-            elif grad.device.type == 'cpu':
-                # Where memory from the system is cleared, page by page, before use.
+            elif is_kept:
                 self._gradients[name] = grad
             tensor.grad = grad
         self._leaf.grad = None

@@ -1,10 +1,13 @@
-"""The fast folds and their derivatives against the plain formulas."""
+"""The fast folds and their derivatives against the plain formulas.
+
+Both in operations of PyTorch and compiled, where there is compiled code for a kernel.
+"""
 
 import pytest
 import torch
 from helpers import assert_near, gradcheck, trained_like
 
-from mmorepa.functional import closed_forms
+from mmorepa.functional import closed_forms, compiled
 from mmorepa.layers import OREPAConv2d
 from mmorepa.layers.orepa import (
     OREPADeepLinearKernel,
@@ -15,6 +18,8 @@ from mmorepa.layers.orepa import (
 ALL = tuple(OREPAKernel.INITIAL_SCALES)
 KERNELS = {
     'wider': lambda: OREPAKernel(8, 6, 3),
+    # More inputs than a vector has, more outputs than are done together.
+    'many': lambda: OREPAKernel(9, 37, 3),
     'narrower': lambda: OREPAKernel(5, 7, 3),
     '5x5': lambda: OREPAKernel(4, 3, 5),
     **{f'only_{b}': lambda b=b: OREPAKernel(4, 6, 3, branches=[b]) for b in ALL},
@@ -28,6 +33,15 @@ KERNELS = {
 }
 
 
+@pytest.fixture(params=['operations', 'compiled'], autouse=True)
+def implementation(request, monkeypatch):
+    if request.param == 'operations':
+        monkeypatch.setattr(compiled, '_library', lambda: None)
+    elif not compiled.is_available():
+        pytest.skip('not compiled: run python tools/build_fold.py')
+    return request.param
+
+
 @pytest.fixture(params=KERNELS)
 def kernel(request):
     return trained_like(KERNELS[request.param]().double())
@@ -35,7 +49,10 @@ def kernel(request):
 
 @pytest.fixture(params=[closed_forms._BLOCK, 60], ids=['one_block', 'blocks'])
 def blocks(request, monkeypatch):
-    """The kernels here are small: several blocks only where a block is smaller yet."""
+    """The kernels here are small: several blocks only where a block is smaller yet.
+
+    For those of the compiled code see :func:`test_large_kernels`.
+    """
     monkeypatch.setattr(closed_forms, '_BLOCK', request.param)
 
 
@@ -69,6 +86,10 @@ def test_equals_the_plain_formulas(kernel, blocks, contiguous):
     assert found.keys() == by_autograd.keys()
     for name, expected_grad in by_autograd.items():
         assert_near(found[name], expected_grad, 1e-13)
+    memory = {name: torch.full_like(g, torch.nan) for name, g in found.items()}
+    again = kernel.fold_gradients(tensors, grad, memory)
+    for name, value in again.items():
+        assert value is memory[name] and torch.equal(value, found[name])
     # The gradient of a conv on a GPU or with channels last comes in another order.
     strided = grad.contiguous(memory_format=torch.channels_last)
     for name, value in kernel.fold_gradients(tensors, strided).items():
@@ -105,6 +126,41 @@ def test_scales_of_zero():
     assert_near(
         kernel.fold_gradients(tensors_of(kernel), grad)['scale'], expected, 1e-14
     )
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    'build',
+    [
+        lambda: OREPAKernel(270, 512, 3),
+        lambda: OREPAKernel(515, 240, 3),
+        lambda: OREPAPointwiseKernel(1030, 1040),
+    ],
+)
+def test_large_kernels(build, dtype):
+    """Several blocks, and as many threads as there are."""
+    kernel = trained_like(build().to(dtype))
+    tensors = tensors_of(kernel)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-13
+    expected = kernel()
+    out = torch.empty_like(expected)
+    assert_near(kernel.fold(tensors, out), expected, tolerance)
+    grad = torch.randn_like(expected)
+    names, parameters = zip(*kernel.named_parameters())
+    by_autograd = torch.autograd.grad(expected, parameters, grad)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found = kernel.fold_gradients(tensors, grad)
+            for name, expected_grad in zip(names, by_autograd):
+                assert_near(found[name], expected_grad, tolerance)
+            # Whatever the order in which threads finish.
+            again = kernel.fold_gradients(tensors, grad)
+            assert all(torch.equal(again[name], g) for name, g in found.items())
+            assert torch.equal(kernel.fold(tensors), out)
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Doubled(OREPAKernel):

@@ -119,6 +119,22 @@ def test_follows_every_change(conv):
         assert not torch.allclose(expected, before)
 
 
+def test_follows_exchanged_modules():
+    """Conversions to another kind of norm keep the parameters and take the place."""
+    conv = trained_like(CONVS['orepa']()).eval()
+    x = image()
+    with torch.no_grad():
+        before = conv(x)
+        conv.norm = nn.Identity()
+        without = conv(x)
+        assert not torch.allclose(without, before)
+        conv.branches = trained_like(copy.deepcopy(conv.branches), seed=2)
+        found = conv(x)
+        with branch_by_branch():
+            assert_near(found, conv(x))
+    assert not torch.allclose(found, without)
+
+
 def test_training_is_not_touched(conv):
     """Train mode, gradients, and a BatchNorm that still learns its statistics."""
     x = image()

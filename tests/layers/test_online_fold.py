@@ -345,6 +345,17 @@ def test_change_of_a_buffer():
     assert_fresh(conv)
 
 
+def test_exchanged_branches():
+    conv = make()
+    assert_fresh(conv)
+    other = make().branches
+    conv.branches = other
+    assert_fresh(conv)
+    conv.hold_kernel()
+    conv.branches = trained_like(copy.deepcopy(other), seed=2)
+    assert torch.equal(conv.hold_kernel(), afresh(conv))
+
+
 def test_functional_call():
     """The passed tensors serve that call alone, and their gradients are right."""
     conv = make().eval()
@@ -517,6 +528,39 @@ def test_held_kernel_between_forward_and_backward(between, monkeypatch):
     assert conv.hold_kernel() is kernel
     conv.pull_back()
     assert_same_gradients({n: p.grad for n, p in conv.named_parameters()}, expected)
+
+
+def test_memory_of_gradients_is_used_again(groups):
+    """But never while a parameter has it."""
+    conv = make()
+    first = held_gradients(conv, image())
+    addresses = {name: g.data_ptr() for name, g in first.items()}
+    x = image()
+    second = held_gradients(conv, x)
+    if groups == 1:
+        assert {name: g.data_ptr() for name, g in second.items()} == addresses
+    assert_same_gradients(second, gradients(uncached(conv, x), conv))
+
+    def pull_back():
+        conv.hold_kernel()
+        (conv(x) * projection(conv(x))).sum().backward()
+        conv.pull_back()
+        conv.release_kernel()
+        return {name: p.grad.clone() for name, p in conv.named_parameters()}
+
+    once, twice = pull_back(), pull_back()
+    assert_same_gradients(twice, {name: 2 * g for name, g in once.items()})
+    conv.zero_grad(set_to_none=False)
+    assert_same_gradients(pull_back(), once)
+    conv.branches.weight_origin.requires_grad_(False)
+    conv.zero_grad()
+    conv.hold_kernel()
+    conv(x).sum().backward()
+    conv.pull_back()
+    assert conv.branches.weight_origin.grad is None
+    double = copy.deepcopy(conv).double().requires_grad_()
+    expected = gradients(uncached(double, x.double()), double)
+    assert_same_gradients(held_gradients(double, x.double()), expected)
 
 
 def test_held_kernel_with_nan():

@@ -1,0 +1,161 @@
+"""What there is compiled code for, and where it is kept."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import assert_near, trained_like
+from torch._subclasses import FakeTensorMode
+
+from mmorepa.functional import compiled
+from mmorepa.layers.orepa import OREPAKernel, OREPAPointwiseKernel
+
+needs_compiled = pytest.mark.skipif(
+    not compiled.is_available(), reason='not compiled: run python tools/build_fold.py'
+)
+
+
+def tensors_of(kernel):
+    return {**dict(kernel.named_parameters()), **dict(kernel.named_buffers())}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The results of all calls of the compiled code: whether it did what was asked."""
+    results = []
+
+    def recorded(name):
+        function = getattr(compiled, name)
+
+        def record(*args):
+            results.append(function(*args))
+            return results[-1]
+
+        monkeypatch.setattr(compiled, name, record)
+
+    recorded('fold')
+    recorded('fold_gradients')
+    return results
+
+
+def fold_and_pull_back(kernel, tensors=None):
+    tensors = tensors or tensors_of(kernel)
+    folded = kernel.fold(tensors)
+    return folded, kernel.fold_gradients(tensors, torch.ones_like(folded))
+
+
+@needs_compiled
+@pytest.mark.parametrize(
+    'kernel',
+    [
+        OREPAKernel(4, 5, 3),
+        OREPAKernel(4, 5, 3).double(),
+        OREPAKernel(4, 5, 3, branches=['origin', 'pointwise_kxk', 'average']),
+        OREPAPointwiseKernel(4, 5),
+        OREPAPointwiseKernel(5, 4).double(),
+    ],
+)
+def test_it_is_used(kernel, calls):
+    fold_and_pull_back(kernel)
+    assert calls == [True, True]
+
+
+@pytest.mark.parametrize(
+    'kernel',
+    [
+        OREPAKernel(4, 5, 5),
+        OREPAKernel(4, 5, 3, branches=['origin', 'average']),
+        OREPAKernel(4, 5, 3, branches=['pointwise_kxk']),
+        OREPAKernel(4, 5, 3).bfloat16(),
+        OREPAPointwiseKernel(4, 5).half(),
+        OREPAKernel(4, 5, 3).to('meta'),
+    ],
+)
+def test_it_declines(kernel, calls):
+    folded, found = fold_and_pull_back(kernel)
+    assert calls == [False, False]
+    assert folded.shape == kernel.shape if isinstance(kernel, OREPAKernel) else True
+    assert all(g.shape == tensors_of(kernel)[name].shape for name, g in found.items())
+
+
+def test_it_declines_what_is_not_in_one_piece(calls):
+    kernel = trained_like(OREPAKernel(4, 5, 3))
+    expected = kernel()
+    strided = {
+        name: t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() > 1 else t
+        for name, t in tensors_of(kernel).items()
+    }
+    assert_near(fold_and_pull_back(kernel, strided)[0], expected)
+    assert not any(calls)
+
+
+def test_it_declines_what_is_not_in_memory(calls):
+    """Estimates of memory, and compilers, run models on tensors without contents."""
+    with FakeTensorMode():
+        folded, _ = fold_and_pull_back(OREPAKernel(4, 5, 3))
+    assert folded.shape == (4, 5, 3, 3) and not any(calls)
+
+
+@needs_compiled
+def test_writes_are_counted():
+    """So that a graph that needs the old values says so."""
+    kernel = OREPAKernel(4, 5, 3)
+    out = torch.empty(kernel.shape)
+    before = out._version
+    kernel.fold(tensors_of(kernel), out)
+    assert out._version > before
+
+
+@needs_compiled
+@pytest.mark.parametrize('kernel', [OREPAKernel(4, 5, 3), OREPAPointwiseKernel(4, 5)])
+def test_autocast_changes_nothing(kernel, calls):
+    expected = fold_and_pull_back(trained_like(kernel))
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        found = fold_and_pull_back(kernel)
+    assert all(calls)
+    assert torch.equal(found[0], expected[0])
+    assert all(torch.equal(found[1][name], g) for name, g in expected[1].items())
+
+
+def test_the_name_tells_builds_apart(monkeypatch, tmp_path):
+    monkeypatch.setenv('MMOREPA_CACHE', str(tmp_path))
+    path = compiled.library_path()
+    assert path.parent == tmp_path and path == compiled.library_path()
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'other')
+    assert compiled.library_path() != path
+
+
+@pytest.fixture
+def run_tool(tmp_path):
+    """Runs ``tools/build_fold.py`` with an empty cache."""
+
+    def run(**environment):
+        return subprocess.run(
+            [sys.executable, 'tools/build_fold.py'],
+            env={**os.environ, 'MMOREPA_CACHE': str(tmp_path), **environment},
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+def test_without_a_compiler(run_tool, tmp_path):
+    result = run_tool(CXX='/no/such/compiler')
+    assert result.returncode == 1
+    assert 'takes GCC' in result.stderr and 'Traceback' not in result.stderr
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_build(run_tool, tmp_path):
+    """Anew, once, and for whoever comes later."""
+    result = run_tool()
+    if result.returncode:
+        pytest.skip(result.stderr)
+    (library,) = tmp_path.iterdir()
+    assert str(library) in result.stdout
+    made = library.stat().st_mtime_ns
+    assert run_tool().returncode == 0 and library.stat().st_mtime_ns == made
