@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
-from torch.nn.utils.parametrize import is_parametrized
 
 from ..utils.autocast import no_autocast
 
@@ -403,8 +402,9 @@ def _fold_gradients(
 def _has_closed_form(branches: nn.Module) -> bool:
     """Whether the branches' own ``fold`` and ``fold_gradients`` can be called."""
     # Which take the parameters themselves, not what a parametrisation makes of others.
+    # Looked for where it is kept: to miss an attribute of a module takes long.
     return getattr(branches, 'has_closed_form', False) and not any(
-        is_parametrized(module) for module in branches.modules()
+        'parametrizations' in module._modules for module in branches.modules()
     )
 
 

@@ -40,6 +40,7 @@ import matplotlib.pyplot as plt
 
 from mmorepa import switch_to_deploy
 from mmorepa.engine import FoldedOptimWrapper
+from mmorepa.functional import compiled
 from mmorepa.layers import (
     OREPAConv2d,
     OREPAKernel,
@@ -122,10 +123,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 # What a fold and its derivative spend their time on, by operator.
 PARTS = {
-    'the products of the floor': ('aten::mm', 'aten::addmm'),
+    'the products of the floor': ('aten::mm', 'aten::addmm', 'aten::addmm_'),
     'passes over memory': (
-        *('mmorepa::combine', 'mmorepa::split', 'mmorepa::rescale'),
-        # What these are made of where they are not compiled, and the deep linear stem.
+        # Their own time, without that of the products in them.
+        *('mmorepa::fold', 'mmorepa::fold_gradients'),
+        # What they are made of where they are not compiled, and the deep linear stem.
         *('aten::bmm', 'aten::baddbmm_', 'aten::mul', 'aten::mul_', 'aten::add'),
         *('aten::add_', 'aten::addcmul_', 'aten::sum', 'aten::copy_', 'aten::zero_'),
         *('aten::fill_', 'aten::mkldnn_convolution', 'aten::convolution_backward'),
@@ -601,6 +603,8 @@ def machine(args: argparse.Namespace) -> str:
         match = re.search(r'model name\s*: (.*)', text)
         name = match[1] if match else platform.processor()
         name += f', {args.threads} threads'
+        is_compiled = compiled.is_available()
+        name += ', folds compiled' if is_compiled else ', folds not compiled'
     return f'{name}, PyTorch {torch.__version__}'
 
 
