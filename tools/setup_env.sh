@@ -252,16 +252,20 @@ install_package() {
 
 # Without a compiler everything works, training on a CPU more slowly.
 build_fold() {
-  "$python" "$ROOT/tools/build_fold.py" ||
+  rm -f "$state/fold-library"
+  if "$python" "$ROOT/tools/build_fold.py" >"$state/fold-library.part"; then
+    mv "$state/fold-library.part" "$state/fold-library"
+  else
     echo 'Not compiled: folds run as operations of PyTorch'
+  fi
 }
 
 set_up_fold() {
-  local cache=${MMOREPA_CACHE:-$HOME/.cache/mmorepa}
-  if ! compgen -G "$cache/mmorepa_fold-*.so" >/dev/null; then
+  local sources=("$ROOT"/mmorepa/functional/{csrc/fold.cpp,compiled.py})
+  if [[ ! -f $state/fold-library || ! -f $(<"$state/fold-library") ]]; then
     rm -f "$state/fold"
   fi
-  step fold "$cache $(text_of torch) $(cat "$ROOT"/mmorepa/functional/{csrc/fold.cpp,compiled.py})" \
+  step fold "$(text_of torch && cat "${sources[@]}" && uname -n && echo "${MMOREPA_CACHE:-}")" \
     'Compile the folds for this CPU (20 s)' build_fold
 }
 

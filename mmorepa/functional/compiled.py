@@ -9,6 +9,7 @@ cache folder; without it, the same is done in operations of PyTorch.
 import functools
 import hashlib
 import os
+import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -102,6 +103,11 @@ def build() -> Path:
     path = library_path()
     if path.is_file():
         return path
+    if hasattr(torch.ops.mmorepa, 'fold'):
+        raise RuntimeError(
+            'this process has loaded compiled folds of another version or place; '
+            'compile these in another one: python tools/build_fold.py'
+        )
     # Slow to import, and not needed anywhere else.
     from torch.utils import cpp_extension
 
@@ -135,15 +141,21 @@ def is_available() -> bool:
 def _library() -> Optional[SimpleNamespace]:
     # There already in the process that compiled it.
     if not hasattr(torch.ops.mmorepa, 'fold'):
-        path = library_path()
-        if not path.is_file():
+        try:
+            path = library_path()
+            if not path.is_file():
+                return None
+            torch.ops.load_library(path)
+        except (OSError, RuntimeError) as error:
+            warnings.warn(
+                'compiled folds cannot be loaded, and operations of PyTorch are used '
+                f'instead; to compile them anew, delete what is there: {error}',
+                stacklevel=2,
+            )
             return None
-        torch.ops.load_library(path)
-    operators = torch.ops.mmorepa
     # Without the search for an overload, of which there is one.
-    return SimpleNamespace(
-        fold=operators.fold.default, fold_gradients=operators.fold_gradients.default
-    )
+    names = ('fold', 'fold_gradients', 'is_unshared')
+    return SimpleNamespace(**{n: getattr(torch.ops.mmorepa, n).default for n in names})
 
 
 def _flags() -> list[str]:
@@ -183,6 +195,19 @@ def fold_gradients(t: Branches, grad: Tensor, d: Parameters) -> bool:
     return _library().fold_gradients(
         grad, t.identity, t.filters, _rows(t), *t.parameters, *d
     )
+
+
+def is_unshared(tensor: Tensor) -> bool:
+    """Whether no other tensor, in Python or in a graph, shares the memory of this one.
+
+    Args:
+        tensor (Tensor): On the CPU.
+
+    Returns:
+        bool: False too if the code is not compiled.
+    """
+    library = _library()
+    return library is not None and library.is_unshared(tensor)
 
 
 def _may_fold(t: Branches, kernel: Tensor) -> bool:

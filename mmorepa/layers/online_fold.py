@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from ..functional import compiled
 from ..utils.autocast import no_autocast
 
 _HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -37,7 +38,7 @@ class OnlineFold:
         self._entry: Optional[_Entry] = None
         self._leaf: Optional[nn.Parameter] = None
         self._is_held = False
-        self._gradients: dict[str, Tensor] = {}
+        self._gradient_memory = _GradientMemory()
 
     def __call__(self, branches: nn.Module) -> Tensor:
         """Returns ``branches()``, the kernel, folded afresh only if need be.
@@ -81,7 +82,6 @@ class OnlineFold:
         like = next(branches.parameters())
         if self._leaf is None or not _is_like(self._leaf, like):
             self.release()
-            self._gradients = {}
             with torch.no_grad():
                 self._leaf = nn.Parameter(self(branches).clone())
         self._set_held(True)
@@ -109,17 +109,12 @@ class OnlineFold:
         """
         if self._leaf is None or self._leaf.grad is None:
             return
-        if self._entry is None:
+        if self._entry is None or not self._entry.is_of(branches):
             self._entry = _Entry(branches)
         tensors = self._entry.tensors()
-        unused = {
-            name: memory
-            for name, memory in self._gradients.items()
-            if name in tensors and tensors[name].grad is None
-        }
+        is_kept = compiled.is_available() and _has_closed_form(branches)
+        unused = self._gradient_memory.take(tensors)
         grads = _fold_gradients(branches, tensors, self._leaf.grad, unused)
-        # Memory from the system is cleared, page by page, before use.
-        is_kept = self._leaf.device.type == 'cpu' and _has_closed_form(branches)
         for (name, tensor), grad in zip(tensors.items(), grads):
             if grad is None:
                 continue
@@ -130,21 +125,63 @@ class OnlineFold:
                 # As autograd would leave it: fused optimizers go through a parameter
                 # and its gradient in the order of their storages.
                 grad = torch.empty_like(tensor).copy_(grad)
-            elif is_kept:
-                self._gradients[name] = grad
             tensor.grad = grad
+            if is_kept:
+                self._gradient_memory.keep(name, grad)
         self._leaf.grad = None
 
     def clear(self) -> None:
-        """Forgets the kernel, unless it is held.
+        """Forgets the kernel, unless it is held, and the memory of gradients.
 
         A held one may be in use: it is written again only where a branch changes.
         """
+        self._gradient_memory = _GradientMemory()
         if not self._is_held:
             self._entry = None
 
     def __reduce__(self) -> tuple:
         return OnlineFold, ()
+
+
+class _GradientMemory:
+    """The memory of gradients on a CPU, from one step to the next.
+
+    Memory from the system is cleared, page by page, before use.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def keep(self, name: str, grad: Tensor) -> None:
+        """Notes the memory of a gradient that others have now.
+
+        Args:
+            name (str): The parameter's.
+            grad (Tensor): The gradient.
+        """
+        if grad.device.type == 'cpu' and grad.dtype not in _HALF_DTYPES:
+            # Another tensor on the same memory: that one may be given other memory.
+            self._kept[name] = grad.detach()
+
+    def take(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Gives away what is kept and nobody else has any more.
+
+        Args:
+            tensors (dict[str, Tensor]): The parameters by name.
+
+        Returns:
+            dict[str, Tensor]: Memory for the gradients of some of them, contiguous.
+        """
+        kept, self._kept = self._kept, {}
+        return {
+            name: memory
+            for name, memory in kept.items()
+            if name in tensors
+            and _is_like(memory, tensors[name])
+            and memory.shape == tensors[name].shape
+            and memory.is_contiguous()
+            and compiled.is_unshared(memory)
+        }
 
 
 class _Place(NamedTuple):
@@ -208,6 +245,10 @@ class Watch:
         self._states = states
         self._content = self._read_samples()
         return True
+
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether it is this module that is watched."""
+        return self._modules[0]() is module
 
     def tensors(self) -> dict[str, Tensor]:
         """All parameters and buffers by name."""
@@ -346,7 +387,7 @@ def _fold(branches: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
     """
     first = next(iter(tensors.values()))
     with no_autocast(first.device.type):
-        kernel = functional_call(branches, _widened(tensors), ())
+        kernel = functional_call(branches, _widened(tensors), (), tie_weights=False)
     return kernel.to(first.dtype)
 
 
@@ -362,7 +403,7 @@ def _fold_fast(
     """
     if _has_closed_form(branches):
         if out is not None and out.dtype not in _HALF_DTYPES:
-            return branches.fold(tensors, out)
+            return branches.fold(_widened(tensors), out)
         kernel = branches.fold(_widened(tensors))
     else:
         with torch.no_grad():
@@ -384,12 +425,12 @@ def _fold_gradients(
     What ``out`` has may be written there.
     """
     if _has_closed_form(branches):
-        if grad.dtype not in _HALF_DTYPES:
-            found = branches.fold_gradients(tensors, grad, out)
-        else:
-            found = branches.fold_gradients(_widened(tensors), grad.float())
-            found = {name: g.to(grad.dtype) for name, g in found.items()}
-        return [found[n] if t.requires_grad else None for n, t in tensors.items()]
+        wide = _widened({'': grad, **tensors})
+        found = branches.fold_gradients(wide, wide.pop(''), out)
+        return [
+            found[name].to(t.dtype) if t.requires_grad else None
+            for name, t in tensors.items()
+        ]
     leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors.values()]
     needed = [leaf for leaf in leaves if leaf.requires_grad]
     # backward() may be called inside of autocast, as the forward pass was.

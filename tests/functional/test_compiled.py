@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import assert_near, trained_like
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mmorepa.functional import compiled
 from mmorepa.layers.orepa import OREPAKernel, OREPAPointwiseKernel
@@ -98,6 +100,64 @@ def test_it_declines_what_is_not_in_memory(calls):
     assert folded.shape == (4, 5, 3, 3) and not any(calls)
 
 
+@pytest.mark.parametrize(
+    'name', ['weight_origin', 'weight_average', 'weight_separable', 'filters', 'scale']
+)
+def test_it_declines_other_sizes(name, calls):
+    """Which would be read beyond their end; PyTorch says what is wrong."""
+    kernel = OREPAKernel(4, 5, 3)
+    tensors = {**tensors_of(kernel), name: torch.zeros(1)}
+    with pytest.raises((RuntimeError, IndexError)):
+        kernel.fold(tensors)
+    assert calls == [False]
+
+
+def test_another_expansion(monkeypatch, calls):
+    monkeypatch.setattr(OREPAKernel, 'EXPANSION', 4)
+    kernel = trained_like(OREPAKernel(4, 5, 3))
+    assert_near(fold_and_pull_back(kernel)[0], kernel())
+    assert not any(calls)
+
+
+@needs_compiled
+def test_traced_functions_contain_it():
+    """As one operator, not as its products alone."""
+    kernel = trained_like(OREPAKernel(4, 5, 3))
+    traced = make_fx(lambda tensors: kernel.fold(tensors))(tensors_of(kernel))
+    assert_near(traced(tensors_of(kernel)), kernel())
+
+
+@needs_compiled
+def test_shared_memory():
+    tensor = torch.zeros(4)
+    assert compiled.is_unshared(tensor)
+    view = tensor[1:]
+    assert not compiled.is_unshared(tensor)
+    del view
+    assert compiled.is_unshared(tensor)
+
+
+@pytest.mark.parametrize('error', [PermissionError('no'), OSError('no')])
+def test_a_library_that_cannot_be_loaded(error, monkeypatch):
+    """Is one more reason to do without."""
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(compiled, 'library_path', fail)
+    monkeypatch.setattr(torch, 'ops', SimpleNamespace(mmorepa=SimpleNamespace()))
+    with pytest.warns(UserWarning, match='cannot be loaded'):
+        assert compiled._library.__wrapped__() is None
+
+
+@needs_compiled
+def test_build_beside_another(monkeypatch, tmp_path):
+    """A process can load one library only."""
+    monkeypatch.setenv('MMOREPA_CACHE', str(tmp_path))
+    with pytest.raises(RuntimeError, match='in another one'):
+        compiled.build()
+
+
 @needs_compiled
 def test_writes_are_counted():
     """So that a graph that needs the old values says so."""
@@ -106,6 +166,10 @@ def test_writes_are_counted():
     before = out._version
     kernel.fold(tensors_of(kernel), out)
     assert out._version > before
+    memory = kernel.fold_gradients(tensors_of(kernel), out)
+    before = {name: g._version for name, g in memory.items()}
+    kernel.fold_gradients(tensors_of(kernel), out, memory)
+    assert all(g._version > before[name] for name, g in memory.items())
 
 
 @needs_compiled

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
+from mmorepa.functional import compiled
 from mmorepa.layers import OREPAConv2d, eval_form
 from mmorepa.layers.online_fold import OnlineFold
 
@@ -530,37 +531,110 @@ def test_held_kernel_between_forward_and_backward(between, monkeypatch):
     assert_same_gradients({n: p.grad for n, p in conv.named_parameters()}, expected)
 
 
-def test_memory_of_gradients_is_used_again(groups):
-    """But never while a parameter has it."""
-    conv = make()
-    first = held_gradients(conv, image())
-    addresses = {name: g.data_ptr() for name, g in first.items()}
-    x = image()
-    second = held_gradients(conv, x)
-    if groups == 1:
-        assert {name: g.data_ptr() for name, g in second.items()} == addresses
-    assert_same_gradients(second, gradients(uncached(conv, x), conv))
+def addresses(conv):
+    return {name: p.grad.data_ptr() for name, p in conv.named_parameters()}
 
-    def pull_back():
-        conv.hold_kernel()
-        (conv(x) * projection(conv(x))).sum().backward()
-        conv.pull_back()
-        conv.release_kernel()
-        return {name: p.grad.clone() for name, p in conv.named_parameters()}
 
-    once, twice = pull_back(), pull_back()
-    assert_same_gradients(twice, {name: 2 * g for name, g in once.items()})
-    conv.zero_grad(set_to_none=False)
-    assert_same_gradients(pull_back(), once)
-    conv.branches.weight_origin.requires_grad_(False)
-    conv.zero_grad()
+def held_step(conv, x):
+    """As :func:`held_gradients`, but adds to the gradients and leaves them there."""
     conv.hold_kernel()
-    conv(x).sum().backward()
+    (conv(x) * projection(conv(x))).sum().backward()
     conv.pull_back()
-    assert conv.branches.weight_origin.grad is None
-    double = copy.deepcopy(conv).double().requires_grad_()
-    expected = gradients(uncached(double, x.double()), double)
-    assert_same_gradients(held_gradients(double, x.double()), expected)
+    conv.release_kernel()
+
+
+def test_memory_of_gradients_is_used_again(groups):
+    """But never while somebody has it."""
+    conv = make()
+    x = image()
+    held_step(conv, x)
+    before = addresses(conv)
+    once = {name: p.grad.clone() for name, p in conv.named_parameters()}
+    conv.zero_grad()
+    held_step(conv, x)
+    if groups == 1 and compiled.is_available():
+        assert addresses(conv) == before
+    kept = {name: p.grad for name, p in conv.named_parameters()}
+    assert_same_gradients(kept, once)
+    view = conv.branches.weight_origin.grad.flatten()
+    held_step(conv, x)
+    twice = {name: 2 * g for name, g in once.items()}
+    assert_same_gradients(kept, twice)
+    conv.zero_grad()
+    held_step(conv, 3 * x)
+    assert_same_gradients(kept, twice)
+    del kept
+    conv.zero_grad()
+    held_step(conv, 3 * x)
+    assert_near(view, twice['branches.weight_origin'].flatten())
+    conv.zero_grad(set_to_none=False)
+    held_step(conv, x)
+    found = {name: p.grad for name, p in conv.named_parameters()}
+    assert_same_gradients(found, once)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda conv: conv.to(memory_format=torch.channels_last),
+        lambda conv: conv.to(memory_format=torch.channels_last).to(
+            memory_format=torch.contiguous_format
+        ),
+        lambda conv: conv.double(),
+        lambda conv: conv.double().float(),
+        lambda conv: conv.branches.weight_origin.requires_grad_(False),
+        lambda conv: setattr(
+            conv.branches,
+            'weight_origin',
+            nn.Parameter(conv.branches.weight_origin.detach() + 1),
+        ),
+        lambda conv: setattr(conv, 'branches', copy.deepcopy(conv.branches)),
+    ],
+)
+def test_memory_of_gradients_after_a_change(change):
+    conv = make()
+    held_step(conv, image())
+    old = conv.branches.weight_origin
+    old_grad = old.grad.clone()
+    change(conv)
+    if conv.branches.weight_origin is not old:
+        assert torch.equal(old.grad, old_grad)
+    conv.zero_grad()
+    x = image(dtype=conv.branches.scale.dtype)
+    held_step(conv, x)
+    found = {n: p.grad for n, p in conv.named_parameters() if p.requires_grad}
+    assert all(p.requires_grad or p.grad is None for p in conv.parameters())
+    conv.requires_grad_()
+    expected = gradients(uncached(conv, x), conv)
+    assert_same_gradients(found, {name: expected[name] for name in found})
+
+
+def test_memory_of_gradients_is_given_back():
+    conv = make()
+    held_step(conv, image())
+    memory = weakref.ref(conv.branches.weight_origin.grad.untyped_storage())
+    conv.zero_grad()
+    conv.switch_to_deploy()
+    assert memory() is None or conv._online_fold._gradient_memory._kept == {}
+
+
+def test_tied_parameters():
+    conv = make()
+    conv.branches.weight_average = conv.branches.weight_pointwise
+    x = image()
+    expected = gradients(uncached(conv, x), conv)
+    assert_same_gradients(gradients(conv(x), conv), expected)
+    assert_same_gradients(held_gradients(conv, x), expected)
+
+
+def test_parameters_of_several_precisions():
+    conv = make().bfloat16()
+    conv.branches.scale.data = conv.branches.scale.data.float()
+    x = image(dtype=torch.bfloat16)
+    found = held_gradients(conv, x)
+    for name, parameter in conv.named_parameters():
+        assert found[name].dtype == parameter.dtype
+    assert found['branches.scale'].any()
 
 
 def test_held_kernel_with_nan():

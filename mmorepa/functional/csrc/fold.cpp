@@ -36,7 +36,7 @@ using at::IntArrayRef;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int M = 8;
+constexpr int M = 8;  // OREPAKernel.EXPANSION
 // The elements of a block of rows, which the caches are to hold between two steps.
 constexpr int64_t BLOCK = 1 << 20;
 // Rows whose sums with a depthwise filter are done together, to load it only once.
@@ -208,16 +208,8 @@ INLINE void for_inputs(int64_t I, F f) {
 
 // ---- the branches --------------------------------------------------------------------
 
-// Some wrappers of modules take the memory of tensors away for a while.
-void check_memory(const Tensor& tensor) {
-  TORCH_CHECK(tensor.numel() == 0 || tensor.const_data_ptr() != nullptr,
-              "a tensor of shape ", tensor.sizes(), " has no memory at present");
-}
-
 template <typename S>
 S* data(const Tensor& tensor) {
-  TORCH_CHECK(tensor.is_contiguous(), "compiled folds write to contiguous tensors");
-  check_memory(tensor);
   return tensor.data_ptr<S>();
 }
 
@@ -484,13 +476,48 @@ void rescale(int64_t I, int64_t T, int64_t start, int64_t stop, S* by_tap,
 
 // ---- what Python calls ---------------------------------------------------------------
 
-// The tensors of a kernel or their gradients, with the rows of `scale` that belong to
-// the branches.
+// Whether a tensor, if there is one, is what `data` and a loop over `size` numbers take.
+bool is_usable(const OptionalTensor& tensor, const Tensor& kernel, int64_t size) {
+  // Some wrappers of modules take the memory of tensors away for a while.
+  return !tensor.has_value() ||
+         (tensor->dtype() == kernel.dtype() && tensor->device() == kernel.device() &&
+          tensor->is_contiguous() && tensor->numel() == size &&
+          tensor->const_data_ptr() != nullptr);
+}
+
+// The parameters of a kernel or their gradients, with the rows of `scale` that belong
+// to the branches.
 struct Tensors {
   const Tensor& scale;
   IntArrayRef rows;
   const Tensor &origin, &first, &second;
   const OptionalTensor &separable, &depthwise, &average, &frequency, &pointwise;
+
+  bool fit(const Tensor& kernel, const OptionalTensor& identity = {},
+           const OptionalTensor& filters = {}) const {
+    if (kernel.numel() == 0 || scale.dim() != 2) return false;
+    const int64_t O = kernel.size(0), I = kernel.size(1), K = kernel[0][0].numel();
+    const int64_t T = first.numel() / I;
+    return *std::max_element(rows.begin(), rows.end()) < scale.size(0) &&
+           separable.has_value() == depthwise.has_value() &&
+           is_usable(kernel, kernel, O * I * K) &&
+           is_usable(scale, kernel, scale.size(0) * O) &&
+           is_usable(origin, kernel, O * I * K) && is_usable(first, kernel, T * I) &&
+           is_usable(second, kernel, O * K * T) &&
+           is_usable(separable, kernel, O * I * M) &&
+           is_usable(depthwise, kernel, I * M * K) &&
+           is_usable(average, kernel, O * I) && is_usable(frequency, kernel, O * I) &&
+           is_usable(pointwise, kernel, O * I) && is_usable(identity, kernel, T * I) &&
+           is_usable(filters, kernel, O * K);
+  }
+
+  // For a graph that has saved their former values.
+  void count_writes() const {
+    for (const OptionalTensor& tensor :
+         {OptionalTensor(scale), OptionalTensor(origin), OptionalTensor(first),
+          OptionalTensor(second), separable, depthwise, average, frequency, pointwise})
+      if (tensor.has_value()) tensor->unsafeGetTensorImpl()->bump_version();
+  }
 
   template <typename S>
   Branches<S> branches(const Tensor& by_map) const {
@@ -509,7 +536,7 @@ struct Tensors {
 
 // What is needed for the time of a call, kept for the next one: memory from the system
 // is cleared, page by page, before use, which takes as long as half of a small fold.
-enum Purpose { BY_TAP, PRODUCT, MATRIX, BY_MAP, D_BY_MAP, PURPOSES };
+enum Purpose { ROWS, PRODUCT, MATRIX, BY_MAP, D_BY_MAP, PURPOSES };
 
 Tensor scratch(Purpose purpose, IntArrayRef shape, const Tensor& like) {
   static thread_local Tensor kept[PURPOSES];
@@ -546,20 +573,16 @@ void for_blocks(int64_t rows, int64_t size, F f) {
     f(start, std::min(start + step, rows));
 }
 
-// Calls f(S, K) with the number type and the taps of a kernel. Returns whether these,
-// and the tensors that come with it, are such as there is code for.
+// Calls f(S, K) with the number type and the taps of a kernel. Returns whether these
+// are such as there is code for.
 template <typename F>
-bool dispatch(const Tensor& kernel, std::initializer_list<OptionalTensor> others, F f) {
+bool dispatch(const Tensor& kernel, F f) {
   using One = std::integral_constant<int, 1>;
   using Nine = std::integral_constant<int, 9>;
   const bool is_float = kernel.scalar_type() == at::kFloat;
-  const int64_t taps = kernel.size(2) * kernel.size(3);
+  const int64_t taps = kernel[0][0].numel();
   if (!is_float && kernel.scalar_type() != at::kDouble) return false;
-  if ((taps != 1 && taps != 9) || !kernel.is_contiguous()) return false;
-  for (const auto& tensor : others)
-    if (tensor.has_value() &&
-        (!tensor->is_contiguous() || tensor->dtype() != kernel.dtype()))
-      return false;
+  if (taps != 1 && taps != 9) return false;
   if (is_float && taps == 9) f(float(), Nine{});
   if (is_float && taps == 1) f(float(), One{});
   if (!is_float && taps == 9) f(double(), Nine{});
@@ -577,13 +600,8 @@ bool fold(const Tensor& kernel, const OptionalTensor& identity,
   at::AutoDispatchBelowADInplaceOrView guard;
   const Tensors tensors{scale,     rows,      origin,  first,     second,
                         separable, depthwise, average, frequency, pointwise};
-  const auto given = {OptionalTensor(scale), OptionalTensor(origin),
-                      OptionalTensor(first), OptionalTensor(second),
-                      separable,             depthwise,
-                      average,               frequency,
-                      pointwise,             identity,
-                      filters};
-  const bool is_done = dispatch(kernel, given, [&](auto zero, auto taps) {
+  if (!tensors.fit(kernel, identity, filters)) return false;
+  const bool is_done = dispatch(kernel, [&](auto zero, auto taps) {
     using S = decltype(zero);
     constexpr int K = taps;
     const int64_t O = kernel.size(0), I = kernel.size(1);
@@ -593,7 +611,7 @@ bool fold(const Tensor& kernel, const OptionalTensor& identity,
     const Tensor left = second.view({O * K, -1});
     for_blocks(O, I * K, [&](int64_t start, int64_t stop) {
       const int64_t count = (stop - start) * K;
-      Tensor composed = scratch(BY_TAP, {count, I}, kernel);
+      Tensor composed = scratch(ROWS, {count, I}, kernel);
       at::mm_out(composed, left.narrow(0, start * K, count), matrix);
       combine<S, K>(I, start, stop, data<S>(kernel), data<S>(composed), t,
                     data<S>(filters));
@@ -618,13 +636,8 @@ bool fold_gradients(
                         separable, depthwise, average, frequency, pointwise};
   const Tensors gradients{d_scale,     rows,        d_origin,  d_first,     d_second,
                           d_separable, d_depthwise, d_average, d_frequency, d_pointwise};
-  const auto given = {OptionalTensor(scale), OptionalTensor(origin),
-                      OptionalTensor(first), OptionalTensor(second),
-                      separable,             depthwise,
-                      average,               frequency,
-                      pointwise,             identity,
-                      filters};
-  return dispatch(grad, given, [&](auto zero, auto taps) {
+  if (!tensors.fit(grad, identity, filters) || !gradients.fit(grad)) return false;
+  const bool is_done = dispatch(grad, [&](auto zero, auto taps) {
     using S = decltype(zero);
     constexpr int K = taps;
     const int64_t O = grad.size(0), I = grad.size(1);
@@ -643,7 +656,7 @@ bool fold_gradients(
     Tensor d_matrix = d_first.view({T, I});
     for_blocks(O, I * K, [&](int64_t start, int64_t stop) {
       const int64_t count = (stop - start) * K;
-      const Tensor by_tap = scratch(BY_TAP, {count, I}, grad);
+      const Tensor by_tap = scratch(ROWS, {count, I}, grad);
       Tensor product = scratch(PRODUCT, {count, T}, grad);
       split<S, K>(I, start, stop, data<S>(grad), data<S>(by_tap), t, d,
                   data<S>(filters), tasks);
@@ -655,7 +668,12 @@ bool fold_gradients(
     });
     from_maps(d_depthwise, d_by_map, I);
   });
+  if (is_done) gradients.count_writes();
+  return is_done;
 }
+
+// Whether no other tensor, in Python or in a graph, shares the memory of this one.
+bool is_unshared(const Tensor& tensor) { return tensor.storage().use_count() == 1; }
 
 }  // namespace
 
@@ -664,8 +682,7 @@ TORCH_LIBRARY(mmorepa, library) {
       "fold(Tensor(a!) kernel, Tensor? identity, Tensor? filters, int[] rows, "
       "Tensor scale, Tensor origin, Tensor first, Tensor second, Tensor? separable, "
       "Tensor? depthwise, Tensor? average, Tensor? frequency, Tensor? pointwise) "
-      "-> bool",
-      fold);
+      "-> bool");
   library.def(
       "fold_gradients(Tensor grad, Tensor? identity, Tensor? filters, int[] rows, "
       "Tensor scale, Tensor origin, Tensor first, Tensor second, Tensor? separable, "
@@ -673,6 +690,19 @@ TORCH_LIBRARY(mmorepa, library) {
       "Tensor(a!) d_scale, Tensor(b!) d_origin, Tensor(c!) d_first, "
       "Tensor(d!) d_second, Tensor(e!)? d_separable, Tensor(f!)? d_depthwise, "
       "Tensor(g!)? d_average, Tensor(h!)? d_frequency, Tensor(i!)? d_pointwise) "
-      "-> bool",
-      fold_gradients);
+      "-> bool");
+  library.def("is_unshared(Tensor tensor) -> bool");
+}
+
+// For the CPU alone, so that tracers and other modes see whole folds.
+TORCH_LIBRARY_IMPL(mmorepa, CPU, library) {
+  library.impl("fold", fold);
+  library.impl("fold_gradients", fold_gradients);
+  library.impl("is_unshared", is_unshared);
+}
+
+// No graph is built: the caller says what the derivative is.
+TORCH_LIBRARY_IMPL(mmorepa, Autograd, library) {
+  for (const char* name : {"fold", "fold_gradients", "is_unshared"})
+    library.impl(name, torch::CppFunction::makeFallthrough());
 }
