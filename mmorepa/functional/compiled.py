@@ -154,7 +154,7 @@ def _library() -> Optional[SimpleNamespace]:
             )
             return None
     # Without the search for an overload, of which there is one.
-    names = ('fold', 'fold_gradients', 'is_unshared')
+    names = ('fold', 'fold_gradients', 'are_unshared')
     return SimpleNamespace(**{n: getattr(torch.ops.mmorepa, n).default for n in names})
 
 
@@ -197,17 +197,17 @@ def fold_gradients(t: Branches, grad: Tensor, d: Parameters) -> bool:
     )
 
 
-def is_unshared(tensor: Tensor) -> bool:
-    """Whether no other tensor, in Python or in a graph, shares the memory of this one.
+def are_unshared(tensors: list[Tensor]) -> bool:
+    """Whether no other tensor, in Python or in a graph, has the memory of one of these.
 
     Args:
-        tensor (Tensor): On the CPU.
+        tensors (list[Tensor]): At least one, on the CPU.
 
     Returns:
         bool: False too if the code is not compiled.
     """
     library = _library()
-    return library is not None and library.is_unshared(tensor)
+    return library is not None and library.are_unshared(tensors)
 
 
 def _may_fold(t: Branches, kernel: Tensor) -> bool:

@@ -164,7 +164,7 @@ class _GradientMemory:
             self._kept[name] = grad.detach()
 
     def take(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Gives away what is kept and nobody else has any more.
+        """Gives away what is kept, if nobody else has any of it any more.
 
         Args:
             tensors (dict[str, Tensor]): The parameters by name.
@@ -173,15 +173,16 @@ class _GradientMemory:
             dict[str, Tensor]: Memory for the gradients of some of them, contiguous.
         """
         kept, self._kept = self._kept, {}
-        return {
+        fitting = {
             name: memory
             for name, memory in kept.items()
             if name in tensors
             and _is_like(memory, tensors[name])
             and memory.shape == tensors[name].shape
             and memory.is_contiguous()
-            and compiled.is_unshared(memory)
         }
+        is_free = fitting and compiled.are_unshared(list(fitting.values()))
+        return fitting if is_free else {}
 
 
 class _Place(NamedTuple):

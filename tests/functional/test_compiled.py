@@ -129,12 +129,12 @@ def test_traced_functions_contain_it():
 
 @needs_compiled
 def test_shared_memory():
-    tensor = torch.zeros(4)
-    assert compiled.is_unshared(tensor)
-    view = tensor[1:]
-    assert not compiled.is_unshared(tensor)
+    tensors = [torch.zeros(4), torch.zeros(4)]
+    assert compiled.are_unshared(tensors)
+    view = tensors[1][1:]
+    assert not compiled.are_unshared(tensors)
     del view
-    assert compiled.is_unshared(tensor)
+    assert compiled.are_unshared(tensors)
 
 
 @pytest.mark.parametrize('error', [PermissionError('no'), OSError('no')])

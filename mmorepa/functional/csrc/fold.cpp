@@ -34,6 +34,7 @@ namespace {
 
 using at::IntArrayRef;
 using at::Tensor;
+using at::TensorList;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int M = 8;  // OREPAKernel.EXPANSION
@@ -672,8 +673,12 @@ bool fold_gradients(
   return is_done;
 }
 
-// Whether no other tensor, in Python or in a graph, shares the memory of this one.
-bool is_unshared(const Tensor& tensor) { return tensor.storage().use_count() == 1; }
+// Whether no other tensor, in Python or in a graph, shares the memory of one of these.
+bool are_unshared(TensorList tensors) {
+  return std::all_of(tensors.begin(), tensors.end(), [](const Tensor& tensor) {
+    return tensor.storage().use_count() == 1;
+  });
+}
 
 }  // namespace
 
@@ -691,18 +696,18 @@ TORCH_LIBRARY(mmorepa, library) {
       "Tensor(d!) d_second, Tensor(e!)? d_separable, Tensor(f!)? d_depthwise, "
       "Tensor(g!)? d_average, Tensor(h!)? d_frequency, Tensor(i!)? d_pointwise) "
       "-> bool");
-  library.def("is_unshared(Tensor tensor) -> bool");
+  library.def("are_unshared(Tensor[] tensors) -> bool");
 }
 
 // For the CPU alone, so that tracers and other modes see whole folds.
 TORCH_LIBRARY_IMPL(mmorepa, CPU, library) {
   library.impl("fold", fold);
   library.impl("fold_gradients", fold_gradients);
-  library.impl("is_unshared", is_unshared);
+  library.impl("are_unshared", are_unshared);
 }
 
 // No graph is built: the caller says what the derivative is.
 TORCH_LIBRARY_IMPL(mmorepa, Autograd, library) {
-  for (const char* name : {"fold", "fold_gradients", "is_unshared"})
+  for (const char* name : {"fold", "fold_gradients", "are_unshared"})
     library.impl(name, torch::CppFunction::makeFallthrough());
 }
