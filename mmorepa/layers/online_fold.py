@@ -192,6 +192,7 @@ class _Place(NamedTuple):
     store: dict
     name: str
     tensor: weakref.ref
+    is_counted: bool  # whether PyTorch counts its changes
 
 
 class Watch:
@@ -205,7 +206,14 @@ class Watch:
         # Weak, as is what is known of the tensors: `module` may own this.
         self._modules = [weakref.ref(child) for child in module.modules()]
         self._places = [
-            _Place(f'{prefix}.{name}'.lstrip('.'), store, name, weakref.ref(tensor))
+            _Place(
+                f'{prefix}.{name}'.lstrip('.'),
+                store,
+                name,
+                weakref.ref(tensor),
+                # Not those that were made in inference mode.
+                not tensor.is_inference(),
+            )
             for prefix, child in module.named_modules()
             for store in (child._parameters, child._buffers)
             for name, tensor in store.items()
@@ -264,13 +272,14 @@ class Watch:
         if [reference() for reference in self._modules] != list(module.modules()):
             return None
         states = []
-        for _, store, name, reference in self._places:
+        for _, store, name, reference, is_counted in self._places:
             # None where pruning or a parametrisation took a parameter away. `is`,
             # since a new tensor may live where a freed one did.
             tensor = store.get(name)
             if tensor is None or reference() is not tensor:
                 return None
-            states.append(_state(tensor))
+            version = tensor._version if is_counted else None
+            states.append((tensor.data_ptr(), version))
         return states
 
     def _read_samples(self) -> list[Tensor]:
@@ -339,10 +348,6 @@ class _Entry(Watch):
                 names, tensors = zip(*self.tensors().items())
                 self._kernel = _Fold.apply(branches, names, *tensors)
         return self._kernel if with_grad else self._kernel.detach()
-
-
-def _state(tensor: Tensor) -> tuple:
-    return tensor.data_ptr(), _version(tensor)
 
 
 def _version(tensor: Tensor) -> Optional[int]:

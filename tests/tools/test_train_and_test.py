@@ -595,7 +595,8 @@ class TestLaunchers:
         options[-1] = 'model.backbone.norm_cfg.type=BN'
         run_runner('train.py', config, '--work-dir', tmp_path / 'one', options=options)
         one, two = (weights(tmp_path / name / 'epoch_1.pth') for name in ('one', 'two'))
-        assert_same_weights(two, one, 1e-4)
+        # Rounding grows from step to step.
+        assert_same_weights(two, one, 1e-3)
         start = weights(checkpoint)['head.fc.weight']
         assert not torch.allclose(one['head.fc.weight'], start, rtol=1e-2)
         accuracies = [records(tmp_path / name)[1] for name in ('one', 'two')]
