@@ -7,16 +7,15 @@ import argparse
 import logging
 import os
 import sys
-from pathlib import Path
+
+from build_mmcv import search_path
 
 from mmorepa.functional import compiled
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    # Where the ninja of this environment is, which may not have been activated.
-    folder = Path(sys.executable).parent
-    os.environ['PATH'] = f'{folder}{os.pathsep}{os.environ.get("PATH", "")}'
+    os.environ['PATH'] = search_path()
     # It warns of a missing CUDA, which is not needed.
     logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)
     try:

@@ -198,11 +198,10 @@ def _fold_gradients_in_operations(t: Branches, grad: Tensor, d: Parameters) -> N
 
 
 def _branches_kxk(tensors: dict[str, Tensor], branches: Sequence[str]) -> Branches:
-    rows = {branch: row for row, branch in enumerate(branches)}
     names = {'pointwise_kxk': 'composed', 'depthwise_separable': 'separable'}
     return Branches(
         _parameters_kxk(tensors),
-        {names.get(branch, branch): row for branch, row in rows.items()},
+        {names.get(branch, branch): row for row, branch in enumerate(branches)},
         tensors.get('identity'),
         tensors.get('filters'),
     )

@@ -242,10 +242,14 @@ INLINE void write_filters(int64_t o, const S* frequencies, S filter[FILTERS][K])
   }
 }
 
-// Calls f(o, R) for the rows from first to last, GROUP of them at a time if there are.
+int64_t groups_of(int64_t rows) { return (rows + GROUP - 1) / GROUP; }
+
+// Calls f(o, R), for R rows from o on, for the groups from begin to end of the rows from
+// start to stop. A row is in the same group however these are shared among threads.
 template <typename F>
-INLINE void for_groups(int64_t first, int64_t last, F f) {
-  int64_t o = first;
+INLINE void for_groups(int64_t start, int64_t stop, int64_t begin, int64_t end, F f) {
+  int64_t o = start + begin * GROUP;
+  const int64_t last = std::min(start + end * GROUP, stop);
   for (; o + GROUP <= last; o += GROUP) f(o, std::integral_constant<int, GROUP>{});
   for (; o < last; ++o) f(o, std::integral_constant<int, 1>{});
 }
@@ -313,21 +317,16 @@ void combine_row(int64_t I, int64_t o, S* kernel, const S* composed, S scale_com
 template <typename S, int K>
 void combine(int64_t I, int64_t start, int64_t stop, S* kernel, S* composed,
              const Branches<S>& t, const S* frequencies) {
-  const int64_t groups = (stop - start + GROUP - 1) / GROUP;
-  at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t group = begin; group < end; ++group) {
-      const int64_t first = start + group * GROUP;
-      const int64_t last = std::min(first + GROUP, stop);
+  at::parallel_for(0, groups_of(stop - start), 1, [&](int64_t begin, int64_t end) {
+    for_groups(start, stop, begin, end, [&](int64_t first, auto R) {
       if (t.separable)
-        for_groups(first, last, [&](int64_t o, auto R) {
-          add_separable<S, K, R>(I, composed + (o - start) * K * I,
-                                 t.scale_composed + o, t.separable + o * I * M,
-                                 t.depthwise, t.scale_separable + o);
-        });
-      for (int64_t o = first; o < last; ++o)
+        add_separable<S, K, R>(I, composed + (first - start) * K * I,
+                               t.scale_composed + first, t.separable + first * I * M,
+                               t.depthwise, t.scale_separable + first);
+      for (int64_t o = first; o < first + R; ++o)
         combine_row<S, K>(I, o, kernel + o * I * K, composed + (o - start) * K * I,
                           t.separable ? S(1) : t.scale_composed[o], t, frequencies);
-    }
+    });
     finish_streams();
   });
 }
@@ -425,24 +424,21 @@ template <typename S, int K>
 void split(int64_t I, int64_t start, int64_t stop, const S* grad, S* by_tap,
            const Branches<S>& t, const Branches<S>& d, const S* frequencies,
            int64_t tasks) {
-  const int64_t groups = (stop - start + GROUP - 1) / GROUP;
+  const int64_t groups = groups_of(stop - start);
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t last_group = groups * (task + 1) / tasks;
-      for (int64_t group = groups * task / tasks; group < last_group; ++group) {
-        const int64_t first = start + group * GROUP;
-        const int64_t last = std::min(first + GROUP, stop);
-        for (int64_t o = first; o < last; ++o)
+      const int64_t from = groups * task / tasks, to = groups * (task + 1) / tasks;
+      for_groups(start, stop, from, to, [&](int64_t first, auto R) {
+        for (int64_t o = first; o < first + R; ++o)
           split_row<S, K>(I, o, grad + o * I * K, by_tap + (o - start) * K * I, t, d,
                           frequencies);
         if (t.separable)
-          for_groups(first, last, [&](int64_t o, auto R) {
-            separable_gradients<S, K, R>(
-                I, by_tap + (o - start) * K * I, t.separable + o * I * M,
-                d.separable + o * I * M, t.depthwise, d.depthwise + task * M * K * I,
-                t.scale_separable + o, d.scale_separable + o);
-          });
-      }
+          separable_gradients<S, K, R>(
+              I, by_tap + (first - start) * K * I, t.separable + first * I * M,
+              d.separable + first * I * M, t.depthwise,
+              d.depthwise + task * M * K * I, t.scale_separable + first,
+              d.scale_separable + first);
+      });
     }
     finish_streams();
   });
