@@ -132,35 +132,36 @@ INLINE Vector<S> pick(Vector<S> a, Vector<S> b, From from) {
   return __builtin_shuffle(a, b, indices);
 }
 
+// K vectors of the lanes of K others: in lane j of vector v what is at place(v, j) there,
+// places being counted through all of them.
+template <int K, typename S, typename Place>
+INLINE void rearrange(const Vector<S>* from, Vector<S>* to, Place place) {
+  constexpr int L = LANES<S>;
+#pragma GCC unroll 16
+  for (int v = 0; v < K; ++v) {
+    to[v] = from[0];
+#pragma GCC unroll 16
+    for (int source = 0; source < K; ++source)
+      to[v] = pick<S>(to[v], from[source], [=](int j) {
+        const int at = place(v, j);
+        return at / L == source ? L + at % L : j;
+      });
+  }
+}
+
 // From vectors in the order of memory, (n, K), to one vector of all n for each k.
 template <int K, typename S>
 INLINE void transpose(const Vector<S>* flat, Vector<S>* taps) {
-  constexpr int L = LANES<S>;
-#pragma GCC unroll 16
-  for (int k = 0; k < K; ++k) {
-    taps[k] = flat[0];
-#pragma GCC unroll 16
-    for (int s = 0; s < K; ++s)
-      taps[k] = pick<S>(taps[k], flat[s], [=](int j) {
-        const int place = j * K + k;
-        return place / L == s ? L + place % L : j;
-      });
-  }
+  rearrange<K, S>(flat, taps, [](int k, int j) { return j * K + k; });
 }
 
 template <int K, typename S>
 INLINE void transpose_back(const Vector<S>* taps, Vector<S>* flat) {
   constexpr int L = LANES<S>;
-#pragma GCC unroll 16
-  for (int s = 0; s < K; ++s) {
-    flat[s] = taps[0];
-#pragma GCC unroll 16
-    for (int k = 0; k < K; ++k)
-      flat[s] = pick<S>(flat[s], taps[k], [=](int j) {
-        const int place = s * L + j;
-        return place % K == k ? L + place / K : j;
-      });
-  }
+  rearrange<K, S>(taps, flat, [](int v, int j) {
+    const int number = v * L + j;
+    return number % K * L + number / K;
+  });
 }
 
 // The same for M, a power of two, in fewer steps: each takes the even places to the
