@@ -10,13 +10,14 @@ from .utils.requirements import check_requirements
 check_requirements()
 
 from . import backbones, engine, functional, layers  # noqa: E402
-from .layers import is_switchable, switch_to_deploy  # noqa: E402
+from .layers import folded, is_switchable, switch_to_deploy  # noqa: E402
 from .version import __version__  # noqa: E402
 
 __all__ = [
     '__version__',
     'backbones',
     'engine',
+    'folded',
     'functional',
     'is_switchable',
     'layers',

@@ -9,6 +9,8 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='VisualizationHook', enable=False),
+    # Validates and tests at the speed of the deployed form.
+    folded_evaluation=dict(type='FoldedEvaluationHook'),
 )
 
 env_cfg = dict(
@@ -16,6 +18,9 @@ env_cfg = dict(
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
     dist_cfg=dict(backend='nccl'),
 )
+
+# On several devices: reduces the gradients of the folded kernels alone.
+model_wrapper_cfg = dict(type='FoldedDistributedDataParallel', broadcast_buffers=False)
 
 vis_backends = [dict(type='LocalVisBackend')]
 visualizer = dict(type='UniversalVisualizer', vis_backends=vis_backends)

@@ -6,7 +6,12 @@ from .checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from .hooks import EquivalentKernelDecayHook, SwitchToDeployHook
+from .distributed import FoldedDistributedDataParallel
+from .hooks import (
+    EquivalentKernelDecayHook,
+    FoldedEvaluationHook,
+    SwitchToDeployHook,
+)
 from .optimizers import (
     BFloat16OptimWrapper,
     FoldedAmpOptimWrapper,
@@ -22,6 +27,8 @@ __all__ = [
     'EquivalentKernelDecayHook',
     'FoldedAmpOptimWrapper',
     'FoldedBFloat16OptimWrapper',
+    'FoldedDistributedDataParallel',
+    'FoldedEvaluationHook',
     'FoldedOptimWrapper',
     'OREPAOptimWrapperConstructor',
     'SwitchToDeployHook',

@@ -227,12 +227,13 @@ def _prepare_distributed_cpu(cfg: Config) -> None:
     if not torch.distributed.is_initialized():
         # MMEngine's own launcher would call torch.cuda.set_device.
         torch.distributed.init_process_group('gloo')
-    cfg.model_wrapper_cfg = dict(
-        type='MMDistributedDataParallel',
-        broadcast_buffers=False,
-        find_unused_parameters=cfg.get('find_unused_parameters', False),
-        device_ids=None,
-    )
+    cfg.model_wrapper_cfg = {
+        'type': 'MMDistributedDataParallel',
+        'find_unused_parameters': cfg.get('find_unused_parameters', False),
+        **(cfg.get('model_wrapper_cfg') or {}),
+        'broadcast_buffers': False,
+        'device_ids': None,
+    }
     if _replace_sync_bn(cfg.model):
         print_log('SyncBN needs GPUs: training with BN, statistics per process.')
 

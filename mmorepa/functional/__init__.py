@@ -1,16 +1,12 @@
 """The algebra of re-parameterisation: pure functions on tensors."""
 
-from .closed_forms import (
-    fold_1x1,
-    fold_1x1_gradients,
-    fold_kxk,
-    fold_kxk_gradients,
-)
+from .closed_forms import Fold, fold_kernel, fold_kernels, is_followed, recomputed
 from .fusion import fuse_bn
 from .kernels import (
     average_kernel,
     compose_1x1_kxk,
     compose_deep_linear,
+    constant,
     constant_response,
     depthwise_separable_kernel,
     embed_1x1,
@@ -21,19 +17,21 @@ from .kernels import (
 )
 
 __all__ = [
+    'Fold',
     'average_kernel',
     'compose_1x1_kxk',
     'compose_deep_linear',
+    'constant',
     'constant_response',
     'depthwise_separable_kernel',
     'embed_1x1',
     'filtered_kernel',
-    'fold_1x1',
-    'fold_1x1_gradients',
-    'fold_kxk',
-    'fold_kxk_gradients',
+    'fold_kernel',
+    'fold_kernels',
     'frequency_prior',
     'fuse_bn',
     'identity_1x1',
+    'is_followed',
+    'recomputed',
     'scaled_sum',
 ]

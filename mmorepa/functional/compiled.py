@@ -154,7 +154,7 @@ def _library() -> Optional[SimpleNamespace]:
             )
             return None
     # Without the search for an overload, of which there is one.
-    names = ('fold', 'fold_gradients', 'are_unshared')
+    names = ('fold', 'fold_gradients')
     return SimpleNamespace(**{n: getattr(torch.ops.mmorepa, n).default for n in names})
 
 
@@ -174,9 +174,9 @@ def fold(t: Branches, kernel: Tensor) -> bool:
         bool: Whether it is written. Not if the code is not compiled or the tensors are
         of another kind, device, layout or size than it takes.
     """
-    if not _may_fold(t, kernel):
-        return False
-    return _library().fold(kernel, t.identity, t.filters, _rows(t), *t.parameters)
+    return takes(t, kernel) and _library().fold(
+        kernel, t.identity, t.filters, _rows(t), *t.parameters
+    )
 
 
 def fold_gradients(t: Branches, grad: Tensor, d: Parameters) -> bool:
@@ -190,27 +190,18 @@ def fold_gradients(t: Branches, grad: Tensor, d: Parameters) -> bool:
     Returns:
         bool: As for :func:`fold`.
     """
-    if not _may_fold(t, grad):
-        return False
-    return _library().fold_gradients(
+    return takes(t, grad) and _library().fold_gradients(
         grad, t.identity, t.filters, _rows(t), *t.parameters, *d
     )
 
 
-def are_unshared(tensors: list[Tensor]) -> bool:
-    """Whether no other tensor, in Python or in a graph, has the memory of one of these.
+def takes(t: Branches, kernel: Tensor) -> bool:
+    """Whether there is compiled code for such a fold, layouts and sizes apart.
 
     Args:
-        tensors (list[Tensor]): At least one, on the CPU.
-
-    Returns:
-        bool: False too if the code is not compiled.
+        t (Branches): Its branches.
+        kernel (Tensor): The kernel, or its gradient.
     """
-    library = _library()
-    return library is not None and library.are_unshared(tensors)
-
-
-def _may_fold(t: Branches, kernel: Tensor) -> bool:
     return (
         # A subclass might stand for something else than memory.
         type(kernel) in (Tensor, nn.Parameter)

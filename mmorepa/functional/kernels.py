@@ -10,12 +10,39 @@ CVPR 2022), sections 3.2 and 3.3.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_constants: dict[tuple, Tensor] = {}
+
+
+def constant(make: Callable[..., Tensor], *args, like: Tensor) -> Tensor:
+    """``make(*args)``, made once for each dtype and device.
+
+    A constant of the formulas is no buffer of a module: ``to_empty()`` would leave it
+    unwritten, and ``half()`` would round it for good.
+
+    Args:
+        make (Callable): Takes a dtype and a device after its other arguments.
+        *args: Those.
+        like (Tensor): Has the dtype and the device.
+
+    Returns:
+        Tensor: Not to be written to.
+    """
+    key = (make, args, like.dtype, like.device)
+    found = _constants.get(key)
+    if found is None:
+        with torch.inference_mode(False), torch.no_grad():
+            found = make(*args, like.dtype, like.device)
+        # Not what a compiler or a fake mode makes of it.
+        if type(found) is Tensor and not torch.compiler.is_compiling():
+            _constants[key] = found
+    return found
 
 
 def embed_1x1(weight: Tensor, kernel_size: int) -> Tensor:

@@ -3,7 +3,7 @@
 from .blocks import BLOCKS, BlockType, build_conv
 from .dbb import DBBConv2d
 from .deep_linear import DeepLinearConv2d, DeepLinearKernel
-from .eval_form import branch_by_branch
+from .holding import HeldKernel, folded, held, pull_back
 from .multi_branch import MultiBranchConv2d
 from .orepa import (
     OREPAConv2d,
@@ -14,14 +14,16 @@ from .orepa import (
 from .plain import PlainConv2d, PlainKernel
 from .reparam_conv import ReparamConv2d
 from .repvgg import OREPARepVGGConv2d, RepVGGConv2d
-from .switch import is_switchable, switch_to_deploy
+from .switch import ConvAct2d, is_switchable, switch_to_deploy
 
 __all__ = [
     'BLOCKS',
     'BlockType',
+    'ConvAct2d',
     'DBBConv2d',
     'DeepLinearConv2d',
     'DeepLinearKernel',
+    'HeldKernel',
     'MultiBranchConv2d',
     'OREPAConv2d',
     'OREPADeepLinearKernel',
@@ -32,8 +34,10 @@ __all__ = [
     'PlainKernel',
     'RepVGGConv2d',
     'ReparamConv2d',
-    'branch_by_branch',
     'build_conv',
+    'folded',
+    'held',
     'is_switchable',
+    'pull_back',
     'switch_to_deploy',
 ]

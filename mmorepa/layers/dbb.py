@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ..functional import (
     average_kernel,
     compose_1x1_kxk,
+    constant,
     constant_response,
     filtered_kernel,
     identity_1x1,
@@ -126,6 +127,8 @@ class PointwiseThenConv2d(nn.Module):
 class IdentityConv2d(ReparamConv2d):
     """A 1×1 conv that learns the difference from the identity."""
 
+    folds_online = False
+
     def build_branches(self) -> '_IdentityKernel':
         return _IdentityKernel(self.in_channels, self.groups)
 
@@ -133,14 +136,11 @@ class IdentityConv2d(ReparamConv2d):
 class _IdentityKernel(nn.Module):
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        inputs = channels // groups
-        self.weight = nn.Parameter(torch.zeros(channels, inputs, 1, 1))
-        self.register_buffer(
-            'identity', identity_1x1(channels, inputs), persistent=False
-        )
+        self.weight = nn.Parameter(torch.zeros(channels, channels // groups, 1, 1))
 
     def forward(self) -> Tensor:
-        return self.weight + self.identity
+        rows, columns = self.weight.shape[:2]
+        return self.weight + constant(identity_1x1, rows, columns, like=self.weight)
 
 
 class AverageConv2d(ReparamConv2d):
@@ -163,6 +163,11 @@ class _AverageKernel(nn.Module):
         self.kernel_size = kernel_size
         # The division is left to forward(), to be exact in the dtype of the fold.
         self.register_buffer('ones', torch.ones(channels, 1, 1, 1), persistent=False)
+
+    def _apply(self, *args, **kwargs) -> '_AverageKernel':
+        super()._apply(*args, **kwargs)
+        self.ones.fill_(1)  # to_empty() leaves it unwritten.
+        return self
 
     def forward(self) -> Tensor:
         return average_kernel(self.ones, self.kernel_size)

@@ -1,14 +1,17 @@
 """Large kernels as a chain of small ones."""
 
-from typing import Callable, Optional
+from collections.abc import Callable
 
-import torch
+import torch.fx
 from torch import Tensor, nn
 
-from ..functional import compose_deep_linear
-from ..utils.autocast import no_autocast
+from ..functional import compose_deep_linear, recomputed
+from .folded_kernel import folded_together
 from .plain import PlainKernel
 from .reparam_conv import ReparamConv2d
+
+# As for fold_kernel: a node of its own in a symbolic trace.
+torch.fx.wrap('compose_deep_linear')
 
 
 class DeepLinearKernel(nn.Module):
@@ -41,77 +44,14 @@ class DeepLinearKernel(nn.Module):
 
     def forward(self) -> Tensor:
         """Returns the kernel, shape (O, Ig, k, k)."""
-        return self._compose([factor() for factor in self.factors])
+        return recomputed(self._compose)
 
-    @property
-    def has_closed_form(self) -> bool:
-        """Whether :meth:`fold` and :meth:`fold_gradients` may be called."""
-        # A subclass may have changed what forward() computes.
-        return type(self).forward is DeepLinearKernel.forward and all(
-            getattr(factor, 'has_closed_form', False) for factor in self.factors
-        )
-
-    def fold(self, tensors: dict[str, Tensor], out: Optional[Tensor] = None) -> Tensor:
-        """As :meth:`forward`, but without a graph.
-
-        Args:
-            tensors (dict[str, Tensor]): Parameters and buffers by name.
-            out (Tensor, optional): Where to write the kernel. Defaults to None.
-        """
-        with torch.no_grad():
-            kernel = self._compose(self._fold_factors(tensors))
-            return kernel if out is None else out.copy_(kernel)
-
-    def fold_gradients(
-        self,
-        tensors: dict[str, Tensor],
-        grad: Tensor,
-        out: Optional[dict[str, Tensor]] = None,
-    ) -> dict[str, Tensor]:
-        """The derivative of :meth:`fold`, through the factors' own.
-
-        Args:
-            tensors (dict[str, Tensor]): Parameters and buffers by name.
-            grad (Tensor): The gradient of the kernel.
-            out (dict[str, Tensor], optional): Where to write some of the gradients.
-                Defaults to None.
-
-        Returns:
-            dict[str, Tensor]: The gradient of every parameter, by its name.
-        """
-        kernels = [k.requires_grad_() for k in self._fold_factors(tensors)]
-        with torch.enable_grad():
-            composed = self._compose(kernels)
-        found = {}
-        grads = torch.autograd.grad(composed, kernels, grad)
-        for index, (factor, kernel_grad) in enumerate(zip(self.factors, grads)):
-            own = factor.fold_gradients(
-                _of_factor(tensors, index), kernel_grad, _of_factor(out or {}, index)
-            )
-            found.update({f'factors.{index}.{name}': g for name, g in own.items()})
-        return found
-
-    def _fold_factors(self, tensors: dict[str, Tensor]) -> list[Tensor]:
-        return [
-            factor.fold(_of_factor(tensors, index))
-            for index, factor in enumerate(self.factors)
-        ]
-
-    def _compose(self, kernels: list[Tensor]) -> Tensor:
-        kernel, *others = kernels
-        with no_autocast(kernel.device.type):
-            for other in others:
-                kernel = compose_deep_linear(kernel, other, self.groups)
+    def _compose(self) -> Tensor:
+        with folded_together(self.factors):
+            kernel, *others = (factor() for factor in self.factors)
+        for other in others:
+            kernel = compose_deep_linear(kernel, other, self.groups)
         return kernel.contiguous()
-
-
-def _of_factor(tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
-    prefix = f'factors.{index}.'
-    return {
-        name[len(prefix) :]: tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
 
 
 class DeepLinearConv2d(ReparamConv2d):

@@ -109,6 +109,10 @@ class MultiBranchConv2d(ReparamConv2d):
             'has its own BatchNorm; equivalent_kernel_bias() gives that of eval mode'
         )
 
+    def _weight_of_training_form(self) -> Tensor:
+        # No attribute, so that hasattr() says so.
+        raise AttributeError(f'a {type(self).__name__} has no weight while it trains')
+
     def regularized_kernel(self) -> Tensor:
         """The sum of the branches' kernels, each as its BatchNorm scales it.
 

@@ -5,30 +5,18 @@ from typing import Optional
 
 import torch
 from mmengine.registry import MODELS
-from torch import Tensor, nn
+from torch import nn
 
-from ..functional import (
-    average_kernel,
-    compose_1x1_kxk,
-    depthwise_separable_kernel,
-    embed_1x1,
-    filtered_kernel,
-    fold_1x1,
-    fold_1x1_gradients,
-    fold_kxk,
-    fold_kxk_gradients,
-    frequency_prior,
-    identity_1x1,
-    scaled_sum,
-)
+from ..functional import Fold, identity_1x1
 from .deep_linear import DeepLinearKernel
+from .folded_kernel import FoldedKernel
 from .reparam_conv import ReparamConv2d
 
 # From this kernel size on, the paper's networks use the deep linear form.
 DEEP_LINEAR_FROM = 7
 
 
-class OREPAKernel(nn.Module):
+class OREPAKernel(FoldedKernel):
     """The k×k kernel of OREPA: a scaled sum of six linear branches.
 
     ``K = Σ_b scale_b · K_b`` per output channel (paper, section 3.2; the scaling
@@ -83,10 +71,9 @@ class OREPAKernel(nn.Module):
         super().__init__()
         scales = _initial_scales(self.INITIAL_SCALES, branches, initial_scales)
         self.branches = tuple(scales)
-        self.kernel_size = kernel_size
-        self.groups = groups
         inputs = in_channels // groups
-        self.shape = (out_channels, inputs, kernel_size, kernel_size)
+        shape = (out_channels, inputs, kernel_size, kernel_size)
+        self.branch_fold = Fold(self.branches, shape, groups, self.EXPANSION)
 
         def weight(rows: int, columns: int, size: int = 1) -> nn.Parameter:
             return _kaiming_uniform((rows, columns, size, size), kaiming_a)
@@ -97,8 +84,6 @@ class OREPAKernel(nn.Module):
             self.weight_average = weight(out_channels, inputs)
         if 'frequency' in scales:
             self.weight_frequency = weight(out_channels, inputs)
-            prior = frequency_prior(out_channels, kernel_size)
-            self.register_buffer('filters', prior, persistent=False)
         if 'pointwise_kxk' in scales:
             hidden = in_channels if groups <= 4 else 2 * in_channels
             # Learns the difference from the identity.
@@ -111,8 +96,6 @@ class OREPAKernel(nn.Module):
             self.weight_pointwise_kxk_2 = nn.Parameter(
                 second.detach().permute(0, 2, 3, 1).contiguous()
             )
-            identity = identity_1x1(hidden, inputs)
-            self.register_buffer('identity', identity, persistent=False)
         if 'pointwise' in scales:
             self.weight_pointwise = weight(out_channels, inputs)
         if 'depthwise_separable' in scales:
@@ -120,54 +103,8 @@ class OREPAKernel(nn.Module):
             self.weight_separable = weight(out_channels, self.EXPANSION * inputs)
         self.scale = _scale(scales, out_channels)
 
-    def forward(self) -> Tensor:
-        """Returns the kernel, shape (O, Ig, k, k)."""
-        kernels = [getattr(self, f'_{name}')() for name in self.branches]
-        return scaled_sum(kernels, self.scale)
 
-    @property
-    def has_closed_form(self) -> bool:
-        """Whether :meth:`fold` and :meth:`fold_gradients` may be called."""
-        # A subclass may have changed what forward() computes.
-        return type(self) is OREPAKernel and self.groups == 1
-
-    def fold(self, tensors: dict[str, Tensor], out: Optional[Tensor] = None) -> Tensor:
-        """As :meth:`forward`, fast and without a graph: :func:`.fold_kxk`."""
-        return fold_kxk(tensors, self.branches, self.shape, out)
-
-    def fold_gradients(
-        self,
-        tensors: dict[str, Tensor],
-        grad: Tensor,
-        out: Optional[dict[str, Tensor]] = None,
-    ) -> dict[str, Tensor]:
-        """The derivative of :meth:`fold`: :func:`.fold_kxk_gradients`."""
-        return fold_kxk_gradients(tensors, self.branches, grad, out)
-
-    def _origin(self) -> Tensor:
-        return self.weight_origin
-
-    def _average(self) -> Tensor:
-        return average_kernel(self.weight_average, self.kernel_size)
-
-    def _frequency(self) -> Tensor:
-        return filtered_kernel(self.weight_frequency, self.filters)
-
-    def _pointwise_kxk(self) -> Tensor:
-        first = self.weight_pointwise_kxk_1 + self.identity
-        second = self.weight_pointwise_kxk_2.permute(0, 3, 1, 2)
-        return compose_1x1_kxk(first, second, self.groups)
-
-    def _pointwise(self) -> Tensor:
-        return embed_1x1(self.weight_pointwise, self.kernel_size)
-
-    def _depthwise_separable(self) -> Tensor:
-        return depthwise_separable_kernel(
-            self.weight_depthwise, self.weight_separable, self.groups, self.EXPANSION
-        )
-
-
-class OREPAPointwiseKernel(nn.Module):
+class OREPAPointwiseKernel(FoldedKernel):
     """The 1×1 kernel of OREPA: ``K = scale_0 · origin + scale_1 · (second ∘ first)``.
 
     The wider of the two composed 1×1 convs is square and starts as the identity.
@@ -199,8 +136,8 @@ class OREPAPointwiseKernel(nn.Module):
         super().__init__()
         scales = _initial_scales(self.INITIAL_SCALES, branches, initial_scales)
         self.branches = tuple(scales)
-        self.groups = groups
         inputs = in_channels // groups
+        self.branch_fold = Fold(self.branches, (out_channels, inputs, 1, 1), groups)
         if 'origin' in scales:
             self.weight_origin = _kaiming_uniform(
                 (out_channels, inputs, 1, 1), kaiming_a
@@ -216,36 +153,6 @@ class OREPAPointwiseKernel(nn.Module):
                 )
             self.weight_first, self.weight_second = first, second
         self.scale = _scale(scales, out_channels)
-
-    def forward(self) -> Tensor:
-        """Returns the kernel, shape (O, Ig, 1, 1)."""
-        kernels = [getattr(self, f'_{name}')() for name in self.branches]
-        return scaled_sum(kernels, self.scale)
-
-    @property
-    def has_closed_form(self) -> bool:
-        """Whether :meth:`fold` and :meth:`fold_gradients` may be called."""
-        is_own = type(self) is OREPAPointwiseKernel
-        return is_own and self.groups == 1 and len(self.branches) == 2
-
-    def fold(self, tensors: dict[str, Tensor], out: Optional[Tensor] = None) -> Tensor:
-        """As :meth:`forward`, fast and without a graph: :func:`.fold_1x1`."""
-        return fold_1x1(tensors, self.branches, out)
-
-    def fold_gradients(
-        self,
-        tensors: dict[str, Tensor],
-        grad: Tensor,
-        out: Optional[dict[str, Tensor]] = None,
-    ) -> dict[str, Tensor]:
-        """The derivative of :meth:`fold`: :func:`.fold_1x1_gradients`."""
-        return fold_1x1_gradients(tensors, self.branches, grad, out)
-
-    def _origin(self) -> Tensor:
-        return self.weight_origin
-
-    def _pointwise_pointwise(self) -> Tensor:
-        return compose_1x1_kxk(self.weight_first, self.weight_second, self.groups)
 
 
 class OREPADeepLinearKernel(DeepLinearKernel):

@@ -3,7 +3,9 @@
 import copy
 import functools
 import logging
-from typing import Optional, Union
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
 from mmcv.cnn import build_activation_layer, build_norm_layer
@@ -14,10 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.utils import _pair
 from torch.nn.utils import skip_init
 
-from ..functional import fuse_bn
+from ..functional import fuse_bn, is_followed
+from ..utils.autocast import HALF_DTYPES, no_autocast
 from ..utils.errors import CheckpointError
-from .eval_form import EvalForm
-from .online_fold import OnlineFold
+
+if TYPE_CHECKING:
+    from .holding import HeldKernel
 
 IntPair = Union[int, tuple[int, int]]
 
@@ -55,8 +59,12 @@ class ReparamConv2d(nn.Conv2d):
         ValueError: If the arguments describe a conv that has no fold.
     """
 
-    # Whether kernel() is a fold of the branches, rather than a parameter of its own.
+    # Whether kernel() takes a fold, rather than a look at a parameter.
     folds_online = True
+    # What open scopes serve, for each conv alone: see mmorepa.layers.holding.
+    held: Optional['HeldKernel'] = None
+    reduced_kernel: Optional['HeldKernel'] = None
+    _folds: Optional[dict] = None
 
     def __init__(
         self,
@@ -94,8 +102,6 @@ class ReparamConv2d(nn.Conv2d):
         self.act: Optional[nn.Module] = None
         if act_cfg is not None:
             self.act = build_activation_layer(act_cfg)
-        self._online_fold = OnlineFold()
-        self._eval_form = EvalForm()
         self._become_training_form(with_branches=not deploy)
         if deploy:
             self._become_plain(self._deployed_with_bias)
@@ -123,36 +129,62 @@ class ReparamConv2d(nn.Conv2d):
         """
         if self.deployed:
             return self.weight
-        return self._online_fold(self.branches)
+        with_grad = torch.is_grad_enabled()
+        if self.held is not None and with_grad:
+            if self.held.is_served():
+                return self.held.leaf
+            # A forward pass outside of the block folds, and so do its checkpointed
+            # parts when they run again.
+            self.held = None
+        if self._folds is None or is_followed():
+            return self.folded_kernel()
+        key = 'trained kernel' if with_grad else 'kernel'
+        if key not in self._folds:
+            # Outside of inference mode, whose tensors could serve nothing else.
+            with torch.inference_mode(False), torch.set_grad_enabled(with_grad):
+                self._folds[key] = self.folded_kernel()
+        return self._folds[key]
 
-    def hold_kernel(self) -> Optional[nn.Parameter]:
-        """Makes the kernel a leaf of the graph, for folded training.
+    def folded_kernel(self) -> Tensor:
+        """The kernel, folded now.
 
-        Forward and backward passes then see a plain conv. :meth:`pull_back` passes
-        the gradient on to the branches, :meth:`release_kernel` ends it.
+        In float32 or better whatever the context says: the sum of several branches
+        loses digits in half precision, and costs nothing compared with the
+        convolution itself.
 
         Returns:
-            nn.Parameter | None: The kernel, the same object at every call, up to
-            date; None where nothing is folded or nothing is trained.
+            Tensor: Shape (O, Ig, k, k), in the dtype of the branches.
         """
-        if not self.has_online_fold or not any(
-            p.requires_grad for p in self.branches.parameters()
-        ):
-            return None
-        return self._online_fold.hold(self.branches)
+        tensors = _named_tensors(self.branches)
+        like = next(iter(tensors.values()), None)
+        if like is None:  # A wrapper has put other tensors in the parameters' place.
+            return self.branches()
+        with no_autocast(like.device.type):
+            if like.dtype not in HALF_DTYPES:
+                return self.branches()
+            wide = {name: tensor.float() for name, tensor in tensors.items()}
+            return functional_call(self.branches, wide, ()).to(like.dtype)
 
     @property
-    def has_online_fold(self) -> bool:
-        """Whether :meth:`kernel` folds branches, in the form that this is in."""
-        return self.folds_online and not self.deployed
+    def is_held_in_training(self) -> bool:
+        """Whether folded training makes a leaf of the kernel."""
+        return (
+            self.folds_online
+            and not self.deployed
+            and any(p.requires_grad for p in self.branches.parameters())
+        )
 
-    def pull_back(self) -> None:
-        """Turns the held kernel's gradient into gradients of the branches."""
-        self._online_fold.pull_back(self.branches)
-
-    def release_kernel(self) -> None:
-        """Ends :meth:`hold_kernel`."""
-        self._online_fold.release()
+    @contextmanager
+    def serve_folds(self) -> Iterator[None]:
+        """Folds once inside of the block: see :func:`mmorepa.folded`."""
+        if self._folds is not None:
+            yield
+            return
+        self._folds = {}
+        try:
+            yield
+        finally:
+            self._folds = None
 
     def regularized_kernel(self) -> Tensor:
         """The kernel whose L2 norm a weight decay should look at.
@@ -167,8 +199,8 @@ class ReparamConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Convolution, normalisation, activation.
 
-        In eval mode, where no gradient is asked for, a training form runs as the
-        plain conv that it equals.
+        A training form folds here, unless a block of :func:`mmorepa.folded` or folded
+        training is open.
 
         Args:
             x (Tensor): Shape (N, I, H, W).
@@ -176,8 +208,13 @@ class ReparamConv2d(nn.Conv2d):
         Returns:
             Tensor: Shape (N, O, H', W').
         """
+        if not self.deployed and torch.onnx.is_in_onnx_export():
+            raise RuntimeError(
+                'a training form is not exported to ONNX: call '
+                'mmorepa.switch_to_deploy(model) first'
+            )
         norm = self.norm
-        plain = None if self.deployed else self._eval_form(self, self._fuse)
+        plain = None if self._folds is None else self._served_conv()
         if self.deployed:
             x = self._conv_forward(x, self.weight, self.bias)
         elif plain is not None:
@@ -215,19 +252,28 @@ class ReparamConv2d(nn.Conv2d):
             return _double(self.weight), bias
         return self._with_norm(*self.fold(bias))
 
-    def _fuse(self) -> tuple[Tensor, Optional[Tensor]]:
-        """The plain conv of eval mode, in the precision of the branches."""
-        tensors = [t for t in self.state_dict().values() if t.is_floating_point()]
-        # A norm may be in another precision than the kernels; an average has none.
-        like = next((t for t in tensors if t.dim() == 4), tensors[0])
+    def _served_conv(self) -> Optional[tuple[Tensor, Optional[Tensor]]]:
+        """The plain conv of eval mode, BatchNorm included, None where it cannot run."""
+        if self.training or torch.is_grad_enabled() or is_followed():
+            return None
+        if 'conv' not in self._folds:
+            self._folds['conv'] = None
+            # A BatchNorm may be in another mode than the conv that it belongs to, and
+            # somebody may be waiting for its inputs or outputs.
+            if not any(map(_must_run, list(self.modules())[1:])):
+                with torch.inference_mode(False), torch.no_grad():
+                    self._folds['conv'] = self._fused()
+        return self._folds['conv']
+
+    def _fused(self) -> tuple[Tensor, Optional[Tensor]]:
         bias = None if self.bias is None else _double(self.bias)
         if self.folds_online:
-            # Not the fold in float64, for the sake of mean teachers, which change at
-            # every step.
-            kernel = _double(self.kernel())
-            self._online_fold.clear()
+            # Fast, in the precision that training forms run in.
+            like = self.folded_kernel()
+            kernel = _double(like)
         else:
             kernel, bias = self.fold(bias)
+            like = next(t for t in self.branches.parameters() if t.dim() == 4)
         kernel, bias = self._with_norm(kernel, bias)
         return kernel.to(like), None if bias is None else bias.to(like)
 
@@ -247,10 +293,7 @@ class ReparamConv2d(nn.Conv2d):
         Returns:
             tuple[Tensor, Tensor | None]: Shapes (O, Ig, k, k) and (O,).
         """
-        tensors = {
-            **dict(self.branches.named_parameters()),
-            **dict(self.branches.named_buffers()),
-        }
+        tensors = _named_tensors(self.branches)
         wide = {name: _double(tensor) for name, tensor in tensors.items()}
         return functional_call(self.branches, wide, ()), bias
 
@@ -314,7 +357,8 @@ class ReparamConv2d(nn.Conv2d):
     def _become_training_form(self, with_branches: bool = True) -> None:
         """Gives this module fresh parameters of the training form."""
         self.deployed = False
-        self.weight, self.bias = None, None
+        self._parameters.pop('weight', None)
+        self.bias = None
         if self.conv_bias:
             self.bias = nn.Parameter(torch.zeros(self.out_channels))
         self.norm = self.build_norm()
@@ -343,9 +387,33 @@ class ReparamConv2d(nn.Conv2d):
         self._forget()
 
     def _forget(self) -> None:
-        """Frees what is kept of a fold, which would be found to be outdated anyway."""
-        self._online_fold.clear()
-        self._eval_form.clear()
+        """Drops what open scopes serve: it has changed, and we are told."""
+        self.held = None
+        if self._folds is not None:
+            self._folds.clear()
+
+    def __getstate__(self) -> dict:
+        # A copy belongs to no scope.
+        scopes = ('held', 'reduced_kernel', '_folds')
+        return {k: v for k, v in super().__getstate__().items() if k not in scopes}
+
+    def __getattr__(self, name: str) -> Any:
+        if name == 'weight' and not vars(self).get('deployed', True):
+            return self._weight_of_training_form()
+        return super().__getattr__(name)
+
+    def _weight_of_training_form(self) -> Tensor:
+        """What readers of ``conv.weight`` get: the kernel, as it is now."""
+        return self.kernel()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == 'weight' and not vars(self).get('deployed', True):
+            raise TypeError(
+                f'the weight of a {type(self).__name__} in training form is folded '
+                'from its branches and cannot be set; change the branches, or call '
+                'mmorepa.switch_to_deploy(model) first'
+            )
+        super().__setattr__(name, value)
 
     def _apply(self, *args, **kwargs) -> 'ReparamConv2d':
         self._forget()
@@ -409,6 +477,14 @@ class ReparamConv2d(nn.Conv2d):
             state_dict[prefix + name] = value
 
 
+def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _must_run(module: nn.Module) -> bool:
+    return module.training or bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def is_foldable(norm: Optional[nn.Module]) -> bool:
     """Whether a normalisation layer is linear in eval mode: BatchNorm, as a rule."""
     # Without running statistics the normalisation depends on the batch.
@@ -461,7 +537,9 @@ def _log_once_per_load(missing_keys: list[str]) -> None:
 def _check_has_fold(
     name: str, kernel_size: IntPair, padding: Union[IntPair, str], padding_mode: str
 ) -> None:
-    height, width = _pair(kernel_size)
+    height, width, *more = _pair(kernel_size)
+    if more:
+        raise ValueError(f'{name} is a 2D conv; found kernel_size={kernel_size}')
     if height != width or height % 2 == 0 or height < 1:
         raise ValueError(
             f'{name} takes an odd, square kernel (1, 3, 5, 7, …), since its branches '

@@ -1,6 +1,8 @@
 """From training form to deployed form, for whole models."""
 
-from torch import nn
+from typing import Optional
+
+from torch import Tensor, nn
 
 from .reparam_conv import ReparamConv2d
 
@@ -8,8 +10,12 @@ from .reparam_conv import ReparamConv2d
 def switch_to_deploy(module: nn.Module) -> nn.Module:
     """Switches every re-parameterised conv inside ``module`` to its plain form.
 
-    In place, on any device and dtype; what is deployed already is left alone.
-    Works on whole detectors and segmenters, and inside model wrappers.
+    In place, on any device and dtype. Works on whole detectors and segmenters, and
+    inside model wrappers. A :class:`torch.nn.Conv2d` takes the place of each conv, or a
+    :class:`ConvAct2d` where an activation belongs to it. A conv keeps its class if its
+    norm cannot be folded (GroupNorm and the like), if it has forward hooks, or if it is
+    ``module`` itself. The keys of the state dict are those of a model that was built
+    with ``deploy=True``.
 
     Args:
         module (nn.Module): A layer, a backbone, or a whole model.
@@ -20,9 +26,82 @@ def switch_to_deploy(module: nn.Module) -> nn.Module:
     if isinstance(module, ReparamConv2d):
         module.switch_to_deploy()
     else:
-        for child in module.children():
-            switch_to_deploy(child)
+        _replace_children(module, {})
     return module
+
+
+def _replace_children(module: nn.Module, seen: dict[nn.Module, nn.Module]) -> None:
+    # Not named_children(), which leaves out the second name of a shared module.
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        if child not in seen:
+            seen[child] = child
+            if isinstance(child, ReparamConv2d):
+                child.switch_to_deploy()
+                seen[child] = _plain(child)
+            else:
+                _replace_children(child, seen)
+        module._modules[name] = seen[child]
+
+
+def _plain(deployed: ReparamConv2d) -> nn.Module:
+    act = deployed.act
+    is_more = (
+        deployed.norm is not None
+        or deployed._forward_hooks
+        or deployed._forward_pre_hooks
+        or (act is not None and next(act.parameters(), None) is not None)
+    )
+    if is_more:
+        return deployed
+    conv = nn.Conv2d(
+        deployed.in_channels,
+        deployed.out_channels,
+        deployed.kernel_size,
+        deployed.stride,
+        deployed.padding,
+        deployed.dilation,
+        deployed.groups,
+        deployed.bias is not None,
+        device='meta',
+    )
+    conv.weight, conv.bias = deployed.weight, deployed.bias
+    plain = conv if act is None else ConvAct2d(conv, act)
+    return plain.train(deployed.training)
+
+
+class ConvAct2d(nn.Sequential):
+    """A plain conv and its activation, with the state dict of the conv alone.
+
+    Args:
+        conv (nn.Conv2d): The conv.
+        act (nn.Module): The activation, without parameters.
+    """
+
+    def __init__(self, conv: nn.Conv2d, act: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+        self.act = act
+
+    @property
+    def weight(self) -> Tensor:
+        return self.conv.weight
+
+    @property
+    def bias(self) -> Optional[Tensor]:
+        return self.conv.bias
+
+    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
+        return self.conv.state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args
+    ) -> None:
+        for name in ('weight', 'bias'):
+            if f'{prefix}{name}' in state_dict:
+                state_dict[f'{prefix}conv.{name}'] = state_dict.pop(f'{prefix}{name}')
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def is_switchable(module: nn.Module) -> bool:
@@ -32,7 +111,7 @@ def is_switchable(module: nn.Module) -> bool:
         module (nn.Module): Any module.
 
     Returns:
-        bool: True if :func:`switch_to_deploy` would change it.
+        bool: True if :func:`switch_to_deploy` would fold something.
     """
     return any(
         isinstance(child, ReparamConv2d) and not child.deployed

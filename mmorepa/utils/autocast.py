@@ -4,6 +4,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
 
 def no_autocast(device_type: str) -> AbstractContextManager:
     """A context without autocast.

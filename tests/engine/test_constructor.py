@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmorepa.backbones import OREPAResNet
 from mmorepa.engine import OREPAOptimWrapperConstructor
-from mmorepa.layers import OREPAConv2d
+from mmorepa.layers import DBBConv2d, OREPAConv2d
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 RECIPE = dict(
@@ -216,7 +216,7 @@ def test_frozen_parameters(log):
     expected = recipe_by_name(model)
     assert any(name.startswith('conv1.') for name in expected)
     assert found == {k: v for k, v in expected.items() if not k.startswith('conv1.')}
-    (text,) = log
+    text, _ = log
     frozen = len(list(model.conv1.parameters()))
     assert text.startswith(f'Parameter groups ({frozen} tensors are frozen')
 
@@ -241,7 +241,31 @@ def test_one_table_instead_of_a_line_per_tensor(log):
     assert len(log) == 6
     log.clear()
     wrapper_of(TinyClassifier(), **RECIPE)
-    assert len(log) == 1
+    assert len(log) == 2  # The table, and how this trains.
+
+
+@pytest.mark.parametrize(
+    ('model', 'options', 'expected'),
+    [
+        (
+            TinyClassifier,
+            {},
+            'FoldedOptimWrapper: 2 kernels folded outside of the graph',
+        ),
+        (TinyClassifier, dict(folded=False), 'OptimWrapper: 2 kernels folded online'),
+        (lambda: nn.Linear(2, 2), {}, 'OptimWrapper: no kernels to fold'),
+        (lambda: DBBConv2d(2, 2, 3, padding=1), {}, 'OptimWrapper: no kernels to fold'),
+    ],
+)
+def test_says_how_it_trains(log, model, options, expected):
+    cfg = dict(
+        optimizer=dict(type='SGD', lr=0.1),
+        constructor='OREPAOptimWrapperConstructor',
+        **options,
+    )
+    build_optim_wrapper(model(), cfg)
+    assert log[-1].startswith(expected)
+    assert 'SGD fused' in log[-1]
 
 
 def test_other_lines_are_logged_again():

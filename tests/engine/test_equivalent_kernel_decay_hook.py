@@ -317,7 +317,7 @@ def test_folded_training(tmp_path, network):
 
 @pytest.mark.parametrize('network', ['orepa', 'orepa_repvgg'])
 def test_folds_once(tmp_path, network):
-    """The term is taken of the kernel that the forward pass has folded already."""
+    """In folded training, the term is taken of the kernel that is held."""
     counts = {}
     for hook in (True, False):
         model = NETWORKS[network]()
@@ -328,7 +328,13 @@ def test_folds_once(tmp_path, network):
         ]
         assert len(convs) >= 5
         with counted_folds(convs[0]) as first, counted_folds(convs[-1]) as last:
-            run(tmp_path / str(hook), model, hook=hook, iterations=2)
+            run(
+                tmp_path / str(hook),
+                model,
+                hook=hook,
+                iterations=2,
+                wrapper=dict(type='FoldedOptimWrapper'),
+            )
         counts[hook] = len(first), len(last)
     assert counts[True] == counts[False]
     # Once a step: the backward pass needs none of the terms.

@@ -7,7 +7,6 @@ import socket
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers import counted_folds
 from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS
@@ -16,7 +15,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn import functional as F
 
 import mmorepa
-from mmorepa.layers import OREPAConv2d, ReparamConv2d
+from mmorepa.engine import FoldedDistributedDataParallel
+from mmorepa.layers import OREPAConv2d, ReparamConv2d, held, pull_back
 
 SLIM = dict(type='OREPAResNet', depth=18, base_channels=8)
 SGD = dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-3)
@@ -226,24 +226,15 @@ def test_the_model_is_an_ordinary_one_outside_of_the_step():
     assert all(param.grad is not None for param in model.parameters())
 
 
-def test_folds_once_per_step_under_accumulation(monkeypatch):
+def test_folds_once_per_forward_pass(monkeypatch):
     model = build(SLIM)
-    conv = model.backbone.layer1[0].conv1
-    gradients, pulled = conv.branches.fold_gradients, []
-    monkeypatch.setattr(
-        conv.branches,
-        'fold_gradients',
-        lambda *args: pulled.append(0) or gradients(*args),
-    )
     wrapper = wrap(model, 'FoldedOptimWrapper', accumulative_counts=2)
-    data = batches(4)
-    with counted_folds(conv) as folds:
-        for steps in (1, 2):
-            model.train_step(data.pop(), wrapper)
-            # Once to make room for the kernel, and once for each step.
-            assert len(folds) == steps + 1 and len(pulled) == steps - 1
-            model.train_step(data.pop(), wrapper)
-            assert len(folds) == steps + 1 and len(pulled) == steps
+    conv, counted = model.backbone.layer1[0].conv1, []
+    kernel = conv.folded_kernel
+    monkeypatch.setattr(conv, 'folded_kernel', lambda: counted.append(0) or kernel())
+    for number, data in enumerate(batches(4)):
+        assert len(counted) == number
+        model.train_step(data, wrapper)
 
 
 def test_activations_saved_are_those_of_the_plain_network():
@@ -260,11 +251,11 @@ def test_activations_saved_are_those_of_the_plain_network():
             wrapper.optim_context(model),
         ):
             loss = model(**batches(1)[0], mode='loss')['loss']
-        held = {
-            module.hold_kernel().untyped_storage().data_ptr()
-            for module in model.modules()
-            if isinstance(module, ReparamConv2d) and module.hold_kernel() is not None
-        }
+            held = {
+                module.kernel().untyped_storage().data_ptr()
+                for module in model.modules()
+                if isinstance(module, ReparamConv2d) and module.is_held_in_training
+            }
         kept = {k: s.nbytes() for k, s in stored.items() if k not in own | held}
         loss.backward()
         return sum(kept.values())
@@ -289,14 +280,15 @@ def test_bfloat16():
 def test_conv_that_is_compiled():
     conv = OREPAConv2d(4, 4, 3, padding=1)
     image = torch.rand(1, 4, 8, 8)
-    kernel = conv.hold_kernel()
     compiled = torch.compile(conv, backend='eager', fullgraph=True)
-    torch.testing.assert_close(compiled(image), conv(image))
-    compiled(image).sum().backward()
-    assert kernel.grad is not None
-    conv.pull_back()
+    with held(conv) as (kernel,):
+        torch.testing.assert_close(compiled(image), conv(image))
+        kernel.is_deferred = True
+        compiled(image).sum().backward()
+    assert kernel.leaf.grad is not None
+    pull_back([kernel])
     assert conv.branches.weight_origin.grad is not None
-    assert kernel.grad is None
+    assert kernel.leaf.grad is None
 
 
 def _free_port() -> int:
@@ -317,7 +309,12 @@ def _train_in_parallel(rank, world, kind, port, path):
         wire[0] += bucket.buffer().numel() * bucket.buffer().element_size()
         return allreduce_hook(None, bucket)
 
-    parallel = MMDistributedDataParallel(
+    wrapped = (
+        FoldedDistributedDataParallel
+        if kind == 'FoldedOptimWrapper'
+        else MMDistributedDataParallel
+    )
+    parallel = wrapped(
         model, device_ids=None, broadcast_buffers=False, find_unused_parameters=False
     )
     parallel.register_comm_hook(None, count)

@@ -9,6 +9,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from scenes import batch
 
+import mmorepa
 from mmorepa import is_switchable, switch_to_deploy
 from mmorepa.engine.comparison import raw_outputs
 from mmorepa.layers import OREPAConv2d, ReparamConv2d
@@ -133,7 +134,7 @@ def test_a_shared_head_folds_once():
     init_default_scope('mmdet')
     model = MODELS.build(retinanet())
     model.init_weights()
-    wrapper = build_optim_wrapper(model, SGD)
+    wrapper = build_optim_wrapper(model, dict(SGD, type='FoldedOptimWrapper'))
     data = batch('mmdet', 4)
     convs = [m for m in model.modules() if isinstance(m, ReparamConv2d)]
     shared = model.bbox_head.cls_convs[0].conv
@@ -148,7 +149,7 @@ def test_a_shared_head_folds_once():
             assert (len(used), len(folds)) == (5, 1), step
         model.eval()
         used.clear(), folds.clear()
-        with torch.no_grad():
+        with torch.no_grad(), mmorepa.folded(model):
             raw_outputs(model, data)
             raw_outputs(model, data)
         assert (len(used), len(folds)) == (10, 1)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Optional
+from unittest import mock
 
 import matplotlib
 import torch
@@ -34,17 +35,21 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
 from mmorepa import switch_to_deploy
-from mmorepa.engine import FoldedOptimWrapper
+from mmorepa.engine import FoldedDistributedDataParallel, FoldedOptimWrapper
 from mmorepa.functional import compiled
 from mmorepa.layers import (
     OREPAConv2d,
     OREPAKernel,
     OREPAPointwiseKernel,
+    folded,
+    held,
+    pull_back,
 )
 from mmorepa.utils.files import written_whole
 from mmorepa.utils.tables import format_table
@@ -175,7 +180,8 @@ class Trainer:
         """All that forward passes and the optimizer need: held kernels too."""
         parameters = list(self.network.parameters())
         if isinstance(self.wrapper, FoldedOptimWrapper):
-            parameters += [c.hold_kernel() for c in folded_convs(self.network)]
+            convs = folded_convs(self.network)
+            parameters += [conv.held.leaf for conv in convs if conv.held]
         return parameters
 
     def gradients(self) -> list[Tensor]:
@@ -339,6 +345,38 @@ def measure_bytes(trainer: Trainer, batch: tuple) -> dict[str, int]:
     )
 
 
+class OperationCounter(TorchDispatchMode):
+    """Counts what a GPU would feel: launches of kernels, and reads by the host."""
+
+    # No launch: memory, and marks for a profiler.
+    APART = {'empty', 'empty_like', 'new_empty', 'new_empty_strided', '_unsafe_view'}
+    HOST_READS = {'equal', '_local_scalar_dense', 'is_nonzero', 'nonzero'}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.host_reads = 0
+
+    def __torch_dispatch__(
+        self, func: object, types: object, args: tuple = (), kwargs: object = None
+    ) -> object:
+        name = func.overloadpacket.__name__
+        is_apart = name in self.APART or func.namespace == 'profiler'
+        self.operations += not (func.is_view or is_apart)
+        self.host_reads += name in self.HOST_READS
+        return func(*args, **kwargs or {})
+
+
+def count_operations(trainer: Trainer, batch: tuple) -> dict[str, int]:
+    """Operations that are no views in one step, and host reads, folds not compiled."""
+    with (
+        mock.patch.object(compiled, 'takes', return_value=False),
+        OperationCounter() as counter,
+    ):
+        trainer.forward_backward(*batch)
+        trainer.optimize()
+    return dict(operations=counter.operations, host_reads=counter.host_reads)
+
+
 def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
@@ -353,7 +391,9 @@ def measure_all_reduced(trainer: Trainer, batch: tuple) -> int:
         sent.append(bucket.buffer().nbytes)
         return allreduce_hook(None, bucket)
 
-    trainer.model = MMDistributedDataParallel(trainer.network)
+    is_folded = isinstance(trainer.wrapper, FoldedOptimWrapper)
+    wrap = FoldedDistributedDataParallel if is_folded else MMDistributedDataParallel
+    trainer.model = wrap(trainer.network)
     trainer.model.register_comm_hook(None, hook)
     try:
         trainer.forward_backward(*batch)
@@ -409,24 +449,19 @@ def measure_fold(network: nn.Module, rounds: int, clock: Clock) -> dict[str, dic
         torch.autograd.backward([conv.branches() for conv in convs], grads)
 
     def online() -> None:
-        for conv in convs:
-            conv.train()  # forgets the kernel
         torch.autograd.backward([conv.kernel() for conv in convs], grads)
 
-    def folded() -> None:
-        kernels = [conv.hold_kernel() for conv in convs]
-        for kernel, grad in zip(kernels, grads):
-            kernel.grad = grad
-        for conv in convs:
-            conv.pull_back()
-        for conv in convs:
-            conv.release_kernel()
+    def fold_and_pull_back() -> None:
+        with held(network) as kernels:
+            for kernel, grad in zip(kernels, grads):
+                kernel.leaf.grad = grad
+            pull_back(kernels)
 
     def profiled() -> dict[str, float]:
         with profile() as profiler:
             for _ in range(3):
                 network.zero_grad()
-                folded()
+                fold_and_pull_back()
         parts = dict.fromkeys([*PARTS, REST], 0.0)
         for event in profiler.key_averages():
             names = [n for n, operators in PARTS.items() if event.key in operators]
@@ -435,7 +470,8 @@ def measure_fold(network: nn.Module, rounds: int, clock: Clock) -> dict[str, dic
         total = sum(parts.values())
         return {name: part / total for name, part in parts.items()}
 
-    functions = {'floor': floor, 'naive': naive, 'online': online, 'folded': folded}
+    functions = {'floor': floor, 'naive': naive, 'online': online}
+    functions['folded'] = fold_and_pull_back
     figures = measure_seconds(
         functions, 'floor', rounds, 'folds', clock, before=network.zero_grad
     )
@@ -498,6 +534,7 @@ def measure_inference(
     cfg: Config, images: Tensor, rounds: int, clock: Clock
 ) -> dict[str, dict]:
     """Seconds of a forward pass in eval mode, over the plain network's folded one."""
+    in_a_block = 'OREPA, in a folded() block'
     device = str(images.device)
 
     def build(block: str) -> nn.Module:
@@ -512,6 +549,7 @@ def measure_inference(
         reference: switch_to_deploy(build('none')),
         'plain': build('none'),
         'OREPA, training form': build('orepa'),
+        in_a_block: build('orepa'),
         'OREPA, deployed': deployed,
     }
     functions = {n: lambda net=net: net(images) for n, net in networks.items()}
@@ -519,7 +557,8 @@ def measure_inference(
     if session is not None:
         feed = {session.get_inputs()[0].name: images.cpu().numpy()}
         functions['OREPA, deployed, ONNX Runtime'] = lambda: session.run(None, feed)
-    return measure_seconds(functions, reference, rounds, 'inference', clock)
+    with folded(networks[in_a_block]):
+        return measure_seconds(functions, reference, rounds, 'inference', clock)
 
 
 def onnx_session(model: nn.Module, images: Tensor) -> Optional[object]:
@@ -571,6 +610,7 @@ def measure(path: str, cfg: Config, batch_size: int, args: argparse.Namespace) -
     steps = measure_steps(trainers, batch, args.rounds, clock)
     for name, trainer in trainers.items():
         steps[name].update(measure_bytes(trainer, batch))
+        steps[name].update(count_operations(trainer, batch))
         steps[name]['all_reduced_bytes'] = measure_all_reduced(trainer, batch)
         if clock.is_cuda:
             steps[name]['peak_memory_bytes'] = measure_peak_memory(trainer, batch)
@@ -647,6 +687,10 @@ def print_tables(result: dict) -> None:
     rows = [(n, *(mb(r[key]) for key in columns)) for n, r in steps.items()]
     print()
     print(format_table(('MB', *columns.values()), rows))
+    print()
+    rows = [(n, str(r['operations']), str(r['host_reads'])) for n, r in steps.items()]
+    head = ('a step without compiled folds', 'operations, views apart', 'host reads')
+    print(format_table(head, rows))
     print()
     rows = [(n, ms(r['seconds']), f'{r["ratio"]:.2f}') for n, r in fold.items()]
     print(format_table(('all folds, with derivatives', 'ms', 'x floor'), rows))

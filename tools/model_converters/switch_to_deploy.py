@@ -29,7 +29,6 @@ from mmorepa.engine.complexity import (
     median_seconds,
 )
 from mmorepa.engine.config import check_data_folders, one_line_errors
-from mmorepa.layers import branch_by_branch
 from mmorepa.utils.tables import format_table
 
 DEFAULT_SIZE = 224
@@ -97,16 +96,15 @@ def compare(
     training: nn.Module, deployed: nn.Module, image: Tensor, batch: Optional[dict]
 ) -> dict[str, Difference]:
     """The largest difference for random and, if there is any, real input."""
-    with branch_by_branch():
-        differences = {
-            'random input': largest_difference(
-                network_outputs(training, image), network_outputs(deployed, image)
-            )
-        }
-        if batch is not None:
-            differences['test images'] = largest_difference(
-                raw_outputs(training, batch), raw_outputs(deployed, batch)
-            )
+    differences = {
+        'random input': largest_difference(
+            network_outputs(training, image), network_outputs(deployed, image)
+        )
+    }
+    if batch is not None:
+        differences['test images'] = largest_difference(
+            raw_outputs(training, batch), raw_outputs(deployed, batch)
+        )
     return differences
 
 

@@ -1,6 +1,7 @@
 """Hooks for MMEngine's runner."""
 
 from .equivalent_kernel_decay_hook import EquivalentKernelDecayHook
+from .folded_evaluation_hook import FoldedEvaluationHook
 from .switch_to_deploy_hook import SwitchToDeployHook
 
-__all__ = ['EquivalentKernelDecayHook', 'SwitchToDeployHook']
+__all__ = ['EquivalentKernelDecayHook', 'FoldedEvaluationHook', 'SwitchToDeployHook']

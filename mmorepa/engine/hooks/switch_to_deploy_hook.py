@@ -9,7 +9,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from ...layers import branch_by_branch, is_switchable, switch_to_deploy
+from ...layers import is_switchable, switch_to_deploy
 from ..checkpoint import deploy_checkpoint, read_checkpoint, write_checkpoint
 from ..comparison import largest_difference, raw_outputs
 
@@ -67,9 +67,7 @@ class SwitchToDeployHook(Hook):
             return
         compare = self.tolerance is not None
         if compare:
-            # Not as the plain conv that eval mode makes of it.
-            with branch_by_branch():
-                before = raw_outputs(runner.model, data_batch)
+            before = raw_outputs(runner.model, data_batch)
         switch_to_deploy(runner.model)
         for hook in runner.hooks:
             ema_model = getattr(hook, 'ema_model', None)

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Optional, Union
 
+import torch
 from mmengine.logging import MMLogger
+from mmengine.model import is_model_wrapper
 from mmengine.optim import (
     AmpOptimWrapper,
     DefaultOptimWrapperConstructor,
@@ -20,11 +22,15 @@ from mmengine.registry import (
 from torch import nn
 from torch.nn import GroupNorm, LayerNorm
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.optim import SGD, Optimizer
 
 from ...backbones import StagedBackbone
-from ...layers import OREPAKernel, OREPAPointwiseKernel, ReparamConv2d
+from ...functional import compiled
+from ...layers import OREPAKernel, OREPAPointwiseKernel, PlainConv2d, ReparamConv2d
 from ...utils.tables import format_table
+from ..distributed import FoldedDistributedDataParallel
 from .bfloat16_optim_wrapper import BFloat16OptimWrapper
 from .folded_optim_wrapper import (
     FoldedAmpOptimWrapper,
@@ -112,14 +118,40 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             fused = {**self.optimizer_cfg, 'fused': True}
             if _can_be_built(fused, model):
                 self.optimizer_cfg = fused
-        if self.folded and any(
-            isinstance(m, ReparamConv2d) and m.has_online_fold for m in model.modules()
+        kind = self.optim_wrapper_cfg.get('type', 'OptimWrapper')
+        convs = [m for m in model.modules() if isinstance(m, ReparamConv2d)]
+        held = sum(conv.is_held_in_training for conv in convs)
+        if self.folded and held:
+            kind = _FOLDED.get(_class_of(kind, OPTIM_WRAPPERS), kind)
+            self.optim_wrapper_cfg['type'] = kind
+        wrapper = super().__call__(model)
+        _give_all_a_momentum(wrapper.optimizer)
+        self._log_choices(wrapper, held, model)
+        return wrapper
+
+    def _log_choices(self, wrapper: OptimWrapper, held: int, model: nn.Module) -> None:
+        """One line that says how this is going to train."""
+        if not held:
+            way = 'no kernels to fold'
+        elif not isinstance(wrapper, tuple(_FOLDED.values())):
+            way = f'{held} kernels folded online, at every forward pass'
+        elif is_model_wrapper(model) and not isinstance(
+            model, FoldedDistributedDataParallel
         ):
-            kind = self.optim_wrapper_cfg.get('type', 'OptimWrapper')
-            self.optim_wrapper_cfg['type'] = _FOLDED.get(
-                _class_of(kind, OPTIM_WRAPPERS), kind
-            )
-        return super().__call__(model)
+            way = f'{held} kernels folded online, because of {type(model).__name__}'
+        else:
+            way = f'{held} kernels folded outside of the graph'
+        device = next(model.parameters()).device.type
+        folds = 'compiled for this CPU' if compiled.is_available() else 'not compiled'
+        if device != 'cpu':
+            folds = f'batched on {device}'
+        update = 'fused' if wrapper.optimizer.defaults.get('fused') else 'not fused'
+        turned, others = _count_convs(model)
+        MMLogger.get_current_instance().info(
+            f'{type(wrapper).__name__}: {way} (folds {folds}; '
+            f'{type(wrapper.optimizer).__name__} {update}); {turned} convs of the '
+            f'model are re-parameterised, {others} are not'
+        )
 
     def add_params(
         self,
@@ -219,6 +251,17 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         )
 
 
+def _count_convs(module: nn.Module) -> tuple[int, int]:
+    """How many convs are re-parameterised, as wholes, and how many are not."""
+    if isinstance(module, ReparamConv2d):
+        is_plain = isinstance(module, PlainConv2d) or module.deployed
+        return int(not is_plain), int(is_plain)
+    if isinstance(module, _ConvNd):
+        return 0, 1
+    counts = [_count_convs(child) for child in module.children()]
+    return sum(c[0] for c in counts), sum(c[1] for c in counts)
+
+
 def _class_of(kind: Union[str, type], registry: Registry) -> Optional[type]:
     return registry.get(kind) if isinstance(kind, str) else kind
 
@@ -237,6 +280,19 @@ def _can_be_built(config: dict, model: nn.Module) -> bool:
         # device; or nothing is trained.
         return False
     return True
+
+
+def _give_all_a_momentum(optimizer: Optimizer) -> None:
+    """Lets PyTorch's fused SGD meet a parameter that had no gradient before.
+
+    It takes a buffer for every parameter of a group or for none, and dies of others.
+    A buffer of zeros is the same start: ``0.9 * 0 + g`` is ``g``.
+    """
+    for group in optimizer.param_groups:
+        is_safe = group.get('momentum') and not group.get('dampening')
+        if type(optimizer) is SGD and group.get('fused') and is_safe:
+            for param in group['params']:
+                optimizer.state[param]['momentum_buffer'] = torch.zeros_like(param)
 
 
 def _norm_biases(module: nn.Module, options: dict) -> list[nn.Parameter]:

@@ -34,7 +34,6 @@ namespace {
 
 using at::IntArrayRef;
 using at::Tensor;
-using at::TensorList;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int M = 8;  // OREPAKernel.EXPANSION
@@ -670,13 +669,6 @@ bool fold_gradients(
   return is_done;
 }
 
-// Whether no other tensor, in Python or in a graph, shares the memory of one of these.
-bool are_unshared(TensorList tensors) {
-  return std::all_of(tensors.begin(), tensors.end(), [](const Tensor& tensor) {
-    return tensor.storage().use_count() == 1;
-  });
-}
-
 }  // namespace
 
 TORCH_LIBRARY(mmorepa, library) {
@@ -693,18 +685,16 @@ TORCH_LIBRARY(mmorepa, library) {
       "Tensor(d!) d_second, Tensor(e!)? d_separable, Tensor(f!)? d_depthwise, "
       "Tensor(g!)? d_average, Tensor(h!)? d_frequency, Tensor(i!)? d_pointwise) "
       "-> bool");
-  library.def("are_unshared(Tensor[] tensors) -> bool");
 }
 
 // For the CPU alone, so that tracers and other modes see whole folds.
 TORCH_LIBRARY_IMPL(mmorepa, CPU, library) {
   library.impl("fold", fold);
   library.impl("fold_gradients", fold_gradients);
-  library.impl("are_unshared", are_unshared);
 }
 
 // No graph is built: the caller says what the derivative is.
 TORCH_LIBRARY_IMPL(mmorepa, Autograd, library) {
-  for (const char* name : {"fold", "fold_gradients", "are_unshared"})
+  for (const char* name : {"fold", "fold_gradients"})
     library.impl(name, torch::CppFunction::makeFallthrough());
 }

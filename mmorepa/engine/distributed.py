@@ -1,0 +1,75 @@
+"""Data parallelism that reduces folded kernels instead of their branches."""
+
+import torch
+import torch.distributed as dist
+from mmengine.model import MMDistributedDataParallel
+from mmengine.registry import MODEL_WRAPPERS
+from torch import nn
+
+from ..layers import HeldKernel, ReparamConv2d, held
+
+
+@MODEL_WRAPPERS.register_module()
+class FoldedDistributedDataParallel(MMDistributedDataParallel):
+    """Averages the gradients of folded kernels, as many bytes as a plain network's.
+
+    Goes with the ``Folded…OptimWrapper``, which pass the averages on to the branches.
+    With any other one, wrap the model in ``MMDistributedDataParallel``.
+
+    Args:
+        module (nn.Module): The model.
+        *args, **kwargs: See :class:`mmengine.model.MMDistributedDataParallel`. With
+            ``find_unused_parameters=True``, convs may be frozen and unfrozen later.
+
+    Examples:
+        >>> model_wrapper_cfg = dict(type='FoldedDistributedDataParallel')
+    """
+
+    def __init__(self, module: nn.Module, *args, **kwargs) -> None:
+        convs = [
+            m
+            for m in module.modules()
+            if isinstance(m, ReparamConv2d) and m.folds_online and not m.deployed
+        ]
+        with torch.no_grad():
+            leaves = {conv: nn.Parameter(conv.folded_kernel()) for conv in convs}
+        for conv, leaf in leaves.items():
+            leaf.requires_grad_(
+                conv.is_held_in_training or kwargs.get('find_unused_parameters', False)
+            )
+        branches = {id(p) for conv in convs for p in conv.branches.parameters()}
+        module._ddp_params_and_buffers_to_ignore = [
+            *getattr(module, '_ddp_params_and_buffers_to_ignore', ()),
+            *(n for n, p in module.named_parameters() if id(p) in branches),
+        ]
+        # Parameters of the module for as long as it takes to say what is reduced. For
+        # everybody else, the branches are the parameters.
+        for conv, leaf in leaves.items():
+            conv.register_parameter('held_kernel', leaf)
+        try:
+            super().__init__(module, *args, **kwargs)
+        finally:
+            for conv in convs:
+                del conv.held_kernel
+        for conv, leaf in leaves.items():
+            conv.reduced_kernel = HeldKernel(leaf)
+            # What is not reduced is not made equal at the start either.
+            for tensor in conv.branches.state_dict().values():
+                source = dist.get_global_rank(self.process_group, 0)
+                dist.broadcast(tensor, source, group=self.process_group)
+
+    def forward(self, *args, **kwargs) -> object:
+        """As the base class, with kernels held if gradients are asked for."""
+        if not torch.is_grad_enabled():
+            return super().forward(*args, **kwargs)
+        with held(self.module) as kernels:
+            for kernel in kernels:
+                kernel.waits = not self.require_backward_grad_sync
+            return super().forward(*args, **kwargs)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients of the held kernels as well."""
+        super().zero_grad(set_to_none)
+        for conv in self.module.modules():
+            if isinstance(conv, ReparamConv2d) and conv.reduced_kernel is not None:
+                conv.reduced_kernel.leaf.grad = None

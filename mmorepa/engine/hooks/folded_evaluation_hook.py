@@ -1,0 +1,53 @@
+"""Validation and testing at the speed of the deployed form."""
+
+from typing import Any, Optional
+
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from ...layers import folded
+
+
+@HOOKS.register_module()
+class FoldedEvaluationHook(Hook):
+    """Folds the model once for a validation or a test, see :func:`mmorepa.folded`.
+
+    From the first batch, when the loop has put the model in eval mode and an
+    ``EMAHook`` its averages in place, to the end of the loop.
+
+    Examples:
+        >>> custom_hooks = [dict(type='FoldedEvaluationHook')]
+    """
+
+    # After SwitchToDeployHook, which compares the training form with the deployed one.
+    priority = 'LOWEST'
+
+    def __init__(self) -> None:
+        self._scope: Optional[Any] = None
+
+    def before_val_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None
+    ) -> None:
+        """Opens the block at the first batch."""
+        if batch_idx == 0:
+            self._close()  # One that an exception left open.
+            self._scope = folded(runner.model)
+            self._scope.__enter__()
+
+    before_test_iter = before_val_iter
+
+    def after_val_epoch(self, runner: Runner, metrics: Any = None) -> None:
+        """Closes the block."""
+        self._close()
+
+    after_test_epoch = after_val_epoch
+
+    def before_train(self, runner: Runner) -> None:
+        """Closes what an exception left open."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._scope is not None:
+            self._scope.__exit__(None, None, None)
+            self._scope = None

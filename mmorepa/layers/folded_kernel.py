@@ -1,0 +1,77 @@
+"""Kernels that are folds of :mod:`mmorepa.functional`, one by one or together."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Optional
+
+import torch.fx
+from torch import Tensor, nn
+
+from ..functional import Fold, fold_kernel, fold_kernels, is_followed
+from ..utils.autocast import HALF_DTYPES, no_autocast
+
+# A symbolic trace shows the fold as one node, a function of the branches.
+torch.fx.wrap('fold_kernel')
+
+
+class FoldedKernel(nn.Module):
+    """A kernel that is a :class:`mmorepa.functional.Fold` of its parameters.
+
+    A subclass sets :attr:`branch_fold` and has a parameter of each of its names.
+    """
+
+    branch_fold: Fold
+    _folded: Optional[Tensor] = None  # In folded_together() alone.
+
+    def forward(self) -> Tensor:
+        """Returns the kernel, shape (O, Ig, k, k)."""
+        if self._folded is not None:
+            return self._folded
+        return fold_kernel(self.branch_fold, *self.tensors())
+
+    @property
+    def groups(self) -> int:
+        """g."""
+        return self.branch_fold.groups
+
+    @property
+    def kernel_size(self) -> int:
+        """k."""
+        return self.branch_fold.shape[-1]
+
+    def tensors(self) -> list[Tensor]:
+        """What is folded, in the order of the fold's names."""
+        return [getattr(self, name) for name in self.branch_fold.roles]
+
+
+@contextmanager
+def folded_together(kernels: Iterable[nn.Module]) -> Iterator[None]:
+    """Folds kernels of one shape as one batch, for the time of the block.
+
+    Args:
+        kernels (Iterable[nn.Module]): The ``forward()`` of every
+            :class:`FoldedKernel` among them returns what is folded here.
+    """
+    groups: dict[tuple, list[FoldedKernel]] = {}
+    for kernel in kernels:
+        # Others, and subclasses, compute something else.
+        if (
+            is_followed()
+            or getattr(type(kernel), 'forward', None) is not FoldedKernel.forward
+        ):
+            continue
+        tensors = kernel.tensors()
+        key = kernel.branch_fold, tensors[0].dtype, tensors[0].device
+        if tensors[0].dtype not in HALF_DTYPES:
+            groups.setdefault(key, []).append(kernel)
+    try:
+        for (fold, _, device), group in groups.items():
+            with no_autocast(device.type):
+                found = fold_kernels(fold, [kernel.tensors() for kernel in group])
+            for kernel, tensor in zip(group, found):
+                kernel._folded = tensor
+        yield
+    finally:
+        for group in groups.values():
+            for kernel in group:
+                kernel._folded = None

@@ -1,0 +1,201 @@
+"""Scopes that fold a model's kernels once and serve them until they end.
+
+Without one, every forward pass folds. Nothing else is remembered, so nothing can be
+out of date outside of a scope.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from .folded_kernel import folded_together
+from .reparam_conv import ReparamConv2d
+
+
+@contextmanager
+def folded(model: nn.Module) -> Iterator[nn.Module]:
+    """Folds every conv of a model once, and serves that until the end of the block.
+
+    For loops of evaluation: a conv in eval mode, without gradients, runs as the plain
+    conv that it equals, BatchNorm included. Elsewhere its kernel is folded once, as
+    :func:`torch.nn.utils.parametrize.cached` does it, with a gradient where one is
+    asked for. A conv folds when it first runs. What is written to the model inside of
+    the block after that, a parameter, a statistic or an attribute of a BatchNorm, is
+    not seen; :meth:`~torch.nn.Module.train`, :meth:`~torch.nn.Module.eval`, loading a
+    state dict and moving the model are.
+
+    Blocks may be nested: the outermost one decides how long a fold is served.
+
+    Args:
+        model (nn.Module): A layer or a whole model, wrapped or not.
+
+    Yields:
+        nn.Module: The model.
+
+    Examples:
+        >>> with mmorepa.folded(model), torch.no_grad():
+        ...     for batch in batches:
+        ...         model(batch)
+    """
+    with ExitStack() as stack:
+        for conv in _training_forms(model):
+            stack.enter_context(conv.serve_folds())
+        yield model
+
+
+@contextmanager
+def held(model: nn.Module) -> Iterator[list['HeldKernel']]:
+    """Folds the trained kernels of a model, and cuts the graph there.
+
+    Inside of the block, passes with gradients see each kernel as a leaf, an ordinary
+    plain weight. Its gradient goes on to the branches in the same backward pass or, if
+    :attr:`HeldKernel.is_deferred`, when :func:`pull_back` is called.
+
+    The fold is that of the branches at the beginning of the block. A block inside of
+    another one serves what that one holds.
+
+    Args:
+        model (nn.Module): Wrapped for data parallelism or not.
+
+    Yields:
+        list[HeldKernel]: What is held.
+    """
+    found = _hold(model)
+    try:
+        yield found
+    finally:
+        for kernel in found:
+            kernel.depth -= 1
+
+
+# A compiler goes on behind it, with leaves for kernels.
+@torch.compiler.disable
+def _hold(model: nn.Module) -> list['HeldKernel']:
+    convs = [conv for conv in _training_forms(model) if conv.is_held_in_training]
+    fresh = [c for c in convs if c.held is None or c.held.depth == 0]
+    with torch.enable_grad(), torch.inference_mode(False):
+        with folded_together(conv.branches for conv in fresh):
+            kernels = [conv.folded_kernel() for conv in fresh]
+        for conv, kernel in zip(fresh, kernels):
+            if conv.reduced_kernel is not None:
+                _check_is_reduced(model, conv)
+            conv.held = conv.reduced_kernel or HeldKernel()
+            conv.held.take(kernel)
+    found = [conv.held for conv in convs]
+    for kernel in found:
+        kernel.depth += 1
+    return found
+
+
+@torch.compiler.disable
+def pull_back(kernels: list['HeldKernel']) -> None:
+    """Turns gradients of held kernels into gradients of the branches.
+
+    ``dL/dθ += Jᵀ · dL/dW`` with ``J = dW/dθ``; the kernels' gradients are consumed.
+
+    Args:
+        kernels (list[HeldKernel]): Those without a gradient are left out.
+    """
+    for folded_at_once in _by_fold(kernels):
+        gradients = []
+        for kernel in folded_at_once:
+            gradients.append(kernel.leaf.grad)
+            kernel.leaf.grad = None
+        # There may be another backward pass through the same forward pass.
+        torch.autograd.backward(
+            [kernel.kernel for kernel in folded_at_once], gradients, retain_graph=True
+        )
+
+
+def _by_fold(kernels: list['HeldKernel']) -> list[list['HeldKernel']]:
+    """Those with a gradient, together where they were folded together."""
+    groups: dict = {}
+    for kernel in kernels:
+        if kernel.leaf.grad is not None:
+            groups.setdefault(kernel.kernel.grad_fn, []).append(kernel)
+    return list(groups.values())
+
+
+class HeldKernel:
+    """A folded kernel cut off from its branches: a leaf, and the graph behind it.
+
+    Attributes:
+        leaf (nn.Parameter): What the conv runs with.
+        kernel (Tensor): The same numbers, as a function of the branches.
+        depth (int): The number of open blocks.
+        is_deferred (bool): Whether somebody calls :func:`pull_back` after the backward
+            pass.
+        is_reduced (bool): Whether data parallelism averages the leaf's gradient,
+            which is done at the end of a backward pass only.
+        waits (bool): Whether it does not do so in this pass, as in
+            :meth:`~torch.nn.parallel.DistributedDataParallel.no_sync`.
+    """
+
+    def __init__(self, leaf: Optional[nn.Parameter] = None) -> None:
+        self.leaf = leaf
+        self.kernel: Optional[Tensor] = None
+        self.depth = 0
+        self.is_deferred = False
+        self.is_reduced = leaf is not None
+        self.waits = False
+        if leaf is not None:
+            leaf.register_post_accumulate_grad_hook(self._on_gradient)
+
+    def take(self, kernel: Tensor) -> None:
+        """Serves this kernel from now on.
+
+        Args:
+            kernel (Tensor): With a graph.
+        """
+        self.kernel = kernel
+        if self.leaf is None:
+            self.leaf = nn.Parameter(kernel.detach())
+            self.leaf.register_post_accumulate_grad_hook(self._on_gradient)
+            return
+        self.leaf.data = kernel.detach()
+        # A graph that used the former numbers must not go on with these.
+        torch.autograd.graph.increment_version(self.leaf)
+
+    def is_served(self) -> bool:
+        """Whether passes with gradients run with the leaf."""
+        # Checkpointed blocks run their forward pass again in the backward one.
+        return self.depth > 0 or torch._C._current_graph_task_id() != -1
+
+    def is_complete(self) -> bool:
+        """Whether the leaf's gradient can be passed on to the branches."""
+        return not self.waits and self.leaf.grad is not None
+
+    def _on_gradient(self, leaf: nn.Parameter) -> None:
+        if self.is_deferred:
+            return
+        if self.is_reduced:
+            leaf.grad = None
+            raise RuntimeError(
+                'with FoldedDistributedDataParallel, gradients reach the branches '
+                'through optim_wrapper.update_params(loss) or .backward(loss) of a '
+                'Folded...OptimWrapper, and loss.backward() was called by hand. Wrap '
+                'the model in MMDistributedDataParallel for a loop of your own'
+            )
+        pull_back([self])
+
+
+def _check_is_reduced(model: nn.Module, conv: ReparamConv2d) -> None:
+    if not conv.reduced_kernel.leaf.requires_grad:
+        name = next(name for name, m in model.named_modules() if m is conv)
+        raise RuntimeError(
+            f'{name} was frozen when the model was wrapped for data parallelism, and '
+            'is trained now: its gradients would not be averaged. Give '
+            'model_wrapper_cfg find_unused_parameters=True, which lets convs be '
+            'frozen and unfrozen, or wrap the model after unfreezing it'
+        )
+
+
+def _training_forms(model: nn.Module) -> list[ReparamConv2d]:
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, ReparamConv2d) and not module.deployed
+    ]
