@@ -1,6 +1,7 @@
 """From a config and a command line to a runner, for all toolboxes alike."""
 
 import argparse
+import atexit
 import copy
 import os
 import sys
@@ -227,6 +228,8 @@ def _prepare_distributed_cpu(cfg: Config) -> None:
     if not torch.distributed.is_initialized():
         # MMEngine's own launcher would call torch.cuda.set_device.
         torch.distributed.init_process_group('gloo')
+        # Threads of gloo's that still run when Python ends abort the process.
+        atexit.register(_leave_process_group)
     cfg.model_wrapper_cfg = {
         'type': 'MMDistributedDataParallel',
         'find_unused_parameters': cfg.get('find_unused_parameters', False),
@@ -236,6 +239,11 @@ def _prepare_distributed_cpu(cfg: Config) -> None:
     }
     if _replace_sync_bn(cfg.model):
         print_log('SyncBN needs GPUs: training with BN, statistics per process.')
+
+
+def _leave_process_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _replace_sync_bn(node: object) -> bool:

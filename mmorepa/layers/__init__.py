@@ -3,6 +3,7 @@
 from .blocks import BLOCKS, BlockType, build_conv
 from .dbb import DBBConv2d
 from .deep_linear import DeepLinearConv2d, DeepLinearKernel
+from .folded_kernel import FoldedKernel
 from .holding import HeldKernel, folded, held, pull_back
 from .multi_branch import MultiBranchConv2d
 from .orepa import (
@@ -23,6 +24,7 @@ __all__ = [
     'DBBConv2d',
     'DeepLinearConv2d',
     'DeepLinearKernel',
+    'FoldedKernel',
     'HeldKernel',
     'MultiBranchConv2d',
     'OREPAConv2d',

@@ -18,13 +18,6 @@ from mmorepa.engine.comparison import (
 NAN, INF = math.nan, math.inf
 
 
-@pytest.fixture(autouse=True)
-def _to_the_last_bit():
-    """Outputs with gradients and without come from the same convs."""
-    if True:
-        yield
-
-
 def tensors(*values):
     return [torch.tensor(value) for value in values]
 

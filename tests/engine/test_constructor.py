@@ -107,7 +107,7 @@ def test_recipe_of_the_configs(name, log):
     assert len(groups) == 3
     assert {(g['momentum'], g['nesterov']) for g in groups} == {(0.9, False)}
     # A change of the default scope is logged too, after tests of other toolboxes.
-    (text,) = [text for text in log if 'arameter' in text]
+    (text,) = [text for text in log if text.startswith('Parameter groups')]
     assert text.startswith('Parameter groups (0 tensors are frozen')
     assert len(text.splitlines()) == 2 + 3
     total = sum(p.numel() for p in model.parameters())

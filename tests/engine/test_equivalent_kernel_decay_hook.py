@@ -12,7 +12,6 @@ from runners import Colours, TinyClassifier, make_runner
 from torch import distributed, nn
 from torch.nn import functional as F
 
-from mmorepa import switch_to_deploy
 from mmorepa.backbones import OREPARepVGG, OREPAResNet
 from mmorepa.engine import EquivalentKernelDecayHook
 from mmorepa.layers import ReparamConv2d
@@ -373,7 +372,7 @@ def test_conv_of_which_only_the_norm_is_trained(tmp_path):
 
 def test_deployed_network(tmp_path):
     """Fine-tuned in its deployed form, a network decays as the plain one it is."""
-    start = switch_to_deploy(resnet('orepa').eval())
+    start = resnet('orepa', deploy=True).eval()
     squares = sum(conv.weight.square().sum().item() for conv in trained_convs(start))
     _, recorder = run(tmp_path, start)
     (losses,) = recorder.losses

@@ -9,6 +9,7 @@ noise.
 
 import argparse
 import copy
+import functools
 import io
 import json
 import platform
@@ -42,8 +43,9 @@ import matplotlib.pyplot as plt
 
 from mmorepa import switch_to_deploy
 from mmorepa.engine import FoldedDistributedDataParallel, FoldedOptimWrapper
-from mmorepa.functional import compiled
+from mmorepa.functional import compiled, compose_deep_linear
 from mmorepa.layers import (
+    FoldedKernel,
     OREPAConv2d,
     OREPAKernel,
     OREPAPointwiseKernel,
@@ -158,7 +160,7 @@ class Trainer:
         self.model: nn.Module = self.network
         if variant.naive:
             for conv in folded_convs(self.network):
-                conv.kernel = conv.branches.forward
+                conv.kernel = functools.partial(naive_kernel, conv.branches)
         options = copy.deepcopy(cfg.optim_wrapper)
         options.folded = variant.folded
         self.wrapper: OptimWrapper = build_optim_wrapper(self.network, options)
@@ -190,6 +192,16 @@ class Trainer:
 
 def folded_convs(network: nn.Module) -> list[OREPAConv2d]:
     return [m for m in network.modules() if isinstance(m, OREPAConv2d)]
+
+
+def naive_kernel(branches: nn.Module) -> Tensor:
+    """The fold by the plain formulas, whose every term autograd keeps."""
+    if isinstance(branches, FoldedKernel):
+        return branches.branch_fold.kernel(*branches.tensors())
+    kernel, *others = (naive_kernel(factor) for factor in branches.factors)
+    for other in others:
+        kernel = compose_deep_linear(kernel, other, branches.groups)
+    return kernel
 
 
 class Clock:
@@ -446,7 +458,7 @@ def measure_fold(network: nn.Module, rounds: int, clock: Clock) -> dict[str, dic
             second.mT @ grad
 
     def naive() -> None:
-        torch.autograd.backward([conv.branches() for conv in convs], grads)
+        torch.autograd.backward([naive_kernel(c.branches) for c in convs], grads)
 
     def online() -> None:
         torch.autograd.backward([conv.kernel() for conv in convs], grads)
