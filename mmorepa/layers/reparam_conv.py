@@ -383,6 +383,7 @@ class ReparamConv2d(nn.Conv2d):
             # the training that goes on around it.
             options.update(device=like.device, dtype=like.dtype)
             plain = skip_init(nn.Conv2d, *shape, **options)
+        self._parameters.clear()  # In the order of a plain conv.
         self.weight, self.bias = plain.weight, plain.bias
         self._forget()
 

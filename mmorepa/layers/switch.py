@@ -83,6 +83,7 @@ class ConvAct2d(nn.Sequential):
         super().__init__()
         self.conv = conv
         self.act = act
+        self._register_state_dict_hook(_without_conv)
 
     @property
     def weight(self) -> Tensor:
@@ -92,9 +93,6 @@ class ConvAct2d(nn.Sequential):
     def bias(self) -> Optional[Tensor]:
         return self.conv.bias
 
-    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
-        return self.conv.state_dict(*args, **kwargs)
-
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args
     ) -> None:
@@ -102,6 +100,14 @@ class ConvAct2d(nn.Sequential):
             if f'{prefix}{name}' in state_dict:
                 state_dict[f'{prefix}conv.{name}'] = state_dict.pop(f'{prefix}{name}')
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _without_conv(
+    module: ConvAct2d, state_dict: dict[str, Tensor], prefix: str, metadata: dict
+) -> None:
+    for name in ('weight', 'bias'):
+        if f'{prefix}conv.{name}' in state_dict:
+            state_dict[f'{prefix}{name}'] = state_dict.pop(f'{prefix}conv.{name}')
 
 
 def is_switchable(module: nn.Module) -> bool:

@@ -93,7 +93,7 @@ def check_kernel(kernel, inputs, groups, a, names, size=3):
     first = getattr(kernel, zeros)
     assert first.shape == (hidden, own, 1, 1)
     assert not first.any()
-    for t, row in enumerate(kernel.identity[:, :, 0, 0]):
+    for t, row in enumerate(identity_1x1(*kernel.weight_pointwise_kxk_1.shape[:2])[:, :, 0, 0]):
         assert row.nonzero().tolist() == [[t % own]] and row.sum() == 1
     assert_rows(kernel.scale, [SCALES_3X3[name] for name in names])
 
@@ -266,7 +266,8 @@ def terms(kernel):
     def grouped(weight):
         return weight.unflatten(0, (groups, -1))
 
-    first = grouped(kernel.weight_pointwise_kxk_1 + kernel.identity)[..., 0, 0]
+    first = kernel.weight_pointwise_kxk_1
+    first = grouped(first + identity_1x1(*first.shape[:2]))[..., 0, 0]
     second = grouped(kernel.weight_pointwise_kxk_2)
     composed = torch.einsum('goyxT,gTi->goiyx', second, first).flatten(0, 1)
     depthwise = kernel.weight_depthwise.view(groups, own, 8, 3, 3)
@@ -277,7 +278,7 @@ def terms(kernel):
     return {
         'origin': kernel.weight_origin,
         'average': kernel.weight_average * torch.ones(3, 3) / 9,
-        'frequency': kernel.weight_frequency * kernel.filters[:, None],
+        'frequency': kernel.weight_frequency * filters[:, None],
         'pointwise_kxk': composed,
         'pointwise': kernel.weight_pointwise * centre,
         'depthwise_separable': product,

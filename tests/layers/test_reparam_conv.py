@@ -186,9 +186,12 @@ def test_channels_last_input_and_parameters():
 
 
 def test_building_needs_no_kernel_of_the_plain_conv():
-    """The training form has no second set of weights."""
+    """The training form has no second set of weights; readers get the fold."""
     conv = OREPAConv2d(4, 6, 3, bias=False)
-    assert conv.weight is None and conv.bias is None
+    assert_near(conv.weight, conv.branches())
+    assert conv.weight.requires_grad and conv.bias is None
+    with pytest.raises(TypeError, match='folded from its branches and cannot be set'):
+        conv.weight = nn.Parameter(torch.zeros(6, 4, 3, 3))
     assert all(name.startswith('branches.') for name in conv.state_dict())
 
 
