@@ -15,7 +15,7 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 _constants: dict[tuple, Tensor] = {}
 
@@ -34,6 +34,8 @@ def constant(make: Callable[..., Tensor], *args, like: Tensor) -> Tensor:
     Returns:
         Tensor: Not to be written to.
     """
+    if type(like) not in (Tensor, nn.Parameter):  # A fake one has fake constants.
+        return make(*args, like.dtype, like.device)
     key = (make, args, like.dtype, like.device)
     found = _constants.get(key)
     if found is None:

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 
 import mmorepa
-from mmorepa.layers import BLOCKS, ReparamConv2d
+from mmorepa.layers import BLOCKS, is_switchable
 
 TEXT = (Path(__file__).parents[2] / 'docs' / 'new_block.md').read_text()
 CODE = re.findall(r'```python\n(.*?)```', TEXT, flags=re.DOTALL)
@@ -42,12 +42,9 @@ def test_all_of_it_runs():
     assert 'cross' not in BLOCKS
     names = run(*CODE)
     assert len(CODE) == 3
-    kinds = {type(m) for m in names['network'].modules()}
-    assert names['CrossConv2d'] in kinds
-    assert all(
-        m.deployed for m in names['network'].modules() if isinstance(m, ReparamConv2d)
-    )
-    assert 'cross' in BLOCKS
+    assert not is_switchable(names['network'])
+    fresh = MODELS.build(dict(type='OREPAResNet', depth=18, block='cross'))
+    assert names['CrossConv2d'] in {type(m) for m in fresh.modules()}
 
 
 def reference(kernel, x, **geometry):

@@ -6,14 +6,11 @@ Both in operations of PyTorch and compiled, where there is compiled code for a k
 import pytest
 import torch
 from helpers import assert_near, gradcheck, trained_like
+from torch import nn
 
-from mmorepa.functional import closed_forms, compiled
+from mmorepa.functional import Fold, closed_forms, compiled, fold_kernel, fold_kernels
 from mmorepa.layers import OREPAConv2d
-from mmorepa.layers.orepa import (
-    OREPADeepLinearKernel,
-    OREPAKernel,
-    OREPAPointwiseKernel,
-)
+from mmorepa.layers.orepa import OREPAKernel, OREPAPointwiseKernel
 
 ALL = tuple(OREPAKernel.INITIAL_SCALES)
 KERNELS = {
@@ -21,7 +18,9 @@ KERNELS = {
     # More inputs than a vector has, more outputs than are done together.
     'many': lambda: OREPAKernel(9, 37, 3),
     'narrower': lambda: OREPAKernel(5, 7, 3),
+    'one_channel': lambda: OREPAKernel(1, 1, 3),
     '5x5': lambda: OREPAKernel(4, 3, 5),
+    'grouped': lambda: OREPAKernel(4, 6, 3, groups=2),
     **{f'only_{b}': lambda b=b: OREPAKernel(4, 6, 3, branches=[b]) for b in ALL},
     **{
         f'no_{b}': lambda b=b: OREPAKernel(4, 6, 3, branches=[x for x in ALL if x != b])
@@ -29,7 +28,10 @@ KERNELS = {
     },
     '1x1_wider': lambda: OREPAPointwiseKernel(8, 6),
     '1x1_narrower': lambda: OREPAPointwiseKernel(6, 8),
-    'deep_linear': lambda: OREPADeepLinearKernel(6, 3, 7),
+    '1x1_only_product': lambda: OREPAPointwiseKernel(
+        6, 8, branches=['pointwise_pointwise']
+    ),
+    '1x1_grouped': lambda: OREPAPointwiseKernel(6, 8, groups=2),
 }
 
 
@@ -47,72 +49,75 @@ def kernel(request):
     return trained_like(KERNELS[request.param]().double())
 
 
-@pytest.fixture(params=[closed_forms._BLOCK, 60], ids=['one_block', 'blocks'])
-def blocks(request, monkeypatch):
-    """The kernels here are small: several blocks only where a block is smaller yet.
-
-    For those of the compiled code see :func:`test_large_kernels`.
-    """
-    monkeypatch.setattr(closed_forms, '_BLOCK', request.param)
-
-
-def tensors_of(kernel):
-    return {**dict(kernel.named_parameters()), **dict(kernel.named_buffers())}
+def formulas(kernel):
+    """What autograd makes of the sum of the branches, tensor by tensor."""
+    return kernel.branch_fold.kernel(*kernel.tensors())
 
 
 @pytest.mark.parametrize('contiguous', [True, False])
-def test_equals_the_plain_formulas(kernel, blocks, contiguous):
-    tensors = tensors_of(kernel)
+def test_equals_the_plain_formulas(kernel, contiguous):
     if not contiguous:
         # As `.to(memory_format=…)` and views of flat parameters leave them.
-        tensors = {
-            name: t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() > 1 else t
-            for name, t in tensors.items()
-        }
-    expected = kernel()
-    actual = kernel.fold(tensors)
-    assert actual.is_contiguous() and not actual.requires_grad
+        for t in kernel.parameters():
+            if t.dim() > 1:
+                t.data = t.data.transpose(0, 1).contiguous().transpose(0, 1)
+    expected, actual = formulas(kernel), kernel()
+    assert actual.is_contiguous() or not contiguous
+    assert actual.requires_grad
     assert_near(actual, expected, 1e-14)
-    out = torch.full_like(expected, torch.nan)
-    assert kernel.fold(tensors, out).data_ptr() == out.data_ptr()
-    assert torch.equal(out, actual)
-
-    grad = torch.randn_like(expected)
     names, parameters = zip(*kernel.named_parameters())
-    by_autograd = dict(
-        zip(names, torch.autograd.grad(expected, parameters, grad, retain_graph=True))
+    for grad in (
+        torch.randn_like(expected),
+        # That of a conv with channels last comes in another order.
+        torch.randn_like(expected).contiguous(memory_format=torch.channels_last),
+    ):
+        wanted = torch.autograd.grad(expected, parameters, grad, retain_graph=True)
+        found = torch.autograd.grad(actual, parameters, grad, retain_graph=True)
+        for name, one, other in zip(names, found, wanted):
+            try:
+                assert_near(one, other, 1e-13)
+            except AssertionError as error:
+                raise AssertionError(f'{name}: {error}') from None
+
+
+def test_numerical_derivatives(kernel):
+    tensors = kernel.tensors()
+
+    def fold(*tensors):
+        return fold_kernel(kernel.branch_fold, *tensors)
+
+    assert gradcheck(fold, tensors)
+    assert torch.autograd.gradgradcheck(fold, tensors, fast_mode=True)
+
+
+def test_batch(kernel):
+    """Kernels of one shape; one of them is not used, one is trained in part."""
+    fold, sets = kernel.branch_fold, []
+    for seed in range(3):
+        twin = trained_like(
+            nn.ParameterDict({n: torch.empty_like(t) for n, t in named(kernel)}), seed
+        )
+        sets.append([twin[name] for name in fold.roles])
+    for tensor in sets[2][:-1]:
+        tensor.requires_grad_(False)
+    folded = fold_kernels(fold, sets)
+    for tensors, found in zip(sets, folded):
+        assert_near(found, fold.kernel(*tensors), 1e-14)
+    grads = torch.randn_like(torch.stack([folded[0], folded[2]]))
+    wanted = [*sets[0], sets[2][-1]]
+    found = torch.autograd.grad(
+        [folded[0], folded[2]], [*wanted, *sets[1]], [*grads], allow_unused=True
     )
-    found = kernel.fold_gradients(tensors, grad)
-    assert found.keys() == by_autograd.keys()
-    for name, expected_grad in by_autograd.items():
-        assert_near(found[name], expected_grad, 1e-13)
-    memory = {name: torch.full_like(g, torch.nan) for name, g in found.items()}
-    again = kernel.fold_gradients(tensors, grad, memory)
-    for name, value in again.items():
-        assert value is memory[name] and torch.equal(value, found[name])
-    # The gradient of a conv on a GPU or with channels last comes in another order.
-    strided = grad.contiguous(memory_format=torch.channels_last)
-    for name, value in kernel.fold_gradients(tensors, strided).items():
-        assert_near(value, found[name], 1e-14)
+    expected = torch.autograd.grad(
+        [fold.kernel(*sets[0]), fold.kernel(*sets[2])], wanted, [*grads]
+    )
+    for one, other in zip(found, expected):
+        assert_near(one, other, 1e-13)
+    assert found[len(wanted) :] == (None,) * len(sets[1])
 
 
-def test_numerical_derivatives(kernel, blocks):
-    names, parameters = zip(*kernel.named_parameters())
-    buffers = dict(kernel.named_buffers())
-
-    class Fold(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *values):
-            ctx.save_for_backward(*values)
-            return kernel.fold({**dict(zip(names, values)), **buffers})
-
-        @staticmethod
-        def backward(ctx, grad):
-            tensors = {**dict(zip(names, ctx.saved_tensors)), **buffers}
-            found = kernel.fold_gradients(tensors, grad)
-            return tuple(found[name] for name in names)
-
-    assert gradcheck(Fold.apply, parameters)
+def named(kernel):
+    return zip(kernel.branch_fold.roles, kernel.tensors())
 
 
 def test_scales_of_zero():
@@ -122,10 +127,26 @@ def test_scales_of_zero():
         kernel.scale[:, 1] = 0
         kernel.scale[3] = 0
     grad = torch.randn(4, 6, 3, 3, dtype=torch.float64)
-    (expected,) = torch.autograd.grad(kernel(), kernel.scale, grad)
-    assert_near(
-        kernel.fold_gradients(tensors_of(kernel), grad)['scale'], expected, 1e-14
-    )
+    (expected,) = torch.autograd.grad(formulas(kernel), kernel.scale, grad)
+    (found,) = torch.autograd.grad(kernel(), kernel.scale, grad)
+    assert_near(found, expected, 1e-14)
+
+
+def test_the_graph_keeps_the_parameters_alone(kernel):
+    own = {p.untyped_storage().data_ptr() for p in kernel.parameters()}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, id):
+        kernel()
+    assert {t.untyped_storage().data_ptr() for t in kept} <= own
+
+
+def test_parameters_that_changed_meanwhile():
+    kernel = trained_like(OREPAKernel(4, 6, 3))
+    folded = kernel()
+    with torch.no_grad():
+        kernel.weight_origin.mul_(2)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        folded.sum().backward()
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
@@ -140,49 +161,62 @@ def test_scales_of_zero():
 def test_large_kernels(build, dtype):
     """Several blocks, and as many threads as there are."""
     kernel = trained_like(build().to(dtype))
-    tensors = tensors_of(kernel)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-13
-    expected = kernel()
-    out = torch.empty_like(expected)
-    assert_near(kernel.fold(tensors, out), expected, tolerance)
+    expected = formulas(kernel)
     grad = torch.randn_like(expected)
-    names, parameters = zip(*kernel.named_parameters())
+    parameters = list(kernel.parameters())
     by_autograd = torch.autograd.grad(expected, parameters, grad)
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found = kernel.fold_gradients(tensors, grad)
-            for name, expected_grad in zip(names, by_autograd):
-                assert_near(found[name], expected_grad, tolerance)
-            # Whatever the order in which threads finish.
-            again = kernel.fold_gradients(tensors, grad)
-            assert all(torch.equal(again[name], g) for name, g in found.items())
-            assert torch.equal(kernel.fold(tensors), out)
+            folded = kernel()
+            assert_near(folded, expected, tolerance)
+            for one, other in zip(
+                torch.autograd.grad(folded, parameters, grad), by_autograd
+            ):
+                assert_near(one, other, tolerance)
     finally:
         torch.set_num_threads(threads)
 
 
 class Doubled(OREPAKernel):
-    def _average(self):
-        return 2 * super()._average()
-
-
-class Shifted(OREPADeepLinearKernel):
     def forward(self):
-        return super().forward() + 1
+        return 2 * super().forward()
 
 
-@pytest.mark.parametrize('kernel', [Doubled(4, 4, 3), Shifted(4, 4, 5)])
-def test_subclasses_fold_as_they_say(kernel):
-    """A closed form is that of one formula."""
-    assert not kernel.has_closed_form
+def test_subclasses_fold_as_they_say():
+    """A batch takes those alone whose forward() is the fold."""
+    convs = nn.Sequential(*(OREPAConv2d(4, 4, 3, padding=1) for _ in range(3)))
+    convs[1].branches.__class__ = Doubled
+    trained_like(convs.double())
+    x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
+    expected = convs(x)
+    from mmorepa.layers import held
+
+    with held(convs):
+        assert_near(convs(x), expected, 1e-13)
+    assert_near(convs[1].kernel(), 2 * formulas(convs[1].branches), 1e-13)
 
 
 @pytest.mark.parametrize('k', [1, 3, 7])
-def test_it_is_what_a_conv_runs_with(k):
+def test_it_is_what_a_conv_runs_with(k, monkeypatch):
     """Neither a fold nor its gradient goes through the plain formulas."""
     conv = OREPAConv2d(4, 4, k, padding=k // 2)
-    conv.branches.forward = None
+    monkeypatch.setattr(Fold, 'kernel', None)
     conv(torch.randn(1, 4, 8, 8)).sum().backward()
     assert all(p.grad is not None for p in conv.branches.parameters())
+
+
+def test_recomputed():
+    """The graph keeps the arguments alone, and the derivative is the function's."""
+    a, b = (torch.randn(4, 4, dtype=torch.float64, requires_grad=True) for _ in 'ab')
+
+    def function(a, b):
+        return (a.sin() @ b.cos()).exp()
+
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t), id):
+        closed_forms.recomputed(function, a, b)
+    assert {id(t) for t in kept} <= {id(a), id(b)}
+    assert gradcheck(lambda a, b: closed_forms.recomputed(function, a, b), (a, b))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import assert_near, trained_like
 from torch._subclasses import FakeTensorMode
+from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mmorepa.functional import compiled
@@ -17,10 +18,6 @@ from mmorepa.layers.orepa import OREPAKernel, OREPAPointwiseKernel
 needs_compiled = pytest.mark.skipif(
     not compiled.is_available(), reason='not compiled: run python tools/build_fold.py'
 )
-
-
-def tensors_of(kernel):
-    return {**dict(kernel.named_parameters()), **dict(kernel.named_buffers())}
 
 
 @pytest.fixture
@@ -42,10 +39,11 @@ def calls(monkeypatch):
     return results
 
 
-def fold_and_pull_back(kernel, tensors=None):
-    tensors = tensors or tensors_of(kernel)
-    folded = kernel.fold(tensors)
-    return folded, kernel.fold_gradients(tensors, torch.ones_like(folded))
+def fold_and_pull_back(kernel):
+    folded = kernel()
+    names, parameters = zip(*kernel.named_parameters())
+    grads = torch.autograd.grad(folded, parameters, torch.ones_like(folded))
+    return folded, dict(zip(names, grads))
 
 
 @needs_compiled
@@ -77,19 +75,19 @@ def test_it_is_used(kernel, calls):
 )
 def test_it_declines(kernel, calls):
     folded, found = fold_and_pull_back(kernel)
-    assert calls == [False, False]
-    assert folded.shape == kernel.shape if isinstance(kernel, OREPAKernel) else True
-    assert all(g.shape == tensors_of(kernel)[name].shape for name, g in found.items())
+    assert not any(calls)
+    assert folded.shape == kernel.branch_fold.shape
+    assert all(g.shape == kernel.get_parameter(n).shape for n, g in found.items())
 
 
 def test_it_declines_what_is_not_in_one_piece(calls):
     kernel = trained_like(OREPAKernel(4, 5, 3))
     expected = kernel()
-    strided = {
-        name: t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() > 1 else t
-        for name, t in tensors_of(kernel).items()
-    }
-    assert_near(fold_and_pull_back(kernel, strided)[0], expected)
+    del calls[:]
+    for t in kernel.parameters():
+        if t.dim() > 1:
+            t.data = t.data.transpose(0, 1).contiguous().transpose(0, 1)
+    assert_near(fold_and_pull_back(kernel)[0], expected)
     assert not any(calls)
 
 
@@ -101,40 +99,31 @@ def test_it_declines_what_is_not_in_memory(calls):
 
 
 @pytest.mark.parametrize(
-    'name', ['weight_origin', 'weight_average', 'weight_separable', 'filters', 'scale']
+    'name', ['weight_origin', 'weight_average', 'weight_separable', 'scale']
 )
 def test_it_declines_other_sizes(name, calls):
     """Which would be read beyond their end; PyTorch says what is wrong."""
     kernel = OREPAKernel(4, 5, 3)
-    tensors = {**tensors_of(kernel), name: torch.zeros(1)}
+    setattr(kernel, name, torch.nn.Parameter(torch.zeros(1)))
     with pytest.raises((RuntimeError, IndexError)):
-        kernel.fold(tensors)
-    assert calls == [False]
+        kernel()
+    assert not any(calls)
 
 
 def test_another_expansion(monkeypatch, calls):
     monkeypatch.setattr(OREPAKernel, 'EXPANSION', 4)
     kernel = trained_like(OREPAKernel(4, 5, 3))
-    assert_near(fold_and_pull_back(kernel)[0], kernel())
+    expected = kernel.branch_fold.kernel(*kernel.tensors())
+    assert_near(fold_and_pull_back(kernel)[0], expected)
     assert not any(calls)
 
 
-@needs_compiled
-def test_traced_functions_contain_it():
-    """As one operator, not as its products alone."""
+def test_traced_functions_follow_the_parameters():
     kernel = trained_like(OREPAKernel(4, 5, 3))
-    traced = make_fx(lambda tensors: kernel.fold(tensors))(tensors_of(kernel))
-    assert_near(traced(tensors_of(kernel)), kernel())
-
-
-@needs_compiled
-def test_shared_memory():
-    tensors = [torch.zeros(4), torch.zeros(4)]
-    assert compiled.are_unshared(tensors)
-    view = tensors[1][1:]
-    assert not compiled.are_unshared(tensors)
-    del view
-    assert compiled.are_unshared(tensors)
+    state = dict(kernel.named_parameters())
+    traced = make_fx(lambda state: functional_call(kernel, state, ()))(state)
+    others = {name: t.detach() * 1.5 for name, t in state.items()}
+    assert_near(traced(others), functional_call(kernel, others, ()))
 
 
 @pytest.mark.parametrize('error', [PermissionError('no'), OSError('no')])
@@ -156,20 +145,6 @@ def test_build_beside_another(monkeypatch, tmp_path):
     monkeypatch.setenv('MMOREPA_CACHE', str(tmp_path))
     with pytest.raises(RuntimeError, match='in another one'):
         compiled.build()
-
-
-@needs_compiled
-def test_writes_are_counted():
-    """So that a graph that needs the old values says so."""
-    kernel = OREPAKernel(4, 5, 3)
-    out = torch.empty(kernel.shape)
-    before = out._version
-    kernel.fold(tensors_of(kernel), out)
-    assert out._version > before
-    memory = kernel.fold_gradients(tensors_of(kernel), out)
-    before = {name: g._version for name, g in memory.items()}
-    kernel.fold_gradients(tensors_of(kernel), out, memory)
-    assert all(g._version > before[name] for name, g in memory.items())
 
 
 @needs_compiled

@@ -8,6 +8,7 @@ from helpers import assert_near, trained_like
 from torch import nn
 
 from mmorepa.backbones import OREPARepVGG, OREPAResNet
+from mmorepa.functional import frequency_prior
 from mmorepa.layers import (
     DBBConv2d,
     OREPAConv2d,
@@ -93,8 +94,6 @@ def check_kernel(kernel, inputs, groups, a, names, size=3):
     first = getattr(kernel, zeros)
     assert first.shape == (hidden, own, 1, 1)
     assert not first.any()
-    for t, row in enumerate(identity_1x1(*kernel.weight_pointwise_kxk_1.shape[:2])[:, :, 0, 0]):
-        assert row.nonzero().tolist() == [[t % own]] and row.sum() == 1
     assert_rows(kernel.scale, [SCALES_3X3[name] for name in names])
 
 
@@ -267,7 +266,10 @@ def terms(kernel):
         return weight.unflatten(0, (groups, -1))
 
     first = kernel.weight_pointwise_kxk_1
-    first = grouped(first + identity_1x1(*first.shape[:2]))[..., 0, 0]
+    identity = torch.zeros_like(first)
+    for t in range(len(first)):
+        identity[t, t % own] = 1
+    first = grouped(first + identity)[..., 0, 0]
     second = grouped(kernel.weight_pointwise_kxk_2)
     composed = torch.einsum('goyxT,gTi->goiyx', second, first).flatten(0, 1)
     depthwise = kernel.weight_depthwise.view(groups, own, 8, 3, 3)
@@ -278,7 +280,7 @@ def terms(kernel):
     return {
         'origin': kernel.weight_origin,
         'average': kernel.weight_average * torch.ones(3, 3) / 9,
-        'frequency': kernel.weight_frequency * filters[:, None],
+        'frequency': kernel.weight_frequency * frequency_prior(outputs, 3)[:, None],
         'pointwise_kxk': composed,
         'pointwise': kernel.weight_pointwise * centre,
         'depthwise_separable': product,

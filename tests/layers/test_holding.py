@@ -1,0 +1,390 @@
+"""The two scopes: what they serve, until when, and what they leave behind: nothing."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    assert_near,
+    assert_same_gradients,
+    counted_folds,
+    deployed_twin,
+    trained_like,
+)
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from mmorepa import folded, switch_to_deploy
+from mmorepa.layers import (
+    DBBConv2d,
+    OREPAConv2d,
+    OREPARepVGGConv2d,
+    ReparamConv2d,
+    held,
+    pull_back,
+)
+
+BN = dict(type='BN')
+RELU = dict(type='ReLU')
+CONVS = {
+    'orepa': lambda: OREPAConv2d(4, 4, 3, padding=1, norm_cfg=BN, act_cfg=RELU),
+    'deep_linear': lambda: OREPAConv2d(4, 4, 7, padding=3, bias=False, norm_cfg=BN),
+    'group_norm': lambda: OREPAConv2d(
+        4, 4, 3, padding=1, norm_cfg=dict(type='GN', num_groups=2)
+    ),
+    'no_statistics': lambda: OREPAConv2d(
+        4, 4, 3, padding=1, norm_cfg=dict(type='BN', track_running_stats=False)
+    ),
+    'not_affine': lambda: OREPAConv2d(4, 4, 1, norm_cfg=dict(type='BN', affine=False)),
+    'grouped': lambda: OREPAConv2d(4, 4, 3, padding=1, groups=2, norm_cfg=BN),
+    'dbb': lambda: DBBConv2d(4, 4, 3, padding=1),
+    'orepa_repvgg': lambda: OREPARepVGGConv2d(4, 4, 3, padding=1),
+}
+
+
+def image():
+    return torch.randn(2, 4, 9, 9)
+
+
+@pytest.fixture(params=CONVS)
+def conv(request, float64):
+    return trained_like(CONVS[request.param]()).eval()
+
+
+@pytest.fixture
+def orepa(float64):
+    return trained_like(CONVS['orepa']()).eval()
+
+
+def network():
+    return trained_like(nn.Sequential(*(CONVS[k]() for k in ('orepa', 'grouped'))))
+
+
+@pytest.fixture
+def convolutions(monkeypatch):
+    """Counts the convolutions that run, whoever calls for them."""
+    calls, conv2d = [], F.conv2d
+    monkeypatch.setattr(F, 'conv2d', lambda *a, **k: calls.append(1) or conv2d(*a, **k))
+    return calls
+
+
+class TestFolded:
+    @pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
+    def test_runs_as_the_plain_conv(self, conv, mode, convolutions):
+        x = image()
+        with torch.no_grad():
+            expected = conv(x)
+        with mode(), folded(conv) as model:
+            assert model is conv
+            assert_near(conv(x), expected, 1e-12)
+            del convolutions[:]
+            assert_near(conv(x), expected, 1e-12)
+        assert len(convolutions) == 1
+
+    def test_equals_deployed(self, conv):
+        x = image()
+        with torch.no_grad(), folded(conv):
+            assert_near(conv(x), deployed_twin(conv)(x), 1e-12)
+
+    def test_folds_once(self, orepa):
+        with counted_folds(orepa) as folds:
+            with torch.no_grad(), folded(orepa):
+                for _ in range(3):
+                    orepa(image())
+            assert len(folds) == 1
+            with folded(orepa):
+                orepa(image())
+                orepa(image()).sum().backward()
+            assert len(folds) == 2
+        assert all(p.grad is not None for p in orepa.branches.parameters())
+
+    def test_gradients_are_those_of_folding_twice(self, orepa):
+        x, twin = image(), copy.deepcopy(orepa).train()
+        orepa.train()
+        with folded(orepa):
+            (orepa(x) + orepa(2 * x)).square().sum().backward()
+        (twin(x) + twin(2 * x)).square().sum().backward()
+        assert_same_gradients(grads(orepa), grads(twin), 1e-11)
+
+    def test_writes_are_seen_after_it(self, conv):
+        """And not inside of it, as its description says."""
+        x = image()
+        with torch.no_grad():
+            with folded(conv):
+                before = conv(x)
+                for tensor in conv.parameters():
+                    tensor.data.mul_(1.5)
+                if conv.norm is None or 'BatchNorm' in type(conv.norm).__name__:
+                    plain = conv._served_conv()
+                    assert plain is conv._served_conv()
+            after = conv(x)
+        assert not torch.allclose(after, before)
+        assert_near(after, deployed_twin(conv)(x), 1e-12)
+
+    @pytest.mark.parametrize('change', ['load', 'train', 'to'])
+    def test_what_a_module_is_told_is_seen_inside(self, orepa, change):
+        x = image()
+        other = trained_like(copy.deepcopy(orepa), seed=1)
+        with torch.no_grad(), folded(orepa):
+            before = orepa(x)
+            if change == 'load':
+                orepa.load_state_dict(other.state_dict())
+            else:
+                for mine, theirs in zip(orepa.parameters(), other.parameters()):
+                    mine.data.copy_(theirs)
+                orepa.running = [
+                    b.copy_(o) for b, o in zip(orepa.buffers(), other.buffers())
+                ]
+                orepa.train().eval() if change == 'train' else orepa.float().double()
+            assert not torch.allclose(orepa(x), before)
+            assert_near(orepa(x), other(x), 1e-6)
+
+    def test_attributes_of_the_norm_are_seen_after_it(self, orepa):
+        x = image()
+        with torch.no_grad():
+            with folded(orepa):
+                before = orepa(x)
+            orepa.norm.eps = 0.5
+            with folded(orepa):
+                assert not torch.allclose(orepa(x), before)
+                assert_near(orepa(x), deployed_twin(orepa)(x), 1e-12)
+            orepa.norm.track_running_stats = False
+            orepa.norm.running_mean = orepa.norm.running_var = None
+            expected = orepa(x)
+            with folded(orepa):
+                assert_near(orepa(x), expected, 1e-12)
+
+    def test_nested_and_exceptions(self, orepa):
+        model, x = nn.Sequential(orepa), image()
+        with torch.no_grad(), counted_folds(orepa) as folds:
+            with folded(model):
+                with pytest.raises(KeyError), folded(orepa):
+                    orepa(x)
+                    raise KeyError
+                orepa(x)
+                assert len(folds) == 1
+            orepa(x)
+            assert len(folds) == 2
+            with pytest.raises(KeyError), folded(model):
+                raise KeyError
+            orepa(x)
+        assert len(folds) == 3
+
+    def test_hooks_are_heard(self, orepa):
+        seen = []
+        orepa.norm.register_forward_hook(lambda *_: seen.append(1))
+        with torch.no_grad(), folded(orepa):
+            orepa(image())
+        assert seen == [1]
+
+    def test_a_norm_that_learns_its_statistics(self, orepa):
+        orepa.norm.train()
+        before = orepa.norm.running_mean.clone()
+        with torch.no_grad(), folded(orepa):
+            orepa(image())
+        assert not torch.allclose(orepa.norm.running_mean, before)
+
+    def test_copies_belong_to_no_block(self, conv):
+        x = image()
+        with torch.no_grad(), folded(conv):
+            expected = conv(x)
+            for twin in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))):
+                for parameter in twin.parameters():
+                    parameter.data.mul_(1.5)
+                assert not torch.allclose(twin(x), expected)
+            assert_near(conv(x), expected, 1e-12)
+
+    def test_deployment_inside(self, orepa):
+        model, x = nn.Sequential(orepa), image()
+        with torch.no_grad(), folded(model):
+            expected = model(x)
+            switch_to_deploy(model)
+            assert_near(model(x), expected, 1e-12)
+
+    def test_modes_may_change_inside(self, orepa):
+        x = image()
+        with torch.no_grad():
+            expected = orepa(x)
+        with folded(orepa):
+            for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+                with mode():
+                    assert_near(orepa(x).detach(), expected, 1e-12)
+            orepa(x).sum().backward()
+
+    def test_autocast(self):
+        conv, x = trained_like(CONVS['orepa']()).eval(), image()
+        with torch.no_grad(), folded(conv):
+            with torch.autocast('cpu', torch.bfloat16):
+                y = conv(x)
+            assert y.dtype == torch.bfloat16
+            # What autocast made is not what is kept.
+            assert_near(conv(x), deployed_twin(conv)(x))
+            assert_near(y.float(), conv(x), 2e-2)
+
+    def test_threads(self, orepa):
+        x, found = image(), []
+        with torch.no_grad():
+            expected = orepa(x)
+
+        def run():
+            with torch.no_grad():
+                found.append(orepa(x))
+
+        with folded(orepa):
+            threads = [threading.Thread(target=run) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert len(found) == 8
+        assert_near(found, [expected] * 8, 1e-12)
+
+
+def grads(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def losses(model, x):
+    return model(x).square().mean()
+
+
+class TestHeld:
+    @pytest.fixture
+    def twins(self, float64):
+        model = network()
+        return model, copy.deepcopy(model)
+
+    def check(self, twins):
+        model, online = twins
+        assert_same_gradients(grads(model), grads(online), 1e-11)
+
+    def test_holds_leaves(self, twins):
+        model, _ = twins
+        with held(model) as kernels:
+            assert len(kernels) == 2
+            for kernel, conv in zip(kernels, model):
+                assert kernel.leaf.is_leaf and kernel.leaf is conv.kernel()
+                with torch.no_grad():
+                    assert conv.kernel() is not kernel.leaf
+        assert all(conv.kernel().grad_fn is not None for conv in model)
+
+    @pytest.mark.parametrize('is_deferred', [False, True])
+    @pytest.mark.parametrize('passes', [1, 2])
+    def test_gradients(self, twins, is_deferred, passes):
+        model, online = twins
+        for _ in range(passes):  # The second adds to the first.
+            x = image()
+            with held(model) as kernels:
+                loss = losses(model, x)
+            for kernel in kernels:
+                kernel.is_deferred = is_deferred
+            loss.backward()
+            if is_deferred:
+                pull_back(kernels)
+            losses(online, x).backward()
+        self.check(twins)
+
+    def test_backward_inside_and_outside(self, twins):
+        model, online = twins
+        x = image()
+        with held(model):
+            losses(model, x).backward()
+        losses(model, x).backward()
+        (2 * losses(online.requires_grad_(True), x)).backward()
+        # The statistics of the first pass moved those of the second in both.
+        for name, gradient in grads(online).items():
+            assert_near(grads(model)[name], gradient, 1e-11)
+
+    def test_two_backward_passes(self, twins):
+        model, online = twins
+        x = image()
+        with held(model):
+            loss = losses(model, x)
+        loss.backward(retain_graph=True)
+        loss.backward()
+        (2 * losses(online, x)).backward()
+        self.check(twins)
+
+    def test_exception(self, twins):
+        model, online = twins
+        x = image()
+        with pytest.raises(KeyError), held(model):
+            model(x)
+            raise KeyError
+        model.load_state_dict(online.state_dict())
+        losses(model, x).backward()
+        losses(online, x).backward()
+        self.check(twins)
+
+    def test_hooks_on_branches(self, twins):
+        model, online = twins
+        x, seen = image(), []
+        for one in twins:
+            weight = one[0].branches.weight_origin
+            weight.register_hook(lambda grad: 3 * grad)
+            weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.shape))
+        with held(model):
+            loss = losses(model, x)
+        loss.backward()
+        losses(online, x).backward()
+        self.check(twins)
+        assert len(seen) == 2
+
+    def test_part_of_it_is_frozen(self, twins):
+        for one in twins:
+            one[0].branches.weight_origin.requires_grad_(False)
+            one[1].requires_grad_(False)
+        model, online = twins
+        x = image()
+        with held(model) as kernels:
+            assert len(kernels) == 1
+            loss = losses(model, x)
+        loss.backward()
+        losses(online, x).backward()
+        self.check(twins)
+        assert model[0].branches.weight_origin.grad is None
+
+    def test_nested_and_submodules(self, twins):
+        model, online = twins
+        x = image()
+        with held(model) as outer, held(model[0]) as inner:
+            assert inner == outer[:1]
+            loss = losses(model, x)
+        loss.backward()
+        losses(online, x).backward()
+        self.check(twins)
+
+    @pytest.mark.parametrize('use_reentrant', [False, True])
+    def test_checkpointed(self, twins, use_reentrant):
+        model, online = twins
+        x = image().requires_grad_()
+        with held(model):
+            loss = checkpoint(losses, model, x, use_reentrant=use_reentrant)
+        loss.backward()
+        checkpoint(losses, online, x, use_reentrant=use_reentrant).backward()
+        self.check(twins)
+
+    def test_changed_kernels_cannot_be_differentiated(self, twins):
+        """A graph that used the former numbers must not go on with others."""
+        model, _ = twins
+        with held(model):
+            loss = losses(model, image())
+        with torch.no_grad():
+            model[0].branches.weight_origin.mul_(2)
+        with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+            loss.backward()
+
+    def test_model_that_was_told_of_a_change(self, twins):
+        """After train(), a load or a move, passes fold anew, block or not."""
+        model, online = twins
+        x = image()
+        with held(model):
+            model.load_state_dict(online.state_dict())
+            loss = losses(model, x)
+        loss.backward()
+        losses(online, x).backward()
+        self.check(twins)
+        assert all(m.held is None for m in model if isinstance(m, ReparamConv2d))

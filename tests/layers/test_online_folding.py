@@ -1,0 +1,344 @@
+"""Unheld, every forward pass folds: whatever happens to a parameter is seen."""
+
+import copy
+import io
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    assert_near,
+    assert_same_gradients,
+    deployed_twin,
+    gradients,
+    trained_like,
+)
+from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import mmorepa
+from mmorepa.functional import Fold, compiled
+from mmorepa.layers import (
+    DBBConv2d,
+    DeepLinearConv2d,
+    OREPAConv2d,
+    OREPARepVGGConv2d,
+    RepVGGConv2d,
+)
+
+BN = dict(type='BN')
+CONVS = {
+    '3x3': lambda: OREPAConv2d(4, 6, 3, padding=1, norm_cfg=BN),
+    '5x5': lambda: OREPAConv2d(4, 6, 5, padding=2),
+    '1x1': lambda: OREPAConv2d(4, 6, 1, norm_cfg=BN),
+    '7x7': lambda: OREPAConv2d(4, 6, 7, padding=3, bias=False, norm_cfg=BN),
+    'grouped': lambda: OREPAConv2d(4, 6, 3, padding=1, groups=2),
+    'deep_linear': lambda: DeepLinearConv2d(4, 6, 5, padding=2),
+    'dbb': lambda: DBBConv2d(4, 6, 3, padding=1),
+    'repvgg': lambda: RepVGGConv2d(4, 4, 3, padding=1),
+    'orepa_repvgg': lambda: OREPARepVGGConv2d(4, 4, 3, padding=1),
+}
+FOLDED = [name for name in CONVS if name not in ('dbb', 'repvgg')]
+
+
+def image(**kwargs):
+    return torch.randn(2, 4, 7, 7, **kwargs)
+
+
+@pytest.fixture(params=CONVS)
+def conv(request, float64):
+    return trained_like(CONVS[request.param]()).eval()
+
+
+@pytest.fixture(params=FOLDED)
+def folded_conv(request, float64):
+    return trained_like(CONVS[request.param]()).eval()
+
+
+@pytest.fixture
+def by_formulas(monkeypatch):
+    """Turns a conv into one whose fold is differentiated term by term."""
+
+    def turn(conv):
+        for module in conv.modules():
+            if isinstance(getattr(module, 'branch_fold', None), Fold):
+                module.forward = lambda m=module: m.branch_fold.kernel(*m.tensors())
+        return conv
+
+    return turn
+
+
+def test_every_element_is_seen(conv):
+    """Those of tensors of a few and of many elements, written past autograd."""
+    x = image()
+    with torch.no_grad():
+        for name, parameter in conv.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            flat = parameter.data.view(-1)
+            for i in range(0, flat.numel(), 1 + flat.numel() // 16):
+                before = conv(x)
+                flat[i] += 0.5
+                after = conv(x)
+                changed = not torch.equal(before, after)
+                assert changed, f'{name}[{i}] is not seen'
+    assert_near(conv(x), deployed_twin(conv)(x), 1e-12)
+
+
+@pytest.mark.parametrize('kind', ['SGD', 'Adam', 'AdamW', 'Adagrad'])
+def test_fused_optimizers_train(kind):
+    losses = {}
+    for fused in (False, True):
+        conv = trained_like(OREPAConv2d(64, 64, 3, padding=1, bias=False))
+        conv.requires_grad_(False)
+        conv.branches.weight_origin.requires_grad_(True)
+        wanted = [conv.branches.weight_origin]
+        optimizer = getattr(torch.optim, kind)(wanted, lr=0.05, fused=fused)
+        x = torch.randn(2, 64, 5, 5, generator=torch.Generator().manual_seed(2))
+        losses[fused] = []
+        for _ in range(6):
+            optimizer.zero_grad()
+            loss = conv(x)[:, 5].square().mean()
+            loss.backward()
+            optimizer.step()
+            losses[fused].append(loss.item())
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+    assert losses[True][-1] < losses[True][0]
+
+
+def test_gradients(folded_conv, by_formulas):
+    x = image()
+    twin = by_formulas(copy.deepcopy(folded_conv))
+    y, expected = folded_conv(x), twin(x)
+    assert_near(y, expected, 1e-12)
+    assert_same_gradients(gradients(y, folded_conv), gradients(expected, twin), 1e-11)
+
+
+def test_second_derivatives(folded_conv, by_formulas):
+    x = image()
+    found = []
+    for conv in (folded_conv, by_formulas(copy.deepcopy(folded_conv))):
+        parameters = list(conv.parameters())
+        first = torch.autograd.grad(
+            conv(x).square().sum(), parameters, create_graph=True
+        )
+        loss = sum(g.square().sum() for g in first)
+        found.append(torch.autograd.grad(loss, parameters))
+    for one, other in zip(*found):
+        assert_near(one, other, 1e-10)
+
+
+def test_transforms(folded_conv):
+    """``torch.func`` and forward-mode derivatives, against plain backward passes."""
+    conv, x = folded_conv, image()
+    state = {name: p.detach() for name, p in conv.named_parameters()}
+
+    def loss(state, x):
+        return functional_call(conv, state, (x,)).square().sum()
+
+    conv.zero_grad()
+    conv(x).square().sum().backward()
+    expected = {name: p.grad for name, p in conv.named_parameters()}
+    assert_same_gradients(grad(loss)(state, x), expected, 1e-11)
+
+    each = vmap(grad(loss), (None, 0))(state, x[:, None])
+    assert_same_gradients({n: g.sum(0) for n, g in each.items()}, expected, 1e-11)
+
+    direction = {name: torch.randn_like(p) for name, p in state.items()}
+    wanted = sum((expected[name] * d).sum() for name, d in direction.items())
+    _, slope = jvp(lambda s: loss(s, x), (state,), (direction,))
+    assert_near(slope, wanted, 1e-10)
+    with forward_ad.dual_level():
+        duals = {n: forward_ad.make_dual(p, direction[n]) for n, p in state.items()}
+        slope = forward_ad.unpack_dual(loss(duals, x)).tangent
+    assert_near(slope, wanted, 1e-10)
+
+    scaled = {name: torch.stack([p, 1.1 * p]) for name, p in state.items()}
+    several = vmap(loss, (0, None))(scaled, x)
+    assert_near(several[0], loss(state, x), 1e-12)
+
+
+def test_finite_differences_through_data(folded_conv):
+    conv, x, step = folded_conv, image(), 1e-6
+    conv.zero_grad()
+    conv(x).square().sum().backward()
+    for parameter in conv.parameters():
+        i = parameter.numel() // 2
+        flat = parameter.data.view(-1)
+        values = []
+        for sign in (1, -2):
+            flat[i] += sign * step
+            with torch.no_grad():
+                values.append(conv(x).square().sum())
+        flat[i] += step
+        slope = (values[0] - values[1]) / (2 * step)
+        expected = parameter.grad.flatten()[i]
+        assert abs(slope - expected) <= 1e-4 * max(1, abs(expected))
+
+
+@pytest.mark.parametrize('kind', FOLDED)
+def test_autocast_and_half_precision(kind):
+    """The fold itself is done in float32, in half precision and autocast alike."""
+    conv = trained_like(CONVS[kind]()).eval()
+    x = image()
+    expected = conv(x).detach()
+    with torch.autocast('cpu', torch.bfloat16):
+        assert conv.kernel().dtype == torch.float32
+        y = conv(x)
+    assert_near(y.float(), expected, 3e-2)
+    y.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in conv.parameters())
+    half = copy.deepcopy(conv).bfloat16()
+    with torch.no_grad():
+        wide = copy.deepcopy(half).float()
+        assert_near(half.kernel().float(), wide.kernel(), 2**-8)
+        # There and back leaves no rounded constants.
+        twin = trained_like(CONVS[kind]()).eval()
+        twin.bfloat16().float().load_state_dict(conv.state_dict())
+        assert_near(twin(x), expected, 1e-6)
+
+
+@pytest.mark.parametrize('kind', FOLDED)
+def test_compiled_by_pytorch(kind):
+    conv = trained_like(CONVS[kind]()).eval()
+    x = image()
+    torch._dynamo.reset()
+    function = torch.compile(conv, backend='aot_eager', fullgraph=True)
+    assert_near(function(x), conv(x))
+    with torch.no_grad():
+        next(conv.branches.parameters()).mul_(2)
+    assert_near(function(x), conv(x))
+    assert_same_gradients(gradients(function(x), conv), gradients(conv(x), conv))
+
+
+@pytest.mark.parametrize('use_reentrant', [True, False])
+def test_checkpointed(folded_conv, use_reentrant):
+    x = image(requires_grad=True)
+    expected = gradients(folded_conv(x), folded_conv)
+    folded_conv.zero_grad()
+    y = checkpoint(folded_conv, x, use_reentrant=use_reentrant)
+    weights = torch.randn(
+        y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
+    (y * weights).sum().backward()
+    found = {name: p.grad for name, p in folded_conv.named_parameters()}
+    assert_same_gradients(found, expected, 1e-12)
+
+
+def test_traces_see_the_formulas(conv):
+    """A kernel is no constant of a trace, so that parameters may change after it."""
+    x = image()
+    traced = torch.jit.trace(conv, x, check_trace=False)
+    try:
+        symbolic = torch.fx.symbolic_trace(conv)
+    except torch.fx.proxy.TraceError:
+        symbolic = None  # DBB looks at sizes of its input.
+    with torch.no_grad():
+        for parameter in conv.parameters():
+            parameter.mul_(1.1)
+        expected = conv(x)
+        assert_near(traced(x), expected, 1e-12)
+        if symbolic is not None:
+            used = {n.target for n in symbolic.graph.nodes if n.op == 'get_attr'}
+            names = {name for name, _ in conv.branches.named_parameters()}
+            if names and not isinstance(conv, (DBBConv2d, RepVGGConv2d)):
+                assert {n.removeprefix('branches.') for n in used} >= names
+            assert_near(symbolic(x), expected, 1e-12)
+
+
+def test_built_on_meta(conv):
+    """Nothing but what is saved has to be filled in."""
+    kind = next(k for k, build in CONVS.items() if repr(build()) == repr(conv))
+    with torch.device('meta'):
+        twin = CONVS[kind]()
+    twin.to_empty(device='cpu')
+    for tensor in twin.state_dict().values():
+        tensor.fill_(7)
+    twin.load_state_dict(conv.state_dict())
+    x = image()
+    assert_near(twin.eval()(x), conv(x), 1e-12)
+
+
+class Reads(TorchDispatchMode):
+    """Lists the operations that wait for a device."""
+
+    NAMES = ('equal', '_local_scalar_dense', 'is_nonzero', 'nonzero', 'item')
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._overloadpacket.__name__ in self.NAMES:
+            self.found.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('with_compiled', [True, False])
+def test_nothing_is_read_from_the_device(conv, with_compiled, monkeypatch):
+    if not with_compiled:
+        monkeypatch.setattr(compiled, '_library', lambda: None)
+    with Reads() as reads:
+        torch.zeros(1).item()
+        assert reads.found, 'the counter counts'
+        reads.found.clear()
+        conv.train()(image()).sum().backward()
+        conv.eval()
+        with torch.no_grad():
+            conv(image())
+            with mmorepa.folded(conv):
+                conv(image())
+                conv(image())
+    assert not reads.found
+
+
+def test_changed_in_place_before_the_backward_pass(folded_conv):
+    y = folded_conv(image())
+    with torch.no_grad():
+        next(folded_conv.branches.parameters()).mul_(2)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        y.sum().backward()
+
+
+def test_saved_for_backward():
+    """The kernel, which the convolution saves, and references to the parameters."""
+    conv = trained_like(OREPAConv2d(32, 32, 3, padding=1, bias=False))
+    own = {p.untyped_storage().data_ptr() for p in conv.parameters()}
+
+    def saved(function):
+        kept = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            result = function()
+        del result
+        return sum(size for pointer, size in kept.items() if pointer not in own)
+
+    x = torch.randn(2, 32, 9, 9, requires_grad=True)
+    weight = nn.Parameter(torch.randn(32, 32, 3, 3))
+    plain = saved(lambda: F.conv2d(x, weight, padding=1))
+    assert saved(lambda: conv(x)) == plain
+
+
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode, nullcontext])
+def test_copies_are_their_own(conv, mode):
+    x = image()
+    file = io.BytesIO()
+    torch.save(conv, file)
+    file.seek(0)
+    with mode():
+        expected = conv(x)
+        for twin in (copy.deepcopy(conv), torch.load(file, weights_only=False)):
+            with torch.no_grad():
+                for parameter in twin.parameters():
+                    parameter.data.mul_(1.5)
+            assert not torch.allclose(twin(x), expected)
+        assert_near(conv(x), expected, 1e-12)
