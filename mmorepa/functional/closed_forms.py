@@ -16,7 +16,6 @@ for the maps of the depthwise conv, ``n`` for the kernels of a batch, ``G`` for 
 gradient of a kernel and ``s`` for the scale of a branch.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Optional
@@ -77,6 +76,10 @@ class Fold:
         shape (tuple[int, ...]): Of the kernel, (O, Ig, k, k).
         groups (int): g. Defaults to 1.
         expansion (int): m. Defaults to 8.
+
+    Attributes:
+        roles (dict[str, str]): The parameters by name, in order, with the part that
+            each plays.
     """
 
     branches: tuple[str, ...]
@@ -84,11 +87,9 @@ class Fold:
     groups: int = 1
     expansion: int = 8
 
-    @functools.cached_property
-    def roles(self) -> dict[str, str]:
-        """The parameters by name, in order, with the part that each plays."""
+    def __post_init__(self) -> None:
         own = {k: v for branch in self.branches for k, v in _PARAMETERS[branch].items()}
-        return {'scale': 'scale', **own}
+        object.__setattr__(self, 'roles', {'scale': 'scale', **own})
 
     def branch_kernels(self, *tensors: Tensor) -> dict[str, Tensor]:
         """The kernels of the branches, unscaled, by the plain formulas.

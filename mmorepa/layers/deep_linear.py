@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import torch.fx
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from ..functional import compose_deep_linear, recomputed
+from ..functional import compose_deep_linear, is_followed, recomputed
 from .folded_kernel import folded_together
 from .plain import PlainKernel
 from .reparam_conv import ReparamConv2d
@@ -40,17 +41,28 @@ class DeepLinearKernel(nn.Module):
         super().__init__()
         self.groups = groups
         widths = [in_channels] + [out_channels] * ((kernel_size - 1) // 2 - 1)
-        self.factors = nn.ModuleList(build_factor(width) for width in widths)
+        self.factors = _Factors(build_factor(width) for width in widths)
 
     def forward(self) -> Tensor:
         """Returns the kernel, shape (O, Ig, k, k)."""
-        return recomputed(self._compose)
+        if is_followed():
+            return self.factors(self.groups)
+        own = dict(self.factors.named_parameters())
 
-    def _compose(self) -> Tensor:
-        with folded_together(self.factors):
-            kernel, *others = (factor() for factor in self.factors)
+        # A function of tensors: in the backward pass, the module may have others.
+        def compose(*tensors: Tensor) -> Tensor:
+            named = dict(zip(own, tensors))
+            return functional_call(self.factors, named, (self.groups,))
+
+        return recomputed(compose, *own.values())
+
+
+class _Factors(nn.ModuleList):
+    def forward(self, groups: int) -> Tensor:
+        with folded_together(self):
+            kernel, *others = (factor() for factor in self)
         for other in others:
-            kernel = compose_deep_linear(kernel, other, self.groups)
+            kernel = compose_deep_linear(kernel, other, groups)
         return kernel.contiguous()
 
 

@@ -133,11 +133,8 @@ class TestFolded:
             if change == 'load':
                 orepa.load_state_dict(other.state_dict())
             else:
-                for mine, theirs in zip(orepa.parameters(), other.parameters()):
-                    mine.data.copy_(theirs)
-                orepa.running = [
-                    b.copy_(o) for b, o in zip(orepa.buffers(), other.buffers())
-                ]
+                for key, value in orepa.state_dict().items():
+                    value.copy_(other.state_dict()[key])
                 orepa.train().eval() if change == 'train' else orepa.float().double()
             assert not torch.allclose(orepa(x), before)
             assert_near(orepa(x), other(x), 1e-6)
