@@ -19,7 +19,8 @@ class FoldedDistributedDataParallel(MMDistributedDataParallel):
     Args:
         module (nn.Module): The model.
         *args, **kwargs: See :class:`mmengine.model.MMDistributedDataParallel`. With
-            ``find_unused_parameters=True``, convs may be frozen and unfrozen later.
+            ``find_unused_parameters=True``, convs that are trained now may be frozen
+            and unfrozen later.
 
     Examples:
         >>> model_wrapper_cfg = dict(type='FoldedDistributedDataParallel')
@@ -34,9 +35,7 @@ class FoldedDistributedDataParallel(MMDistributedDataParallel):
         with torch.no_grad():
             leaves = {conv: nn.Parameter(conv.folded_kernel()) for conv in convs}
         for conv, leaf in leaves.items():
-            leaf.requires_grad_(
-                conv.is_held_in_training or kwargs.get('find_unused_parameters', False)
-            )
+            leaf.requires_grad_(conv.is_held_in_training)
         branches = {id(p) for conv in convs for p in conv.branches.parameters()}
         module._ddp_params_and_buffers_to_ignore = [
             *getattr(module, '_ddp_params_and_buffers_to_ignore', ()),

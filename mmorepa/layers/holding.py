@@ -141,7 +141,7 @@ class HeldKernel:
         self.is_deferred = False
         self.is_reduced = leaf is not None
         self.waits = False
-        if leaf is not None:
+        if leaf is not None and leaf.requires_grad:
             leaf.register_post_accumulate_grad_hook(self._on_gradient)
 
     def take(self, kernel: Tensor) -> None:
@@ -187,9 +187,8 @@ def _check_is_reduced(model: nn.Module, conv: ReparamConv2d) -> None:
         name = next(name for name, m in model.named_modules() if m is conv)
         raise RuntimeError(
             f'{name} was frozen when the model was wrapped for data parallelism, and '
-            'is trained now: its gradients would not be averaged. Give '
-            'model_wrapper_cfg find_unused_parameters=True, which lets convs be '
-            'frozen and unfrozen, or wrap the model after unfreezing it'
+            'is trained now: its gradients would not be averaged. Freeze it after '
+            'that, with find_unused_parameters=True in model_wrapper_cfg'
         )
 
 
