@@ -35,7 +35,7 @@ setup(
     long_description_content_type='text/markdown',
     author='The mmorepa authors',
     license='Apache-2.0',
-    python_requires='>=3.9',
+    python_requires='>=3.10',
     packages=find_packages(include=['mmorepa', 'mmorepa.*']),
     include_package_data=True,
     install_requires=read_requirements('runtime'),

@@ -1,22 +1,14 @@
 """Outputs of the published networks, with weights made up from their key names."""
 
-import importlib.util
-import json
 import re
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from golden_networks import golden_input, golden_outputs, golden_state
 from helpers import assert_near, deployed_twin
+from published_layout import FIXED
 
 from mmorepa.backbones import OREPARepVGG, OREPAResNet
-
-GOLDENS = Path(__file__).parents[2] / 'shared' / 'goldens'
-
-pytestmark = pytest.mark.skipif(
-    not GOLDENS.is_dir(), reason='no ../shared/goldens beside the repository'
-)
 
 # What follows 'weight_orepa_' or 'weight_rbr_' in published names, and ours.
 WEIGHTS = {
@@ -29,7 +21,6 @@ WEIGHTS = {
     'gconv_dw': 'weight_depthwise',
     'gconv_pw': 'weight_separable',
 }
-FIXED = ('_avg_avg', '_prior', 'id_tensor')
 
 
 def entry(name):
@@ -70,20 +61,10 @@ NETWORKS = {
 }
 
 
-@pytest.fixture(scope='module')
-def layout():
-    path = GOLDENS / 'official_layout.py'
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope='module', params=NETWORKS)
-def published(request, layout):
+def published(request):
     """The name of a network, how it is built, and its published state."""
-    manifest = json.loads((GOLDENS / f'{request.param}.manifest.json').read_text())
-    state = layout.build_state_dict(manifest)
+    state = golden_state(request.param)
     build, our_key = NETWORKS[request.param]
     classifier = state.pop('linear.weight'), state.pop('linear.bias')
     ours = {our_key(k): v for k, v in state.items() if not k.endswith(FIXED)}
@@ -99,18 +80,13 @@ def published(request, layout):
 
 
 @pytest.mark.parametrize('form', ['training', 'switched', 'loaded'])
-def test_outputs(layout, published, form):
+def test_outputs(published, form):
     name, build, state, (weight, bias) = published
     net = build(deploy=form == 'loaded').eval()
     net.load_state_dict(state, strict=True)
     if form == 'switched':
         net = deployed_twin(net)
     with torch.no_grad():
-        outputs = net(layout.golden_input())
+        outputs = net(golden_input())
         logits = outputs[-1].mean((2, 3)) @ weight.T + bias
-
-    golden = np.load(GOLDENS / f'{name}.npz')
-    assert set(golden) == {'stage1', 'stage2', 'stage3', 'stage4', 'logits'}
-    for i, output in enumerate(outputs, start=1):
-        assert_near(output, torch.from_numpy(golden[f'stage{i}']), 1e-4)
-    assert_near(logits, torch.from_numpy(golden['logits']), 1e-4)
+    assert_near([*outputs, logits], golden_outputs(name), 1e-4)

@@ -7,8 +7,8 @@ sides is accounted for.
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Callable, NamedTuple, Optional
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple, Optional
 
 import torch
 from mmengine.registry import MODELS

@@ -29,8 +29,6 @@ def allow_mmengine_checkpoints() -> None:
     allows these classes and, in the place of ``getattr``, a function that serves
     only the four methods; everything else stays refused.
     """
-    if not hasattr(torch.serialization, 'add_safe_globals'):
-        return  # Before PyTorch 2.5 there is no list to add to.
     scalar_types = [np.float64, np.float32, np.int64, np.int32, np.bool_]
     numpy_core = np._core if hasattr(np, '_core') else np.core
     torch.serialization.add_safe_globals(

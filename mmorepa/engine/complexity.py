@@ -1,9 +1,8 @@
 """What a network costs: parameters, multiply-adds, time."""
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Callable
 
 import torch
 from mmengine.analysis import FlopAnalyzer

@@ -1,12 +1,16 @@
 import copy
-import json
 import math
-import runpy
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from golden_networks import (
+    NAMES,
+    golden_input,
+    golden_outputs,
+    golden_shapes,
+    golden_state,
+)
 from helpers import assert_near, deployed_twin
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
@@ -35,7 +39,6 @@ from mmorepa.utils.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / 'configs' / 'imagenet'
-GOLDENS = ROOT.parent / 'shared' / 'goldens'
 SPECIFIED = [
     *((name, block) for name in RESNETS for block in ('none', 'dbb', 'orepa')),
     *((name, block) for name in REPVGGS for block in ('repvgg', 'orepa')),
@@ -79,29 +82,17 @@ def test_every_imagenet_config_is_a_published_network():
     assert found == set(CONFIGS.glob('*.py'))
 
 
-@pytest.mark.parametrize('golden', ['resnet18-orepa', 'repvgg-a0-orepa'])
+@pytest.mark.parametrize('golden', NAMES)
 def test_layout_and_formulas_of_these_tests(golden):
     """What the others are held against is itself that of the published code."""
-    path = GOLDENS / 'official_layout.py'
-    if not path.is_file():
-        pytest.skip('no ../shared/goldens beside the repository')
-    layout = runpy.run_path(str(path))
-    manifest = json.loads((GOLDENS / f'{golden}.manifest.json').read_text())
     name = 'ResNet-18' if golden.startswith('resnet') else 'RepVGG-A0'
-    shapes = {k: tuple(v['shape']) for k, v in manifest['entries'].items()}
-    assert shapes == network(name, 'orepa')
-    deployed = json.loads((GOLDENS / f'{golden}.deploy-layout.json').read_text())
-    shapes = {key: tuple(shape) for key, shape in deployed['entries'].items()}
-    assert shapes == network(name, 'orepa', deployed=True)
-
-    state = layout['build_state_dict'](manifest)
-    fixed = {key: value for key, value in state.items() if key.endswith(FIXED)}
-    assert_same_bits({k: fixed_entry(k, v.shape) for k, v in fixed.items()}, fixed)
-    *stages, logits = PublishedNetwork(state)(layout['golden_input']())
-    expected = np.load(GOLDENS / f'{golden}.npz')
-    for i, output in enumerate(stages, start=1):
-        assert_near(output, torch.from_numpy(expected[f'stage{i}']), 1e-4)
-    assert_near(logits, torch.from_numpy(expected['logits']), 1e-4)
+    assert golden_shapes(golden) == network(name, 'orepa')
+    assert golden_shapes(golden, 'deployed') == network(name, 'orepa', deployed=True)
+    state = golden_state(golden)
+    for key in filter(lambda key: key.endswith(FIXED), state):
+        assert_near(fixed_entry(key, state[key].shape), state[key], 1e-6)
+    outputs = PublishedNetwork(state)(golden_input())
+    assert_near(outputs, golden_outputs(golden), 1e-4)
 
 
 @pytest.mark.parametrize('deployed', [False, True], ids=['training', 'deployed'])

@@ -1,12 +1,16 @@
-import importlib.util
-import json
 import os
 import pickle
 import re
 
-import numpy as np
 import pytest
 import torch
+from golden_networks import (
+    NAMES,
+    golden_input,
+    golden_outputs,
+    golden_shapes,
+    golden_state,
+)
 from helpers import assert_near, deployed_twin, import_models
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
@@ -26,7 +30,6 @@ from mmorepa.engine.comparison import network_outputs
 from mmorepa.utils.errors import CheckpointError
 
 TOOL = 'model_converters/published_to_mmorepa.py'
-GOLDENS = ROOT.parent / 'shared' / 'goldens'
 BASIC = ((2, 2, 2, 2), False, 4, 1, 64)
 VGG = ((2, 2, 2, 1), (4, 4, 8, 12, 20), 1, False)
 
@@ -378,27 +381,14 @@ class TestBackboneOnly:
         assert len(network_outputs(model, images)) > 0
 
 
-@pytest.fixture(scope='module')
-def layout():
-    path = GOLDENS / 'official_layout.py'
-    if not path.is_file():
-        pytest.skip('no ../shared/goldens beside the repository')
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize('name', ['resnet18-orepa', 'repvgg-a0-orepa'])
+@pytest.mark.parametrize('name', NAMES)
 @torch.no_grad()
-def test_published_outputs(layout, files, tmp_path, name, capsys):
+def test_published_outputs(files, tmp_path, name, capsys):
     """The published file, by this tool and the config, in mmpretrain and back."""
     import_models('mmpretrain')
     from mmpretrain.apis import get_model
 
-    manifest = json.loads((GOLDENS / f'{name}.manifest.json').read_text())
-    state = layout.build_state_dict(manifest)
-    state = {f'module.{key}': value for key, value in state.items()}
+    state = {f'module.{key}': value for key, value in golden_state(name).items()}
     source, out = files(published_file(state))
     run_here(TOOL, source, out)
     architecture = dict(resnet18='ResNet-18', repvgg='RepVGG-A0')[name.split('-')[0]]
@@ -412,25 +402,22 @@ def test_published_outputs(layout, files, tmp_path, name, capsys):
     )
     every_stage = dict(out_indices=(0, 1, 2, 3))
     training = get_model(str(config), str(out), backbone=every_stage)
-    golden = np.load(GOLDENS / f'{name}.npz')
+    golden = golden_outputs(name)
     for classifier in (
         training,
         deployed_twin(training),
         get_model(str(config), str(out), backbone=dict(every_stage, deploy=True)),
         get_model(str(config), str(deployed), backbone=dict(every_stage, deploy=True)),
     ):
-        outputs = classifier.backbone(layout.golden_input())
-        for i, output in enumerate(outputs, start=1):
-            assert_near(output, torch.from_numpy(golden[f'stage{i}']), 1e-4)
+        outputs = classifier.backbone(golden_input())
         logits = classifier.head(classifier.neck(outputs))
-        assert_near(logits, torch.from_numpy(golden['logits']), 1e-4)
-    plain = get_model(str(config), str(out))(layout.golden_input())
-    assert_near(plain, torch.from_numpy(golden['logits']), 1e-4)
+        assert_near([*outputs, logits], golden, 1e-4)
+    plain = get_model(str(config), str(out))(golden_input())
+    assert_near(plain, golden[-1], 1e-4)
 
     back = tmp_path / 'back.pth'
     run_here(TOOL, deployed, back, '--reverse')
-    expected = json.loads((GOLDENS / f'{name}.deploy-layout.json').read_text())
-    found = {key: list(value.shape) for key, value in read(back).items()}
-    assert found == expected['entries']
+    found = {key: tuple(value.shape) for key, value in read(back).items()}
+    assert found == golden_shapes(name, 'deployed')
     run_here(TOOL, out, back, '--reverse')
     assert_same_bits(read(back)['state_dict'], state)

@@ -1,14 +1,18 @@
 import importlib
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
 from mmorepa.utils import requirements
 from mmorepa.utils.requirements import check_requirements
 
+ROOT = Path(__file__).parents[2]
 ADVICE = {
     'mmengine': 'pip install mmengine==0.10.7` (OpenMMLab) or `pip install onedl-',
     'mmcv': 'pip install mmcv==2.1.0` (OpenMMLab) or `pip install onedl-mmcv==',
+    'torch': 'install it as https://pytorch.org says',
 }
 
 
@@ -32,6 +36,8 @@ def test_here():
         ('mmcv', '2.0.0'),
         ('mmcv', '2.1.0'),
         ('mmcv', '2.3.6'),
+        ('torch', '2.6.0+cpu'),
+        ('torch', '2.14.1+cu130'),
     ],
 )
 def test_fits(version, name, value):
@@ -42,12 +48,13 @@ def test_fits(version, name, value):
 @pytest.mark.parametrize(
     'name, value, bounds',
     [
-        ('mmengine', '0.9.1', '>= 0.10.0, < 1.0.0'),
-        ('mmengine', '1.0.0', '>= 0.10.0, < 1.0.0'),
-        ('mmcv', '1.7.2', '>= 2.0.0, < 3.0.0'),
-        ('mmcv', '2.0.0rc4', '>= 2.0.0, < 3.0.0'),
-        ('mmcv', '3.0.0', '>= 2.0.0, < 3.0.0'),
-        ('mmcv', '10.0.0', '>= 2.0.0, < 3.0.0'),
+        ('mmengine', '0.9.1', '>=0.10.0,<1.0.0'),
+        ('mmengine', '1.0.0', '>=0.10.0,<1.0.0'),
+        ('mmcv', '1.7.2', '>=2.0.0,<3.0.0'),
+        ('mmcv', '2.0.0rc4', '>=2.0.0,<3.0.0'),
+        ('mmcv', '3.0.0', '>=2.0.0,<3.0.0'),
+        ('mmcv', '10.0.0', '>=2.0.0,<3.0.0'),
+        ('torch', '2.5.1', '>=2.6'),
     ],
 )
 def test_does_not_fit(version, name, value, bounds):
@@ -55,11 +62,11 @@ def test_does_not_fit(version, name, value, bounds):
     with pytest.raises(ImportError) as info:
         check_requirements()
     text = str(info.value)
-    assert text.startswith(f'mmorepa needs {name} {bounds}, found {value}; ')
+    assert text.startswith(f'mmorepa needs {name}{bounds}, found {value}; ')
     assert ADVICE[name] in text
 
 
-@pytest.mark.parametrize('name', ['mmengine', 'mmcv'])
+@pytest.mark.parametrize('name', ADVICE)
 def test_missing(monkeypatch, name):
     def missing(module):
         if module == name:
@@ -92,3 +99,29 @@ def test_broken_package(monkeypatch):
     monkeypatch.setattr(requirements, 'import_module', broken)
     with pytest.raises(ModuleNotFoundError, match="No module named 'cv2'"):
         check_requirements()
+
+
+@pytest.mark.parametrize(
+    'path, pattern',
+    [
+        ('setup.py', r"python_requires='>=([\d.]+)'"),
+        ('pyproject.toml', r'target-version = "py(\d+)"'),
+        ('README.md', r'needs Python ([\d.]+),'),
+        ('README.md', r'needs Python ([\d.]+) or later and nothing else'),
+        ('tools/setup_env.sh', r'version_info < \((.*)\)'),
+    ],
+)
+def test_oldest_python_is_said_alike(path, pattern):
+    """Digits only: the places write it in several ways."""
+    (found,) = re.findall(pattern, (ROOT / path).read_text())
+    assert re.sub(r'\D', '', found) == '310'
+
+
+def test_oldest_pytorch_is_said_alike():
+    runtime = (ROOT / 'requirements' / 'runtime.txt').read_text()
+    readme = (ROOT / 'README.md').read_text()
+    (versions,) = (
+        r.versions for r in requirements._REQUIREMENTS if r.module == 'torch'
+    )
+    assert f'torch{versions}' in runtime.splitlines()
+    assert f'PyTorch {versions.removeprefix(">=")}, MMEngine' in readme
