@@ -54,9 +54,10 @@ def folded_together(kernels: Iterable[nn.Module]) -> Iterator[None]:
     """
     groups: dict[tuple, list[FoldedKernel]] = {}
     for kernel in kernels:
-        # Others, and subclasses, compute something else.
+        # Others, and subclasses, compute something else; hooks (pruning) set weights.
         if (
             is_followed()
+            or kernel._forward_pre_hooks
             or getattr(type(kernel), 'forward', None) is not FoldedKernel.forward
         ):
             continue

@@ -111,7 +111,10 @@ class MultiBranchConv2d(ReparamConv2d):
 
     def _weight_of_training_form(self) -> Tensor:
         # No attribute, so that hasattr() says so.
-        raise AttributeError(f'a {type(self).__name__} has no weight while it trains')
+        raise AttributeError(
+            f'a {type(self).__name__} has no weight while it trains; call '
+            'mmorepa.switch_to_deploy(model) first'
+        )
 
     def regularized_kernel(self) -> Tensor:
         """The sum of the branches' kernels, each as its BatchNorm scales it.

@@ -19,6 +19,7 @@ from torch.nn.utils import skip_init
 from ..functional import fuse_bn, is_followed
 from ..utils.autocast import HALF_DTYPES, no_autocast
 from ..utils.errors import CheckpointError
+from .folded_weight import NO_PARAMETER, FoldedWeight
 
 if TYPE_CHECKING:
     from .holding import HeldKernel
@@ -30,9 +31,11 @@ class ReparamConv2d(nn.Conv2d):
     """A conv that trains as several linear branches and deploys as one plain conv.
 
     In training form the branches live in :attr:`branches`, and
-    :attr:`weight` is None. Deployed, :attr:`branches` and a BatchNorm
-    :attr:`norm` are gone, and :attr:`weight` and :attr:`bias` are those of a
-    plain :class:`torch.nn.Conv2d`, whose ``state_dict`` keys it shares.
+    :attr:`weight` is their fold, to read and not to set; what takes it for a
+    parameter (pruning, weight and spectral norm) goes to the weights of the branches.
+    Deployed, :attr:`branches` and a BatchNorm :attr:`norm` are gone, and
+    :attr:`weight` and :attr:`bias` are those of a plain :class:`torch.nn.Conv2d`,
+    whose ``state_dict`` keys it shares.
 
     A new block is a subclass with a ``build_branches`` that returns a module
     whose ``forward()`` maps its parameters to the kernel. Fold, convolution,
@@ -405,16 +408,19 @@ class ReparamConv2d(nn.Conv2d):
 
     def _weight_of_training_form(self) -> Tensor:
         """What readers of ``conv.weight`` get: the kernel, as it is now."""
-        return self.kernel()
+        kernel = self.kernel()
+        return kernel if is_followed() else kernel.as_subclass(FoldedWeight)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == 'weight' and not vars(self).get('deployed', True):
-            raise TypeError(
-                f'the weight of a {type(self).__name__} in training form is folded '
-                'from its branches and cannot be set; change the branches, or call '
-                'mmorepa.switch_to_deploy(model) first'
-            )
+            raise TypeError(NO_PARAMETER)
         super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
+        # torch.nn.utils.prune would keep the weight under another name.
+        if name.startswith('weight') and not vars(self).get('deployed', True):
+            raise TypeError(NO_PARAMETER)
+        super().register_parameter(name, param)
 
     def _apply(self, *args, **kwargs) -> 'ReparamConv2d':
         self._forget()

@@ -1,0 +1,216 @@
+"""What other people's code does to a plain conv, done to a training form."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_near, import_models, trained_like
+from mmcv.cnn import ConvModule, fuse_conv_bn
+from mmengine.model import (
+    constant_init,
+    kaiming_init,
+    normal_init,
+    trunc_normal_init,
+    xavier_init,
+)
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from mmorepa import switch_to_deploy
+from mmorepa.layers import DBBConv2d, OREPAConv2d
+
+OREPA = dict(type='OREPAConv2d')
+DEPLOYED = dict(type='OREPAConv2d', deploy=True)
+
+
+def training_form(kind=OREPAConv2d, **kwargs):
+    return trained_like(kind(4, 6, 3, padding=1, **kwargs))
+
+
+def test_readers_get_the_fold_with_its_gradient():
+    conv = training_form()
+    assert_near(conv.weight.detach(), conv.kernel().detach())
+    direction = torch.randn(6, 4, 3, 3)
+    found = []
+    for kernel in (conv.weight, conv.kernel()):
+        loss = F.conv2d(torch.ones(1, 4, 3, 3), kernel * direction).sum()
+        found.append(torch.autograd.grad(loss, list(conv.branches.parameters())))
+    assert_near(*found)
+    # Parts, copies and results are tensors like any other.
+    assert type(conv.weight.clone()) is type(conv.weight[0]) is torch.Tensor
+    plain = nn.Conv2d(4, 6, 3, padding=1, bias=False)
+    with torch.no_grad():
+        plain.weight.copy_(conv.weight)
+    assert_near(plain.weight, conv.kernel())
+    nn.Parameter(conv.weight.detach()).data.zero_()
+
+
+@pytest.mark.parametrize(
+    'write',
+    [
+        lambda conv: setattr(conv, 'weight', nn.Parameter(torch.ones(6, 4, 3, 3))),
+        lambda conv: setattr(conv.weight, 'data', torch.ones(6, 4, 3, 3)),
+        lambda conv: conv.weight.data.copy_(torch.ones(6, 4, 3, 3)),
+        lambda conv: conv.weight.copy_(torch.ones(6, 4, 3, 3)),
+        lambda conv: conv.weight.data.__setitem__(0, 1),
+        lambda conv: prune.l1_unstructured(conv, 'weight', 0.5),
+        lambda conv: prune.random_structured(conv, 'weight', 0.5, dim=0),
+        lambda conv: fuse_conv_bn(nn.Sequential(conv, nn.BatchNorm2d(6)).eval()),
+        lambda conv: fuse_conv_bn_eval(conv.eval(), nn.BatchNorm2d(6).eval()),
+    ],
+)
+def test_writers_are_told_what_to_do(write):
+    conv = training_form(bias=False)
+    expected = copy.deepcopy(conv.state_dict())
+    with torch.no_grad(), pytest.raises(TypeError, match=r'change conv\.branches, or'):
+        write(conv)
+    assert conv.state_dict().keys() == expected.keys()
+    for name, value in conv.state_dict().items():
+        assert torch.equal(value, expected[name])
+    with torch.no_grad():
+        write(switch_to_deploy(conv))
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        weight_norm,
+        spectral_norm,
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+    ],
+)
+def test_wrappers_of_a_parameter_do_not_find_one(wrap):
+    conv = training_form()
+    with pytest.raises((KeyError, ValueError), match='weight'):
+        wrap(conv)
+
+
+def pruned(branches):
+    prune.ln_structured(branches, 'weight_origin', 0.5, n=2, dim=0)
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        pruned,
+        lambda branches: spectral_norm(branches, 'weight_origin'),
+        lambda branches: parametrizations.weight_norm(branches, 'weight_origin'),
+    ],
+)
+def test_wrapped_weights_of_branches(wrap):
+    """They train alike folded and online, and are part of the fold."""
+    found = []
+    for kind in ('OptimWrapper', 'FoldedOptimWrapper'):
+        model = nn.Sequential(OREPAConv2d(4, 4, 3), OREPAConv2d(4, 4, 3))
+        trained_like(model)
+        torch.manual_seed(0)
+        for conv in model:
+            wrap(conv.branches)
+        cfg = dict(type=kind, optimizer=dict(type='SGD', lr=0.1))
+        wrapper = build_optim_wrapper(model, cfg)
+        x = torch.randn(2, 4, 7, 7)
+        for _ in range(3):
+            with wrapper.optim_context(model):
+                loss = model(x).square().mean()
+            wrapper.update_params(loss)
+        model.eval()
+        found.append(model(x).detach())
+        assert_near(switch_to_deploy(model)(x), found[-1])
+    assert_near(*found)
+
+
+@pytest.mark.parametrize('fuse', [fuse_conv_bn, lambda m: fuse_conv_bn_eval(*m)])
+def test_fused_after_deployment(fuse):
+    model = trained_like(nn.Sequential(training_form(), nn.BatchNorm2d(6))).eval()
+    x = torch.randn(2, 4, 7, 7)
+    expected = model(x)
+    assert_near(fuse(switch_to_deploy(model))(x), expected)
+
+
+@pytest.mark.parametrize(
+    'rule',
+    [
+        lambda conv: constant_init(conv, 3.0, bias=2.0),
+        lambda conv: kaiming_init(conv, bias=2.0),
+        lambda conv: normal_init(conv, bias=2.0),
+        lambda conv: trunc_normal_init(conv, bias=2.0),
+        lambda conv: xavier_init(conv, bias=2.0),
+        lambda conv: (nn.init.normal_(conv.weight.data), conv.bias.data.fill_(2)),
+    ],
+)
+def test_initial_values_of_a_plain_kernel_warn(rule):
+    """They are passed over, as the network comes from a loop over all its convs."""
+    conv = training_form()
+    with torch.no_grad():
+        expected = conv.kernel()
+    with pytest.warns(UserWarning, match='has no effect'):
+        rule(conv)
+    assert_near(conv.weight.detach(), expected)
+    assert (conv.bias == 2).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        rule(conv.switch_to_deploy() or conv)
+    assert (conv.weight.detach() - expected).abs().max() > 0.01
+
+
+def test_multi_branch_convs_have_no_weight():
+    conv = training_form(DBBConv2d)
+    assert not hasattr(conv, 'weight')
+    normal_init(conv)
+    with pytest.raises(AttributeError, match='has no weight while it trains; call'):
+        prune.l1_unstructured(conv, 'weight', 0.5)
+
+
+def test_efficient_conv_bn_eval():
+    norm = dict(type='BN')
+    module = ConvModule(4, 6, 3, padding=1, conv_cfg=OREPA, norm_cfg=norm)
+    trained_like(module).eval()
+    x, found = torch.randn(2, 4, 7, 7), []
+    for is_efficient in (False, True):
+        module.turn_on_efficient_conv_bn_eval(is_efficient)
+        out = module(x)
+        grads = torch.autograd.grad(out.square().sum(), list(module.parameters()))
+        found.append([out, *grads])
+    assert_near(*found, 1e-4)
+
+
+@pytest.mark.parametrize('kind', ['ShuffleNetV1', 'ShuffleNetV2'])
+@pytest.mark.filterwarnings('ignore:.*has no effect')
+def test_shufflenet(kind):
+    import_models('mmpretrain')
+    init_default_scope('mmpretrain')
+    model = MODELS.build(dict(type=kind, conv_cfg=OREPA))
+    model.init_weights()
+    trained_like(model).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        assert_near(switch_to_deploy(model)(x), expected, 1e-4)
+
+
+@pytest.mark.parametrize(
+    'cfg', [dict(type='RepVGG', arch='A0'), dict(type='MobileOne', arch='s0')]
+)
+def test_networks_that_deploy_on_their_own(cfg):
+    """Their own switch builds convs of conv_cfg and sets the weights of these."""
+    import_models('mmpretrain')
+    init_default_scope('mmpretrain')
+    model = MODELS.build(dict(cfg, conv_cfg=OREPA))
+    trained_like(model).eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(x)
+    deployed = MODELS.build(dict(cfg, conv_cfg=DEPLOYED))
+    deployed.eval()
+    deployed.load_state_dict(model.state_dict())
+    with pytest.raises(TypeError, match='deploy=True in conv_cfg'):
+        model.switch_to_deploy()
+    deployed.switch_to_deploy()
+    with torch.no_grad():
+        assert_near(deployed(x), expected, 1e-4)
