@@ -111,7 +111,8 @@ def test_ranks_stay_equal(tmp_path, change, options):
     """Both ranks have the weights of online folding under PyTorch's own wrapper."""
     for kind in (FOLDED, ONLINE):
         if kind == ONLINE and change is prune_at_once:
-            continue  # PyTorch's wrapper does not know the parameter that pruning makes.
+            # PyTorch's wrapper does not know the parameter that pruning makes.
+            continue
         arguments = (tmp_path, free_port(), kind, change, options)
         mp.spawn(train, arguments, nprocs=2)
     one, two = (torch.load(tmp_path / f'{FOLDED}{rank}.pt') for rank in (0, 1))
