@@ -116,7 +116,7 @@ def _reason(error: Exception) -> str:
         return type(error).__name__
     if not lines[0].startswith('Weights only load failed'):
         return lines[0]
-    return lines[-1].removeprefix('WeightsUnpickler error: ').split(' Please use')[0]
+    return lines[-1].rpartition('WeightsUnpickler error: ')[-1].split(' Please use')[0]
 
 
 def write_checkpoint(checkpoint: dict, path: str) -> None:

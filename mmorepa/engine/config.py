@@ -12,7 +12,7 @@ from typing import Optional
 
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.device import is_cuda_available, is_npu_available
+from mmengine.device import get_device, is_cuda_available
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
@@ -91,7 +91,7 @@ def use_amp(cfg: Config) -> None:
     """Turns on mixed-precision training, with loss scaling where it applies.
 
     On a machine without accelerator, where MMEngine's ``AmpOptimWrapper`` refuses
-    to run, :class:`BFloat16OptimWrapper` is used.
+    to run, :class:`BFloat16OptimWrapper` is used. Folded wrappers stay folded.
 
     Args:
         cfg (Config): Changed in place.
@@ -101,19 +101,28 @@ def use_amp(cfg: Config) -> None:
             already one for mixed precision.
     """
     kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
-    if kind in ('AmpOptimWrapper', 'BFloat16OptimWrapper'):
+    # Some configs hold the class itself, others a name with a scope.
+    name = kind.__name__ if isinstance(kind, type) else kind.rpartition('.')[-1]
+    folded = 'Folded' if name.startswith('Folded') else ''
+    if name in (f'{folded}AmpOptimWrapper', f'{folded}BFloat16OptimWrapper'):
         return
-    if kind != 'OptimWrapper':
+    if name != f'{folded}OptimWrapper':
         raise ValueError(
-            f'--amp replaces OptimWrapper by its mixed-precision form; found {kind!r} '
-            'in the config: set mixed precision there'
+            '--amp replaces OptimWrapper and FoldedOptimWrapper by their '
+            f'mixed-precision forms; found {name!r} in the config: set mixed precision '
+            'there'
         )
-    if is_cuda_available() or is_npu_available():
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+    if _has_accelerator():
+        cfg.optim_wrapper.type = f'{folded}AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     else:
-        cfg.optim_wrapper.type = 'BFloat16OptimWrapper'
+        cfg.optim_wrapper.type = f'{folded}BFloat16OptimWrapper'
         print_log('No accelerator: --amp trains in bfloat16 on the CPU.')
+
+
+def _has_accelerator() -> bool:
+    """Whether there is one that MMEngine's launchers and loss scaling know."""
+    return get_device() not in ('cpu', 'mps')
 
 
 def build_runner(cfg: Config, phases: tuple[str, ...]) -> Runner:
@@ -136,7 +145,7 @@ def build_runner(cfg: Config, phases: tuple[str, ...]) -> Runner:
     start = cfg.get('load_from')
     if start and '://' not in start and not os.path.isfile(start):
         raise FileNotFoundError(f'no checkpoint at {start!r}')
-    if cfg.launcher != 'none' and not is_cuda_available():
+    if cfg.launcher != 'none' and not _has_accelerator():
         _prepare_distributed_cpu(cfg)
     runner = Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
     if cfg.get('resume') and not start:

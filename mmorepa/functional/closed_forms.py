@@ -23,7 +23,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+from torch.fx import _symbolic_trace
 from torch.utils.checkpoint import checkpoint
 
 from . import compiled
@@ -37,6 +37,11 @@ from .kernels import (
     frequency_prior,
     identity_1x1,
     scaled_sum,
+)
+
+# By its newer name where there is one: the older then warns.
+_is_traced_by_fx = getattr(
+    _symbolic_trace, 'is_fx_symbolic_tracing', _symbolic_trace.is_fx_tracing
 )
 
 # Branches whose kernels are one weight for each input times a filter.
@@ -197,7 +202,7 @@ def is_followed() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or is_fx_symbolic_tracing()
+        or _is_traced_by_fx()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )

@@ -225,7 +225,7 @@ def compose_deep_linear(first: Tensor, second: Tensor, groups: int = 1) -> Tenso
     # stand side by side as the channels of a grouped conv.
     images = first.reshape(groups, mid // groups, inputs, *size)
     images = images.permute(2, 0, 1, 3, 4).reshape(inputs, mid, *size)
-    padding = second.shape[-1] - 1
+    padding = [second.shape[-1] - 1] * 2
     return F.conv2d(images, second, padding=padding, groups=groups).transpose(0, 1)
 
 

@@ -159,7 +159,7 @@ class ReparamConv2d(nn.Conv2d):
             Tensor: Shape (O, Ig, k, k), in the dtype of the branches.
         """
         tensors = _named_tensors(self.branches)
-        like = next(iter(tensors.values()), None)
+        like = next(iter(tensors.values())) if tensors else None
         if like is None:  # A wrapper has put other tensors in the parameters' place.
             return self.branches()
         with no_autocast(like.device.type):

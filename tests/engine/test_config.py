@@ -1,4 +1,5 @@
 import argparse
+import importlib
 import os
 from pathlib import Path
 
@@ -115,31 +116,58 @@ class TestAmp:
     def config(self, **wrapper):
         return Config(dict(optim_wrapper=dict(optimizer=dict(type='SGD'), **wrapper)))
 
-    def test_without_accelerator(self, monkeypatch):
-        monkeypatch.setattr(config_module, 'is_cuda_available', lambda: False)
-        for wrapper in ({}, dict(type='OptimWrapper')):
-            cfg = self.config(**wrapper)
-            use_amp(cfg)
-            assert cfg.optim_wrapper.type == 'BFloat16OptimWrapper'
-            assert 'loss_scale' not in cfg.optim_wrapper
-
-    @pytest.mark.parametrize('name', ['is_cuda_available', 'is_npu_available'])
-    def test_with_accelerator(self, monkeypatch, name):
-        monkeypatch.setattr(config_module, name, lambda: True)
-        cfg = self.config(type='OptimWrapper', clip_grad=dict(max_norm=1))
+    @pytest.mark.parametrize('device', ['cpu', 'mps'])
+    @pytest.mark.parametrize('folded', ['', 'Folded'])
+    def test_without_accelerator(self, monkeypatch, device, folded):
+        monkeypatch.setattr(config_module, 'get_device', lambda: device)
+        cfg = self.config(type=f'{folded}OptimWrapper')
         use_amp(cfg)
-        assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
+        assert cfg.optim_wrapper.type == f'{folded}BFloat16OptimWrapper'
+        assert 'loss_scale' not in cfg.optim_wrapper
+
+    @pytest.mark.parametrize('device', ['cuda', 'npu', 'mlu', 'musa'])
+    @pytest.mark.parametrize('folded', ['', 'Folded'])
+    def test_with_accelerator(self, monkeypatch, device, folded):
+        monkeypatch.setattr(config_module, 'get_device', lambda: device)
+        cfg = self.config(type=f'{folded}OptimWrapper', clip_grad=dict(max_norm=1))
+        use_amp(cfg)
+        assert cfg.optim_wrapper.type == f'{folded}AmpOptimWrapper'
         assert cfg.optim_wrapper.loss_scale == 'dynamic'
         assert cfg.optim_wrapper.clip_grad == dict(max_norm=1)
         cfg = self.config(loss_scale=512.0)
         use_amp(cfg)
+        assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
         assert cfg.optim_wrapper.loss_scale == 512.0
 
+    @pytest.mark.parametrize('folded', ['', 'Folded'])
     @pytest.mark.parametrize('kind', ['AmpOptimWrapper', 'BFloat16OptimWrapper'])
-    def test_on_already(self, kind):
-        cfg = self.config(type=kind)
+    def test_on_already(self, folded, kind):
+        cfg = self.config(type=folded + kind)
         use_amp(cfg)
-        assert cfg.optim_wrapper.to_dict() == self.config(type=kind).optim_wrapper
+        assert cfg.to_dict() == self.config(type=folded + kind).to_dict()
+
+    @pytest.mark.parametrize(
+        'name, module',
+        [('OptimWrapper', 'mmengine.optim'), ('FoldedOptimWrapper', 'mmorepa.engine')],
+    )
+    def test_class(self, tmp_path, name, module):
+        """As configs that import what they name hold it."""
+        path = tmp_path / 'lazy.py'
+        path.write_text(
+            f'from {module} import {name}\n'
+            f'optim_wrapper = dict(type={name}, optimizer=dict(type="SGD", lr=0.1))\n'
+        )
+        cfg = Config.fromfile(path)
+        assert cfg.optim_wrapper.type is getattr(importlib.import_module(module), name)
+        use_amp(cfg)
+        expected = self.config(type=name)
+        use_amp(expected)
+        assert cfg.optim_wrapper.type == expected.optim_wrapper.type
+
+    def test_scope(self):
+        cfg = self.config(type='mmengine.OptimWrapper')
+        use_amp(cfg)
+        assert cfg.optim_wrapper.type in ('AmpOptimWrapper', 'BFloat16OptimWrapper')
 
     def test_other_wrapper(self):
         with pytest.raises(ValueError, match="found 'ApexOptimWrapper'"):
@@ -509,7 +537,7 @@ class TestBuildRunner:
 @pytest.fixture
 def launched(monkeypatch, tmp_path):
     """As a process of torchrun, the only one, on a machine without a GPU."""
-    monkeypatch.setattr(config_module, 'is_cuda_available', lambda: False)
+    monkeypatch.setattr(config_module, 'get_device', lambda: 'cpu')
     for name, value in dict(
         RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0'
     ).items():
@@ -556,6 +584,15 @@ class TestDistributedWithoutGPU:
         assert not runner.model.find_unused_parameters
         runner.train()
         assert runner.iter == 6
+
+    @pytest.mark.parametrize('device', ['cuda', 'npu', 'mlu', 'musa'])
+    def test_accelerators_are_left_to_mmengine(self, monkeypatch, tmp_path, device):
+        monkeypatch.setattr(config_module, 'get_device', lambda: device)
+        monkeypatch.setattr(config_module.Runner, 'from_cfg', lambda cfg: cfg)
+        cfg = tiny_config(tmp_path, launcher='pytorch', model=self.norms())
+        build_runner(cfg, ())
+        assert not distributed.is_initialized()
+        assert 'model_wrapper_cfg' not in cfg and 'SyncBN' in cfg.pretty_text
 
     def test_find_unused_parameters(self, launched, tmp_path):
         cfg = tiny_config(tmp_path, launcher='pytorch', find_unused_parameters=True)

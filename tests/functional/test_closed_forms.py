@@ -137,7 +137,8 @@ def test_the_graph_keeps_the_parameters_alone(kernel):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, id):
         kernel()
-    assert {t.untyped_storage().data_ptr() for t in kept} <= own
+    # PyTorch 2.6 checkpoints with an empty tensor of its own.
+    assert {t.untyped_storage().data_ptr() for t in kept if t.numel()} <= own
 
 
 def test_parameters_that_changed_meanwhile():
@@ -218,5 +219,5 @@ def test_recomputed():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t), id):
         closed_forms.recomputed(function, a, b)
-    assert {id(t) for t in kept} <= {id(a), id(b)}
+    assert {id(t) for t in kept if t.numel()} <= {id(a), id(b)}
     assert gradcheck(lambda a, b: closed_forms.recomputed(function, a, b), (a, b))
