@@ -3,7 +3,7 @@
 import copy
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Optional, Union
 
@@ -162,6 +162,7 @@ class ReparamConv2d(nn.Conv2d):
         like = next(iter(tensors.values())) if tensors else None
         if like is None:  # A wrapper has put other tensors in the parameters' place.
             return self.branches()
+        _check_is_whole(tensors.values())
         with no_autocast(like.device.type):
             if like.dtype not in HALF_DTYPES:
                 return self.branches()
@@ -175,6 +176,7 @@ class ReparamConv2d(nn.Conv2d):
             self.folds_online
             and not self.deployed
             and any(p.requires_grad for p in self.branches.parameters())
+            and not _is_sharded(self.branches.parameters())
         )
 
     @contextmanager
@@ -250,6 +252,8 @@ class ReparamConv2d(nn.Conv2d):
             tuple[Tensor, Tensor | None]: Kernel, shape (O, Ig, k, k), and bias,
             shape (O,), both in float64.
         """
+        if not self.deployed:
+            _check_is_whole(_named_tensors(self.branches).values())
         bias = None if self.bias is None else _double(self.bias)
         if self.deployed:
             return _double(self.weight), bias
@@ -310,9 +314,9 @@ class ReparamConv2d(nn.Conv2d):
             return
         # Outside of inference mode, whose tensors could never be trained again.
         with torch.inference_mode(False):
+            kernel, bias = self.equivalent_kernel_bias()
             like = next(self.branches.parameters())
             requires_grad = any(p.requires_grad for p in self.parameters())
-            kernel, bias = self.equivalent_kernel_bias()
             self._become_plain(bias is not None, like)
             with torch.no_grad():
                 self.weight.copy_(kernel)
@@ -486,6 +490,21 @@ class ReparamConv2d(nn.Conv2d):
 
 def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _is_sharded(tensors: Iterable[Tensor]) -> bool:
+    # By fully_shard(), or by FullyShardedDataParallel, which flattens what it shards.
+    return all(hasattr(t, 'full_tensor') or t.dim() < 2 for t in tensors)
+
+
+def _check_is_whole(tensors: Iterable[Tensor]) -> None:
+    if _is_sharded(tensors):
+        raise RuntimeError(
+            'the branches are sharded (FSDP) and each process has a part of them, '
+            'which has no fold: gather them by torch.distributed.checkpoint.state_dict.'
+            'get_model_state_dict with StateDictOptions(full_state_dict=True), and '
+            'load that into a model without FSDP'
+        )
 
 
 def _must_run(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from helpers import assert_near, import_models, trained_like
 from mmcv.cnn import ConvModule, fuse_conv_bn
 from mmengine.model import (
+    MMFullyShardedDataParallel,
     constant_init,
     kaiming_init,
     normal_init,
@@ -17,7 +18,13 @@ from mmengine.model import (
 )
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
-from torch import nn
+from torch import distributed, multiprocessing, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -214,3 +221,88 @@ def test_networks_that_deploy_on_their_own(cfg):
     deployed.switch_to_deploy()
     with torch.no_grad():
         assert_near(deployed(x), expected, 1e-4)
+
+
+def sharded_by_module(model):
+    for conv in model:
+        fully_shard(conv, mesh=init_device_mesh('cpu', (2,)))
+    return fully_shard(model, mesh=init_device_mesh('cpu', (2,)))
+
+
+def sharded_at_once(model):
+    return fully_shard(model, mesh=init_device_mesh('cpu', (2,)))
+
+
+def flattened(model):
+    return FullyShardedDataParallel(model, device_id=torch.device('cpu'))
+
+
+def flattened_originals(model):
+    device = torch.device('cpu')
+    return FullyShardedDataParallel(model, device_id=device, use_orig_params=True)
+
+
+def flattened_by_mmengine(model):
+    return MMFullyShardedDataParallel(model, device_id=torch.device('cpu'))
+
+
+SHARDINGS = [
+    sharded_by_module,
+    sharded_at_once,
+    flattened,
+    flattened_originals,
+    flattened_by_mmengine,
+]
+
+
+def network():
+    norm = dict(type='BN')
+    return trained_like(
+        nn.Sequential(
+            OREPAConv2d(3, 4, 3, norm_cfg=norm, act_cfg=dict(type='ReLU')),
+            OREPAConv2d(4, 4, 3, groups=2, norm_cfg=norm),
+            DBBConv2d(4, 4, 3, padding=1),
+            OREPAConv2d(4, 3, 1),
+        )
+    )
+
+
+def trained(model, kind):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 9, 9)  # The same for each process: averages change nothing.
+    cfg = dict(type=kind, optimizer=dict(type='SGD', lr=0.05, momentum=0.9))
+    wrapper = build_optim_wrapper(model, cfg)
+    for _ in range(3):
+        with wrapper.optim_context(model):
+            loss = model(x).square().mean()
+        wrapper.update_params(loss)
+    model.eval()
+    with torch.no_grad():
+        return model(x)
+
+
+def sharding_worker(rank, meeting):
+    torch.set_num_threads(1)
+    distributed.init_process_group('gloo', f'file://{meeting}', rank=rank, world_size=2)
+    expected = trained(network(), 'OptimWrapper')
+    full = StateDictOptions(full_state_dict=True)
+    for shard in SHARDINGS:
+        model = shard(network())
+        assert_near(trained(model, 'FoldedOptimWrapper'), expected)
+        if not isinstance(model, FullyShardedDataParallel):
+            model.reshard()  # The root stays whole after a forward pass.
+            with pytest.raises(RuntimeError, match='gather them by'):
+                _ = model[0].weight
+        with pytest.raises(RuntimeError, match='gather them by'):
+            switch_to_deploy(model)
+        state = get_model_state_dict(model, options=full)
+        whole = network().eval()
+        whole.load_state_dict(state)
+        torch.manual_seed(0)
+        assert_near(switch_to_deploy(whole)(torch.randn(2, 3, 9, 9)), expected)
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_sharded_trains_and_deploys_when_gathered(tmp_path):
+    multiprocessing.spawn(sharding_worker, args=(f'{tmp_path}/meeting',), nprocs=2)
