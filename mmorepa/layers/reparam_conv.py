@@ -213,23 +213,30 @@ class ReparamConv2d(nn.Conv2d):
         Returns:
             Tensor: Shape (N, O, H', W').
         """
-        if not self.deployed and torch.onnx.is_in_onnx_export():
-            raise RuntimeError(
-                'a training form is not exported to ONNX: call '
-                'mmorepa.switch_to_deploy(model) first'
-            )
-        norm = self.norm
-        plain = None if self._folds is None else self._served_conv()
+        folds = self._folds
+        if folds is not None and not (
+            self.training or torch.is_grad_enabled() or is_followed()
+        ):
+            if 'plain' not in folds:
+                folds['plain'] = self._plain_conv()
+            if folds['plain'] is not None:
+                kernel, bias, norm, act = folds['plain']
+                x = self._conv_forward(x, kernel, bias)
+                x = x if norm is None else norm(x)
+                return x if act is None else act(x)
+        norm, act = self.norm, self.act
         if self.deployed:
             x = self._conv_forward(x, self.weight, self.bias)
-        elif plain is not None:
-            x = self._conv_forward(x, *plain)
-            norm = None if self._folds_norm else norm
         else:
+            if torch.onnx.is_in_onnx_export():
+                raise RuntimeError(
+                    'a training form is not exported to ONNX: call '
+                    'mmorepa.switch_to_deploy(model) first'
+                )
             x = self.convolve(x)
         if norm is not None:
             x = norm(x)
-        return x if self.act is None else self.act(x)
+        return x if act is None else act(x)
 
     def convolve(self, x: Tensor) -> Tensor:
         """The training form, up to normalisation.
@@ -259,18 +266,14 @@ class ReparamConv2d(nn.Conv2d):
             return _double(self.weight), bias
         return self._with_norm(*self.fold(bias))
 
-    def _served_conv(self) -> Optional[tuple[Tensor, Optional[Tensor]]]:
-        """The plain conv of eval mode, BatchNorm included, None where it cannot run."""
-        if self.training or torch.is_grad_enabled() or is_followed():
+    def _plain_conv(self) -> Optional[tuple]:
+        """Kernel, bias, norm if it is not folded, and activation of eval mode."""
+        # A BatchNorm may be in another mode than the conv that it belongs to, and
+        # somebody may be waiting for its inputs or outputs.
+        if self.deployed or any(map(_must_run, list(self.modules())[1:])):
             return None
-        if 'conv' not in self._folds:
-            self._folds['conv'] = None
-            # A BatchNorm may be in another mode than the conv that it belongs to, and
-            # somebody may be waiting for its inputs or outputs.
-            if not any(map(_must_run, list(self.modules())[1:])):
-                with torch.inference_mode(False), torch.no_grad():
-                    self._folds['conv'] = self._fused()
-        return self._folds['conv']
+        with torch.inference_mode(False), torch.no_grad():
+            return (*self._fused(), None if self._folds_norm else self.norm, self.act)
 
     def _fused(self) -> tuple[Tensor, Optional[Tensor]]:
         bias = None if self.bias is None else _double(self.bias)
