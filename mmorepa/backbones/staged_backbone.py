@@ -8,6 +8,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..layers import switch_to_deploy
 from ..utils.errors import CheckpointError
 
 
@@ -120,6 +121,10 @@ class StagedBackbone(BaseModule):
         for module in [self.stem, *self.stages[: self.frozen_stages]]:
             module.eval()
             module.requires_grad_(False)
+
+    def switch_to_deploy(self) -> None:
+        """As :func:`mmorepa.switch_to_deploy`: what mmpretrain's tool calls."""
+        switch_to_deploy(self)
 
     def init_weights(self) -> None:
         """Initialises as ``init_cfg`` says.
