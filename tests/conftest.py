@@ -1,5 +1,8 @@
+import logging
+
 import pytest
 import torch
+from mmengine.logging import MMLogger
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +17,18 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def log():
+    """What MMEngine's logger is told."""
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            texts.append(record.getMessage())
+
+    texts = []
+    logger, handler = MMLogger.get_current_instance(), Handler(logging.INFO)
+    logger.addHandler(handler)
+    yield texts
+    logger.removeHandler(handler)

@@ -1,13 +1,16 @@
 """What every network of a stem and stages shares."""
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Union
 
+from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..layers import switch_to_deploy
 from ..utils.errors import CheckpointError
 
 
@@ -33,6 +36,7 @@ class StagedBackbone(BaseModule):
     """
 
     stem: nn.Module
+    _has_told = False
 
     def __init__(
         self,
@@ -108,9 +112,19 @@ class StagedBackbone(BaseModule):
         super().train(mode)
         self.freeze_stages()
         if mode and self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+            norms = [m for m in self.modules() if isinstance(m, _BatchNorm)]
+            for norm in norms:
+                norm.eval()
+            if not self._has_told and norms and all(map(_is_fresh, norms)):
+                self._has_told = True
+                print_log(
+                    'norm_eval=True keeps BatchNorm statistics that nothing has '
+                    'trained: outputs grow from stage to stage, and the training is '
+                    'likely to diverge. Start from pretrained weights, or set '
+                    'model.backbone.norm_eval=False',
+                    logger='current',
+                    level=logging.WARNING,
+                )
         return self
 
     def freeze_stages(self) -> None:
@@ -120,6 +134,10 @@ class StagedBackbone(BaseModule):
         for module in [self.stem, *self.stages[: self.frozen_stages]]:
             module.eval()
             module.requires_grad_(False)
+
+    def switch_to_deploy(self) -> None:
+        """As :func:`mmorepa.switch_to_deploy`: what mmpretrain's tool calls."""
+        switch_to_deploy(self)
 
     def init_weights(self) -> None:
         """Initialises as ``init_cfg`` says.
@@ -157,8 +175,13 @@ def _check_is_there(checkpoint: str) -> None:
         '(tools/model_converters/published_to_mmorepa.py), and set the path at the '
         'top of the config or by --cfg-options '
         'model.backbone.init_cfg.checkpoint=...; to start from random weights: '
-        'model.backbone.init_cfg=None'
+        'model.backbone.init_cfg=None model.backbone.norm_eval=False'
     )
+
+
+def _is_fresh(norm: _BatchNorm) -> bool:
+    mean = norm.running_mean
+    return mean is not None and not mean.is_meta and not mean.any()
 
 
 def scaled_channels(channels: int, factor: float, name: str) -> int:

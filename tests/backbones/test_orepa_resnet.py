@@ -313,6 +313,23 @@ def test_norm_eval():
         assert norm.weight.grad is not None
 
 
+def test_norm_eval_without_statistics(log):
+    """One warning for all epochs, and none where statistics were loaded."""
+    net = tiny(norm_eval=True)
+    net.eval()
+    assert not log
+    net.train().train()
+    (text,) = log
+    assert text.startswith('norm_eval=True keeps BatchNorm statistics that nothing')
+    assert text.endswith('set model.backbone.norm_eval=False')
+
+    trained_like(tiny(norm_eval=True)).train()
+    tiny().train()
+    tiny(norm_eval=True, deploy=True).train()
+    on_meta(lambda: tiny(norm_eval=True)).train()
+    assert log == [text]
+
+
 @pytest.mark.parametrize('depth', [18, 50])
 def test_with_cp(depth):
     net = trained_like(tiny(depth)).train()

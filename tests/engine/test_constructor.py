@@ -1,5 +1,4 @@
 import copy
-import logging
 from pathlib import Path
 
 import pytest
@@ -62,21 +61,6 @@ def recipe_by_name(model, lr=0.1, decay=1e-4):
         )
         for name, _ in model.named_parameters()
     }
-
-
-@pytest.fixture
-def log():
-    """What MMEngine's logger is told."""
-
-    class Handler(logging.Handler):
-        def emit(self, record):
-            texts.append(record.getMessage())
-
-    texts = []
-    logger, handler = MMLogger.get_current_instance(), Handler(logging.INFO)
-    logger.addHandler(handler)
-    yield texts
-    logger.removeHandler(handler)
 
 
 @pytest.mark.parametrize(

@@ -525,6 +525,14 @@ class TestOtherTools:
             records(trained)[1][-1]['accuracy/top1']
         )
 
+    def test_conversion_of_mmpretrain(self, config, checkpoint, tmp_path):
+        theirs, ours = tmp_path / 'theirs.pth', tmp_path / 'ours.pth'
+        mmpretrain_tools.run(
+            'model_converters/reparameterize_model.py', config, checkpoint, theirs
+        )
+        run_here(SWITCH, config, checkpoint, ours)
+        assert_same_weights(weights(theirs), weights(ours))
+
     def test_of_a_stock_resnet(self, config, digits, tmp_path):
         """mmpretrain's own ResNet, trained with OREPA convs, and deployed."""
         own = tmp_path / 'stock.py'
