@@ -10,7 +10,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers import switch_to_deploy
+from ..layers import ReparamConv2d, switch_to_deploy
 from ..utils.errors import CheckpointError
 
 
@@ -160,6 +160,18 @@ class StagedBackbone(BaseModule):
                 "the keys of this checkpoint start with 'backbone.': it is a whole "
                 "model's. Give init_cfg=dict(type='Pretrained', checkpoint=..., "
                 "prefix='backbone.')"
+            )
+        # Here and not in the convs, of which each knows of itself alone.
+        if any(
+            isinstance(module, ReparamConv2d)
+            and module.deployed
+            and any(key.startswith(f'{prefix}{name}.branches.') for key in state_dict)
+            for name, module in self.named_modules()
+        ):
+            print_log(
+                'The checkpoint holds the training form and the model is deployed: '
+                'folding the branches while loading.',
+                logger='current',
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -2,14 +2,12 @@
 
 import copy
 import functools
-import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
 from mmcv.cnn import build_activation_layer, build_norm_layer
-from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -449,7 +447,6 @@ class ReparamConv2d(nn.Conv2d):
         """
         has_branches = any(k.startswith(f'{prefix}branches.') for k in state_dict)
         if self.deployed and has_branches:
-            _log_once_per_load(missing_keys)
             self._fold_state_dict(state_dict, prefix)
         elif not self.deployed and not has_branches and f'{prefix}weight' in state_dict:
             raise CheckpointError(
@@ -542,25 +539,6 @@ def fold_norm(
         _double(norm.bias) if norm.affine else None,
         norm.eps,
     )
-
-
-_last_load: Optional[list] = None
-
-
-def _log_once_per_load(missing_keys: list[str]) -> None:
-    """One line a checkpoint, not one a layer.
-
-    All modules that are loaded by one call are handed the same list.
-    """
-    global _last_load
-    if _last_load is not missing_keys:
-        _last_load = missing_keys
-        print_log(
-            'The checkpoint holds the training form and the model is deployed: '
-            'folding the branches while loading.',
-            logger='current',
-            level=logging.INFO,
-        )
 
 
 def _check_has_fold(

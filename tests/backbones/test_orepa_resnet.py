@@ -6,6 +6,7 @@ import torch
 import torchvision
 from helpers import assert_near, assert_same_gradients, deployed_twin, trained_like
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -424,6 +425,23 @@ def test_pretrained_deployed(checkpoints):
         assert_near(other(x), net(x), 1e-4)
     with pytest.raises(RuntimeError, match="'stem.weight' is the kernel of a deployed"):
         tiny(init_cfg=init_cfg).init_weights()
+
+
+def test_a_line_for_each_load_that_folds(log):
+    state, deployed = tiny().state_dict(), tiny(deploy=True)
+    for model in (deployed, nn.ModuleDict({'backbone': deployed})):
+        prefix = '' if model is deployed else 'backbone.'
+        named = {prefix + key: value for key, value in state.items()}
+        model.load_state_dict(named)
+        load_state_dict(model, named)  # MMEngine's.
+        assert log == 2 * [
+            'The checkpoint holds the training form and the model is deployed: '
+            'folding the branches while loading.'
+        ]
+        log.clear()
+    deployed.load_state_dict(deployed.state_dict())
+    tiny().load_state_dict(state)
+    assert not log
 
 
 @pytest.mark.parametrize('deploy', [False, True])

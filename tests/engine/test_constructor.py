@@ -283,8 +283,9 @@ def test_steps_as_separate_groups_do():
         batch = torch.randn(4, 3, 8, 8), torch.arange(4)
         for model, wrapper in zip(models, wrappers):
             wrapper.update_params(model(*batch, mode='loss')['loss'])
-    for (name, a), b in zip(models[0].named_parameters(), models[1].parameters()):
-        assert torch.equal(a, b), name
+    # In loops of their own, which round differently on some processors.
+    for a, b in zip(models[0].parameters(), models[1].parameters()):
+        assert_near(a, b)
 
 
 def test_schedulers_keep_the_ratio():

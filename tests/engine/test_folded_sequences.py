@@ -258,6 +258,8 @@ class Twins:
 
     def do_gradient_hooks(self, model, other, wrapper):
         calls = []
+        for one in (model.a.branches.scale, model.b.branches.weight_origin):
+            one.requires_grad_(True)
         handles = [
             model.a.branches.scale.register_hook(lambda g: calls.append(0) or g * 0.5),
             model.b.branches.weight_origin.register_post_accumulate_grad_hook(

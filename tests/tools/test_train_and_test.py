@@ -19,6 +19,8 @@ from mmorepa.engine import read_checkpoint
 pytestmark = pytest.mark.slow
 
 EPOCHS, ITERATIONS, DIGITS = 4, 15, 355
+# Of the accuracy in percent: one digit that is as good as undecided.
+CLOSE = 1.01 * 100 / DIGITS
 SWITCH = 'model_converters/switch_to_deploy.py'
 
 
@@ -149,8 +151,8 @@ class TestTraining:
         assert [r['loss'] for r in training] == pytest.approx(
             [r['loss'] for r in expected[epoch * ITERATIONS :]], rel=1e-5
         )
-        assert (
-            validation[-1]['accuracy/top1'] == expected_validation[-1]['accuracy/top1']
+        assert validation[-1]['accuracy/top1'] == pytest.approx(
+            expected_validation[-1]['accuracy/top1'], abs=CLOSE
         )
         name = f'epoch_{EPOCHS}.pth'
         assert_same_weights(weights(tmp_path / name), weights(trained / name))
@@ -210,7 +212,7 @@ class TestDeployment:
             (checkpoint, [], deploy),  # Folds while loading.
         ):
             found = metrics_of(config, file, tmp_path, *flags, options=options)
-            assert found == expected
+            assert found == pytest.approx(expected, abs=CLOSE)
 
     def test_predictions(self, config, checkpoint, tmp_path):
         files = [tmp_path / 'train.pkl', tmp_path / 'deploy.pkl']
@@ -286,7 +288,8 @@ class TestDeployment:
         flips = metrics_of(config, checkpoint, tmp_path, '--deploy', '--tta')
         # A mirror image of a digit is often none.
         assert 10 < flips['accuracy/top1'] < plain
-        assert flips == metrics_of(config, checkpoint, tmp_path, '--tta')
+        other = metrics_of(config, checkpoint, tmp_path, '--tta')
+        assert flips == pytest.approx(other, abs=CLOSE)
 
     def test_images(self, config, checkpoint, tmp_path):
         shown = tmp_path / 'shown'
@@ -561,6 +564,7 @@ model = dict(
         assert losses[-1] < 0.9 * losses[0]
 
         expected = metrics_of(own, checkpoint, tmp_path)
+        expected = pytest.approx(expected, abs=CLOSE)
         assert metrics_of(own, checkpoint, tmp_path, '--deploy') == expected
 
         out = tmp_path / 'deployed.pth'
@@ -607,8 +611,10 @@ class TestLaunchers:
         assert_same_weights(two, one, 1e-3)
         start = weights(checkpoint)['head.fc.weight']
         assert not torch.allclose(one['head.fc.weight'], start, rtol=1e-2)
-        accuracies = [records(tmp_path / name)[1] for name in ('one', 'two')]
-        assert accuracies[0][0]['accuracy/top1'] == accuracies[1][0]['accuracy/top1']
+        accuracies = [
+            records(tmp_path / name)[1][0]['accuracy/top1'] for name in ('one', 'two')
+        ]
+        assert accuracies[0] == pytest.approx(accuracies[1], abs=CLOSE)
 
         out = tmp_path / 'metrics.json'
         done = run_apart(
@@ -628,7 +634,7 @@ class TestLaunchers:
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert json.loads(out.read_text())['accuracy/top1'] == pytest.approx(
-            records(trained)[1][-1]['accuracy/top1']
+            records(trained)[1][-1]['accuracy/top1'], abs=CLOSE
         )
 
     def test_slurm(self, tmp_path):
