@@ -257,8 +257,6 @@ class ReparamConv2d(nn.Conv2d):
             tuple[Tensor, Tensor | None]: Kernel, shape (O, Ig, k, k), and bias,
             shape (O,), both in float64.
         """
-        if not self.deployed:
-            _check_is_whole(_named_tensors(self.branches).values())
         bias = None if self.bias is None else _double(self.bias)
         if self.deployed:
             return _double(self.weight), bias
@@ -302,6 +300,7 @@ class ReparamConv2d(nn.Conv2d):
             tuple[Tensor, Tensor | None]: Shapes (O, Ig, k, k) and (O,).
         """
         tensors = _named_tensors(self.branches)
+        _check_is_whole(tensors.values())
         wide = {name: _double(tensor) for name, tensor in tensors.items()}
         return functional_call(self.branches, wide, ()), bias
 
