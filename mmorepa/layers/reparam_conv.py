@@ -187,7 +187,8 @@ class ReparamConv2d(nn.Conv2d):
         try:
             yield
         finally:
-            self._folds = None
+            # As it was before, or compiled code would be compiled again.
+            del self._folds
 
     def regularized_kernel(self) -> Tensor:
         """The kernel whose L2 norm a weight decay should look at.
