@@ -2,6 +2,7 @@
 
 from .closed_forms import Fold, fold_kernel, fold_kernels, is_followed, recomputed
 from .fusion import fuse_bn
+from .inverses import solve_deep_linear, solve_scaled_sum
 from .kernels import (
     average_kernel,
     compose_1x1_kxk,
@@ -34,4 +35,6 @@ __all__ = [
     'is_followed',
     'recomputed',
     'scaled_sum',
+    'solve_deep_linear',
+    'solve_scaled_sum',
 ]

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..functional import (
@@ -17,6 +18,7 @@ from .plain import PlainConv2d
 from .reparam_conv import ReparamConv2d
 
 
+@MODELS.register_module()
 class DBBConv2d(MultiBranchConv2d):
     """Four branches, each with BatchNorm, that run on the feature map.
 

@@ -1,13 +1,21 @@
 """Large kernels as a chain of small ones."""
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 
+import torch
 import torch.fx
+from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..functional import compose_deep_linear, is_followed, recomputed
+from ..functional import (
+    compose_deep_linear,
+    is_followed,
+    recomputed,
+    solve_deep_linear,
+)
 from .folded_kernel import folded_together
 from .plain import PlainKernel
 from .reparam_conv import ReparamConv2d
@@ -57,6 +65,27 @@ class DeepLinearKernel(nn.Module):
 
         return recomputed(compose, *own.values())
 
+    @torch.no_grad()
+    def start_from(self, kernel: Tensor, start: str) -> None:
+        """Gives the last factor the weights with which the kernel is a given one.
+
+        Args:
+            kernel (Tensor): Shape (O, Ig, k, k).
+            start (str): How the last factor takes its kernel.
+
+        Raises:
+            ValueError: If the other factors have too few channels for that.
+        """
+        *others, last = self.factors
+        if others:
+            wide = copy.deepcopy(_Factors(others)).double()
+            kernel = solve_deep_linear(kernel, wide(self.groups), self.groups)
+        last.start_from(kernel, start)
+
+    def rescale(self, factor: Tensor) -> None:
+        """Multiplies the kernel by a factor, shape (O,), for each output channel."""
+        self.factors[-1].rescale(factor)
+
 
 class _Factors(nn.ModuleList):
     def forward(self, groups: int) -> Tensor:
@@ -68,7 +97,8 @@ class _Factors(nn.ModuleList):
         return kernel.contiguous()
 
 
-class DeepLinearConv2d(ReparamConv2d):
+@MODELS.register_module()
+class DeepLinearConv2d(ReparamConv2d, nn.Conv2d):
     """A large conv of plain 3×3 factors.
 
     Args:

@@ -4,10 +4,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Optional
 
+import torch
 import torch.fx
 from torch import Tensor, nn
 
-from ..functional import Fold, fold_kernel, fold_kernels, is_followed
+from ..functional import (
+    Fold,
+    fold_kernel,
+    fold_kernels,
+    is_followed,
+    solve_scaled_sum,
+)
 from ..utils.autocast import HALF_DTYPES, no_autocast
 
 # A symbolic trace shows the fold as one node, a function of the branches.
@@ -21,6 +28,7 @@ class FoldedKernel(nn.Module):
     """
 
     branch_fold: Fold
+    branches: tuple[str, ...]  # Their names, in the order of the rows of ``scale``.
     _folded: Optional[Tensor] = None  # In folded_together() alone.
 
     def forward(self) -> Tensor:
@@ -42,6 +50,37 @@ class FoldedKernel(nn.Module):
     def tensors(self) -> list[Tensor]:
         """What is folded, in the order of the fold's names."""
         return [getattr(self, name) for name in self.branch_fold.roles]
+
+    @torch.no_grad()
+    def start_from(self, kernel: Tensor, start: str) -> None:
+        """Gives ``origin`` the weights with which the fold is a given kernel.
+
+        Args:
+            kernel (Tensor): Shape (O, Ig, k, k).
+            start (str): ``'quiet'`` scales ``origin`` by one and every other branch
+                by zero, ``'balanced'`` keeps all scales.
+
+        Raises:
+            ValueError: If there is no such branch, or its scale is zero.
+        """
+        if 'origin' not in self.branches:
+            raise ValueError(
+                "only the branch 'origin' can make up for the others, and there are "
+                f'only {", ".join(self.branches)}'
+            )
+        row = self.branches.index('origin')
+        if start == 'quiet':
+            self.scale.zero_()
+            self.scale[row] = 1
+        named = {name: getattr(self, name).double() for name in self.branch_fold.roles}
+        named['weight_origin'] = torch.zeros_like(named['weight_origin'])
+        rest = fold_kernel(self.branch_fold, *named.values())
+        self.weight_origin.copy_(solve_scaled_sum(kernel, rest, self.scale[row]))
+
+    @torch.no_grad()
+    def rescale(self, factor: Tensor) -> None:
+        """Multiplies the kernel by a factor, shape (O,), for each output channel."""
+        self.scale.mul_(factor)
 
 
 @contextmanager

@@ -1,27 +1,51 @@
-"""What readers of a training form's ``weight`` get."""
+"""What readers and writers of a training form's ``weight`` get."""
 
-import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from .reparam_conv import ReparamConv2d
+
 NO_PARAMETER = (
-    'the weight of a training form is folded from its branches and cannot be set; '
-    'change conv.branches, or deploy the model first, by '
+    'the weight of a training form is folded from its branches and is no parameter. '
+    'To start the branches from a kernel, call conv.start_from(kernel) or write to '
+    'conv.weight.data in place; to have a parameter, deploy the model first, by '
     'mmorepa.switch_to_deploy(model) or deploy=True in conv_cfg'
 )
+_DRAWS = ('normal_', 'uniform_', 'kaiming_uniform_')
+_NO_WRITES = ('requires_grad_', 'detach_', 'share_memory_')
 
 
 class FoldedWeight(Tensor):
-    """A fold: a tensor to compute with, and not to write to.
+    """A fold: a tensor to compute with.
 
-    It belongs to no conv any more, so that a value written to it would be lost without
-    a word. To assign one raises; the rules of ``init_weights``, which networks apply
-    to every conv that they know, warn and are passed over. What is computed from it is
-    an ordinary tensor, :meth:`~torch.Tensor.detach` included.
+    To write to it in place (``normal_``, ``copy_``, ``weight[0] = …``, also through
+    ``.data`` and views) starts the branches from the kernel that comes out, see
+    :meth:`~mmorepa.layers.ReparamConv2d.start_from`. Random numbers, by which networks
+    initialise every conv that they know, are an exception: a conv with an
+    initialisation of its own passes them over, and one whose branches cannot give just
+    any kernel takes the norm of every row. What is computed from it is an ordinary
+    tensor, :meth:`~torch.Tensor.detach` included.
+
+    Attributes:
+        conv (ReparamConv2d): What is written to.
+        whole (FoldedWeight): What this is a view of, with the whole kernel.
+        is_random (bool): Whether random numbers have been written to ``whole``.
     """
+
+    conv: 'ReparamConv2d'
+    whole: 'FoldedWeight'
+    is_random = False
+
+    @classmethod
+    def of(cls, conv: 'ReparamConv2d', kernel: Tensor) -> 'FoldedWeight':
+        """The kernel of a conv, in memory of its own."""
+        weight = kernel.clone().as_subclass(cls)
+        weight.conv, weight.whole = conv, weight
+        return weight
 
     @classmethod
     def __torch_function__(
@@ -35,13 +59,41 @@ class FoldedWeight(Tensor):
         kwargs = kwargs or {}
         # Functions of torch.nn.init hand their arguments on by name.
         first = args[0] if args else kwargs.get('tensor')
-        if isinstance(first, cls):
-            if name in ('__set__', '__setitem__', 'copy_', 'set_'):
-                raise TypeError(NO_PARAMETER)
-            if name.endswith('_') and not name.endswith('__'):
-                warnings.warn(f'{name} has no effect: {NO_PARAMETER}', stacklevel=3)
-                return first
+        writes = isinstance(first, cls) and (
+            name in ('__set__', '__setitem__')
+            or (name.endswith('_') and not name.endswith('__'))
+            and name not in _NO_WRITES
+        )
         with torch._C.DisableTorchFunctionSubclass():
+            if writes:
+                is_rule = getattr(func, '__module__', '') == 'torch.nn.init'
+                # As for a parameter that requires a gradient.
+                is_traced = torch.is_grad_enabled() and first.requires_grad
+                if name in ('__set__', 'set_') or (is_traced and not is_rule):
+                    raise TypeError(NO_PARAMETER)
+                with torch.set_grad_enabled(torch.is_grad_enabled() and not is_rule):
+                    func(*args, **kwargs)
+                first._written(name)
+                return first
             found = func(*args, **kwargs)
-        # ``weight.data`` is written to as often as ``weight``.
-        return found.as_subclass(cls) if func == Tensor.data.__get__ else found
+            if not isinstance(first, cls) or type(found) is not Tensor:
+                return found
+            # A detached one is taken for parameters of other modules.
+            if name == 'detach' or not _share_memory(found, first):
+                return found
+            view = found.as_subclass(cls)
+            view.conv, view.whole = first.conv, first.whole
+            return view
+
+    def _written(self, name: str) -> None:
+        """Hands on what has been written."""
+        whole = self.whole
+        # Draws from a truncated distribution are drawn, and then worked upon.
+        whole.is_random = whole.is_random or name in _DRAWS
+        if not (whole.is_random and self.conv.has_own_start and self.conv.folds_online):
+            kernel = whole.detach().as_subclass(Tensor)
+            self.conv.start_kernel_from(kernel, exactly=not whole.is_random)
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata

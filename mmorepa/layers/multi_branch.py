@@ -1,6 +1,6 @@
 """Blocks whose branches run side by side on the feature map, each with its norm."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Optional
 
 import torch
@@ -37,6 +37,7 @@ class MultiBranchConv2d(ReparamConv2d):
 
     BRANCHES: tuple[str, ...] = ()
     folds_online = False
+    has_own_start = True  # Each branch has a norm.
 
     def __init__(
         self,
@@ -145,6 +146,33 @@ class MultiBranchConv2d(ReparamConv2d):
             total, squares = total + term, squares + reach
         # Where every scale is zero, so is the sum.
         return total / squares.sqrt().clamp_min(1e-12)
+
+    def _take_kernel(
+        self, weight: Tensor, norm: Optional[Mapping[str, Tensor]], start: str
+    ) -> None:
+        """``origin`` takes kernel and norm, and the last norms of the others end in 0.
+
+        That is exact with running statistics and with those of a batch. Without a
+        norm, that of ``origin`` starts as the identity of eval mode.
+        """
+        if 'origin' not in self.branches:
+            raise ValueError(
+                "only the branch 'origin' can be a plain conv, and there are only "
+                f'{", ".join(self.branches)}'
+            )
+        for name, branch in self.branches.items():
+            if name != 'origin':
+                for parameter in (branch.norm.weight, branch.norm.bias):
+                    nn.init.zeros_(parameter)
+        origin = self.branches['origin']
+        ones = torch.ones(self.out_channels, dtype=torch.float64)
+        identity = dict(
+            weight=ones.add(origin.norm.eps).sqrt(),
+            bias=ones * 0,
+            running_mean=ones * 0,
+            running_var=ones,
+        )
+        origin.start_from(weight, norm=identity if norm is None else norm, start=start)
 
     def convolve(self, x: Tensor) -> Tensor:
         total = sum(branch(x) for branch in self.branches.values())

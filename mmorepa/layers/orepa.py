@@ -184,7 +184,7 @@ class OREPADeepLinearKernel(DeepLinearKernel):
 
 
 @MODELS.register_module()
-class OREPAConv2d(ReparamConv2d):
+class OREPAConv2d(ReparamConv2d, nn.Conv2d):
     """A conv that trains as OREPA's branches, folded online into one kernel.
 
     Registered as a conv layer: ``conv_cfg=dict(type='OREPAConv2d')`` gives any

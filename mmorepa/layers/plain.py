@@ -1,6 +1,7 @@
 """The plain conv in the same dress: the baseline of every comparison."""
 
 import torch
+from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from .reparam_conv import ReparamConv2d
@@ -28,8 +29,19 @@ class PlainKernel(nn.Module):
         """Returns the kernel, shape (O, Ig, k, k)."""
         return self.weight
 
+    @torch.no_grad()
+    def start_from(self, kernel: Tensor, start: str) -> None:
+        """Takes the kernel, shape (O, Ig, k, k)."""
+        self.weight.copy_(kernel)
 
-class PlainConv2d(ReparamConv2d):
+    @torch.no_grad()
+    def rescale(self, factor: Tensor) -> None:
+        """Multiplies the kernel by a factor, shape (O,), for each output channel."""
+        self.weight.mul_(factor[:, None, None, None])
+
+
+@MODELS.register_module()
+class PlainConv2d(ReparamConv2d, nn.Conv2d):
     """Conv, normalisation, activation, with nothing folded but the BatchNorm.
 
     Takes the arguments of :class:`ReparamConv2d`.

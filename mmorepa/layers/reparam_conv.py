@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Optional, Union
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .holding import HeldKernel
 
 IntPair = Union[int, tuple[int, int]]
+STARTS = ('quiet', 'balanced')
 
 
 class ReparamConv2d(nn.Conv2d):
@@ -55,6 +56,8 @@ class ReparamConv2d(nn.Conv2d):
             Defaults to None.
         act_cfg (dict, optional): Activation after all that. Defaults to None.
         deploy (bool): Builds the deployed form directly. Defaults to False.
+        start (str): How a plain kernel is split into branches, see
+            :meth:`start_from`. Defaults to ``'quiet'``.
 
     Raises:
         ValueError: If the arguments describe a conv that has no fold.
@@ -66,6 +69,8 @@ class ReparamConv2d(nn.Conv2d):
     held: Optional['HeldKernel'] = None
     reduced_kernel: Optional['HeldKernel'] = None
     _folds: Optional[dict] = None
+    # Whether the last state dict held a plain kernel.
+    is_plain_start = False
 
     def __init__(
         self,
@@ -82,7 +87,9 @@ class ReparamConv2d(nn.Conv2d):
         norm_cfg: Optional[dict] = None,
         act_cfg: Optional[dict] = None,
         deploy: bool = False,
+        start: str = 'quiet',
     ) -> None:
+        _check_start(start)
         _check_has_fold(type(self).__name__, kernel_size, padding, padding_mode)
         # On 'meta', the kernel of the plain conv takes no memory, no time and no
         # random numbers: only the deployed form has one.
@@ -100,12 +107,15 @@ class ReparamConv2d(nn.Conv2d):
         )
         self.conv_bias = bias
         self.norm_cfg = norm_cfg
+        self.start = start
         self.act: Optional[nn.Module] = None
         if act_cfg is not None:
             self.act = build_activation_layer(act_cfg)
         self._become_training_form(with_branches=not deploy)
         if deploy:
             self._become_plain(self._deployed_with_bias)
+        elif not self.has_own_start:
+            self.reset_parameters()  # As torch.nn.Conv2d does it.
 
     def build_branches(self) -> nn.Module:
         """Makes the parameters of the training form.
@@ -280,7 +290,10 @@ class ReparamConv2d(nn.Conv2d):
             kernel = _double(like)
         else:
             kernel, bias = self.fold(bias)
-            like = next(t for t in self.branches.parameters() if t.dim() == 4)
+            # A branch may have no parameter (an average), or those of norms.
+            like = next(
+                t for t in _named_tensors(self.branches).values() if t.dim() == 4
+            )
         kernel, bias = self._with_norm(kernel, bias)
         return kernel.to(like), None if bias is None else bias.to(like)
 
@@ -327,12 +340,96 @@ class ReparamConv2d(nn.Conv2d):
             if bias is not None:
                 self.bias.requires_grad_(requires_grad)
 
-    def init_weights(self) -> None:
-        """Called by MMEngine. The branches were initialised when they were built.
+    def start_from(
+        self,
+        weight: Tensor,
+        bias: Optional[Tensor] = None,
+        norm: Optional[Mapping[str, Tensor]] = None,
+        start: Optional[str] = None,
+    ) -> None:
+        """Makes the training form compute what a plain conv computes.
 
-        It keeps the rule of a parent, which is meant for plain kernels, from
-        being applied to the branches.
+        The branches keep their weights, and ``origin`` takes the rest: its weight is
+        solved for in float64. In a deep linear kernel that is the ``origin`` of the
+        last factor. Where branches have BatchNorms, that of ``origin`` becomes the
+        norm of the plain conv, and the others' last weights and biases become zero.
+
+        Args:
+            weight (Tensor): The plain kernel, shape (O, Ig, k, k).
+            bias (Tensor, optional): The plain bias, shape (O,). Defaults to None:
+                zeros, where this conv has a bias.
+            norm (Mapping[str, Tensor], optional): The state dict of the BatchNorm
+                after the plain conv, where this conv has one. Defaults to None, which
+                leaves the norm as it is.
+            start (str, optional): ``'quiet'`` scales ``origin`` by one and every
+                other branch by zero: the kernel moves about as far in a first step as
+                that of a plain conv. ``'balanced'`` keeps the scales: all branches
+                learn from the first step. Defaults to None, the conv's own
+                :attr:`start`.
+
+        Raises:
+            ValueError: If the conv is deployed, shapes do not fit, or the branches
+                cannot give this kernel: ``origin`` is missing or scaled by zero, or
+                the chain of a deep linear kernel has too few channels.
         """
+        _check_start(start or self.start)
+        if self.deployed:
+            raise ValueError('the conv is deployed: it has a weight, and no branches')
+        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        if tuple(weight.shape) != shape:
+            raise ValueError(f'the kernel is of {tuple(weight.shape)}, not {shape}')
+        if bias is not None and self.bias is None:
+            raise ValueError('there is a bias, and the conv has none (bias=False)')
+        with torch.inference_mode(False), torch.no_grad():
+            self._take_kernel(weight, norm, start or self.start)
+            if self.bias is not None:
+                self.bias.copy_(torch.zeros_like(self.bias) if bias is None else bias)
+        self._forget()
+
+    def _take_kernel(
+        self, weight: Tensor, norm: Optional[Mapping[str, Tensor]], start: str
+    ) -> None:
+        if norm is not None:
+            if self.norm is None:
+                raise ValueError('there is a norm, and the conv has none')
+            _load_norm(self.norm, norm)
+        self.start_kernel_from(weight, start=start)
+
+    def start_kernel_from(
+        self, kernel: Tensor, start: Optional[str] = None, exactly: bool = True
+    ) -> None:
+        """As :meth:`start_from`, for the kernel alone.
+
+        Args:
+            kernel (Tensor): Shape (O, Ig, k, k).
+            start (str, optional): As for :meth:`start_from`.
+            exactly (bool): Whether an error is raised where the branches cannot give
+                this kernel. Otherwise each output channel of theirs is multiplied by
+                the factor that gives it the same norm. Defaults to True.
+        """
+        like = next(self.branches.parameters())
+        if like.is_meta:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            kernel = kernel.to(like.device, torch.float64)
+            try:
+                self.branches.start_from(kernel, start or self.start)
+            except ValueError:
+                if exactly:
+                    raise
+                own = self.folded_kernel().double()
+                norms = [k.flatten(1).norm(dim=1) for k in (kernel, own)]
+                self.branches.rescale(norms[0] / norms[1].clamp_min(1e-12))
+        self._forget()
+
+    @property
+    def has_own_start(self) -> bool:
+        """Whether the fresh branches are left as they are by a network's init_weights.
+
+        They are where a norm follows, which makes the scale of the kernel irrelevant:
+        one of its own, or the one for whose sake the conv has no bias.
+        """
+        return self.norm is not None or not self.conv_bias
 
     def train(self, mode: bool = True) -> 'ReparamConv2d':
         self._forget()
@@ -414,7 +511,7 @@ class ReparamConv2d(nn.Conv2d):
     def _weight_of_training_form(self) -> Tensor:
         """What readers of ``conv.weight`` get: the kernel, as it is now."""
         kernel = self.kernel()
-        return kernel if is_followed() else kernel.as_subclass(FoldedWeight)
+        return kernel if is_followed() else FoldedWeight.of(self, kernel)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == 'weight' and not vars(self).get('deployed', True):
@@ -446,16 +543,16 @@ class ReparamConv2d(nn.Conv2d):
         MMEngine's loader and PyTorch's own both call this for every module.
         """
         has_branches = any(k.startswith(f'{prefix}branches.') for k in state_dict)
+        self.is_plain_start = False
         if self.deployed and has_branches:
             self._fold_state_dict(state_dict, prefix)
-        elif not self.deployed and not has_branches and f'{prefix}weight' in state_dict:
-            raise CheckpointError(
-                f"'{prefix}weight' is the kernel of a deployed (plain) conv, and "
-                f'{type(self).__name__} is in training form: a plain kernel cannot '
-                'be split into branches again. Build the model with deploy=True (or '
-                'call mmorepa.switch_to_deploy on it) before loading this '
-                'checkpoint, or load the checkpoint that it was made from'
-            )
+        elif f'{prefix}weight' in state_dict and not has_branches:
+            try:
+                self._take_plain(state_dict, prefix)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{type(self).__name__} cannot start from '{prefix}weight': {error}"
+                ) from error
         super()._load_from_state_dict(
             state_dict,
             prefix,
@@ -466,6 +563,42 @@ class ReparamConv2d(nn.Conv2d):
             error_msgs,
         )
         self._forget()
+
+    def _take_plain(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Replaces the entries of a plain conv and its norm by this module's own."""
+        weight = state_dict[f'{prefix}weight']
+        bias = state_dict.get(f'{prefix}bias')
+        start = f'{prefix}norm.'
+        norm = {
+            k[len(start) :]: v for k, v in state_dict.items() if k.startswith(start)
+        }
+        if self.deployed:
+            if norm and self.norm is None and self.norm_cfg is not None:
+                for name in norm:
+                    del state_dict[start + name]
+                own = build_norm_layer(self.norm_cfg, self.out_channels)[1]
+                _load_norm(own, norm)
+                bias = None if bias is None else _double(bias)
+                kernel, bias = fold_norm(_double(weight), bias, own)
+                state_dict[f'{prefix}weight'] = kernel
+                state_dict[f'{prefix}bias'] = bias
+            return
+        if bias is not None and not self.conv_bias and not norm and self.last_norms:
+            raise ValueError(
+                'it has a bias, so the BatchNorm is folded into it (a deployed '
+                'checkpoint), while the training form has a BatchNorm. Build the model '
+                'with deploy=True (or call mmorepa.switch_to_deploy on it) before '
+                'loading this checkpoint, or load the one that it was made from'
+            )
+        if any(parameter.is_meta for parameter in self.branches.parameters()):
+            raise ValueError('its branches are on meta; call model.to_empty() first')
+        self.start_from(weight, bias, norm or None)
+        self.is_plain_start = True
+        for name in ('weight', *(f'norm.{entry}' for entry in norm)):
+            del state_dict[prefix + name]
+        for name, value in self.state_dict(prefix=prefix).items():
+            if norm or not name.startswith(start):
+                state_dict[name] = value
 
     def _fold_state_dict(self, state_dict: dict[str, Tensor], prefix: str) -> None:
         """Replaces this module's entries, a training form, by the deployed form."""
@@ -486,6 +619,21 @@ class ReparamConv2d(nn.Conv2d):
         twin.switch_to_deploy()
         for name, value in twin.state_dict().items():
             state_dict[prefix + name] = value
+
+
+def _check_start(start: str) -> None:
+    if start not in STARTS:
+        raise ValueError(f'start is one of {", ".join(STARTS)}, found {start!r}')
+
+
+def _load_norm(norm: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    found = norm.load_state_dict(state_dict, strict=False)
+    missing = [key for key in found.missing_keys if key != 'num_batches_tracked']
+    if missing or found.unexpected_keys:
+        raise ValueError(
+            f'its norm has {", ".join(state_dict)}, and {type(norm).__name__} has '
+            f'{", ".join(norm.state_dict())}'
+        )
 
 
 def _named_tensors(module: nn.Module) -> dict[str, Tensor]:

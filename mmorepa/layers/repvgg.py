@@ -3,6 +3,7 @@
 from typing import Optional
 
 from mmcv.cnn import build_norm_layer
+from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..functional import identity_1x1
@@ -12,6 +13,7 @@ from .plain import PlainConv2d
 from .reparam_conv import ReparamConv2d, fold_norm
 
 
+@MODELS.register_module()
 class RepVGGConv2d(MultiBranchConv2d):
     """``BN(conv k×k) + BN(conv 1×1) [+ BN(x)]``, the last where shapes allow it.
 
@@ -56,6 +58,7 @@ class RepVGGConv2d(MultiBranchConv2d):
         )
 
 
+@MODELS.register_module()
 class OREPARepVGGConv2d(RepVGGConv2d):
     """A RepVGG block whose k×k branch is an OREPA conv.
 

@@ -227,7 +227,12 @@ class TestOptions:
 
     def test_scales_over_single_init(self):
         conv = OREPAConv2d(
-            8, 8, 3, single_init=True, initial_scales=dict(average=0.5, origin=0.75)
+            8,
+            8,
+            3,
+            bias=False,
+            single_init=True,
+            initial_scales=dict(average=0.5, origin=0.75),
         )
         assert_rows(conv.branches.scale, [0.75, 0.5, 0, 0, 0, 0])
 

@@ -279,7 +279,8 @@ def test_branches_reach_all_factors_of_a_large_conv():
 
 
 def test_initial_scales():
-    conv = OREPAConv2d(4, 6, 3, initial_scales=dict(frequency=0.1, origin=2.0))
+    scales = dict(frequency=0.1, origin=2.0)
+    conv = OREPAConv2d(4, 6, 3, bias=False, initial_scales=scales)
     rows = torch.tensor([2.0, 0.25, 0.1, 0.5, 1.0, 0.5])
     assert torch.equal(conv.branches.scale, rows[:, None].expand(6, 6))
 

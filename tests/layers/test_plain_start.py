@@ -1,0 +1,394 @@
+"""Training forms that start from plain convs."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from helpers import assert_near, trained_like
+from mmcv.cnn import ConvModule
+from mmengine.model import (
+    BaseModule,
+    constant_init,
+    kaiming_init,
+    normal_init,
+    trunc_normal_init,
+    xavier_init,
+)
+from mmengine.runner.checkpoint import load_state_dict
+from torch import nn
+
+from mmorepa import switch_to_deploy
+from mmorepa.layers import (
+    DBBConv2d,
+    DeepLinearConv2d,
+    OREPAConv2d,
+    OREPARepVGGConv2d,
+    PlainConv2d,
+    RepVGGConv2d,
+)
+
+BN = dict(type='BN')
+FOLDED = [
+    (OREPAConv2d, dict(kernel_size=3, padding=1)),
+    (OREPAConv2d, dict(kernel_size=3, padding=2, dilation=2, groups=3)),
+    (OREPAConv2d, dict(kernel_size=5, padding=2, stride=2)),
+    (OREPAConv2d, dict(kernel_size=1)),
+    (OREPAConv2d, dict(kernel_size=1, groups=3)),
+    (OREPAConv2d, dict(kernel_size=7, padding=3, stride=2)),
+    (OREPAConv2d, dict(kernel_size=3, padding=1, branches=['origin', 'average'])),
+    (DeepLinearConv2d, dict(kernel_size=7, padding=3)),
+    (DeepLinearConv2d, dict(kernel_size=3, padding=1)),
+    (PlainConv2d, dict(kernel_size=3, padding=1)),
+]
+WITH_NORMS = [DBBConv2d, RepVGGConv2d, OREPARepVGGConv2d]
+# For the deep linear kernels, this leaves enough freedom.
+CHANNELS = (3, 48)
+
+
+def plain_of(conv):
+    """A plain conv with the arguments of a training form."""
+    return nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        conv.bias is not None,
+    )
+
+
+def row_power(weight):
+    return weight.detach().square().sum(dim=(1, 2, 3)).mean().item()
+
+
+@pytest.mark.parametrize('start', ['quiet', 'balanced'])
+@pytest.mark.parametrize(('kind', 'options'), FOLDED)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_start(kind, options, start, dtype):
+    conv = kind(*CHANNELS, **options, start=start)
+    if start == 'balanced':
+        trained_like(conv)
+    conv.to(dtype)
+    plain = plain_of(conv).to(dtype)
+    before = copy.deepcopy(conv.state_dict())
+    conv.start_from(plain.weight, plain.bias)
+    x = torch.randn(2, CHANNELS[0], 11, 11, dtype=dtype)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+    assert_near(conv(x), plain(x), tolerance)
+    assert_near(switch_to_deploy(copy.deepcopy(conv))(x), plain(x), tolerance)
+    changed = {n for n, v in conv.state_dict().items() if not torch.equal(v, before[n])}
+    # Everything but one branch keeps its weights.
+    assert {name.rpartition('.')[2] for name in changed} <= {
+        *('weight_origin', 'scale', 'weight', 'bias')
+    }
+    if start == 'balanced':
+        assert not any(name.endswith('scale') for name in changed)
+
+
+def test_quiet_start_moves_like_a_plain_conv():
+    """All the gradient goes through origin and the scales."""
+    conv = OREPAConv2d(4, 6, 3, padding=1)
+    plain = plain_of(conv)
+    conv.start_from(plain.weight, plain.bias)
+    x = torch.randn(2, 4, 7, 7)
+    for module in (conv, plain):
+        module(x).square().sum().backward()
+    branches = conv.branches
+    assert_near(branches.weight_origin.grad, plain.weight.grad, 1e-5)
+    assert not branches.weight_average.grad.any()
+    assert branches.scale.grad[1:].any(dim=1).all(), 'a branch that never wakes up'
+
+
+def norm_like_trained(channels):
+    norm = nn.BatchNorm2d(channels)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2)
+        norm.bias.normal_()
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        norm.num_batches_tracked.fill_(7)
+    return norm
+
+
+@pytest.mark.parametrize('kind', [*WITH_NORMS, OREPAConv2d, PlainConv2d])
+@pytest.mark.parametrize('deploy', [False, True])
+@pytest.mark.parametrize('is_trained', [False, True])
+@pytest.mark.parametrize('load', [nn.Module.load_state_dict, load_state_dict])
+def test_conv_and_norm(kind, deploy, is_trained, load):
+    options = dict(padding=1, groups=2, bias=False, norm_cfg=BN)
+    conv = kind(6, 6, 3, deploy=deploy, **options)
+    if is_trained:
+        trained_like(conv)
+    plain = nn.Conv2d(6, 6, 3, padding=1, groups=2, bias=False)
+    norm = norm_like_trained(6)
+    state = {'0.weight': plain.weight.detach()}
+    state.update({f'0.norm.{name}': v for name, v in norm.state_dict().items()})
+    model = nn.Sequential(conv)
+    load(model, state, strict=True)
+    x = torch.randn(2, 6, 9, 9)
+    # Eval mode comes last: in the other one, both update their statistics.
+    for mode in [False] if deploy else [False, True, False]:
+        model.train(mode), norm.train(mode)
+        assert_near(model(x), norm(plain(x)), 1e-5)
+    if not deploy:
+        model(x).square().sum().backward()
+        assert_near(switch_to_deploy(model)(x), norm(plain(x)), 1e-5)
+
+
+@pytest.mark.parametrize('kind', WITH_NORMS)
+def test_norms_of_branches_without_a_plain_one(kind):
+    """In eval mode it is the plain conv; a norm that follows makes the rest equal."""
+    conv = trained_like(kind(4, 4, 3, padding=1, bias=False))
+    plain = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+    conv.load_state_dict(plain.state_dict())
+    x = torch.randn(4, 4, 9, 9)
+    assert_near(conv.eval()(x), plain(x), 1e-5)
+    follows = nn.BatchNorm2d(4, eps=1e-12)
+    assert_near(follows(conv.train()(x)), follows(plain(x)), 1e-3)
+
+
+@pytest.mark.parametrize(('kind', 'options'), FOLDED)
+def test_loading(kind, options):
+    conv = kind(*CHANNELS, **options)
+    plain = plain_of(conv)
+    x = torch.randn(2, CHANNELS[0], 11, 11)
+    for load in (nn.Module.load_state_dict, load_state_dict):
+        trained_like(conv)
+        load(conv, plain.state_dict(), strict=True)
+        assert conv.is_plain_start
+        assert_near(conv(x), plain(x), 1e-4)
+    conv.load_state_dict(conv.state_dict())
+    assert not conv.is_plain_start
+
+
+@pytest.mark.parametrize(
+    ('conv', 'state', 'message'),
+    [
+        (
+            lambda: OREPAConv2d(3, 16, 7),
+            dict(weight=torch.randn(16, 3, 7, 7)),
+            "cannot start from '0.weight': no factor of 16 input channels",
+        ),
+        (
+            lambda: OREPAConv2d(4, 4, 7, groups=4),
+            dict(weight=torch.randn(4, 1, 7, 7)),
+            'of which 9 can be chosen freely',
+        ),
+        (
+            lambda: OREPAConv2d(4, 6, 3),
+            dict(weight=torch.randn(6, 4, 1, 1)),
+            r'the kernel is of \(6, 4, 1, 1\), not \(6, 4, 3, 3\)',
+        ),
+        (
+            lambda: OREPAConv2d(4, 6, 3, bias=False),
+            dict(weight=torch.randn(6, 4, 3, 3), bias=torch.randn(6)),
+            r'there is a bias, and the conv has none \(bias=False\)',
+        ),
+        (
+            lambda: OREPAConv2d(4, 6, 3, branches=['average']),
+            dict(weight=torch.randn(6, 4, 3, 3)),
+            "only the branch 'origin' can make up .* there are only average",
+        ),
+        (
+            lambda: DBBConv2d(4, 6, 3, padding=1, bias=False, branches=['average']),
+            dict(weight=torch.randn(6, 4, 3, 3)),
+            "only the branch 'origin' can be a plain conv, .* only average",
+        ),
+        (
+            lambda: OREPAConv2d(
+                4, 6, 3, start='balanced', initial_scales=dict(origin=0.0)
+            ),
+            dict(weight=torch.randn(6, 4, 3, 3)),
+            'zero in 6 of 6 output channels',
+        ),
+        (
+            lambda: OREPAConv2d(4, 6, 3, bias=False, norm_cfg=BN),
+            {'weight': torch.randn(6, 4, 3, 3), 'norm.weight': torch.ones(6)},
+            'its norm has weight, and BatchNorm2d has weight, bias, running_mean',
+        ),
+        (
+            lambda: OREPAConv2d(4, 6, 3, bias=False),
+            {'weight': torch.randn(6, 4, 3, 3), 'norm.weight': torch.ones(6)},
+            'there is a norm, and the conv has none',
+        ),
+    ],
+)
+def test_what_has_no_start(conv, state, message):
+    module = nn.Sequential(conv())
+    if module[0].start == 'balanced':
+        nn.init.zeros_(module[0].branches.scale[0])
+    with pytest.raises(RuntimeError, match=message):
+        module.load_state_dict({f'0.{name}': value for name, value in state.items()})
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="one of quiet, balanced, found 'loud'"):
+        OREPAConv2d(4, 6, 3, start='loud')
+    conv = OREPAConv2d(4, 6, 3)
+    with pytest.raises(ValueError, match="one of quiet, balanced, found 'loud'"):
+        conv.start_from(torch.ones(6, 4, 3, 3), start='loud')
+    conv.switch_to_deploy()
+    with pytest.raises(ValueError, match='the conv is deployed'):
+        conv.start_from(torch.ones(6, 4, 3, 3))
+
+
+# Rules of init_weights
+
+RULES = [
+    lambda conv: constant_init(conv, 3.0, bias=2.0),
+    lambda conv: kaiming_init(conv, bias=2.0),
+    lambda conv: kaiming_init(conv, distribution='uniform', bias=2.0),
+    lambda conv: normal_init(conv, std=0.01, bias=2.0),
+    lambda conv: trunc_normal_init(conv, std=0.02, bias=2.0),
+    lambda conv: xavier_init(conv, distribution='uniform', bias=2.0),
+    lambda conv: (nn.init.orthogonal_(conv.weight), nn.init.constant_(conv.bias, 2)),
+    lambda conv: (nn.init.dirac_(conv.weight), nn.init.constant_(conv.bias, 2)),
+    lambda conv: (conv.weight.data.normal_(0, 0.3), conv.bias.data.fill_(2)),
+    lambda conv: (nn.init.normal_(conv.weight.data[1:]), conv.bias.data.fill_(2)),
+]
+
+
+@pytest.mark.parametrize('rule', RULES)
+@pytest.mark.parametrize(('kind', 'options'), [FOLDED[0], FOLDED[3], FOLDED[5]])
+def test_rule_sets_the_folded_kernel(rule, kind, options):
+    conv = kind(3, 48, **options)
+    plain = plain_of(conv)
+    plain.load_state_dict(dict(weight=conv.weight.detach(), bias=conv.bias))
+    for module in (plain, conv):
+        torch.manual_seed(0)
+        rule(module)
+    assert_near(conv.weight.detach(), plain.weight, 1e-4)
+    assert_near(conv.bias, plain.bias)
+    assert all(p.requires_grad and p.grad_fn is None for p in conv.parameters())
+
+
+@pytest.mark.parametrize('options', [dict(bias=False), dict(norm_cfg=BN)])
+@pytest.mark.parametrize(
+    'rule', [kaiming_init, normal_init, trunc_normal_init, xavier_init]
+)
+def test_random_rules_leave_convs_before_a_norm(options, rule):
+    conv = OREPAConv2d(4, 6, 3, **options)
+    before = copy.deepcopy(conv.branches.state_dict())
+    rule(conv)
+    for name, value in conv.branches.state_dict().items():
+        assert torch.equal(value, before[name])
+    # What is no matter of scale is done.
+    nn.init.zeros_(conv.weight)
+    assert not conv.kernel().any()
+
+
+@pytest.mark.parametrize('rule', [normal_init, trunc_normal_init])
+@pytest.mark.parametrize(
+    ('channels', 'options'),
+    [
+        ((3, 16), {}),
+        ((16, 16), dict(groups=16)),
+        ((4, 16), dict(kernel_size=3, branches=['average', 'pointwise'])),
+    ],
+)
+def test_random_rules_where_there_is_no_exact_start(channels, options, rule):
+    conv = OREPAConv2d(*channels, **{'kernel_size': 7, **options})
+    plain = plain_of(conv)
+    assert row_power(conv.weight) == pytest.approx(row_power(plain.weight), rel=0.4)
+    for module in (conv, plain):
+        rule(module, std=0.02)
+    assert row_power(conv.weight) == pytest.approx(row_power(plain.weight), rel=0.4)
+    with torch.no_grad(), pytest.raises(ValueError):
+        conv.weight.copy_(plain.weight)
+
+
+@pytest.mark.parametrize('size', [1, 3, 5, 7])
+def test_fresh_convs_without_a_norm(size):
+    """They start as plain convs do."""
+    options = dict(padding=size // 2)
+    conv = OREPAConv2d(24, 48, size, **options)
+    plain = plain_of(conv)
+    assert row_power(conv.weight) == pytest.approx(row_power(plain.weight), rel=0.2)
+    assert conv.bias.std().item() == pytest.approx(plain.bias.std().item(), rel=0.5)
+
+
+class Head(BaseModule):
+    def __init__(self, conv_cfg, init_cfg=None):
+        super().__init__(init_cfg)
+        self.convs = nn.ModuleList(
+            [
+                ConvModule(16, 32, 3, conv_cfg=conv_cfg),
+                ConvModule(32, 32, 3, conv_cfg=conv_cfg, norm_cfg=BN),
+            ]
+        )
+
+
+@pytest.mark.parametrize(
+    'init_cfg',
+    [
+        None,
+        dict(type='Normal', layer='Conv2d', std=0.01, bias=1.0),
+        dict(type='Xavier', layer='Conv2d', distribution='uniform'),
+        dict(type='Kaiming', layer='Conv2d'),
+    ],
+)
+def test_rules_of_a_config(init_cfg):
+    found = []
+    for conv_cfg in (None, dict(type='OREPAConv2d')):
+        torch.manual_seed(0)
+        head = Head(conv_cfg, init_cfg)
+        kernel = head.convs[1].conv.weight.detach().clone()
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            head.init_weights()
+        free, before_norm = (module.conv for module in head.convs)
+        found.append((row_power(free.weight), free.bias))
+    assert found[0][0] == pytest.approx(found[1][0], rel=0.1)
+    assert torch.equal(found[0][1], found[1][1])
+    # The paper's start.
+    assert_near(before_norm.weight, kernel, 1e-6)
+
+
+# Writing to the weight
+
+
+def test_writes_reach_the_conv():
+    conv = trained_like(OREPAConv2d(4, 6, 3))
+    x = torch.randn(1, 4, 5, 5)
+    weight = conv.weight.detach().clone()
+    for write in (
+        lambda w: w.mul_(0.5),
+        lambda w: w.__setitem__((slice(None), 1), 3.0),
+        lambda w: w[2].zero_(),
+        lambda w: w.view(6, -1)[:, 4].fill_(1.0),
+        lambda w: w.clamp_(min=0),
+        lambda w: w.copy_(torch.ones(6, 4, 3, 3)),
+    ):
+        write(weight)
+        write(conv.weight.data)
+        assert_near(conv.weight.detach(), weight, 1e-5)
+        expected = nn.functional.conv2d(x, weight, conv.bias)
+        assert_near(conv(x), expected, 1e-5)
+
+
+def test_a_parameter_made_of_the_weight_is_its_own():
+    conv = OREPAConv2d(4, 6, 3)
+    before = conv.weight.detach().clone()
+    nn.Parameter(conv.weight.detach()).data.zero_()
+    conv.weight.detach().zero_()
+    assert_near(conv.weight.detach(), before)
+    with pytest.raises(TypeError, match='is no parameter'):
+        conv.weight.mul_(2)
+    conv.weight.requires_grad_()
+    assert_near(conv.weight.detach(), before)
+
+
+def test_built_on_meta():
+    with torch.device('meta'):
+        conv = OREPAConv2d(4, 6, 3)
+    plain = nn.Conv2d(4, 6, 3)
+    with pytest.raises(RuntimeError, match='on meta; call model.to_empty'):
+        conv.load_state_dict(plain.state_dict())
+    conv.to_empty(device='cpu')
+    trained_like(conv)
+    conv.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 4, 5, 5)
+    assert_near(conv(x), plain(x), 1e-5)
