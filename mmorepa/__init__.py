@@ -10,7 +10,12 @@ from .utils.requirements import check_requirements
 check_requirements()
 
 from . import backbones, engine, functional, layers  # noqa: E402
-from .layers import folded, is_switchable, switch_to_deploy  # noqa: E402
+from .layers import (  # noqa: E402
+    folded,
+    is_switchable,
+    reparameterize,
+    switch_to_deploy,
+)
 from .version import __version__  # noqa: E402
 
 __all__ = [
@@ -21,5 +26,6 @@ __all__ = [
     'functional',
     'is_switchable',
     'layers',
+    'reparameterize',
     'switch_to_deploy',
 ]

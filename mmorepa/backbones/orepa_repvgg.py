@@ -9,7 +9,8 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..layers import build_conv
+from ..layers import RepVGGConv2d, build_conv
+from ..utils.errors import CheckpointError
 from .staged_backbone import StagedBackbone, scaled_channels
 
 
@@ -118,6 +119,29 @@ def _architectures() -> dict[str, dict]:
     return table
 
 
+def _plain_keys() -> tuple[tuple[str, str], ...]:
+    """mmpretrain's, in training form and deployed."""
+    norm = r'\.(?:norm|bn)\.(\w+)'
+    entries = (
+        (r'branch_3x3\.conv\.weight', r'conv.branches.origin.weight'),
+        (rf'branch_3x3{norm}', r'conv.branches.origin.norm.{0}'),
+        (r'branch_1x1\.conv\.weight', r'conv.branches.pointwise.weight'),
+        (rf'branch_1x1{norm}', r'conv.branches.pointwise.norm.{0}'),
+        (r'branch_norm\.(\w+)', r'conv.branches.identity.norm.{0}'),
+        (r'branch_reparam\.(\w+)', r'conv.{0}'),
+        (r'se_layer\.conv1\.conv\.(\w+)', r'se.down.{0}'),
+        (r'se_layer\.conv2\.conv\.(\w+)', r'se.up.{0}'),
+    )
+    return tuple(
+        (rf'{there}\.{theirs}', f'{here}.{ours}'.format(last))
+        for there, here, last in (
+            ('stem', 'stem', r'\1'),
+            (r'stage_?(\d)\.(\d+)', r'layer\1.\2', r'\3'),
+        )
+        for theirs, ours in entries
+    )
+
+
 @MODELS.register_module()
 class OREPARepVGG(StagedBackbone):
     """RepVGG with OREPA, plain, or any other kind of 3×3 branches.
@@ -157,6 +181,8 @@ class OREPARepVGG(StagedBackbone):
     ARCHITECTURES = _architectures()
     # Within this network, 'orepa' means a RepVGG block of which one branch is OREPA.
     BLOCK_NAMES = {'orepa': 'orepa_repvgg'}
+    PLAIN_KEYS = _plain_keys()
+    PLAIN_KERNEL = r'(.+\.conv)(?:\.branches\.origin)?\.weight'
 
     def __init__(
         self,
@@ -223,6 +249,17 @@ class OREPARepVGG(StagedBackbone):
             self.add_stage(*blocks)
         self.feat_dim = channels
         self.freeze_stages()
+
+    def _translate_plain(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        if isinstance(self.stem.conv, RepVGGConv2d) or not any(
+            key.startswith(f'{prefix}stem.branch_') for key in state_dict
+        ):
+            super()._translate_plain(state_dict, prefix)
+            return
+        raise CheckpointError(
+            'the checkpoint is that of a RepVGG, whose branches are those of '
+            f"block='repvgg' and 'orepa', found {type(self.stem.conv).__name__}"
+        )
 
     @classmethod
     def _architecture(cls, arch: Union[str, dict], num_stages: int) -> dict:

@@ -263,6 +263,14 @@ class OREPAResNet(StagedBackbone):
         101: (Bottleneck, (3, 4, 23, 3)),
         152: (Bottleneck, (3, 8, 36, 3)),
     }
+    # torchvision, timm and OpenMMLab.
+    PLAIN_KEYS = (
+        (r'conv1\.weight', r'stem.weight'),
+        (r'bn1\.(\w+)', r'stem.norm.\1'),
+        (r'(layer\d\.\d+)\.bn(\d)\.(\w+)', r'\1.conv\2.norm.\3'),
+        (r'(layer\d\.\d+\.downsample)\.0\.(\w+)', r'\1.\2'),
+        (r'(layer\d\.\d+\.downsample)\.1\.(\w+)', r'\1.norm.\2'),
+    )
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Sequence
 from typing import Union
 
@@ -10,8 +11,8 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers import ReparamConv2d, switch_to_deploy
-from ..utils.errors import CheckpointError
+from ..layers import ReparamConv2d, switch_to_deploy, tell_plain_starts
+from ..utils.errors import CheckpointError, name_keys
 
 
 class StagedBackbone(BaseModule):
@@ -36,6 +37,10 @@ class StagedBackbone(BaseModule):
     """
 
     stem: nn.Module
+    # The keys of a plain network's checkpoint, as patterns, and what they are here;
+    # and the kernel that every conv has there.
+    PLAIN_KEYS: tuple[tuple[str, str], ...] = ()
+    PLAIN_KERNEL = r'(.+)\.weight'
     _has_told = False
 
     def __init__(
@@ -70,6 +75,7 @@ class StagedBackbone(BaseModule):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.stage_names: list[str] = []
+        self.register_load_state_dict_post_hook(_after_loading)
 
     def add_stage(self, *blocks: nn.Module) -> None:
         """Appends a stage as ``layer1``, ``layer2``, ….
@@ -153,13 +159,20 @@ class StagedBackbone(BaseModule):
         super().init_weights()
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        if not prefix:
+            _strip(state_dict, 'backbone.')
+        self._translate_plain(state_dict, prefix)
         # MMEngine only warns when nothing fits, and training would go on from
         # random weights.
-        if not prefix and any(key.startswith('backbone.stem.') for key in state_dict):
+        names = {name for name, _ in self.named_modules() if name}
+        if (
+            not prefix
+            and state_dict
+            and not any(key.rpartition('.')[0] in names for key in state_dict)
+        ):
             raise CheckpointError(
-                "the keys of this checkpoint start with 'backbone.': it is a whole "
-                "model's. Give init_cfg=dict(type='Pretrained', checkpoint=..., "
-                "prefix='backbone.')"
+                f'nothing in the checkpoint belongs to a {type(self).__name__}: it has '
+                f'{", ".join(list(state_dict)[:3])}, …'
             )
         # Here and not in the convs, of which each knows of itself alone.
         if any(
@@ -174,6 +187,63 @@ class StagedBackbone(BaseModule):
                 logger='current',
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _translate_plain(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Gives the entries of a plain network the names that they have here."""
+        renamed = {}
+        for key in state_dict:
+            name = key.removeprefix(prefix)
+            for pattern, ours in self.PLAIN_KEYS if key.startswith(prefix) else ():
+                match = re.fullmatch(pattern, name)
+                if match:
+                    renamed[key] = prefix + match.expand(ours)
+                    break
+        if not renamed:
+            return
+        for key, ours in renamed.items():
+            state_dict[ours] = state_dict.pop(key)
+        sizes = {
+            name: (conv.out_channels, conv.in_channels // conv.groups)
+            + conv.kernel_size
+            for name, conv in self.named_modules()
+            if isinstance(conv, ReparamConv2d) and '.branches' not in name
+        }
+        stages = len(self.stage_sizes)
+        found = {}
+        for key, value in state_dict.items():
+            match = re.fullmatch(self.PLAIN_KERNEL, key.removeprefix(prefix))
+            if match and value.dim() == 4 and key.startswith(prefix):
+                stage = re.match(r'layer(\d+)\.', match[1])
+                if not stage or int(stage[1]) <= stages:
+                    found[match[1]] = tuple(value.shape)
+        misshapen = [
+            f'{name} {found[name]}, not {sizes[name]}'
+            for name in sizes.keys() & found.keys()
+            if sizes[name] != found[name]
+        ]
+        problems = [
+            name_keys('missing', sizes.keys() - found.keys(), 3),
+            name_keys('left over', found.keys() - sizes.keys(), 3),
+            name_keys('of another shape', misshapen, 3),
+        ]
+        if any(problems):
+            raise CheckpointError(
+                f'the checkpoint is that of a plain network, and another one than '
+                f'this {type(self).__name__}. Convs {"; ".join(filter(None, problems))}'
+            )
+
+
+def _strip(state_dict: dict[str, Tensor], start: str) -> None:
+    """Takes the part of a whole model."""
+    if any(key.startswith(start) for key in state_dict):
+        for key in list(state_dict):
+            value = state_dict.pop(key)
+            if key.startswith(start):
+                state_dict[key.removeprefix(start)] = value
+
+
+def _after_loading(module: nn.Module, incompatible_keys: object) -> None:
+    tell_plain_starts(module)
 
 
 def _check_is_there(checkpoint: str) -> None:

@@ -13,6 +13,7 @@ from .orepa import (
     OREPAPointwiseKernel,
 )
 from .plain import PlainConv2d, PlainKernel
+from .plain_start import build_reparameterized, reparameterize, tell_plain_starts
 from .reparam_conv import ReparamConv2d
 from .repvgg import OREPARepVGGConv2d, RepVGGConv2d
 from .switch import ConvAct2d, is_switchable, switch_to_deploy
@@ -37,9 +38,12 @@ __all__ = [
     'RepVGGConv2d',
     'ReparamConv2d',
     'build_conv',
+    'build_reparameterized',
     'folded',
     'held',
     'is_switchable',
     'pull_back',
+    'reparameterize',
     'switch_to_deploy',
+    'tell_plain_starts',
 ]

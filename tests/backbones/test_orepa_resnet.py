@@ -402,6 +402,7 @@ def checkpoints(tmp_path):
         ('backbone', {}),
         ('model', dict(prefix='backbone.')),
         ('model', dict(prefix='backbone')),
+        ('model', {}),
     ],
 )
 def test_pretrained(checkpoints, name, prefix, deploy):
@@ -442,15 +443,6 @@ def test_a_line_for_each_load_that_folds(log):
     deployed.load_state_dict(deployed.state_dict())
     tiny().load_state_dict(state)
     assert not log
-
-
-@pytest.mark.parametrize('deploy', [False, True])
-def test_pretrained_with_the_prefix_forgotten(checkpoints, deploy):
-    init_cfg = dict(type='Pretrained', checkpoint=checkpoints[1]['model'])
-    with pytest.raises(
-        RuntimeError, match="start with 'backbone.'.*prefix='backbone.'"
-    ):
-        tiny(init_cfg=init_cfg, deploy=deploy).init_weights()
 
 
 @pytest.mark.parametrize('name', ['backbone', 'model'])

@@ -170,12 +170,12 @@ def test_loading(kind, options):
         (
             lambda: OREPAConv2d(3, 16, 7),
             dict(weight=torch.randn(16, 3, 7, 7)),
-            "cannot start from '0.weight': no factor of 16 input channels",
+            r"cannot start from '0.weight': a deep linear .* \(16 channels in a group",
         ),
         (
             lambda: OREPAConv2d(4, 4, 7, groups=4),
             dict(weight=torch.randn(4, 1, 7, 7)),
-            'of which 9 can be chosen freely',
+            'of 49 weights of an output channel, 9 can be chosen freely',
         ),
         (
             lambda: OREPAConv2d(4, 6, 3),

@@ -1,7 +1,6 @@
 """What other people's code does to a plain conv, done to a training form."""
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -10,11 +9,7 @@ from helpers import assert_near, import_models, trained_like
 from mmcv.cnn import ConvModule, fuse_conv_bn
 from mmengine.model import (
     MMFullyShardedDataParallel,
-    constant_init,
-    kaiming_init,
     normal_init,
-    trunc_normal_init,
-    xavier_init,
 )
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope

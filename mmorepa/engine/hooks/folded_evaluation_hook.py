@@ -6,7 +6,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from ...layers import folded
+from ...layers import folded, tell_plain_starts
 
 
 @HOOKS.register_module()
@@ -14,7 +14,8 @@ class FoldedEvaluationHook(Hook):
     """Folds the model once for a validation or a test, see :func:`mmorepa.folded`.
 
     From the first batch, when the loop has put the model in eval mode and an
-    ``EMAHook`` its averages in place, to the end of the loop.
+    ``EMAHook`` its averages in place, to the end of the loop. Before all that it says
+    in a line how many convs started from plain kernels.
 
     Examples:
         >>> custom_hooks = [dict(type='FoldedEvaluationHook')]
@@ -44,8 +45,13 @@ class FoldedEvaluationHook(Hook):
     after_test_epoch = after_val_epoch
 
     def before_train(self, runner: Runner) -> None:
-        """Closes what an exception left open."""
+        """Closes what an exception left open, and says which start was taken."""
         self._close()
+        tell_plain_starts(runner.model)
+
+    def before_test(self, runner: Runner) -> None:
+        """Says which start was taken."""
+        tell_plain_starts(runner.model)
 
     def _close(self) -> None:
         if self._scope is not None:

@@ -1,0 +1,196 @@
+"""Training forms in the place of plain convs, in any model."""
+
+import logging
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Optional, Union
+
+import mmcv.cnn
+import torch
+from mmengine.logging import print_log
+from mmengine.registry import MODELS
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from .blocks import BLOCKS, build_conv
+from .reparam_conv import ReparamConv2d
+
+# What conv layers of mmcv add is for empty batches in old versions of PyTorch.
+_PLAIN_CONVS = (nn.Conv2d, mmcv.cnn.Conv2d)
+
+
+def reparameterize(
+    model: nn.Module,
+    block: str = 'orepa',
+    include: Union[str, Sequence[str]] = '*',
+    exclude: Union[str, Sequence[str]] = (),
+    block_cfg: Optional[dict] = None,
+) -> nn.Module:
+    """Puts training forms in the place of a model's convs. It computes the same.
+
+    Each starts from the kernel of the conv whose place it takes; names of modules,
+    devices, dtypes, ``requires_grad`` and the mode stay. :func:`switch_to_deploy`
+    gives the plain model back, with a state dict that the original class loads.
+
+    Left alone, and named in a line of the log, are convs that have no fold (even or
+    non-square kernels, other padding than with zeros), subclasses of
+    :class:`torch.nn.Conv2d` (they may compute something else), those with hooks or a
+    parametrization, and those that share their weight with another module. A conv
+    without a fold that is exact, such as a depthwise 7x7 conv as a deep linear chain,
+    stays plain too.
+
+    Args:
+        model (nn.Module): Any model; it is changed in place.
+        block (str): Block type, a key of :data:`mmorepa.layers.BLOCKS`. The convs of
+            ``'dbb'``, ``'repvgg'`` and ``'orepa_repvgg'`` have BatchNorms of their
+            own: they compute the same in eval mode, and while training where another
+            BatchNorm follows. Defaults to ``'orepa'``.
+        include (str | Sequence[str]): Patterns such as ``'backbone.*'`` of the names
+            of convs to exchange. Defaults to ``'*'``.
+        exclude (str | Sequence[str]): Those to leave alone. Defaults to none.
+        block_cfg (dict, optional): Arguments that only convs of this block type take.
+            Defaults to None.
+
+    Returns:
+        nn.Module: ``model``, or what takes its place if it is a conv itself.
+
+    Raises:
+        ValueError: If the block type is not known, or no conv was exchanged.
+
+    Examples:
+        >>> net = torchvision.models.resnet50(weights='DEFAULT')
+        >>> mmorepa.reparameterize(net, exclude='layer1.*')
+    """
+    if block not in BLOCKS:
+        raise ValueError(f'unknown block {block!r}; choose one of {", ".join(BLOCKS)}')
+    include = [include] if isinstance(include, str) else include
+    exclude = [exclude] if isinstance(exclude, str) else exclude
+    users: dict[nn.Parameter, set[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            users.setdefault(parameter, set()).add(module)
+    exchanged: dict[nn.Module, nn.Module] = {}
+    left: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) or isinstance(
+            module, ReparamConv2d
+        ):
+            continue
+        if not _matches(name, include) or _matches(name, exclude):
+            continue
+        reason = _reason_to_leave(module)
+        if not reason and len(users[module.weight]) > 1:
+            reason = 'shares its weight'
+        if not reason:
+            try:
+                exchanged[module] = _training_form(module, block, block_cfg)
+            except ValueError as error:
+                reason = str(error)
+        if reason:
+            left[name] = reason
+    if not exchanged:
+        raise ValueError(
+            f'no conv of {type(model).__name__} was re-parameterised: none with a name '
+            f'like {include} and not like {list(exclude)} has a fold. {_text(left)}'
+        )
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child in exchanged:
+                module._modules[name] = exchanged[child]
+    print_log(
+        f'{type(model).__name__}: {len(exchanged)} convs re-parameterised ({block}), '
+        f'{len(left)} left as they are. {_text(left)}'.rstrip(),
+        logger='current',
+    )
+    return exchanged.get(model, model)
+
+
+@MODELS.register_module(name='Reparameterized')
+def build_reparameterized(module: dict, **kwargs) -> nn.Module:
+    """Builds a module and exchanges its convs, for models without ``conv_cfg``.
+
+    In a config: ``backbone=dict(type='Reparameterized', module=dict(type='ConvNeXt',
+    ...))``. Weights that are loaded later, by ``init_cfg`` or ``load_from``, may be
+    those of the plain module.
+
+    Args:
+        module (dict): Config of any module in MMEngine's ``MODELS``.
+        **kwargs: See :func:`reparameterize`.
+
+    Returns:
+        nn.Module: The module.
+    """
+    return reparameterize(MODELS.build(module), **kwargs)
+
+
+def tell_plain_starts(model: nn.Module) -> None:
+    """Says in a line how many convs the last state dict had plain kernels for.
+
+    Args:
+        model (nn.Module): Says nothing if there are none, or that has been said.
+    """
+    convs = [
+        m for m in model.modules() if isinstance(m, ReparamConv2d) and m.is_plain_start
+    ]
+    if not convs:
+        return
+    for conv in convs:
+        conv.is_plain_start = False
+    starts = ', '.join(sorted({conv.start for conv in convs}))
+    print_log(
+        f'{type(model).__name__}: {len(convs)} re-parameterised convs start from the '
+        f'plain kernels of the checkpoint ({starts} start)',
+        logger='current',
+        level=logging.INFO,
+    )
+
+
+def _text(left: dict[str, str]) -> str:
+    """The names of what was left, by reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        names.setdefault(reason, []).append(name)
+    return '; '.join(f'{", ".join(n)}: {reason}' for reason, n in names.items())
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _reason_to_leave(conv: nn.Module) -> str:
+    if type(conv) not in _PLAIN_CONVS:
+        return f'a {type(conv).__name__}'
+    if is_parametrized(conv) or not isinstance(
+        conv._parameters.get('weight'), nn.Parameter
+    ):
+        return 'its weight is computed from others'
+    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks:
+        return 'has hooks'
+    return ''
+
+
+def _training_form(
+    conv: nn.Conv2d, block: str, block_cfg: Optional[dict]
+) -> ReparamConv2d:
+    with torch.random.fork_rng(devices=[]):
+        form = build_conv(
+            block,
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size[0]
+            if len(set(conv.kernel_size)) == 1
+            else conv.kernel_size,
+            block_cfg,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            padding_mode=conv.padding_mode,
+        )
+    form.to(conv.weight)
+    form.start_from(conv.weight, conv.bias)
+    form.branches.requires_grad_(conv.weight.requires_grad)
+    if conv.bias is not None:
+        form.bias.requires_grad_(conv.bias.requires_grad)
+    return form.train(conv.training)

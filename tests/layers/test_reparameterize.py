@@ -1,0 +1,160 @@
+"""Training forms in the place of plain convs, in any model."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from helpers import assert_near, trained_like
+from mmengine.registry import MODELS
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from mmorepa import reparameterize, switch_to_deploy
+from mmorepa.layers import BLOCKS, OREPAConv2d, ReparamConv2d
+
+NETWORKS = [
+    *('resnet18', 'vgg11', 'mobilenet_v2', 'densenet121', 'efficientnet_b0'),
+    *('squeezenet1_0', 'shufflenet_v2_x1_0', 'regnet_y_400mf', 'mnasnet0_5'),
+    *('mobilenet_v3_small', 'googlenet'),
+]
+
+
+class Odd(nn.Conv2d):
+    """A subclass, of which nobody knows what it computes."""
+
+
+def model():
+    shared = nn.Conv2d(6, 6, 3, padding=1)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.Sequential(nn.BatchNorm2d(6), shared, nn.ReLU(), shared),
+        nn.Conv2d(6, 6, 1, bias=False, groups=2),
+    )
+
+
+def forms(module):
+    return [m for m in module.modules() if isinstance(m, ReparamConv2d)]
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_networks_of_torchvision(name):
+    plain = trained_like(getattr(torchvision.models, name)()).eval()
+    x = torch.randn(1, 3, 64, 64)
+    net = reparameterize(copy.deepcopy(plain))
+    with torch.no_grad():
+        expected = plain(x)
+        assert_near(net(x), expected, 1e-4)
+    optimizer = torch.optim.SGD(net.parameters(), 1e-4)
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        trained = net(x)
+        assert (trained - expected).abs().max() > 1e-6 * expected.abs().max()
+        assert_near(switch_to_deploy(net)(x), trained, 1e-4)
+        plain.load_state_dict(net.state_dict(), strict=True)
+        assert_near(plain(x), trained, 1e-4)
+
+
+@pytest.mark.parametrize('block', BLOCKS)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_blocks(block, dtype):
+    plain = trained_like(model()).to(dtype).eval()
+    net = reparameterize(copy.deepcopy(plain), block)
+    x = torch.randn(2, 3, 9, 9, dtype=dtype)
+    with torch.no_grad():
+        assert_near(net(x), plain(x), 1e-4 if dtype == torch.float32 else 1e-10)
+    assert {t.dtype for t in net.parameters()} == {dtype}
+    assert not any(m.training for m in net.modules())
+    assert net[1][1] is net[1][3], 'one module at two places'
+
+
+def test_what_stays(log):
+    net = nn.ModuleDict(
+        dict(
+            even=nn.Conv2d(3, 3, 2),
+            wide=nn.Conv2d(3, 3, (1, 3)),
+            reflect=nn.Conv2d(3, 3, 3, padding=1, padding_mode='reflect'),
+            up=nn.ConvTranspose2d(3, 3, 3),
+            odd=Odd(3, 3, 3),
+            large=nn.Conv2d(3, 3, 7, groups=3),
+            normed=parametrizations.weight_norm(nn.Conv2d(3, 3, 3)),
+            hooked=nn.Conv2d(3, 3, 3),
+            one=nn.Conv2d(3, 3, 3),
+            other=nn.Conv2d(3, 3, 3),
+            good=nn.Conv2d(3, 3, 3),
+            mine=OREPAConv2d(3, 3, 3),
+        )
+    )
+    net.one.weight = net.other.weight
+    net.hooked.register_forward_hook(lambda *args: None)
+    before = dict(net.named_children())
+    assert reparameterize(net) is net
+    changed = [name for name, m in net.named_children() if m is not before[name]]
+    assert changed == ['good']
+    assert len(log) == 1
+    assert '1 convs re-parameterised (orepa), 10 left as they are. even: ' in log[0]
+    for text in (
+        'up: a ConvTranspose2d',
+        'odd: a Odd',
+        'hooked: has hooks',
+        'one, other: shares its weight',
+        'normed: ',
+        'found kernel_size=(1, 3)',
+        "takes padding_mode='zeros' only, found 'reflect'",
+        'of 49 weights of an output channel, 9 can be chosen freely',
+    ):
+        assert text in log[0], text
+
+
+def test_choice():
+    net = reparameterize(model(), include=['0', '1.*'], exclude='1.1')
+    assert forms(net) == [net[0]]
+    with pytest.raises(ValueError, match=r"name like \['2.*'\] and not like \['2'\]"):
+        reparameterize(model(), include='2*', exclude='2')
+    with pytest.raises(ValueError, match="unknown block 'opera'"):
+        reparameterize(model(), 'opera')
+    with pytest.raises(ValueError, match='no conv of Linear was re-parameterised'):
+        reparameterize(nn.Linear(2, 2))
+    conv = reparameterize(nn.Conv2d(2, 2, 3), block_cfg=dict(start='balanced'))
+    assert conv.start == 'balanced' and conv.branches.scale.all(dim=1).sum() == 5
+
+
+def test_frozen_and_half():
+    plain = model()
+    plain[0].requires_grad_(False)
+    plain[1][1].weight.requires_grad_(False)
+    net = reparameterize(plain.to(torch.bfloat16))
+    assert not any(p.requires_grad for p in net[0].parameters())
+    assert net[1][1].bias.requires_grad
+    assert not any(p.requires_grad for p in net[1][1].branches.parameters())
+    assert all(p.requires_grad for p in net[2].parameters())
+    assert {p.dtype for p in forms(net)[0].parameters()} == {torch.bfloat16}
+
+
+def test_takes_no_random_numbers():
+    plain = model()
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    reparameterize(plain)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_in_a_config(tmp_path):
+    """One line for models that take no conv_cfg; plain weights are loaded later."""
+    cfg = dict(
+        type='mmpretrain.MobileNetV2',
+        init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'plain.pth')),
+    )
+    plain = trained_like(MODELS.build(cfg))
+    torch.save(plain.state_dict(), tmp_path / 'plain.pth')
+    net = MODELS.build(dict(type='Reparameterized', module=cfg, block='orepa'))
+    net.init_weights()
+    plain.eval(), net.eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert len(forms(net)) == 52
+        assert_near(net(x)[-1], plain(x)[-1], 1e-4)
