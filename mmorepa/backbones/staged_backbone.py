@@ -11,7 +11,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers import ReparamConv2d, switch_to_deploy, tell_plain_starts
+from ..layers import ConvAct2d, ReparamConv2d, switch_to_deploy, tell_plain_starts
 from ..utils.errors import CheckpointError, name_keys
 
 
@@ -164,12 +164,13 @@ class StagedBackbone(BaseModule):
         self._translate_plain(state_dict, prefix)
         # MMEngine only warns when nothing fits, and training would go on from
         # random weights.
-        names = {name for name, _ in self.named_modules() if name}
-        if (
-            not prefix
-            and state_dict
-            and not any(key.rpartition('.')[0] in names for key in state_dict)
-        ):
+        convs = tuple(
+            f'{name}.'
+            for name, module in self.named_modules()
+            if isinstance(module, (nn.Conv2d, ConvAct2d))
+        )
+        found = any(key.startswith(convs) for key in state_dict)
+        if not prefix and state_dict and not found:
             raise CheckpointError(
                 f'nothing in the checkpoint belongs to a {type(self).__name__}: it has '
                 f'{", ".join(list(state_dict)[:3])}, …'
@@ -208,7 +209,7 @@ class StagedBackbone(BaseModule):
             for name, conv in self.named_modules()
             if isinstance(conv, ReparamConv2d) and '.branches' not in name
         }
-        stages = len(self.stage_sizes)
+        stages = len(self.stage_names)
         found = {}
         for key, value in state_dict.items():
             match = re.fullmatch(self.PLAIN_KERNEL, key.removeprefix(prefix))

@@ -172,14 +172,14 @@ def _reason_to_leave(conv: nn.Module) -> str:
 def _training_form(
     conv: nn.Conv2d, block: str, block_cfg: Optional[dict]
 ) -> ReparamConv2d:
+    if len(set(conv.kernel_size)) > 1:
+        raise ValueError(f'kernel_size={conv.kernel_size} is not square')
     with torch.random.fork_rng(devices=[]):
         form = build_conv(
             block,
             conv.in_channels,
             conv.out_channels,
-            conv.kernel_size[0]
-            if len(set(conv.kernel_size)) == 1
-            else conv.kernel_size,
+            conv.kernel_size[0],
             block_cfg,
             stride=conv.stride,
             padding=conv.padding,

@@ -130,8 +130,8 @@ def test_repvgg(arch, block, deploy):
     cfg = dict(OREPARepVGG.ARCHITECTURES[arch], widths=[0.25, 0.25, 0.25, 0.125])
     theirs = dict(cfg, width_factor=cfg['widths'])
     del theirs['widths']
-    if theirs.pop('use_se', False):
-        theirs['se_cfg'] = dict(ratio=16, divisor=1)
+    use_se = theirs.pop('use_se', False)
+    theirs['se_cfg'] = dict(ratio=16, divisor=1) if use_se else None
     groups = theirs.pop('groups', 1)
     plain = mm_net(
         'RepVGG',

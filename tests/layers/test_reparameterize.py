@@ -102,7 +102,7 @@ def test_what_stays(log):
         'hooked: has hooks',
         'one, other: shares its weight',
         'normed: ',
-        'found kernel_size=(1, 3)',
+        'wide: kernel_size=(1, 3) is not square',
         "takes padding_mode='zeros' only, found 'reflect'",
         'of 49 weights of an output channel, 9 can be chosen freely',
     ):
