@@ -413,10 +413,16 @@ class ReparamConv2d(nn.Conv2d):
         with torch.inference_mode(False), torch.no_grad():
             kernel = kernel.to(like.device, torch.float64)
             try:
+                if not hasattr(self.branches, 'start_from'):
+                    raise ValueError(
+                        f'{type(self.branches).__name__} has no start_from'
+                    )
                 self.branches.start_from(kernel, start or self.start)
             except ValueError:
                 if exactly:
                     raise
+                if not hasattr(self.branches, 'rescale'):
+                    return
                 own = self.folded_kernel().double()
                 norms = [k.flatten(1).norm(dim=1) for k in (kernel, own)]
                 self.branches.rescale(norms[0] / norms[1].clamp_min(1e-12))
