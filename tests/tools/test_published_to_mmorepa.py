@@ -363,7 +363,7 @@ class TestBackboneOnly:
         advice = f"init_cfg=dict(type='Pretrained', checkpoint={str(out)!r})"
         assert advice in capsys.readouterr().out
         if deployed_file and not deploy:
-            with pytest.raises(CheckpointError, match='is in training form'):
+            with pytest.raises(CheckpointError, match='a deployed checkpoint'):
                 self.build(scope, tmp_path, out, deploy)
             return
         model = self.build(scope, tmp_path, out, deploy)
