@@ -242,9 +242,9 @@ class OREPAResNet(StagedBackbone):
         deploy (bool): Builds the deployed form. Checkpoints of the training form
             are folded as they are loaded. Defaults to False.
         init_cfg (dict | list[dict], optional): ``dict(type='Pretrained',
-            checkpoint=..., prefix='backbone.')`` loads the backbone of a whole
-            model's checkpoint; without ``prefix``, that of a backbone alone.
-            Defaults to None, each block's own initialisation.
+            checkpoint=...)`` loads the checkpoint of a backbone or of a whole model,
+            also of a plain ResNet (torchvision, timm, OpenMMLab). Defaults to None,
+            each block's own initialisation.
 
     Raises:
         ValueError: If an argument has no meaning for this network.

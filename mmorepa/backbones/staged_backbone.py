@@ -252,12 +252,13 @@ def _check_is_there(checkpoint: str) -> None:
     if '://' in checkpoint or os.path.isfile(checkpoint):
         return
     raise CheckpointError(
-        f'no pretrained weights at {checkpoint!r} (init_cfg of the backbone). Train '
-        'them with the ImageNet config of that name (tools/train.py '
-        'configs/imagenet/...), or make them of a published checkpoint '
-        '(tools/model_converters/published_to_mmorepa.py), and set the path at the '
-        'top of the config or by --cfg-options '
-        'model.backbone.init_cfg.checkpoint=...; to start from random weights: '
+        f'no pretrained weights at {checkpoint!r} (init_cfg of the backbone). Start '
+        "from a plain network, as the configs with '-from-plain' in their names do; or "
+        'train these weights with the ImageNet config of that name (tools/train.py '
+        'configs/imagenet/...); or convert a published checkpoint '
+        '(tools/model_converters/published_to_mmorepa.py). Set the path at the top of '
+        'the config or by --cfg-options model.backbone.init_cfg.checkpoint=...; to '
+        'start from random weights: '
         'model.backbone.init_cfg=None model.backbone.norm_eval=False'
     )
 

@@ -18,7 +18,7 @@ model = dict(
         frozen_stages=-1,
         # Two images are too few for statistics: those of the pretraining stay.
         norm_eval=True,
-        init_cfg=dict(type='Pretrained', prefix='backbone.'),
+        init_cfg=dict(type='Pretrained'),
     ),
     neck=dict(
         type='FPN', in_channels=[256, 512, 1024, 2048], out_channels=256, num_outs=5

@@ -23,7 +23,7 @@ model = dict(
         # Nothing is frozen, so that a learning rate of the stem has an effect.
         frozen_stages=-1,
         norm_cfg=norm_cfg,
-        init_cfg=dict(type='Pretrained', prefix='backbone.'),
+        init_cfg=dict(type='Pretrained'),
     ),
     decode_head=dict(
         type='PSPHead',

@@ -18,7 +18,7 @@ model = dict(
         frozen_stages=-1,
         # Two images are too few for statistics: those of the pretraining stay.
         norm_eval=True,
-        init_cfg=dict(type='Pretrained', prefix='backbone.'),
+        init_cfg=dict(type='Pretrained'),
     ),
     neck=dict(
         type='FPN',

@@ -8,7 +8,7 @@ model = dict(
         out_indices=(0, 1, 2, 3),
         frozen_stages=-1,
         norm_eval=True,
-        init_cfg=dict(type='Pretrained', prefix='backbone.'),
+        init_cfg=dict(type='Pretrained'),
     ),
     neck=dict(in_channels=[48, 96, 192, 1280]),
 )

@@ -1,0 +1,446 @@
+"""Which stock models take re-parameterised convs, and what changes when they do.
+
+Three tables, from models as they come with the toolboxes:
+
+- ``conv_cfg``: a config of mmdet, mmseg or mmpretrain with ``OREPAConv2d`` wherever a
+  ``conv_cfg`` is taken. It loads the state dict of the plain model, computes the same,
+  trains three steps, is deployed, and the plain model loads what is left.
+- ``reparameterize``: the same for classes of torchvision and timm, which take none.
+- ``fresh``: both forms from their own initialisation: the first loss, and the loss
+  after some steps on one batch at the learning rate of the config, without warm-up.
+
+Kernels are random and BatchNorm statistics are like trained ones: nothing is
+downloaded. Rows go to a CSV file as they are measured, so that a stopped run goes on
+where it was; the Markdown is made of that file.
+"""
+
+import argparse
+import copy
+import csv
+import fnmatch
+import importlib
+import inspect
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Optional
+
+import torch
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import mmorepa
+from mmorepa.engine.comparison import largest_difference, raw_outputs
+from mmorepa.engine.config import one_line_errors
+from mmorepa.layers import ReparamConv2d
+from mmorepa.utils.files import written_whole
+
+ROOT = Path(__file__).resolve().parents[2]
+CONV = dict(type='OREPAConv2d')
+# Of the largest output, in float32.
+TOLERANCE = 1e-3
+
+CONV_CFG = (
+    'mmdet:retinanet/retinanet_r18_fpn_1x_coco.py',
+    'mmdet:retinanet/retinanet_r50_fpn_1x_coco.py',
+    'mmdet:regnet/retinanet_regnetx-800MF_fpn_1x_coco.py',
+    'mmdet:faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
+    'mmdet:faster_rcnn/faster-rcnn_x101-32x4d_fpn_1x_coco.py',
+    'mmdet:mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+    'mmdet:cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py',
+    'mmdet:pafpn/faster-rcnn_r50_pafpn_1x_coco.py',
+    'mmdet:fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py',
+    'mmdet:atss/atss_r50_fpn_1x_coco.py',
+    'mmdet:gfl/gfl_r50_fpn_1x_coco.py',
+    'mmdet:foveabox/fovea_r50_fpn_4xb4-1x_coco.py',
+    'mmdet:free_anchor/freeanchor_r50_fpn_1x_coco.py',
+    'mmdet:ssd/ssd300_coco.py',
+    'mmdet:yolof/yolof_r50-c5_8xb8-1x_coco.py',
+    'mmdet:rtmdet/rtmdet_tiny_8xb32-300e_coco.py',
+    'mmseg:fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py',
+    'mmseg:pspnet/pspnet_r50-d8_4xb2-40k_cityscapes-512x1024.py',
+    'mmseg:deeplabv3plus/deeplabv3plus_r50-d8_4xb2-40k_cityscapes-512x1024.py',
+    'mmseg:upernet/upernet_r50_4xb2-40k_cityscapes-512x1024.py',
+    'mmseg:hrnet/fcn_hr18s_4xb2-40k_cityscapes-512x1024.py',
+    'mmseg:unet/unet-s5-d16_fcn_4xb4-40k_drive-64x64.py',
+    'mmpretrain:resnet/resnet50_8xb32_in1k.py',
+    'mmpretrain:resnet/resnetv1d50_8xb32_in1k.py',
+    'mmpretrain:resnext/resnext50-32x4d_8xb32_in1k.py',
+    'mmpretrain:vgg/vgg11_8xb32_in1k.py',
+    'mmpretrain:mobilenet_v2/mobilenet-v2_8xb32_in1k.py',
+    'mmpretrain:shufflenet_v2/shufflenet-v2-1x_16xb64_in1k.py',
+    'mmpretrain:seresnet/seresnet50_8xb32_in1k.py',
+    'mmpretrain:regnet/regnetx-400mf_8xb128_in1k.py',
+)
+REPARAMETERIZE = (
+    *(f'torchvision:{name}' for name in ('resnet50', 'vgg11', 'densenet121')),
+    *(f'torchvision:{name}' for name in ('mobilenet_v2', 'efficientnet_b0')),
+    *(f'torchvision:{name}' for name in ('regnet_y_400mf', 'mnasnet1_0')),
+    *(f'timm:{name}' for name in ('resnet50d', 'resnext50_32x4d', 'res2net50_26w_4s')),
+    *(f'timm:{name}' for name in ('mobilenetv3_small_100', 'hrnet_w18_small')),
+    *(f'timm:{name}' for name in ('convnext_atto', 'ghostnet_100', 'dla34')),
+)
+FRESH = (
+    *CONV_CFG[:4],
+    *CONV_CFG[5:11],
+    'mmdet:ssd/ssd300_coco.py',
+    'mmpretrain:vgg/vgg11_8xb32_in1k.py',
+)
+TABLES = dict(conv_cfg=CONV_CFG, reparameterize=REPARAMETERIZE, fresh=FRESH)
+FIELDS = ('table', 'model', 'convs', 'start', 'deployed', 'plain', 'orepa', 'note')
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description='Measures which stock models take re-parameterised convs, and '
+        'what changes when they do. A stopped run goes on where it was.'
+    )
+    parser.add_argument('--tables', nargs='+', choices=TABLES, default=[*TABLES])
+    parser.add_argument(
+        '--only',
+        default='*',
+        metavar='PATTERN',
+        help="models whose name matches, such as 'mmdet:retinanet*'",
+    )
+    parser.add_argument(
+        '--steps', type=int, default=50, help='of the table fresh (default: 50)'
+    )
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=ROOT / 'docs/compatibility.md',
+        help='the Markdown file; rows are kept beside it as .csv',
+    )
+    return parser.parse_args(argv)
+
+
+def stock_config(name: str) -> Config:
+    """A config of a toolbox, without weights from elsewhere.
+
+    Args:
+        name (str): ``toolbox:path``, the path under its ``configs``.
+    """
+    toolbox, path = name.split(':')
+    package = importlib.import_module(f'{toolbox}.models').__file__
+    cfg = Config.fromfile(Path(package).parents[1] / '.mim/configs' / path)
+    init_default_scope(toolbox)
+    for node in _dicts(cfg.model):
+        node.pop('pretrained', None)
+        if (node.get('init_cfg') or {}) and 'checkpoint' in str(node['init_cfg']):
+            node['init_cfg'] = None
+        if node.get('type') == 'SyncBN':
+            node['type'] = 'BN'
+    return cfg
+
+
+def _dicts(node: object) -> Iterator[dict]:
+    if isinstance(node, dict):
+        yield node
+    if isinstance(node, (dict, list, tuple)):
+        for child in node.values() if isinstance(node, dict) else node:
+            yield from _dicts(child)
+
+
+def set_conv_cfg(model: dict) -> None:
+    """Sets ``conv_cfg`` wherever a class takes it and the config does not use it."""
+    with MODELS.switch_scope_and_registry(None) as registry:
+        for node in _dicts(model):
+            kind = node.get('type')
+            cls = registry.get(kind) if isinstance(kind, str) else None
+            if cls and not node.get('conv_cfg') and _takes_conv_cfg(cls):
+                node['conv_cfg'] = dict(CONV)
+
+
+def _takes_conv_cfg(cls: type) -> bool:
+    for parent in getattr(cls, '__mro__', ()):
+        if '__init__' in vars(parent):
+            parameters = inspect.signature(parent.__init__).parameters.values()
+            if any(p.name == 'conv_cfg' for p in parameters):
+                return True
+            if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+                return False
+    return False
+
+
+def make_trained_like(model: nn.Module) -> nn.Module:
+    """Gives BatchNorms statistics and weights such as training leaves."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for norm in model.modules():
+            if isinstance(norm, _BatchNorm):
+                norm.running_mean.normal_(0, 0.2, generator=generator)
+                norm.running_var.uniform_(0.5, 1.5, generator=generator)
+                if norm.affine:
+                    norm.weight.uniform_(0.4, 0.9, generator=generator)
+                    norm.bias.normal_(0, 0.2, generator=generator)
+    return model
+
+
+def make_batch(toolbox: str, model: dict, size: int = 128) -> dict:
+    """Two noise images with labels, as a dataloader of the toolbox yields them."""
+    if toolbox == 'mmdet':
+        from mmdet.testing import demo_mm_inputs
+
+        return demo_mm_inputs(2, (3, size, size), [4, 6], 80, with_mask=True)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (2, 3, size, size), generator=generator)
+    if toolbox == 'mmpretrain':
+        from mmpretrain.structures import DataSample
+
+        labels = torch.randint(model['head']['num_classes'], (2,), generator=generator)
+        samples = [DataSample().set_gt_label(label) for label in labels]
+        return dict(inputs=images.to(torch.uint8), data_samples=samples)
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    classes = model['decode_head']['num_classes']
+    labels = torch.randint(classes, (2, 1, size, size), generator=generator)
+    samples = []
+    for label in labels:
+        sample = SegDataSample(
+            metainfo=dict(img_shape=(size, size), ori_shape=(size, size))
+        )
+        sample.gt_sem_seg = PixelData(data=label)
+        samples.append(sample)
+    return dict(inputs=[*images.to(torch.uint8)], data_samples=samples)
+
+
+def build(cfg: Config) -> nn.Module:
+    torch.manual_seed(0)
+    model = copy.deepcopy(cfg.model)
+    if 'data_preprocessor' not in model and 'data_preprocessor' in cfg:
+        model.data_preprocessor = cfg.data_preprocessor
+    return MODELS.build(model)
+
+
+def compare(
+    plain: nn.Module,
+    training: nn.Module,
+    outputs: Callable[[nn.Module], list[Tensor]],
+    step: Callable[[nn.Module], object],
+) -> dict:
+    """Loads, compares, trains, deploys, compares, and gives the plain model back."""
+    convs = sum(isinstance(m, ReparamConv2d) for m in training.modules())
+    both = sum(isinstance(m, nn.Conv2d) for m in plain.modules())
+    expected = outputs(plain.eval())
+    start = largest_difference(expected, outputs(training.eval())).relative
+    training.train()
+    for _ in range(3):
+        step(training)
+    trained = outputs(training.eval())
+    mmorepa.switch_to_deploy(training)
+    plain.load_state_dict(training.state_dict())
+    deployed = max(
+        largest_difference(trained, outputs(model)).relative
+        for model in (training, plain.eval())
+    )
+    fails = not max(start, deployed) <= TOLERANCE or not convs
+    return dict(
+        convs=f'{convs} of {both}',
+        start=f'{start:.0e}',
+        deployed=f'{deployed:.0e}',
+        note='outputs differ' if fails else '',
+    )
+
+
+def conv_cfg_row(name: str, steps: int) -> dict:
+    """A stock config, plain and with ``conv_cfg``."""
+    cfg = stock_config(name)
+    plain = make_trained_like(build(cfg))
+    turned = copy.deepcopy(cfg)
+    set_conv_cfg(turned.model)
+    training = build(turned)
+    training.load_state_dict(plain.state_dict())
+    batch = make_batch(name.split(':')[0], cfg.model)
+    # Adam moves every parameter, however small its gradient.
+    adam = dict(optimizer=dict(type='Adam', lr=1e-3))
+    wrapper = build_optim_wrapper(training, adam)
+    return compare(
+        plain,
+        training,
+        lambda model: raw_outputs(model, batch),
+        lambda model: model.train_step(batch, wrapper),
+    )
+
+
+def reparameterize_row(name: str, steps: int) -> dict:
+    """A class of torchvision or timm, plain and re-parameterised."""
+    library, model = name.split(':')
+    torch.manual_seed(0)
+    if library == 'timm':
+        plain = importlib.import_module('timm').create_model(model)
+    else:
+        plain = getattr(importlib.import_module('torchvision.models'), model)()
+    make_trained_like(plain).eval()
+    training = mmorepa.reparameterize(copy.deepcopy(plain))
+    images = torch.randn(2, 3, 128, 128)
+    optimizer = torch.optim.Adam(training.parameters(), 1e-3)
+
+    def step(model: nn.Module) -> None:
+        optimizer.zero_grad()
+        model(images).square().mean().backward()
+        optimizer.step()
+
+    @torch.no_grad()
+    def outputs(model: nn.Module) -> list[Tensor]:
+        return [model(images)]
+
+    return compare(plain, training, outputs, step)
+
+
+def fresh_row(name: str, steps: int) -> dict:
+    """First and last loss of both forms, each from its own initialisation."""
+    cfg = stock_config(name)
+    for node in _dicts(cfg.model):
+        # They go with weights of a trained backbone.
+        if 'norm_eval' in node:
+            node['norm_eval'] = False
+        if 'frozen_stages' in node:
+            node['frozen_stages'] = -1
+    batch = make_batch(name.split(':')[0], cfg.model)
+    losses = {}
+    for form in ('plain', 'orepa'):
+        if form == 'orepa':
+            set_conv_cfg(cfg.model)
+        model = build(cfg)
+        model.init_weights()
+        options = dict(cfg.optim_wrapper, type='OptimWrapper')
+        wrapper = build_optim_wrapper(model, options)
+        torch.manual_seed(0)
+        losses[form] = [
+            _total(model.train().train_step(batch, wrapper)) for _ in range(steps)
+        ]
+    convs = sum(isinstance(m, ReparamConv2d) for m in model.modules())
+    first = {form: values[0] for form, values in losses.items()}
+    worst = {form: max(values) for form, values in losses.items()}
+    fails = []
+    if not abs(first['orepa'] / first['plain'] - 1) <= 0.1:
+        fails.append('first losses differ')
+    if not worst['orepa'] <= 2 * max(first['plain'], worst['plain']):
+        fails.append('diverges')
+    return dict(
+        convs=convs,
+        **{form: f'{v[0]:.3g} → {v[-1]:.3g}' for form, v in losses.items()},
+        note=', '.join(fails),
+    )
+
+
+def _total(losses: dict[str, Tensor]) -> float:
+    if 'loss' in losses:
+        return float(losses['loss'])
+    return sum(float(v) for k, v in losses.items() if 'loss' in k)
+
+
+ROWS = dict(conv_cfg=conv_cfg_row, reparameterize=reparameterize_row, fresh=fresh_row)
+
+
+def read_rows(path: Path) -> list[dict]:
+    if not path.is_file():
+        return []
+    with path.open(newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as temporary, temporary.open('w', newline='') as file:
+        writer = csv.DictWriter(file, FIELDS, restval='')
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def to_markdown(rows: list[dict], steps: int) -> str:
+    """The document, of the rows that are there."""
+    heads = dict(
+        conv_cfg='By `conv_cfg`: configs of mmdet, mmseg and mmpretrain',
+        reparameterize='By `reparameterize`: classes of torchvision and timm',
+        fresh=f'Fresh: the loss at the first step and at step {steps}',
+    )
+    columns = dict(
+        model='model',
+        convs='convs turned',
+        start='difference at the start',
+        deployed='difference deployed',
+        plain='plain',
+        orepa='OREPA',
+        note='note',
+    )
+    lines = [
+        '# Compatibility',
+        '',
+        'Stock models with `OREPAConv2d`, measured by '
+        '`python tools/benchmarks/compatibility.py` on two images of 128x128 pixels, '
+        'in float32. No weights are downloaded: kernels are random, BatchNorm '
+        'statistics are like trained ones. Differences are relative to the largest '
+        'output.',
+        '',
+        '*At the start*: the training form has loaded the state dict of the plain '
+        'model. *Deployed*: it has trained three steps and is switched, and the plain '
+        'model has loaded its state dict. Convs that stay plain are those that the '
+        'model builds without asking `conv_cfg`, and those that have no fold.',
+    ]
+    for table, head in heads.items():
+        here = [row for row in rows if row['table'] == table]
+        if not here:
+            continue
+        shown = [key for key in columns if key == 'note' or any(r[key] for r in here)]
+        if not any(row['note'] for row in here):
+            shown.remove('note')
+        lines += ['', f'## {head}', '']
+        if table == 'fresh':
+            lines += [
+                'Each form from its own initialisation, at the learning rate of the '
+                'config without warm-up, on one batch of two images. BatchNorm trains '
+                'and no stage is frozen, since no trained weights are there.',
+                '',
+            ]
+        lines.append('| ' + ' | '.join(columns[key] for key in shown) + ' |')
+        lines.append('|' + '---|' * len(shown))
+        for row in here:
+            lines.append('| ' + ' | '.join(row[key] for key in shown) + ' |')
+    return '\n'.join(lines) + '\n'
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    MMLogger.get_instance('mmorepa', log_level='ERROR')
+    path = args.out.with_suffix('.csv')
+    rows = read_rows(path)
+    done = {(row['table'], row['model']) for row in rows}
+    todo = [
+        (table, name)
+        for table in args.tables
+        for name in TABLES[table]
+        if fnmatch.fnmatchcase(name, args.only) and (table, name) not in done
+    ]
+    with one_line_errors():
+        if not todo and not rows:
+            raise ValueError(f'no model has a name like {args.only!r}')
+        for i, (table, name) in enumerate(todo, 1):
+            began = time.perf_counter()
+            try:
+                row = ROWS[table](name, args.steps)
+            except Exception as error:  # A row says what fails; the others go on.
+                text = ' '.join(str(error).split())
+                row = dict(note=f'{type(error).__name__}: {text[:160]}')
+            rows.append({**dict.fromkeys(FIELDS, ''), 'table': table, 'model': name})
+            rows[-1].update({key: str(value) for key, value in row.items()})
+            write_rows(path, rows)
+            seconds = time.perf_counter() - began
+            values = [v for k, v in rows[-1].items() if v and k != 'table']
+            print(f'{i} of {len(todo)} ({seconds:.0f} s)', *values, sep='  ')
+        with written_whole(args.out) as temporary:
+            temporary.write_text(to_markdown(rows, args.steps))
+    failed = [row['model'] for row in rows if row['note']]
+    print(f'{len(rows)} rows, {len(failed)} with a note. Wrote {args.out} and {path}.')
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == '__main__':
+    main()
