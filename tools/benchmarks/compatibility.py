@@ -332,7 +332,7 @@ def fresh_row(name: str, steps: int) -> dict:
 
 def _total(losses: dict[str, Tensor]) -> float:
     if 'loss' in losses:
-        return float(losses['loss'])
+        return losses['loss'].item()
     return sum(float(v) for k, v in losses.items() if 'loss' in k)
 
 
