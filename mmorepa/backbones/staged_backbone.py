@@ -216,7 +216,7 @@ class StagedBackbone(BaseModule):
     def _check_plain(self, found: dict[str, tuple[int, ...]]) -> None:
         """Whether the network is this one, all of it, before anything is loaded."""
         is_folded = not any(name.endswith('.running_var') for name in found)
-        own, parts = self.state_dict(), [name for name, _ in self.named_children()]
+        own, parts = self.state_dict(), dict(self.named_children())
         expected = {
             f'{name}.{entry}': shape
             for name, module in self.named_modules()
@@ -232,32 +232,23 @@ class StagedBackbone(BaseModule):
             if is_other or is_unbuilt or is_extra or is_count:
                 del found[name]
         # Where kernels differ, their names say it all.
-        for what, pattern in (('Convs', self.PLAIN_KERNEL), ('Entries', '(.+)')):
-            theirs, ours = (
-                {
-                    match[1]: shape
-                    for name, shape in shapes.items()
-                    if (match := re.fullmatch(pattern, name))
-                    and (what == 'Entries' or len(shape) == 4)
-                }
-                for shapes in (found, expected)
+        kernels = (self._kernels(expected), self._kernels(found))
+        problems = _differences(*kernels)
+        what = 'Convs' if problems else 'Entries'
+        problems = problems or _differences(expected, found)
+        if problems:
+            raise CheckpointError(
+                'the checkpoint is that of a plain network, and another one than this '
+                f'{type(self).__name__}. {what} {problems}'
             )
-            misshapen = [
-                f'{name} {theirs[name]}, not {ours[name]}'
-                for name in ours.keys() & theirs.keys()
-                if ours[name] != theirs[name]
-            ]
-            problems = [
-                name_keys('missing', ours.keys() - theirs.keys(), 3),
-                name_keys('left over', theirs.keys() - ours.keys(), 3),
-                name_keys('of another shape', misshapen, 3),
-            ]
-            if any(problems):
-                raise CheckpointError(
-                    'the checkpoint is that of a plain network, and another one than '
-                    f'this {type(self).__name__}. {what} '
-                    f'{"; ".join(filter(None, problems))}'
-                )
+
+    def _kernels(
+        self, shapes: dict[str, tuple[int, ...]]
+    ) -> dict[str, tuple[int, ...]]:
+        matches = ((re.fullmatch(self.PLAIN_KERNEL, name), name) for name in shapes)
+        return {
+            m[1]: shapes[name] for m, name in matches if m and len(shapes[name]) > 3
+        }
 
     def _plain_shapes(
         self, module: nn.Module, is_folded: bool
@@ -276,6 +267,22 @@ class StagedBackbone(BaseModule):
             return dict(weight=kernel, bias=(outputs,))
         norm = build_norm_layer(module.norm_cfg, outputs)[1]
         return dict(weight=kernel, **state_shapes(norm, 'norm.'))
+
+
+def _differences(
+    expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
+) -> str:
+    misshapen = [
+        f'{name} {found[name]}, not {shape}'
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    problems = (
+        name_keys('missing', expected.keys() - found.keys(), 3),
+        name_keys('left over', found.keys() - expected.keys(), 3),
+        name_keys('of another shape', misshapen, 3),
+    )
+    return '; '.join(filter(None, problems))
 
 
 def state_shapes(module: nn.Module, prefix: str = '') -> dict[str, tuple[int, ...]]:
