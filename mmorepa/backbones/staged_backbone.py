@@ -171,11 +171,11 @@ class StagedBackbone(BaseModule):
             for name, module in self.named_modules()
             if isinstance(module, (nn.Conv2d, ConvAct2d))
         )
-        found = any(key.startswith(convs) for key in state_dict)
-        if not prefix and state_dict and not found:
+        names = [k.removeprefix(prefix) for k in state_dict if k.startswith(prefix)]
+        if names and not any(name.startswith(convs) for name in names):
             raise CheckpointError(
                 f'nothing in the checkpoint belongs to a {type(self).__name__}: it has '
-                f'{", ".join(list(state_dict)[:3])}, …'
+                f'{", ".join(names[:3])}, …'
             )
         # Here and not in the convs, of which each knows of itself alone.
         if any(

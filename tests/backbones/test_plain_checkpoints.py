@@ -390,7 +390,8 @@ def test_repvgg_into_other_blocks(block):
         OREPARepVGG('A0', block).load_state_dict(plain.state_dict(), strict=False)
 
 
-def test_resnet_into_repvgg():
-    state = torchvision_net('resnet18').state_dict()
-    with pytest.raises(RuntimeError, match='nothing in the checkpoint belongs to'):
-        OREPARepVGG('A0').load_state_dict(state, strict=False)
+@pytest.mark.parametrize('load', [by_state_dict, by_init_cfg, by_prefix, by_load_from])
+def test_resnet_into_repvgg(load, tmp_path):
+    state = without(kind='ResNet', depth=18, **SLIM)
+    with pytest.raises(CheckpointError, match='nothing in the checkpoint belongs to'):
+        load(OREPARepVGG('A0'), state, tmp_path)

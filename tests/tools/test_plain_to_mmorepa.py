@@ -363,7 +363,3 @@ def test_command_line(files):
     assert done.returncode == 0
     assert f'Wrote {paths[2]}.' in done.stdout
     assert os.listdir(paths[2].parent) == [paths[2].name]
-    done = run_apart(*command(TOOL, paths[0], paths[1], paths[0], *SHAPE))
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith('error: ')
-    assert 'Traceback' not in done.stderr
