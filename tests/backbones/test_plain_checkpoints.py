@@ -102,7 +102,8 @@ def slow_if(condition, *values):
 def test_torchvision(name, block):
     net = OREPAResNet(block=block, **RESNETS[name])
     start = check_start(net, *torchvision_source(name))
-    if name not in LARGE:  # Their steps take as long as all the rest of this.
+    # The steps of the largest take as long as all the rest of this.
+    if name not in LARGE or (name, block) == ('resnet101', 'orepa'):
         check_training(net, *start)
 
 
