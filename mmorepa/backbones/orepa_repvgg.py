@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Optional, Union
 
+import torch
 import torch.utils.checkpoint as cp
 from mmcv.cnn import build_activation_layer
 from mmengine.model import BaseModule
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..layers import RepVGGConv2d, build_conv
 from ..utils.errors import CheckpointError
-from .staged_backbone import StagedBackbone, scaled_channels
+from .staged_backbone import StagedBackbone, scaled_channels, state_shapes
 
 
 class SqueezeExcitation(nn.Module):
@@ -260,6 +261,22 @@ class OREPARepVGG(StagedBackbone):
             'the checkpoint is that of a RepVGG, whose branches are those of '
             f"block='repvgg' and 'orepa', found {type(self.stem.conv).__name__}"
         )
+
+    def _plain_shapes(
+        self, module: nn.Module, is_folded: bool
+    ) -> dict[str, tuple[int, ...]]:
+        if isinstance(module, SqueezeExcitation):
+            return state_shapes(module)
+        if is_folded or not isinstance(module, RepVGGConv2d):
+            return super()._plain_shapes(module, is_folded)
+        with torch.device('meta'):  # A deployed conv has no branches any more.
+            branches = module.build_branches()
+        shapes = {}
+        for name, branch in branches.items():
+            entries = super()._plain_shapes(branch, is_folded)
+            entries |= state_shapes(branch.norm, 'norm.')
+            shapes |= {f'branches.{name}.{k}': shape for k, shape in entries.items()}
+        return shapes
 
     @classmethod
     def _architecture(cls, arch: Union[str, dict], num_stages: int) -> dict:

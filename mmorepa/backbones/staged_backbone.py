@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Union
 
+from mmcv.cnn import build_norm_layer
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -150,12 +151,13 @@ class StagedBackbone(BaseModule):
 
         Raises:
             CheckpointError: If the checkpoint of a ``Pretrained`` ``init_cfg`` is a
-                local file that is not there.
+                local file that is not there, or caffe's by its name.
         """
         configs = self.init_cfg or []
         for cfg in [configs] if isinstance(configs, dict) else configs:
             if cfg.get('type') == 'Pretrained':
                 _check_is_there(cfg['checkpoint'])
+                check_style(self, cfg['checkpoint'])
         super().init_weights()
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
@@ -169,11 +171,11 @@ class StagedBackbone(BaseModule):
             for name, module in self.named_modules()
             if isinstance(module, (nn.Conv2d, ConvAct2d))
         )
-        found = any(key.startswith(convs) for key in state_dict)
-        if not prefix and state_dict and not found:
+        names = [k.removeprefix(prefix) for k in state_dict if k.startswith(prefix)]
+        if names and not any(name.startswith(convs) for name in names):
             raise CheckpointError(
                 f'nothing in the checkpoint belongs to a {type(self).__name__}: it has '
-                f'{", ".join(list(state_dict)[:3])}, …'
+                f'{", ".join(names[:3])}, …'
             )
         # Here and not in the convs, of which each knows of itself alone.
         if any(
@@ -203,35 +205,93 @@ class StagedBackbone(BaseModule):
             return
         for key, ours in renamed.items():
             state_dict[ours] = state_dict.pop(key)
-        sizes = {
-            name: (conv.out_channels, conv.in_channels // conv.groups)
-            + conv.kernel_size
-            for name, conv in self.named_modules()
-            if isinstance(conv, ReparamConv2d) and '.branches' not in name
+        self._check_plain(
+            {
+                key.removeprefix(prefix): tuple(value.shape)
+                for key, value in state_dict.items()
+                if key.startswith(prefix)
+            }
+        )
+
+    def _check_plain(self, found: dict[str, tuple[int, ...]]) -> None:
+        """Whether the network is this one, all of it, before anything is loaded."""
+        is_folded = not any(name.endswith('.running_var') for name in found)
+        own, parts = self.state_dict(), dict(self.named_children())
+        expected = {
+            f'{name}.{entry}': shape
+            for name, module in self.named_modules()
+            if '.branches' not in name
+            for entry, shape in self._plain_shapes(module, is_folded).items()
         }
-        stages = len(self.stage_names)
-        found = {}
-        for key, value in state_dict.items():
-            match = re.fullmatch(self.PLAIN_KERNEL, key.removeprefix(prefix))
-            if match and value.dim() == 4 and key.startswith(prefix):
-                stage = re.match(r'layer(\d+)\.', match[1])
-                if not stage or int(stage[1]) <= stages:
-                    found[match[1]] = tuple(value.shape)
-        misshapen = [
-            f'{name} {found[name]}, not {sizes[name]}'
-            for name in sizes.keys() & found.keys()
-            if sizes[name] != found[name]
-        ]
-        problems = [
-            name_keys('missing', sizes.keys() - found.keys(), 3),
-            name_keys('left over', found.keys() - sizes.keys(), 3),
-            name_keys('of another shape', misshapen, 3),
-        ]
-        if any(problems):
+        for name, shape in list(found.items()):
+            part = name.split('.')[0]
+            is_other = part not in parts and len(shape) < 4  # Such as a classifier.
+            is_unbuilt = re.fullmatch(r'layer\d', part) and part not in parts
+            is_extra = name in own and name not in expected
+            is_count = name.endswith('.num_batches_tracked')
+            if is_other or is_unbuilt or is_extra or is_count:
+                del found[name]
+        # Where kernels differ, their names say it all.
+        kernels = (self._kernels(expected), self._kernels(found))
+        problems = _differences(*kernels)
+        what = 'Convs' if problems else 'Entries'
+        problems = problems or _differences(expected, found)
+        if problems:
             raise CheckpointError(
-                f'the checkpoint is that of a plain network, and another one than '
-                f'this {type(self).__name__}. Convs {"; ".join(filter(None, problems))}'
+                'the checkpoint is that of a plain network, and another one than this '
+                f'{type(self).__name__}. {what} {problems}'
             )
+
+    def _kernels(
+        self, shapes: dict[str, tuple[int, ...]]
+    ) -> dict[str, tuple[int, ...]]:
+        matches = ((re.fullmatch(self.PLAIN_KERNEL, name), name) for name in shapes)
+        return {
+            m[1]: shapes[name] for m, name in matches if m and len(shapes[name]) > 3
+        }
+
+    def _plain_shapes(
+        self, module: nn.Module, is_folded: bool
+    ) -> dict[str, tuple[int, ...]]:
+        """The entries that a module has in a plain network's checkpoint.
+
+        Args:
+            module (nn.Module): Any module of this network.
+            is_folded (bool): Whether the plain network's BatchNorms are folded.
+        """
+        if not isinstance(module, ReparamConv2d):
+            return {}
+        outputs = module.out_channels
+        kernel = (outputs, module.in_channels // module.groups, *module.kernel_size)
+        if is_folded:
+            return dict(weight=kernel, bias=(outputs,))
+        norm = build_norm_layer(module.norm_cfg, outputs)[1]
+        return dict(weight=kernel, **state_shapes(norm, 'norm.'))
+
+
+def _differences(
+    expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
+) -> str:
+    misshapen = [
+        f'{name} {found[name]}, not {shape}'
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    problems = (
+        name_keys('missing', expected.keys() - found.keys(), 3),
+        name_keys('left over', found.keys() - expected.keys(), 3),
+        name_keys('of another shape', misshapen, 3),
+    )
+    return '; '.join(filter(None, problems))
+
+
+def state_shapes(module: nn.Module, prefix: str = '') -> dict[str, tuple[int, ...]]:
+    """The shapes of what a module saves, without the number of batches."""
+    return {
+        prefix + name: tuple(value.shape)
+        for name, value in module.state_dict().items()
+        if not name.endswith('num_batches_tracked')
+    }
 
 
 def _strip(state_dict: dict[str, Tensor], start: str) -> None:
@@ -261,6 +321,27 @@ def _check_is_there(checkpoint: str) -> None:
         'start from random weights: '
         'model.backbone.init_cfg=None model.backbone.norm_eval=False'
     )
+
+
+def check_style(backbone: nn.Module, checkpoint: str) -> None:
+    """Refuses the checkpoints of caffe, of which only the names tell.
+
+    Args:
+        backbone (nn.Module): With a ``style``, or of the usual one.
+        checkpoint (str): The path or address of what it starts from.
+
+    Raises:
+        CheckpointError: If the file's name has caffe or msra in it.
+    """
+    name = checkpoint.rpartition('/')[-1]
+    found = re.search('caffe|msra', name, re.IGNORECASE)
+    if found and getattr(backbone, 'style', 'pytorch') != 'caffe':
+        raise CheckpointError(
+            f'{name!r} is of a caffe-style network by its name ({found[0]}), with the '
+            "stride on the first 1x1 conv: the keys of style='pytorch', and another "
+            'network. Take weights of that style, such as torchvision://resnet50 '
+            '(rename the file if its name is wrong)'
+        )
 
 
 def _is_fresh(norm: _BatchNorm) -> bool:

@@ -14,7 +14,7 @@ import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device, is_cuda_available
 from mmengine.logging import print_log
-from mmengine.registry import RUNNERS
+from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
 from torch import nn
 
@@ -85,6 +85,23 @@ def load_config(args: argparse.Namespace) -> Config:
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
     return cfg
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """The model of a config, in eval mode on the CPU.
+
+    Its ``init_cfg`` is not run: a checkpoint will give every weight.
+
+    Args:
+        cfg (Config): Of a classifier, detector or segmenter.
+
+    Returns:
+        nn.Module: The model.
+    """
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    if 'data_preprocessor' in cfg:  # The runner hands it on in the same way.
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    return MODELS.build(cfg.model).eval()
 
 
 def use_amp(cfg: Config) -> None:

@@ -1,22 +1,29 @@
 """Networks that start from the checkpoints of plain ones."""
 
+from functools import lru_cache
+
 import pytest
 import torch
 import torchvision
 from helpers import assert_near, import_models, trained_like
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import load_checkpoint
 from torch import nn
 
 from mmorepa import switch_to_deploy
 from mmorepa.backbones import OREPARepVGG, OREPAResNet
+from mmorepa.utils.errors import CheckpointError
 
 BLOCKS = ['none', 'deep_linear', 'dbb', 'orepa', 'repvgg', 'orepa_repvgg']
 RESNETS = {
     'resnet18': dict(depth=18),
     'resnet50': dict(depth=50),
     'resnext50_32x4d': dict(depth=50, groups=32, width_per_group=4),
+    'resnet34': dict(depth=34),
+    'resnet101': dict(depth=101),
     'wide_resnet50_2': dict(depth=50, width_per_group=128),
 }
+LARGE = ('resnet101', 'wide_resnet50_2')
 
 
 def torchvision_net(name):
@@ -44,60 +51,99 @@ def image(dtype=torch.float32):
     return torch.randn(2, 3, 48, 48, dtype=dtype)
 
 
-def train(net, x, steps=3):
+def check_training(net, x, expected):
+    """Three steps lead elsewhere, and the deployed form follows."""
     net.train()
     optimizer = torch.optim.SGD(net.parameters(), 1e-3)
-    for _ in range(steps):
+    for _ in range(3):
         loss = net(x)[-1].square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return net.eval()
+    with torch.no_grad():
+        trained = net.eval()(x)[-1]
+        assert (trained - expected).abs().max() > 1e-3 * expected.abs().max()
+        assert_near(switch_to_deploy(net)(x)[-1], trained, 1e-4)
+
+
+def check_start(net, state, x, expected):
+    """In float64, rounded to float32, and after training.
+
+    Args:
+        net (nn.Module): Of float32.
+        state (dict): Of the plain network, in float64.
+        x (Tensor): In float64.
+        expected (Tensor): What the plain network makes of it.
+    """
+    net.eval().double().load_state_dict(state, strict=False)
+    with torch.no_grad():
+        assert_near(net(x)[-1], expected, 1e-10)
+        net.float()
+        x, expected = x.float(), expected.float()
+        assert_near(net(x)[-1], expected, 1e-4)
+    return x, expected
+
+
+@lru_cache(maxsize=1)
+def torchvision_source(name):
+    plain, x = torchvision_net(name).double(), image(torch.float64)
+    with torch.no_grad():
+        return plain.state_dict(), x, features(plain, x)
+
+
+def slow_if(condition, *values):
+    return pytest.param(*values, marks=[pytest.mark.slow] if condition else [])
 
 
 @pytest.mark.parametrize('block', BLOCKS)
-@pytest.mark.parametrize('name', RESNETS)
-def test_torchvision(name, block, tmp_path):
-    plain, x = torchvision_net(name), image()
+@pytest.mark.parametrize(
+    'name', [slow_if(name == 'resnet34' or name in LARGE, name) for name in RESNETS]
+)
+def test_torchvision(name, block):
+    net = OREPAResNet(block=block, **RESNETS[name])
+    start = check_start(net, *torchvision_source(name))
+    # The steps of the largest take as long as all the rest of this.
+    if name not in LARGE or (name, block) == ('resnet101', 'orepa'):
+        check_training(net, *start)
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        slow_if(name not in ('resnet18', 'resnext50_32x4d'), name)
+        for name in (*RESNETS, 'resnet152')
+    ],
+)
+def test_timm_from_a_file(name, tmp_path):
+    timm = pytest.importorskip('timm')
+    plain, x = trained_like(timm.create_model(name)).eval(), image()
     path = str(tmp_path / 'plain.pth')
     torch.save(plain.state_dict(), path)
-    with torch.no_grad():
-        expected = features(plain, x)
     for deploy in (False, True):
         net = OREPAResNet(
-            block=block,
             deploy=deploy,
             init_cfg=dict(type='Pretrained', checkpoint=path),
-            **RESNETS[name],
+            **RESNETS.get(name, dict(depth=152)),
         )
         net.init_weights()
         with torch.no_grad():
-            assert_near(net.eval()(x)[-1], expected, 1e-4)
-        if not deploy and name == 'resnet18':
-            train(net, x)
-            with torch.no_grad():
-                trained = net(x)[-1]
-                assert (trained - expected).abs().max() > 1e-3
-                assert_near(switch_to_deploy(net)(x)[-1], trained, 1e-4)
+            assert_near(net.eval()(x)[-1], features(plain, x), 1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('depth', [34, 101, 152])
-def test_torchvision_of_other_depths(depth):
-    plain, x = torchvision_net(f'resnet{depth}'), image()
-    net = OREPAResNet(depth).eval()
-    assert not net.load_state_dict(plain.state_dict(), strict=False).missing_keys
+@pytest.mark.parametrize('block', BLOCKS)
+def test_into_a_deployed_form(block):
+    """A conv of each kind folds the norm that it would have had."""
+    state, x, expected = torchvision_source('resnet18')
+    net = OREPAResNet(18, block, deploy=True).eval().double()
+    net.load_state_dict(state, strict=False)
     with torch.no_grad():
-        assert_near(net(x)[-1], features(plain, x), 1e-4)
+        assert_near(net(x)[-1], expected, 1e-10)
 
 
-@pytest.mark.parametrize('start', ['quiet', 'balanced'])
-def test_in_float64(start):
-    plain, x = torchvision_net('resnet18').double(), image(torch.float64)
-    net = OREPAResNet(18, block_cfg=dict(start=start)).double().eval()
-    net.load_state_dict(plain.state_dict(), strict=False)
-    with torch.no_grad():
-        assert_near(net(x)[-1], features(plain, x), 1e-10)
+@pytest.mark.parametrize('block', ['orepa', 'dbb'])
+def test_balanced_start(block):
+    net = OREPAResNet(18, block, block_cfg=dict(start='balanced'))
+    check_training(net, *check_start(net, *torchvision_source('resnet18')))
 
 
 @pytest.mark.parametrize('prefix', ['', 'backbone.'])
@@ -143,6 +189,15 @@ def test_repvgg(arch, block, deploy):
     x = image()
     with torch.no_grad():
         assert_near(net(x)[-1], plain(x)[-1], 1e-4)
+
+
+@pytest.mark.parametrize('block', ['repvgg', 'orepa'])
+def test_repvgg_a0(block):
+    plain, x = mm_net('RepVGG', arch='A0').double(), image(torch.float64)
+    with torch.no_grad():
+        expected = plain(x)[-1]
+    net = OREPARepVGG('A0', block)
+    check_training(net, *check_start(net, plain.state_dict(), x, expected))
 
 
 def test_repvgg_that_is_deployed():
@@ -200,15 +255,132 @@ def test_another_network(net, plain, message, deploy):
         assert torch.equal(value, before[name])
 
 
-def test_missing_entries():
-    state = torchvision_net('resnet18').state_dict()
-    del state['layer2.0.bn1.running_mean']
-    message = "'layer2.0.conv1.weight': its norm has weight, bias, running_var"
-    with pytest.raises(RuntimeError, match=message):
-        OREPAResNet(18).load_state_dict(state, strict=False)
-    del state['layer1.1.conv1.weight']
-    with pytest.raises(RuntimeError, match='1 key missing: layer1.1.conv1'):
-        OREPAResNet(18).load_state_dict(state, strict=False)
+def by_state_dict(net, state, tmp_path):
+    net.load_state_dict(state, strict=False)
+
+
+def by_init_cfg(net, state, tmp_path):
+    path = str(tmp_path / 'plain.pth')
+    torch.save(state, path)
+    net.init_cfg = dict(type='Pretrained', checkpoint=path)
+    net.init_weights()
+
+
+def whole_file(state, tmp_path):
+    path = str(tmp_path / 'whole.pth')
+    state = {f'backbone.{name}': value for name, value in state.items()}
+    torch.save(dict(state_dict=dict(state, **{'head.fc.bias': torch.zeros(2)})), path)
+    return path
+
+
+def by_prefix(net, state, tmp_path):
+    path = whole_file(state, tmp_path)
+    net.init_cfg = dict(type='Pretrained', checkpoint=path, prefix='backbone.')
+    net.init_weights()
+
+
+def by_load_from(net, state, tmp_path):
+    """As MMEngine's runner does it."""
+    load_checkpoint(nn.ModuleDict(dict(backbone=net)), whole_file(state, tmp_path))
+
+
+def without(*names, **options):
+    state = mm_net(**options).state_dict()
+    for name in [key for key in state if key.startswith(names)]:
+        del state[name]
+    return state
+
+
+SLIM = dict(base_channels=8, stem_channels=8)
+REPVGG = dict(num_blocks=(1, 2, 1, 1), width_factor=(0.25,) * 4, group_layer_map=None)
+REPVGG['se_cfg'] = dict(ratio=16, divisor=1)
+BAD = {
+    'deep stem': (
+        lambda: without(kind='ResNetV1c', depth=50, **SLIM),
+        r'Convs 1 key missing: stem; 3 keys left over: stem\.',
+    ),
+    'average down': (
+        lambda: without(kind='ResNet', depth=50, avg_down=True, **SLIM),
+        'Convs 3 keys missing: layer2.0.downsample, ',
+    ),
+    'depth': (
+        lambda: without(kind='ResNet', depth=101, **SLIM),
+        'Convs 51 keys left over: layer3.10.conv1, ',
+    ),
+    'width': (
+        lambda: without(kind='ResNet', depth=50, base_channels=4, stem_channels=4),
+        r'of another shape: .* \(4, 4, 1, 1\), not \(8, 8, 1, 1\)',
+    ),
+    'conv': (
+        lambda: without('layer1.1.conv1', kind='ResNet', depth=50, **SLIM),
+        'Convs 1 key missing: layer1.1.conv1$',
+    ),
+    'norm': (
+        lambda: without('layer1.1.bn1.', kind='ResNet', depth=50, **SLIM),
+        'Entries 4 keys missing: layer1.1.conv1.norm.bias, ',
+    ),
+    'statistics': (
+        lambda: without('bn1.running_mean', kind='ResNet', depth=50, **SLIM),
+        'Entries 1 key missing: stem.norm.running_mean$',
+    ),
+    'attention': (
+        lambda: without(kind='SEResNet', depth=50, **SLIM),
+        'Convs 32 keys left over: layer1.0.se_layer.conv1.conv, ',
+    ),
+    'repvgg conv': (
+        lambda: without('stage_1.0.branch_3x3', kind='RepVGG', arch=REPVGG),
+        'Convs 1 key missing: layer1.0.conv$',
+    ),
+    'repvgg branch': (
+        lambda: without('stage_1.0.branch_1x1', kind='RepVGG', arch=REPVGG),
+        'Entries 5 keys missing: layer1.0.conv.branches.pointwise.norm.bias, ',
+    ),
+    'repvgg identity': (
+        lambda: without('stage_2.1.branch_norm', kind='RepVGG', arch=REPVGG),
+        'Entries 4 keys missing: layer2.1.conv.branches.identity.norm.bias, ',
+    ),
+    'repvgg attention': (
+        lambda: without('stage_1.0.se_layer', kind='RepVGG', arch=REPVGG),
+        'Entries 4 keys missing: layer1.0.se.down.bias, ',
+    ),
+}
+
+
+@pytest.mark.parametrize('deploy', [False, True])
+@pytest.mark.parametrize('load', [by_state_dict, by_init_cfg, by_prefix, by_load_from])
+@pytest.mark.parametrize('name', BAD)
+def test_bad_input(name, load, deploy, tmp_path):
+    """One clear line, and nothing is loaded."""
+    make, message = BAD[name]
+    if name.startswith('repvgg'):
+        arch = dict(num_blocks=(1, 2, 1, 1), widths=(0.25,) * 4, use_se=True)
+        net = OREPARepVGG(arch, deploy=deploy)
+    else:
+        net = OREPAResNet(50, 'dbb', base_channels=8, deploy=deploy)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message) as error:
+        load(net, make(), tmp_path)
+    assert '\n' not in str(error.value)
+    assert 'plain network, and another one than this OREPA' in str(error.value)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize('deploy', [False, True])
+@pytest.mark.parametrize(
+    'name', ['detectron2/resnet50_caffe', 'resnet50_msra-5891d200.pth']
+)
+def test_caffe_by_name(name, deploy, tmp_path):
+    checkpoint = f'open-mmlab://{name}'
+    if name.endswith('.pth'):
+        checkpoint = str(tmp_path / name)
+        torch.save({}, checkpoint)
+    net = OREPAResNet(18, base_channels=8, deploy=deploy)
+    net.init_cfg = dict(type='Pretrained', checkpoint=checkpoint)
+    with pytest.raises(
+        CheckpointError, match='is of a caffe-style network by its name'
+    ):
+        net.init_weights()
 
 
 @pytest.mark.parametrize('block', ['none', 'dbb'])
@@ -219,7 +391,8 @@ def test_repvgg_into_other_blocks(block):
         OREPARepVGG('A0', block).load_state_dict(plain.state_dict(), strict=False)
 
 
-def test_resnet_into_repvgg():
-    state = torchvision_net('resnet18').state_dict()
-    with pytest.raises(RuntimeError, match='nothing in the checkpoint belongs to'):
-        OREPARepVGG('A0').load_state_dict(state, strict=False)
+@pytest.mark.parametrize('load', [by_state_dict, by_init_cfg, by_prefix, by_load_from])
+def test_resnet_into_repvgg(load, tmp_path):
+    state = without(kind='ResNet', depth=18, **SLIM)
+    with pytest.raises(CheckpointError, match='nothing in the checkpoint belongs to'):
+        load(OREPARepVGG('A0'), state, tmp_path)

@@ -9,7 +9,6 @@ from typing import Optional
 
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
@@ -28,7 +27,7 @@ from mmorepa.engine.complexity import (
     count_parameters,
     median_seconds,
 )
-from mmorepa.engine.config import check_data_folders, one_line_errors
+from mmorepa.engine.config import build_model, check_data_folders, one_line_errors
 from mmorepa.utils.tables import format_table
 
 DEFAULT_SIZE = 224
@@ -64,17 +63,6 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         help='settings that override the config',
     )
     return parser.parse_args(argv)
-
-
-def build_model(cfg: Config) -> nn.Module:
-    """The model of a config, in eval mode on the CPU.
-
-    Its ``init_cfg`` is not run: the checkpoint gives every weight.
-    """
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    if 'data_preprocessor' in cfg:  # The runner hands it on in the same way.
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    return MODELS.build(cfg.model).eval()
 
 
 def test_batch(cfg: Config) -> Optional[dict]:

@@ -1,0 +1,365 @@
+import os
+
+import pytest
+import torch
+import torchvision
+from helpers import assert_near, import_models, trained_like
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from tool_runs import command, run_apart, run_here
+
+from mmorepa.engine.config import build_model
+
+TOOL = 'model_converters/plain_to_mmorepa.py'
+SHAPE = ('--shape', 64, 48)
+CONFIG = """
+default_scope = 'mmpretrain'
+model = dict(
+    type='ImageClassifier',
+    backbone=dict({backbone}, out_indices=(3,)),
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(type='LinearClsHead', num_classes=7, in_channels={features}),
+)
+"""
+# Narrow, with channels enough for a stem of factors that starts from any kernel.
+RESNET18 = "type='OREPAResNet', depth=18, base_channels=24"
+
+
+@pytest.fixture(autouse=True)
+def mmpretrain():
+    import_models('mmpretrain')
+    init_default_scope('mmpretrain')
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Writes a source and a config; the paths of SOURCE, CONFIG and OUT."""
+
+    def write(content, backbone=RESNET18, features=192, name='in.pth'):
+        source, config = tmp_path / name, tmp_path / 'config.py'
+        torch.save(content, source)
+        config.write_text(CONFIG.format(backbone=backbone, features=features))
+        return source, config, tmp_path / 'out' / 'out.pth'
+
+    return write
+
+
+def torchvision_names(plain):
+    return {
+        name.removeprefix('backbone.').removeprefix('head.'): value
+        for name, value in plain.state_dict().items()
+    }
+
+
+def classifier(backbone, features, classes=7):
+    """One of mmpretrain alone."""
+    return trained_like(
+        MODELS.build(
+            dict(
+                type='mmpretrain.ImageClassifier',
+                backbone=backbone,
+                neck=dict(type='GlobalAveragePooling'),
+                head=dict(
+                    type='LinearClsHead', num_classes=classes, in_channels=features
+                ),
+            )
+        )
+    ).eval()
+
+
+def resnet18(classes=7, **options):
+    return classifier(
+        dict(type='ResNet', depth=18, stem_channels=24, base_channels=24, **options),
+        192,
+        classes,
+    )
+
+
+def started(config, out, **backbone):
+    """The model of the config with the checkpoint in it, every key."""
+    cfg = Config.fromfile(config)
+    cfg.model.backbone.update(backbone)
+    model = build_model(cfg)
+    model.load_state_dict(torch.load(out, weights_only=True)['state_dict'])
+    return model
+
+
+def fails(*args):
+    with pytest.raises(SystemExit) as caught:
+        run_here(TOOL, *args, *SHAPE)
+    message = caught.value.code
+    assert isinstance(message, str) and message.startswith('error: ')
+    assert '\n' not in message
+    return message
+
+
+@torch.no_grad()
+def check(plain, config, out):
+    x = torch.randn(2, 3, 64, 48)
+    model = started(config, out)
+    assert_near(model(x), plain(x), 1e-4)
+    assert_near(started(config, out, deploy=True)(x), plain(x), 1e-4)
+
+
+@pytest.mark.parametrize('block', ['none', 'deep_linear', 'dbb', 'orepa', 'repvgg'])
+def test_blocks(files, block, capsys):
+    plain = trained_like(torchvision.models.resnet18(num_classes=7)).eval()
+    backbone = f"type='OREPAResNet', depth=18, block='{block}'"
+    paths = files(plain.state_dict(), backbone, 512)
+    run_here(TOOL, *paths, *SHAPE)
+    check(plain, *paths[1:])
+    text = capsys.readouterr().out
+    assert '20 convs start from plain kernels.' in text
+    assert 'Largest difference for random input of 64x48: ' in text
+
+
+NETWORKS = {
+    'ResNet': (
+        dict(type='ResNet', depth=50, stem_channels=24, base_channels=24),
+        "type='OREPAResNet', depth=50, base_channels=24",
+        768,
+    ),
+    'dilated': (
+        dict(type='ResNet', depth=18, strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4))
+        | dict(stem_channels=24, base_channels=24),
+        f'{RESNET18}, strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4)',
+        192,
+    ),
+    'wide': (
+        dict(type='ResNet', depth=50, stem_channels=24, base_channels=48, expansion=2),
+        "type='OREPAResNet', depth=50, base_channels=48, width_mult=.5, "
+        'width_per_group=128',
+        768,
+    ),
+    'ResNeXt': (
+        dict(type='ResNeXt', depth=50, groups=4, width_per_group=6)
+        | dict(stem_channels=24, base_channels=24),
+        "type='OREPAResNet', depth=50, base_channels=24, groups=4, width_per_group=16",
+        768,
+    ),
+    'eps': (
+        dict(type='ResNet', depth=18, norm_cfg=dict(type='BN', eps=0.5))
+        | dict(stem_channels=24, base_channels=24),
+        f"{RESNET18}, norm_cfg=dict(type='BN', eps=.5)",
+        192,
+    ),
+    'RepVGG': (
+        dict(type='RepVGG', arch='A0', base_channels=16),
+        "type='OREPARepVGG', arch='A0', base_channels=16",
+        320,
+    ),
+    'RepVGG with groups and attention': (
+        dict(
+            type='RepVGG',
+            arch=dict(
+                num_blocks=(1, 2, 2, 1),
+                width_factor=(1, 1, 1, 2),
+                group_layer_map={2: 2, 4: 2, 6: 2},
+                se_cfg=dict(ratio=16, divisor=1),
+            ),
+            base_channels=16,
+        ),
+        "type='OREPARepVGG', base_channels=16, block='repvgg', arch=dict("
+        'num_blocks=(1, 2, 2, 1), widths=(1, 1, 1, 2), groups=2, use_se=True)',
+        256,
+    ),
+}
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_networks_of_mmpretrain(files, name):
+    theirs, ours, features = NETWORKS[name]
+    plain = classifier(theirs, features)
+    paths = files(dict(state_dict=plain.state_dict()), ours, features)
+    run_here(TOOL, *paths, *SHAPE)
+    check(plain, *paths[1:])
+
+
+@pytest.mark.parametrize(
+    'layout', ['bare', 'wrapped', 'module', 'backbone', 'mmpretrain', 'both']
+)
+def test_layouts(files, layout):
+    plain = resnet18()
+    state = {
+        {
+            'module': 'module.',
+            'backbone': 'backbone.',
+            'both': 'module.backbone.',
+        }.get(layout, '')
+        + name: value
+        for name, value in torchvision_names(plain).items()
+    }
+    if layout == 'mmpretrain':
+        state = {
+            f'head.{name}' if name.startswith('fc.') else f'backbone.{name}': value
+            for name, value in state.items()
+        }
+    meta = dict(epoch=3, cfg='...', dataset_meta=dict(classes=list('abcdefg')))
+    if layout != 'bare':
+        state = dict(state_dict=state, meta=meta, optimizer={})
+    paths = files(state)
+    before = paths[0].read_bytes()
+    run_here(TOOL, *paths, *SHAPE)
+    check(plain, *paths[1:])
+    assert paths[0].read_bytes() == before
+    written = torch.load(paths[2], weights_only=True)
+    assert written.keys() == {'meta', 'state_dict'}
+    assert written['meta'].get('dataset_meta') == (
+        None if layout == 'bare' else meta['dataset_meta']
+    )
+    assert written['meta'].keys().isdisjoint({'epoch', 'cfg'})
+
+
+@pytest.mark.parametrize('block', ['orepa', 'dbb'])
+def test_deployed(files, block, capsys):
+    plain = resnet18()
+    backbone = f"{RESNET18}, block='{block}', deploy=True"
+    paths = files(torchvision_names(plain), backbone)
+    run_here(TOOL, *paths, *SHAPE)
+    check(plain, *paths[1:])
+    written = torch.load(paths[2], weights_only=True)
+    assert written['meta']['deployed'] is True
+    assert not [name for name in written['state_dict'] if 'branches' in name]
+    assert (
+        '20 convs took plain kernels, BatchNorm folded in.' in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ('options', 'expected'),
+    [
+        ((), 'quiet'),
+        (('--start', 'balanced'), 'balanced'),
+        (('--cfg-options', 'model.backbone.block_cfg.start=balanced'), 'balanced'),
+    ],
+)
+def test_start(files, options, expected):
+    plain = resnet18()
+    paths = files(torchvision_names(plain))
+    run_here(TOOL, *paths, *SHAPE, *options)
+    check(plain, *paths[1:])
+    state = torch.load(paths[2], weights_only=True)['state_dict']
+    others = state['backbone.layer1.0.conv1.branches.scale'][1:]
+    assert bool(others.any()) == (expected == 'balanced')
+
+
+def edited(edit):
+    state = torchvision_names(resnet18())
+    edit(state)
+    return state
+
+
+def folded():
+    conv = dict(weight=torch.zeros(24, 3, 7, 7), bias=torch.zeros(24))
+    state = {f'stem.{name}': value for name, value in conv.items()}
+    return {**state, 'fc.weight': torch.zeros(7, 192), 'fc.bias': torch.zeros(7)}
+
+
+BAD = {
+    'depth': (
+        lambda: torchvision.models.resnet34(num_classes=7).state_dict(),
+        'Convs 16 keys left over: layer1.2.conv1, ',
+    ),
+    'missing conv': (
+        lambda: edited(lambda state: state.pop('layer3.1.conv2.weight')),
+        'Convs 1 key missing: layer3.1.conv2',
+    ),
+    'missing statistics': (
+        lambda: edited(lambda state: state.pop('layer3.1.bn2.running_var')),
+        'Entries 1 key missing: layer3.1.conv2.norm.running_var',
+    ),
+    'missing bias of the head': (
+        lambda: edited(lambda state: state.pop('fc.bias')),
+        'no classifier (head.fc.bias, or fc.*, missing): start the backbone alone',
+    ),
+    'foreign network': (
+        lambda: {
+            **torchvision.models.squeezenet1_1().state_dict(),
+            'fc.weight': torch.zeros(7, 192),
+            'fc.bias': torch.zeros(7),
+        },
+        'does not fit the config: ',
+    ),
+    'no network': (lambda: dict(a=torch.zeros(3)), 'has no classifier'),
+    'no checkpoint': (lambda: [1, 2], 'holds a list, not a checkpoint dict'),
+    'more in the head': (
+        lambda: edited(lambda s: s.update({'head.layer.weight': torch.zeros(3)})),
+        '1 key not known to the model: head.layer.weight',
+    ),
+    'classes': (
+        lambda: torchvision_names(resnet18(classes=1000)),
+        'for 1000 classes, and that of the config for 7: set '
+        'model.head.num_classes=1000, or start the backbone alone',
+    ),
+    'deployed': (folded, 'is deployed already: it loads as it is into a config with'),
+    'training form': (
+        lambda: edited(
+            lambda s: s.update({'stem.branches.weight': torch.zeros(24, 3, 7, 7)})
+        ),
+        'is a training form already: use it as it is',
+    ),
+}
+
+
+@pytest.mark.parametrize('deploy', [False, True])
+@pytest.mark.parametrize('name', BAD)
+def test_bad_source(files, name, deploy):
+    make, message = BAD[name]
+    source, config, out = files(make(), f'{RESNET18}, deploy={deploy}')
+    assert message in fails(source, config, out)
+    assert not out.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ('backbone', 'message'),
+    [
+        ("type='ResNet', depth=18", 'needs an OREPAResNet or OREPARepVGG as its'),
+        (
+            f'{RESNET18}, dilations=(1, 1, 2, 4), contract_dilation=True',
+            'no plain network with contract_dilation (backbone of the config)',
+        ),
+        (f"{RESNET18}, block='odd'", "unknown block 'odd'"),
+    ],
+)
+def test_bad_config(files, backbone, message):
+    source, config, out = files(torchvision_names(resnet18()), backbone)
+    assert message in fails(source, config, out)
+    assert not out.parent.exists()
+
+
+def test_caffe_by_name(files):
+    paths = files(torchvision_names(resnet18()), name='resnet18_Caffe-788b.pth')
+    assert 'is of a caffe-style network by its name (Caffe)' in fails(*paths)
+    assert not paths[2].parent.exists()
+
+
+def test_other_paths(files, tmp_path):
+    source, config, out = files(torchvision_names(resnet18()))
+    before = source.read_bytes()
+    assert 'is the plain checkpoint, which cannot be' in fails(source, config, source)
+    assert source.read_bytes() == before
+    assert 'no checkpoint at' in fails(tmp_path / 'gone', config, out)
+    assert 'no config at' in fails(source, tmp_path / 'gone', out)
+    assert 'is a folder' in fails(source, config, tmp_path)
+    assert not out.parent.exists()
+
+
+def test_outputs_that_differ(files, monkeypatch):
+    """The twin says so: it knows nothing of ours."""
+    from mmorepa.backbones.orepa_resnet import BasicBlock
+
+    forward = BasicBlock._forward
+    monkeypatch.setattr(BasicBlock, '_forward', lambda self, x: 1.01 * forward(self, x))
+    source, config, out = files(torchvision_names(resnet18()))
+    message = fails(source, config, out)
+    assert 'the outputs differ by ' in message and 'nothing was written' in message
+    assert not out.parent.exists()
+
+
+@pytest.mark.slow
+def test_command_line(files):
+    paths = files(torchvision_names(resnet18()))
+    done = run_apart(*command(TOOL, *paths, *SHAPE))
+    assert done.returncode == 0
+    assert f'Wrote {paths[2]}.' in done.stdout
+    assert os.listdir(paths[2].parent) == [paths[2].name]
