@@ -142,11 +142,15 @@ class ReparamConv2d(nn.Conv2d):
             return self.weight
         with_grad = torch.is_grad_enabled()
         if self.held is not None and with_grad:
-            if self.held.is_served():
+            if not self.held.is_served():
+                # A forward pass outside of the block folds, and so do its
+                # checkpointed parts when they run again.
+                self.held = None
+            # A compiler takes the parameters for granted.
+            elif torch.compiler.is_compiling() or self.held.is_of(
+                self.branches.parameters()
+            ):
                 return self.held.leaf
-            # A forward pass outside of the block folds, and so do its checkpointed
-            # parts when they run again.
-            self.held = None
         if self._folds is None or is_followed():
             return self.folded_kernel()
         key = 'trained kernel' if with_grad else 'kernel'
