@@ -61,7 +61,8 @@ class FoldedKernel(nn.Module):
                 by zero, ``'balanced'`` keeps all scales.
 
         Raises:
-            ValueError: If there is no such branch, or its scale is zero.
+            ValueError: If there is no such branch, its scale is zero, or its weight is
+                computed from others.
         """
         if 'origin' not in self.branches:
             raise ValueError(
@@ -69,18 +70,43 @@ class FoldedKernel(nn.Module):
                 f'only {", ".join(self.branches)}'
             )
         row = self.branches.index('origin')
+        origin = own_parameter(self, 'weight_origin')
         if start == 'quiet':
             self.scale.zero_()
             self.scale[row] = 1
         named = {name: getattr(self, name).double() for name in self.branch_fold.roles}
         named['weight_origin'] = torch.zeros_like(named['weight_origin'])
         rest = fold_kernel(self.branch_fold, *named.values())
-        self.weight_origin.copy_(solve_scaled_sum(kernel, rest, self.scale[row]))
+        if not rest.isfinite().all():
+            raise ValueError(
+                'the other branches have weights that are not finite, or were never '
+                'written (to_empty)'
+            )
+        origin.copy_(solve_scaled_sum(kernel, rest, self.scale[row]))
 
     @torch.no_grad()
     def rescale(self, factor: Tensor) -> None:
         """Multiplies the kernel by a factor, shape (O,), for each output channel."""
         self.scale.mul_(factor)
+
+
+def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
+    """A parameter to write to.
+
+    Args:
+        module (nn.Module): What it belongs to.
+        name (str): Its name there.
+
+    Raises:
+        ValueError: If pruning or a parametrization computes it.
+    """
+    if module._parameters.get(name) is None:
+        raise ValueError(
+            f'{name!r} is computed from other tensors (pruned or parametrized), and '
+            'what is written to it is lost: call torch.nn.utils.prune.remove or '
+            'torch.nn.utils.parametrize.remove_parametrizations before'
+        )
+    return module._parameters[name]
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """What readers and writers of a training form's ``weight`` get."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
@@ -16,7 +16,6 @@ NO_PARAMETER = (
     'mmorepa.switch_to_deploy(model) or deploy=True in conv_cfg'
 )
 _DRAWS = ('normal_', 'uniform_', 'kaiming_uniform_')
-_NO_WRITES = ('requires_grad_', 'detach_', 'share_memory_')
 
 
 class FoldedWeight(Tensor):
@@ -43,7 +42,9 @@ class FoldedWeight(Tensor):
     @classmethod
     def of(cls, conv: 'ReparamConv2d', kernel: Tensor) -> 'FoldedWeight':
         """The kernel of a conv, in memory of its own."""
-        weight = kernel.clone().as_subclass(cls)
+        # Outside of inference mode, whose tensors do not count what is written.
+        with torch.inference_mode(False):
+            weight = kernel.clone().as_subclass(cls)
         weight.conv, weight.whole = conv, weight
         return weight
 
@@ -57,33 +58,23 @@ class FoldedWeight(Tensor):
     ) -> Any:
         name = getattr(func, '__name__', '')
         kwargs = kwargs or {}
-        # Functions of torch.nn.init hand their arguments on by name.
-        first = args[0] if args else kwargs.get('tensor')
-        writes = isinstance(first, cls) and (
-            name in ('__set__', '__setitem__')
-            or (name.endswith('_') and not name.endswith('__'))
-            and name not in _NO_WRITES
-        )
+        weights = list(_weights((args, tuple(kwargs.values()))))
+        if name in ('__set__', 'set_') and isinstance(args[0], cls):
+            raise TypeError(NO_PARAMETER)
+        is_rule = getattr(func, '__module__', '') == 'torch.nn.init'
         with torch._C.DisableTorchFunctionSubclass():
-            if writes:
-                is_rule = getattr(func, '__module__', '') == 'torch.nn.init'
+            versions = [weight._version for weight in weights]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not is_rule):
+                found = func(*args, **kwargs)
+            for weight, version in zip(weights, versions):
+                if weight._version == version:
+                    continue
                 # As for a parameter that requires a gradient.
-                is_traced = torch.is_grad_enabled() and first.requires_grad
-                if name in ('__set__', 'set_') or (is_traced and not is_rule):
+                if torch.is_grad_enabled() and weight.requires_grad and not is_rule:
                     raise TypeError(NO_PARAMETER)
-                with torch.set_grad_enabled(torch.is_grad_enabled() and not is_rule):
-                    func(*args, **kwargs)
-                first._written(name)
-                return first
-            found = func(*args, **kwargs)
-            if not isinstance(first, cls) or type(found) is not Tensor:
-                return found
+                weight._written(name)
             # A detached one is taken for parameters of other modules.
-            if name == 'detach' or not _share_memory(found, first):
-                return found
-            view = found.as_subclass(cls)
-            view.conv, view.whole = first.conv, first.whole
-            return view
+            return found if name == 'detach' else _as_views(found, weights)
 
     def _written(self, name: str) -> None:
         """Hands on what has been written."""
@@ -93,6 +84,30 @@ class FoldedWeight(Tensor):
         if not (whole.is_random and self.conv.has_own_start and self.conv.folds_online):
             kernel = whole.detach().as_subclass(Tensor)
             self.conv.start_kernel_from(kernel, exactly=not whole.is_random)
+
+
+def _weights(items: Iterable) -> Iterator[FoldedWeight]:
+    """The folds among arguments."""
+    for item in items:
+        if isinstance(item, FoldedWeight):
+            yield item
+        elif isinstance(item, (tuple, list)):
+            yield from _weights(item)
+
+
+def _as_views(found: Any, weights: Sequence[FoldedWeight]) -> Any:
+    """What a function returned, where it is a view of a fold to be written to."""
+    if isinstance(found, (tuple, list)):
+        views = [_as_views(item, weights) for item in found]
+        changed = any(one is not other for one, other in zip(views, found))
+        return type(found)(views) if changed else found
+    if type(found) is Tensor:
+        for weight in weights:
+            if _share_memory(found, weight):
+                view = found.as_subclass(FoldedWeight)
+                view.conv, view.whole = weight.conv, weight.whole
+                return view
+    return found
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:

@@ -4,7 +4,7 @@ Without one, every forward pass folds. Nothing else is remembered, so nothing ca
 out of date outside of a scope.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Optional
 
@@ -83,7 +83,7 @@ def _hold(model: nn.Module) -> list['HeldKernel']:
             if conv.reduced_kernel is not None:
                 _check_is_reduced(model, conv)
             conv.held = conv.reduced_kernel or HeldKernel()
-            conv.held.take(kernel)
+            conv.held.take(kernel, tuple(conv.branches.parameters()))
     found = [conv.held for conv in convs]
     for kernel in found:
         kernel.depth += 1
@@ -99,24 +99,14 @@ def pull_back(kernels: list['HeldKernel']) -> None:
     Args:
         kernels (list[HeldKernel]): Those without a gradient are left out.
     """
-    for folded_at_once in _by_fold(kernels):
-        gradients = []
-        for kernel in folded_at_once:
-            gradients.append(kernel.leaf.grad)
-            kernel.leaf.grad = None
-        # There may be another backward pass through the same forward pass.
-        torch.autograd.backward(
-            [kernel.kernel for kernel in folded_at_once], gradients, retain_graph=True
-        )
-
-
-def _by_fold(kernels: list['HeldKernel']) -> list[list['HeldKernel']]:
-    """Those with a gradient, together where they were folded together."""
-    groups: dict = {}
+    kernels = [kernel for kernel in kernels if kernel.leaf.grad is not None]
+    gradients = [kernel.leaf.grad for kernel in kernels]
     for kernel in kernels:
-        if kernel.leaf.grad is not None:
-            groups.setdefault(kernel.kernel.grad_fn, []).append(kernel)
-    return list(groups.values())
+        kernel.leaf.grad = None
+    # There may be another backward pass through the same forward pass.
+    torch.autograd.backward(
+        [kernel.kernel for kernel in kernels], gradients, retain_graph=True
+    )
 
 
 class HeldKernel:
@@ -125,6 +115,7 @@ class HeldKernel:
     Attributes:
         leaf (nn.Parameter): What the conv runs with.
         kernel (Tensor): The same numbers, as a function of the branches.
+        sources (tuple[nn.Parameter, ...]): The parameters that it is a function of.
         depth (int): The number of open blocks.
         is_deferred (bool): Whether somebody calls :func:`pull_back` after the backward
             pass.
@@ -137,6 +128,7 @@ class HeldKernel:
     def __init__(self, leaf: Optional[nn.Parameter] = None) -> None:
         self.leaf = leaf
         self.kernel: Optional[Tensor] = None
+        self.sources: tuple[nn.Parameter, ...] = ()
         self.depth = 0
         self.is_deferred = False
         self.is_reduced = leaf is not None
@@ -144,13 +136,14 @@ class HeldKernel:
         if leaf is not None and leaf.requires_grad:
             leaf.register_post_accumulate_grad_hook(self._on_gradient)
 
-    def take(self, kernel: Tensor) -> None:
+    def take(self, kernel: Tensor, sources: tuple[nn.Parameter, ...]) -> None:
         """Serves this kernel from now on.
 
         Args:
             kernel (Tensor): With a graph.
+            sources (tuple[nn.Parameter, ...]): What it is folded from.
         """
-        self.kernel = kernel
+        self.kernel, self.sources = kernel, sources
         if self.leaf is None:
             self.leaf = nn.Parameter(kernel.detach())
             self.leaf.register_post_accumulate_grad_hook(self._on_gradient)
@@ -163,6 +156,17 @@ class HeldKernel:
         """Whether passes with gradients run with the leaf."""
         # Checkpointed blocks run their forward pass again in the backward one.
         return self.depth > 0 or torch._C._current_graph_task_id() != -1
+
+    def is_of(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether it is folded from these.
+
+        It is not where others stand in their place for a call, as in
+        :func:`torch.func.functional_call`.
+        """
+        parameters = tuple(parameters)
+        return len(parameters) == len(self.sources) and all(
+            one is other for one, other in zip(parameters, self.sources)
+        )
 
     def is_complete(self) -> bool:
         """Whether the leaf's gradient can be passed on to the branches."""

@@ -147,6 +147,19 @@ class MultiBranchConv2d(ReparamConv2d):
         # Where every scale is zero, so is the sum.
         return total / squares.sqrt().clamp_min(1e-12)
 
+    def start_from(
+        self,
+        weight: Tensor,
+        bias: Optional[Tensor] = None,
+        norm: Optional[Mapping[str, Tensor]] = None,
+        start: Optional[str] = None,
+    ) -> None:
+        if bias is not None and norm is not None and 'running_mean' in norm:
+            # That of the plain conv comes before its norm, this one's after.
+            norm = {**norm, 'running_mean': norm['running_mean'] - bias}
+            bias = None
+        super().start_from(weight, bias, norm, start)
+
     def _take_kernel(
         self, weight: Tensor, norm: Optional[Mapping[str, Tensor]], start: str
     ) -> None:

@@ -4,6 +4,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from .folded_kernel import own_parameter
 from .reparam_conv import ReparamConv2d
 
 
@@ -32,7 +33,7 @@ class PlainKernel(nn.Module):
     @torch.no_grad()
     def start_from(self, kernel: Tensor, start: str) -> None:
         """Takes the kernel, shape (O, Ig, k, k)."""
-        self.weight.copy_(kernel)
+        own_parameter(self, 'weight').copy_(kernel)
 
     @torch.no_grad()
     def rescale(self, factor: Tensor) -> None:

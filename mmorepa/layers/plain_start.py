@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .blocks import BLOCKS, build_conv
 from .reparam_conv import ReparamConv2d
+from .switch import has_hooks
 
 # What conv layers of mmcv add is for empty batches in old versions of PyTorch.
 _PLAIN_CONVS = (nn.Conv2d, mmcv.cnn.Conv2d)
@@ -35,7 +36,7 @@ def reparameterize(
     Left alone, and named in a line of the log, are convs that have no fold (even or
     non-square kernels, other padding than with zeros), subclasses of
     :class:`torch.nn.Conv2d` (they may compute something else), those with hooks or a
-    parametrization, and those that share their weight with another module. A conv
+    parametrization, and those that share a parameter with another module. A conv
     without a fold that is exact, such as a depthwise 7x7 conv as a deep linear chain,
     stays plain too.
 
@@ -44,7 +45,8 @@ def reparameterize(
         block (str): Block type, a key of :data:`mmorepa.layers.BLOCKS`. The convs of
             ``'dbb'``, ``'repvgg'`` and ``'orepa_repvgg'`` have BatchNorms of their
             own: they compute the same in eval mode, and while training where another
-            BatchNorm follows. Defaults to ``'orepa'``.
+            BatchNorm follows, and each of them is deployed with a bias. Defaults to
+            ``'orepa'``.
         include (str | Sequence[str]): Patterns such as ``'backbone.*'`` of the names
             of convs to exchange. Defaults to ``'*'``.
         exclude (str | Sequence[str]): Those to leave alone. Defaults to none.
@@ -55,7 +57,8 @@ def reparameterize(
         nn.Module: ``model``, or what takes its place if it is a conv itself.
 
     Raises:
-        ValueError: If the block type is not known, or no conv was exchanged.
+        ValueError: If the block type is not known, no conv was exchanged, or a pattern
+            fits no module.
 
     Examples:
         >>> net = torchvision.models.resnet50(weights='DEFAULT')
@@ -66,28 +69,35 @@ def reparameterize(
     include = [include] if isinstance(include, str) else include
     exclude = [exclude] if isinstance(exclude, str) else exclude
     users: dict[nn.Parameter, set[nn.Module]] = {}
-    for module in model.modules():
+    names: dict[nn.Module, list[str]] = {}  # A shared module has several.
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
         for parameter in module._parameters.values():
             users.setdefault(parameter, set()).add(module)
+    for pattern in (*include, *exclude):
+        if not any(_matches(own, [pattern]) for own in names.values()):
+            raise ValueError(
+                f'{type(model).__name__} has no module with a name like {pattern!r}'
+            )
     exchanged: dict[nn.Module, nn.Module] = {}
     left: dict[str, str] = {}
-    for name, module in model.named_modules():
+    for module, own in names.items():
         if not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) or isinstance(
             module, ReparamConv2d
         ):
             continue
-        if not _matches(name, include) or _matches(name, exclude):
+        if not _matches(own, include) or _matches(own, exclude):
             continue
         reason = _reason_to_leave(module)
-        if not reason and len(users[module.weight]) > 1:
-            reason = 'shares its weight'
+        if not reason and any(len(users[p]) > 1 for p in module.parameters()):
+            reason = 'shares a parameter'
         if not reason:
             try:
                 exchanged[module] = _training_form(module, block, block_cfg)
             except ValueError as error:
                 reason = str(error)
         if reason:
-            left[name] = reason
+            left[own[0]] = reason
     if not exchanged:
         raise ValueError(
             f'no conv of {type(model).__name__} was re-parameterised: none with a name '
@@ -153,8 +163,8 @@ def _text(left: dict[str, str]) -> str:
     return '; '.join(f'{", ".join(n)}: {reason}' for reason, n in names.items())
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def _reason_to_leave(conv: nn.Module) -> str:
@@ -164,7 +174,7 @@ def _reason_to_leave(conv: nn.Module) -> str:
         conv._parameters.get('weight'), nn.Parameter
     ):
         return 'its weight is computed from others'
-    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks:
+    if has_hooks(conv) or any(map(has_hooks, conv.parameters())):
         return 'has hooks'
     return ''
 

@@ -142,11 +142,15 @@ class ReparamConv2d(nn.Conv2d):
             return self.weight
         with_grad = torch.is_grad_enabled()
         if self.held is not None and with_grad:
-            if self.held.is_served():
+            if not self.held.is_served():
+                # A forward pass outside of the block folds, and so do its
+                # checkpointed parts when they run again.
+                self.held = None
+            # A compiler takes the parameters for granted.
+            elif torch.compiler.is_compiling() or self.held.is_of(
+                self.branches.parameters()
+            ):
                 return self.held.leaf
-            # A forward pass outside of the block folds, and so do its checkpointed
-            # parts when they run again.
-            self.held = None
         if self._folds is None or is_followed():
             return self.folded_kernel()
         key = 'trained kernel' if with_grad else 'kernel'
@@ -331,6 +335,8 @@ class ReparamConv2d(nn.Conv2d):
             kernel, bias = self.equivalent_kernel_bias()
             like = next(self.branches.parameters())
             requires_grad = any(p.requires_grad for p in self.parameters())
+            has_own_bias = self.bias is not None and not self.last_norms
+            is_bias_trained = self.bias.requires_grad if has_own_bias else requires_grad
             self._become_plain(bias is not None, like)
             with torch.no_grad():
                 self.weight.copy_(kernel)
@@ -338,7 +344,7 @@ class ReparamConv2d(nn.Conv2d):
                     self.bias.copy_(bias)
             self.weight.requires_grad_(requires_grad)
             if bias is not None:
-                self.bias.requires_grad_(requires_grad)
+                self.bias.requires_grad_(is_bias_trained)
 
     def start_from(
         self,
@@ -375,11 +381,14 @@ class ReparamConv2d(nn.Conv2d):
         _check_start(start or self.start)
         if self.deployed:
             raise ValueError('the conv is deployed: it has a weight, and no branches')
-        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
-        if tuple(weight.shape) != shape:
-            raise ValueError(f'the kernel is of {tuple(weight.shape)}, not {shape}')
         if bias is not None and self.bias is None:
             raise ValueError('there is a bias, and the conv has none (bias=False)')
+        for what, found, shape in (
+            ('kernel', weight, self._kernel_shape),
+            ('bias', bias, (self.out_channels,)),
+        ):
+            if found is not None and tuple(found.shape) != shape:
+                raise ValueError(f'the {what} is of {tuple(found.shape)}, not {shape}')
         with torch.inference_mode(False), torch.no_grad():
             self._take_kernel(weight, norm, start or self.start)
             if self.bias is not None:
@@ -427,6 +436,10 @@ class ReparamConv2d(nn.Conv2d):
                 norms = [k.flatten(1).norm(dim=1) for k in (kernel, own)]
                 self.branches.rescale(norms[0] / norms[1].clamp_min(1e-12))
         self._forget()
+
+    @property
+    def _kernel_shape(self) -> tuple[int, ...]:
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
     @property
     def has_own_start(self) -> bool:
@@ -554,7 +567,7 @@ class ReparamConv2d(nn.Conv2d):
             self._fold_state_dict(state_dict, prefix)
         elif f'{prefix}weight' in state_dict and not has_branches:
             try:
-                self._take_plain(state_dict, prefix)
+                self._take_plain(state_dict, prefix, error_msgs)
             except ValueError as error:
                 raise CheckpointError(
                     f"{type(self).__name__} cannot start from '{prefix}weight': {error}"
@@ -570,7 +583,9 @@ class ReparamConv2d(nn.Conv2d):
         )
         self._forget()
 
-    def _take_plain(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+    def _take_plain(
+        self, state_dict: dict[str, Tensor], prefix: str, error_msgs: list[str]
+    ) -> None:
         """Replaces the entries of a plain conv and its norm by this module's own."""
         weight = state_dict[f'{prefix}weight']
         bias = state_dict.get(f'{prefix}bias')
@@ -589,7 +604,8 @@ class ReparamConv2d(nn.Conv2d):
                 state_dict[f'{prefix}weight'] = kernel
                 state_dict[f'{prefix}bias'] = bias
             return
-        if bias is not None and not self.conv_bias and not norm and self.last_norms:
+        is_folded = self.norm is not None or (self.last_norms and not self.conv_bias)
+        if bias is not None and not norm and is_folded:
             raise ValueError(
                 'it has a bias, so the BatchNorm is folded into it (a deployed '
                 'checkpoint), while the training form has a BatchNorm. Build the model '
@@ -597,13 +613,29 @@ class ReparamConv2d(nn.Conv2d):
                 'loading this checkpoint, or load the one that it was made from'
             )
         if any(parameter.is_meta for parameter in self.branches.parameters()):
-            raise ValueError('its branches are on meta; call model.to_empty() first')
-        self.start_from(weight, bias, norm or None)
+            raise ValueError(
+                'its branches are on meta, and a start keeps what they were built '
+                'with: build the model on a device that has memory'
+            )
+        del state_dict[f'{prefix}weight']
+        if weight.shape != self._kernel_shape:
+            # In PyTorch's words, and left to the loader: some go on with the rest.
+            error_msgs.append(
+                f'size mismatch for {prefix}weight: copying a param with shape '
+                f'{weight.shape} from checkpoint, the shape in current model is '
+                f'{torch.Size(self._kernel_shape)}.'
+            )
+            state_dict.update(self.branches.state_dict(prefix=f'{prefix}branches.'))
+            return
+        # What is missing or of another shape is reported as for any parameter.
+        has_bias = bias is not None and bias.shape == (self.out_channels,)
+        self.start_from(weight, bias if has_bias else self.bias, norm or None)
         self.is_plain_start = True
-        for name in ('weight', *(f'norm.{entry}' for entry in norm)):
-            del state_dict[prefix + name]
+        for name in norm:
+            del state_dict[start + name]
         for name, value in self.state_dict(prefix=prefix).items():
-            if norm or not name.startswith(start):
+            is_left = name == f'{prefix}bias' and not has_bias
+            if not is_left and (norm or not name.startswith(start)):
                 state_dict[name] = value
 
     def _fold_state_dict(self, state_dict: dict[str, Tensor], prefix: str) -> None:

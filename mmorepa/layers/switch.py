@@ -1,6 +1,6 @@
 """From training form to deployed form, for whole models."""
 
-from typing import Optional
+from typing import Optional, Union
 
 from torch import Tensor, nn
 
@@ -13,9 +13,9 @@ def switch_to_deploy(module: nn.Module) -> nn.Module:
     In place, on any device and dtype. Works on whole detectors and segmenters, and
     inside model wrappers. A :class:`torch.nn.Conv2d` takes the place of each conv, or a
     :class:`ConvAct2d` where an activation belongs to it. A conv keeps its class if its
-    norm cannot be folded (GroupNorm and the like), if it has forward hooks, or if it is
-    ``module`` itself. The keys of the state dict are those of a model that was built
-    with ``deploy=True``.
+    norm cannot be folded (GroupNorm and the like), if it has hooks or a ``forward()``
+    of its own, or if it is ``module`` itself. The keys of the state dict are those of a
+    model that was built with ``deploy=True``.
 
     Args:
         module (nn.Module): A layer, a backbone, or a whole model.
@@ -49,8 +49,9 @@ def _plain(deployed: ReparamConv2d) -> nn.Module:
     act = deployed.act
     is_more = (
         deployed.norm is not None
-        or deployed._forward_hooks
-        or deployed._forward_pre_hooks
+        or has_hooks(deployed)
+        # Somebody's own, which computes something else.
+        or type(deployed).forward is not ReparamConv2d.forward
         or (act is not None and next(act.parameters(), None) is not None)
     )
     if is_more:
@@ -69,6 +70,12 @@ def _plain(deployed: ReparamConv2d) -> nn.Module:
     conv.weight, conv.bias = deployed.weight, deployed.bias
     plain = conv if act is None else ConvAct2d(conv, act)
     return plain.train(deployed.training)
+
+
+def has_hooks(owner: Union[nn.Module, Tensor]) -> bool:
+    """Whether somebody waits for what a module or a parameter does."""
+    names = (*vars(owner), '_backward_hooks', '_post_accumulate_grad_hooks')
+    return any(getattr(owner, n, None) for n in names if n.endswith('_hooks'))
 
 
 class ConvAct2d(nn.Sequential):

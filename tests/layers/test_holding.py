@@ -15,6 +15,7 @@ from helpers import (
     trained_like,
 )
 from torch import nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from mmorepa import folded, switch_to_deploy
@@ -364,6 +365,26 @@ class TestHeld:
         loss.backward()
         checkpoint(losses, online, x, use_reentrant=use_reentrant).backward()
         self.check(twins)
+
+    @pytest.mark.parametrize('transform', [False, True])
+    def test_other_parameters_in_a_call(self, twins, transform):
+        """The kernel is that of the parameters of the call, as online."""
+        model, _ = twins
+        x = image()
+        own = dict(model.eval().named_parameters())
+
+        def loss(others):
+            return functional_call(model, others, (x,)).square().mean()
+
+        others = {n: (1.2 * p).detach().requires_grad_() for n, p in own.items()}
+        expected = torch.autograd.grad(loss(others), others.values())
+        with held(model) as kernels:
+            if transform:
+                found = torch.func.grad(loss)(others).values()
+            else:
+                found = torch.autograd.grad(loss(others), others.values())
+            assert model[0].kernel() is kernels[0].leaf
+        assert_near(list(found), expected, 1e-11)
 
     def test_changed_kernels_cannot_be_differentiated(self, twins):
         """A graph that used the former numbers must not go on with others."""

@@ -17,6 +17,7 @@ from mmengine.model import (
 )
 from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from mmorepa import switch_to_deploy
 from mmorepa.layers import (
@@ -180,7 +181,7 @@ def test_loading(kind, options):
         (
             lambda: OREPAConv2d(4, 6, 3),
             dict(weight=torch.randn(6, 4, 1, 1)),
-            r'the kernel is of \(6, 4, 1, 1\), not \(6, 4, 3, 3\)',
+            r'size mismatch for 0.weight: .*\[6, 4, 1, 1\].*\[6, 4, 3, 3\]',
         ),
         (
             lambda: OREPAConv2d(4, 6, 3, bias=False),
@@ -230,9 +231,72 @@ def test_bad_arguments():
     conv = OREPAConv2d(4, 6, 3)
     with pytest.raises(ValueError, match="one of quiet, balanced, found 'loud'"):
         conv.start_from(torch.ones(6, 4, 3, 3), start='loud')
+    with pytest.raises(ValueError, match=r'the kernel is of \(6, 4, 1, 1\), not'):
+        conv.start_from(torch.ones(6, 4, 1, 1))
+    with pytest.raises(ValueError, match=r'the bias is of \(4,\), not \(6,\)'):
+        conv.start_from(torch.ones(6, 4, 3, 3), torch.ones(4))
     conv.switch_to_deploy()
     with pytest.raises(ValueError, match='the conv is deployed'):
         conv.start_from(torch.ones(6, 4, 3, 3))
+
+
+def test_bias_before_the_norm():
+    """That of a conv with BatchNorms in its branches is added after them."""
+    plain = nn.Conv2d(4, 6, 3, padding=1)
+    norm = norm_like_trained(6)
+    state = {**plain.state_dict()}
+    state.update({f'norm.{name}': v for name, v in norm.state_dict().items()})
+    x = torch.randn(2, 4, 9, 9)
+    for kind in (*WITH_NORMS, OREPAConv2d):
+        conv = trained_like(kind(4, 6, 3, padding=1, norm_cfg=BN))
+        conv.load_state_dict(state)
+        for mode in (False, True):
+            reference = copy.deepcopy(norm).train(mode)(plain(x))
+            assert_near(conv.train(mode)(x), reference, 1e-5)
+
+
+@pytest.mark.parametrize('load', [nn.Module.load_state_dict, load_state_dict])
+def test_parts_are_reported_as_for_a_plain_conv(load):
+    plain = nn.Conv2d(4, 6, 3)
+    other = nn.Conv2d(4, 5, 3)
+    for state, message in (
+        ({'weight': plain.weight}, r'[Mm]issing key.* "?bias'),
+        ({'weight': plain.weight, 'bias': other.bias}, 'size mismatch for bias'),
+        (other.state_dict(), 'size mismatch for weight: .*5, 4, 3, 3'),
+    ):
+        for conv in (nn.Conv2d(4, 6, 3), trained_like(OREPAConv2d(4, 6, 3))):
+            bias = conv.bias.detach().clone()
+            with pytest.raises(RuntimeError, match=message):
+                load(conv, state, strict=True)
+            assert torch.equal(conv.bias, bias)
+            if state['weight'] is plain.weight:
+                assert_near(conv.weight.detach(), plain.weight, 1e-5)
+
+
+def test_a_head_of_another_size_is_passed_over():
+    """As MMEngine's load_from does it with a plain conv."""
+    model = nn.Sequential(OREPAConv2d(3, 4, 1), OREPAConv2d(4, 6, 1))
+    kernel = model[1].weight.detach().clone()
+    plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 80, 1))
+    load_state_dict(model, plain.state_dict(), strict=False)
+    assert_near(model[0].weight.detach(), plain[0].weight, 1e-5)
+    assert_near(model[1].weight.detach(), kernel, 1e-6)
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda b: prune.l1_unstructured(b, 'weight_origin', 0.5),
+        lambda b: parametrizations.weight_norm(b, 'weight_origin'),
+    ],
+)
+def test_branches_that_are_computed_cannot_start(wrap):
+    conv = trained_like(OREPAConv2d(4, 6, 3))
+    wrap(conv.branches)
+    kernel = conv.weight.detach().clone()
+    with pytest.raises(ValueError, match="'weight_origin' is computed"):
+        conv.start_from(torch.ones(6, 4, 3, 3))
+    assert_near(conv.weight.detach(), kernel, 1e-6)
 
 
 # Rules of init_weights
@@ -361,6 +425,11 @@ def test_writes_reach_the_conv():
         lambda w: w.view(6, -1)[:, 4].fill_(1.0),
         lambda w: w.clamp_(min=0),
         lambda w: w.copy_(torch.ones(6, 4, 3, 3)),
+        lambda w: w.chunk(2)[1].mul_(0.5),
+        lambda w: [row.add_(1) for row in w],
+        lambda w: torch.sub(w, 1.5, out=w),
+        lambda w: nn.functional.relu(w, inplace=True),
+        lambda w: torch._foreach_mul_([w], 0.5),
     ):
         write(weight)
         write(conv.weight.data)
@@ -385,9 +454,12 @@ def test_built_on_meta():
     with torch.device('meta'):
         conv = OREPAConv2d(4, 6, 3)
     plain = nn.Conv2d(4, 6, 3)
-    with pytest.raises(RuntimeError, match='on meta; call model.to_empty'):
+    with pytest.raises(RuntimeError, match='on meta, .* build the model on a device'):
         conv.load_state_dict(plain.state_dict())
     conv.to_empty(device='cpu')
+    nn.init.constant_(conv.branches.weight_average, float('nan'))
+    with pytest.raises(RuntimeError, match=r'were never written \(to_empty\)'):
+        conv.load_state_dict(plain.state_dict())
     trained_like(conv)
     conv.load_state_dict(plain.state_dict())
     x = torch.randn(1, 4, 5, 5)

@@ -82,6 +82,8 @@ def test_what_stays(log):
             large=nn.Conv2d(3, 3, 7, groups=3),
             normed=parametrizations.weight_norm(nn.Conv2d(3, 3, 3)),
             hooked=nn.Conv2d(3, 3, 3),
+            masked=nn.Conv2d(3, 3, 3),
+            biased=nn.Conv2d(3, 3, 3),
             one=nn.Conv2d(3, 3, 3),
             other=nn.Conv2d(3, 3, 3),
             good=nn.Conv2d(3, 3, 3),
@@ -89,18 +91,20 @@ def test_what_stays(log):
         )
     )
     net.one.weight = net.other.weight
-    net.hooked.register_forward_hook(lambda *args: None)
+    net.biased.bias = net.other.bias
+    net.hooked.register_full_backward_pre_hook(lambda *args: None)
+    net.masked.weight.register_hook(lambda grad: 0 * grad)
     before = dict(net.named_children())
     assert reparameterize(net) is net
     changed = [name for name, m in net.named_children() if m is not before[name]]
     assert changed == ['good']
     assert len(log) == 1
-    assert '1 convs re-parameterised (orepa), 10 left as they are. even: ' in log[0]
+    assert '1 convs re-parameterised (orepa), 12 left as they are. even: ' in log[0]
     for text in (
         'up: a ConvTranspose2d',
         'odd: a Odd',
-        'hooked: has hooks',
-        'one, other: shares its weight',
+        'hooked, masked: has hooks',
+        'biased, one, other: shares a parameter',
         'normed: ',
         'wide: kernel_size=(1, 3) is not square',
         "takes padding_mode='zeros' only, found 'reflect'",
@@ -112,6 +116,10 @@ def test_what_stays(log):
 def test_choice():
     net = reparameterize(model(), include=['0', '1.*'], exclude='1.1')
     assert forms(net) == [net[0]]
+    shared = reparameterize(model(), exclude='1.3')  # It is 1.1 as well.
+    assert forms(shared) == [shared[0], shared[2]]
+    with pytest.raises(ValueError, match="no module with a name like 'head.*'"):
+        reparameterize(model(), exclude='head.*')
     with pytest.raises(ValueError, match=r"name like \['2.*'\] and not like \['2'\]"):
         reparameterize(model(), include='2*', exclude='2')
     with pytest.raises(ValueError, match="unknown block 'opera'"):
@@ -132,6 +140,9 @@ def test_frozen_and_half():
     assert not any(p.requires_grad for p in net[1][1].branches.parameters())
     assert all(p.requires_grad for p in net[2].parameters())
     assert {p.dtype for p in forms(net)[0].parameters()} == {torch.bfloat16}
+    switch_to_deploy(net)
+    for one, other in zip(net.parameters(), plain.parameters()):
+        assert one.requires_grad == other.requires_grad
 
 
 def test_takes_no_random_numbers():

@@ -76,3 +76,23 @@ def test_deployed_form_trains():
     model = switch_to_deploy(trained_like(Detector())).train()
     model(torch.randn(2, 3, 16, 16)).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+class Doubled(OREPAConv2d):
+    """Somebody's own conv."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_what_the_plain_conv_would_not_do():
+    """Hooks and a forward() of their own go on."""
+    model = nn.Sequential(Doubled(3, 4, 3), OREPAConv2d(4, 4, 3), OREPAConv2d(4, 4, 3))
+    seen = []
+    trained_like(model)[1].register_full_backward_hook(lambda *args: seen.append(1))
+    x = torch.randn(1, 3, 9, 9)
+    expected = model(x)
+    assert_near(switch_to_deploy(model)(x), expected)
+    model(x).sum().backward()
+    assert seen
+    assert [type(m) for m in model] == [Doubled, OREPAConv2d, nn.Conv2d]
