@@ -52,7 +52,7 @@ def held(model: nn.Module) -> Iterator[list['HeldKernel']]:
 
     Inside of the block, passes with gradients see each kernel as a leaf, an ordinary
     plain weight. Its gradient goes on to the branches in the same backward pass or, if
-    :attr:`HeldKernel.is_deferred`, when :func:`pull_back` is called.
+    :attr:`KernelGraph.is_deferred`, when :func:`pull_back` is called.
 
     The fold is that of the branches at the beginning of the block. A block inside of
     another one serves what that one holds.
@@ -105,8 +105,42 @@ def pull_back(kernels: list['HeldKernel']) -> None:
         kernel.leaf.grad = None
     # There may be another backward pass through the same forward pass.
     torch.autograd.backward(
-        [kernel.kernel for kernel in kernels], gradients, retain_graph=True
+        [kernel.graph.kernel for kernel in kernels], gradients, retain_graph=True
     )
+
+
+class KernelGraph:
+    """What is behind the leaf of a folded kernel.
+
+    The leaf refers to it, by a hook that no garbage collector looks into. So it does
+    not refer to the leaf, or neither would ever be freed.
+
+    Attributes:
+        kernel (Tensor): The leaf's numbers, as a function of the branches.
+        is_deferred (bool): Whether somebody calls :func:`pull_back` after the backward
+            pass.
+        is_reduced (bool): Whether data parallelism averages the leaf's gradient,
+            which is done at the end of a backward pass only.
+    """
+
+    def __init__(self, is_reduced: bool) -> None:
+        self.kernel: Optional[Tensor] = None
+        self.is_deferred = False
+        self.is_reduced = is_reduced
+
+    def on_gradient(self, leaf: nn.Parameter) -> None:
+        """Passes the leaf's gradient on to the branches, or leaves it to others."""
+        if self.is_deferred:
+            return
+        gradient, leaf.grad = leaf.grad, None
+        if self.is_reduced:
+            raise RuntimeError(
+                'with FoldedDistributedDataParallel, gradients reach the branches '
+                'through optim_wrapper.update_params(loss) or .backward(loss) of a '
+                'Folded...OptimWrapper, and loss.backward() was called by hand. Wrap '
+                'the model in MMDistributedDataParallel for a loop of your own'
+            )
+        torch.autograd.backward(self.kernel, gradient, retain_graph=True)
 
 
 class HeldKernel:
@@ -114,27 +148,21 @@ class HeldKernel:
 
     Attributes:
         leaf (nn.Parameter): What the conv runs with.
-        kernel (Tensor): The same numbers, as a function of the branches.
-        sources (tuple[nn.Parameter, ...]): The parameters that it is a function of.
+        graph (KernelGraph): What turns its gradient into those of the branches.
+        sources (tuple[nn.Parameter, ...]): The parameters that it is folded from.
         depth (int): The number of open blocks.
-        is_deferred (bool): Whether somebody calls :func:`pull_back` after the backward
-            pass.
-        is_reduced (bool): Whether data parallelism averages the leaf's gradient,
-            which is done at the end of a backward pass only.
-        waits (bool): Whether it does not do so in this pass, as in
-            :meth:`~torch.nn.parallel.DistributedDataParallel.no_sync`.
+        waits (bool): Whether data parallelism does not average its gradient in this
+            pass, as in :meth:`~torch.nn.parallel.DistributedDataParallel.no_sync`.
     """
 
     def __init__(self, leaf: Optional[nn.Parameter] = None) -> None:
         self.leaf = leaf
-        self.kernel: Optional[Tensor] = None
+        self.graph = KernelGraph(is_reduced=leaf is not None)
         self.sources: tuple[nn.Parameter, ...] = ()
         self.depth = 0
-        self.is_deferred = False
-        self.is_reduced = leaf is not None
         self.waits = False
         if leaf is not None and leaf.requires_grad:
-            leaf.register_post_accumulate_grad_hook(self._on_gradient)
+            leaf.register_post_accumulate_grad_hook(self.graph.on_gradient)
 
     def take(self, kernel: Tensor, sources: tuple[nn.Parameter, ...]) -> None:
         """Serves this kernel from now on.
@@ -143,10 +171,10 @@ class HeldKernel:
             kernel (Tensor): With a graph.
             sources (tuple[nn.Parameter, ...]): What it is folded from.
         """
-        self.kernel, self.sources = kernel, sources
+        self.graph.kernel, self.sources = kernel, sources
         if self.leaf is None:
             self.leaf = nn.Parameter(kernel.detach())
-            self.leaf.register_post_accumulate_grad_hook(self._on_gradient)
+            self.leaf.register_post_accumulate_grad_hook(self.graph.on_gradient)
             return
         self.leaf.data = kernel.detach()
         # A graph that used the former numbers must not go on with these.
@@ -171,19 +199,6 @@ class HeldKernel:
     def is_complete(self) -> bool:
         """Whether the leaf's gradient can be passed on to the branches."""
         return not self.waits and self.leaf.grad is not None
-
-    def _on_gradient(self, leaf: nn.Parameter) -> None:
-        if self.is_deferred:
-            return
-        if self.is_reduced:
-            leaf.grad = None
-            raise RuntimeError(
-                'with FoldedDistributedDataParallel, gradients reach the branches '
-                'through optim_wrapper.update_params(loss) or .backward(loss) of a '
-                'Folded...OptimWrapper, and loss.backward() was called by hand. Wrap '
-                'the model in MMDistributedDataParallel for a loop of your own'
-            )
-        pull_back([self])
 
 
 def _check_is_reduced(model: nn.Module, conv: ReparamConv2d) -> None:

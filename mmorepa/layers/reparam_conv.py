@@ -334,15 +334,17 @@ class ReparamConv2d(nn.Conv2d):
         with torch.inference_mode(False):
             kernel, bias = self.equivalent_kernel_bias()
             like = next(self.branches.parameters())
-            requires_grad = any(p.requires_grad for p in self.parameters())
-            has_own_bias = self.bias is not None and not self.last_norms
-            is_bias_trained = self.bias.requires_grad if has_own_bias else requires_grad
+            own_bias = None if self.last_norms else self.bias
+            is_trained = any(
+                p.requires_grad for p in self.parameters() if p is not own_bias
+            )
+            is_bias_trained = is_trained if own_bias is None else own_bias.requires_grad
             self._become_plain(bias is not None, like)
             with torch.no_grad():
                 self.weight.copy_(kernel)
                 if bias is not None:
                     self.bias.copy_(bias)
-            self.weight.requires_grad_(requires_grad)
+            self.weight.requires_grad_(is_trained)
             if bias is not None:
                 self.bias.requires_grad_(is_bias_trained)
 

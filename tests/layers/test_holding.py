@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -279,7 +280,7 @@ class TestHeld:
             with held(model) as kernels:
                 loss = losses(model, x)
             for kernel in kernels:
-                kernel.is_deferred = is_deferred
+                kernel.graph.is_deferred = is_deferred
             loss.backward()
             if is_deferred:
                 pull_back(kernels)
@@ -306,6 +307,22 @@ class TestHeld:
         loss.backward()
         (2 * losses(online, x)).backward()
         self.check(twins)
+
+    @pytest.mark.parametrize('has_backward', [False, True])
+    def test_nothing_is_kept(self, twins, has_backward):
+        """One step more leaves no kernel more: they are as large as a model."""
+        model, _ = twins
+        leaves = []
+        for _ in range(3):
+            with held(model) as kernels:
+                loss = losses(model, image())
+            leaves += [weakref.ref(kernel.graph) for kernel in kernels]
+            del kernels
+            if has_backward:
+                loss.backward()
+            del loss
+        # Those of the last step are taken from the conv by the next one.
+        assert [leaf() is None for leaf in leaves] == 4 * [True] + 2 * [False]
 
     def test_exception(self, twins):
         model, online = twins

@@ -134,7 +134,7 @@ def test_frozen_and_half():
     plain = model()
     plain[0].requires_grad_(False)
     plain[1][1].weight.requires_grad_(False)
-    net = reparameterize(plain.to(torch.bfloat16))
+    net = reparameterize(copy.deepcopy(plain).to(torch.bfloat16))
     assert not any(p.requires_grad for p in net[0].parameters())
     assert net[1][1].bias.requires_grad
     assert not any(p.requires_grad for p in net[1][1].branches.parameters())

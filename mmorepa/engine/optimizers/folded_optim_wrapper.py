@@ -63,7 +63,7 @@ class _FoldedTraining:
         """
         kernels = list(self._kernels)
         for kernel in kernels:
-            kernel.is_deferred = True
+            kernel.graph.is_deferred = True
         try:
             super().backward(loss, **kwargs)
         except BaseException:
@@ -72,7 +72,7 @@ class _FoldedTraining:
             raise
         finally:
             for kernel in kernels:
-                kernel.is_deferred = False
+                kernel.graph.is_deferred = False
         # Those that data parallelism has not averaged yet wait for the others.
         pull_back([kernel for kernel in kernels if kernel.is_complete()])
 
