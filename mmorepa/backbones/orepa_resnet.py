@@ -269,6 +269,12 @@ class OREPAResNet(StagedBackbone):
     the projection shortcut of basic blocks is plain. Each conv holds its
     BatchNorm, so that the deployed network is plain convs with bias, and ReLUs.
 
+    Arguments are called as in the toolboxes. Some defaults are not theirs:
+    ``zero_init_residual`` is True in mmpretrain, mmdet and mmseg, ``norm_eval`` True in
+    mmdet, ``out_indices`` (3,) in mmpretrain, and ``stem_channels`` 64 in mmpretrain
+    and mmseg whatever ``base_channels``. ``frozen_stages`` is -1 everywhere; the stock
+    detectors set 1.
+
     Args:
         depth (int): 18, 34, 50, 101 or 152.
         block (str): Block type, a key of :data:`mmorepa.layers.BLOCKS`: ``'orepa'``,
@@ -308,10 +314,10 @@ class OREPAResNet(StagedBackbone):
         norm_eval (bool): Whether BatchNorm stays in eval mode while training.
             Defaults to False.
         act_cfg (dict): Defaults to ``dict(type='ReLU', inplace=True)``.
-        plugins (Sequence[dict]): As for mmdet's ResNet: ``cfg`` of the layer,
+        plugins (Sequence[dict], optional): As for mmdet's ResNet: ``cfg`` of the layer,
             ``position`` (``'after_conv1'``, ``'after_conv2'``, …) and optionally
             ``stages``, a bool for each. They stay in the deployed form.
-            Defaults to none.
+            Defaults to None.
         drop_path_rate (float): Stochastic depth: the probability that a sample goes
             without the branch of the last block while training; it grows linearly
             from 0 in the first. Defaults to 0.
@@ -387,7 +393,7 @@ class OREPAResNet(StagedBackbone):
         norm_cfg: Optional[dict] = None,
         norm_eval: bool = False,
         act_cfg: Optional[dict] = None,
-        plugins: Sequence[dict] = (),
+        plugins: Optional[Sequence[dict]] = None,
         drop_path_rate: float = 0.0,
         with_cp: bool = False,
         zero_init_residual: bool = False,
@@ -459,7 +465,7 @@ class OREPAResNet(StagedBackbone):
                         width_per_group=width_per_group,
                         style=style,
                         avg_down=avg_down,
-                        plugins=_plugins_of_stage(plugins, i, num_stages),
+                        plugins=_plugins_of_stage(plugins or (), i, num_stages),
                         drop_path_rate=next(drop_path_rates),
                         with_cp=with_cp,
                         **options,

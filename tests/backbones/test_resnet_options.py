@@ -1,5 +1,9 @@
 """The options of OREPAResNet that the toolboxes' ResNets have too."""
 
+import inspect
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import (
@@ -343,6 +347,26 @@ def test_caffe_file_into_its_style(tmp_path):
     net.init_weights()
     x = image(torch.float64)
     assert_near(features(net, x), features(plain, x), 1e-9)
+
+
+# Defaults
+
+
+@pytest.mark.parametrize(
+    ('column', 'scope'), list(enumerate(['mmorepa', 'mmpretrain', 'mmdet', 'mmseg']))
+)
+def test_documented_defaults(column, scope):
+    net = OREPAResNet
+    if scope != 'mmorepa':
+        import_models(scope)
+        net = MODELS.get(f'{scope}.ResNet')
+    parameters = inspect.signature(net).parameters
+    text = (Path(__file__).parents[2] / 'docs' / 'transfer.md').read_text()
+    text = text.split('defaults are not the same')[1]
+    rows = re.findall(r'^\| `(\w+)`[^|]* \| (.+) \|$', text, flags=re.MULTILINE)
+    assert {'out_indices', 'norm_eval', 'zero_init_residual'} <= dict(rows).keys()
+    for name, values in rows:
+        assert values.split(' | ')[column] == str(parameters[name].default), name
 
 
 # Bad input
