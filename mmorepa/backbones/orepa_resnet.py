@@ -1,10 +1,13 @@
 """ResNets whose convs are re-parameterised."""
 
-from collections.abc import Sequence
-from typing import Optional, Union
+import re
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from typing import NamedTuple, Optional, Union
 
 import torch.utils.checkpoint as cp
-from mmcv.cnn import build_activation_layer
+from mmcv.cnn import build_activation_layer, build_plugin_layer
+from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -12,24 +15,82 @@ from torch import Tensor, nn
 from ..layers import ReparamConv2d, build_conv
 from .staged_backbone import StagedBackbone, scaled_channels
 
+_NORM_CFG = dict(type='BN', requires_grad=True)
+_ACT_CFG = dict(type='ReLU', inplace=True)
+
+
+class _Conv(NamedTuple):
+    """What a conv of a stem or a block has for itself; the rest is the network's."""
+
+    channels: int
+    kernel_size: int
+    stride: int = 1
+    dilation: int = 1
+    groups: int = 1
+    has_act: bool = True
+
+
+def _build_convs(
+    in_channels: int, *convs: _Conv, act_cfg: dict, **options
+) -> dict[str, ReparamConv2d]:
+    """Builds ``conv1``, ``conv2``, …, each for the outputs of the one before.
+
+    Args:
+        in_channels (int): Channels of the first one's input.
+        *convs (_Conv): The convs.
+        act_cfg (dict): Activation of those that have one.
+        **options: See :func:`mmorepa.layers.build_conv`.
+
+    Returns:
+        dict[str, ReparamConv2d]: By name, in order.
+    """
+    built = {}
+    for i, conv in enumerate(convs, 1):
+        built[f'conv{i}'] = build_conv(
+            in_channels=in_channels,
+            out_channels=conv.channels,
+            kernel_size=conv.kernel_size,
+            stride=conv.stride,
+            padding=conv.dilation * (conv.kernel_size // 2),
+            dilation=conv.dilation,
+            groups=conv.groups,
+            bias=False,
+            act_cfg=act_cfg if conv.has_act else None,
+            **options,
+        )
+        in_channels = conv.channels
+    return built
+
 
 class _ResidualBlock(BaseModule):
-    """``act(branch(x) + shortcut(x))``; subclasses make the branch.
+    """``act(drop_path(branch(x)) + shortcut(x))``; subclasses describe the branch.
 
     Args:
         in_channels (int): Channels of the input.
-        channels (int): Width of the branch, before expansion.
+        out_channels (int): Channels of the output, ``expansion`` times the width of
+            the branch.
         stride (int): Defaults to 1.
         dilation (int): Defaults to 1.
         groups (int): Groups of the 3×3 conv of a bottleneck. Defaults to 1.
         width_per_group (int): Width of a group for 64 channels. Defaults to 64.
+        style (str): Where a bottleneck has its stride, see :class:`OREPAResNet`.
+            Defaults to ``'pytorch'``.
+        avg_down (bool): See :class:`OREPAResNet`. Defaults to False.
+        plugins (Sequence[dict]): Those of this block, with ``cfg`` and ``position``.
+            Defaults to none.
+        drop_path_rate (float): Probability that a sample goes without the branch in
+            training. Defaults to 0.
         block (str): Block type of the convs. Defaults to ``'orepa'``.
         block_cfg (dict, optional): Their further arguments. Defaults to None.
-        norm_cfg (dict): Normalisation of every conv.
-        act_cfg (dict): Activation.
+        norm_cfg (dict, optional): Normalisation of every conv. Defaults to None,
+            BatchNorm.
+        act_cfg (dict, optional): Activation. Defaults to None, ReLU.
         with_cp (bool): Recomputes activations in the backward pass.
             Defaults to False.
         deploy (bool): Builds the deployed form. Defaults to False.
+
+    Raises:
+        ValueError: If an argument has no meaning for this block.
     """
 
     expansion: int
@@ -39,11 +100,15 @@ class _ResidualBlock(BaseModule):
     def __init__(
         self,
         in_channels: int,
-        channels: int,
+        out_channels: int,
         stride: int = 1,
         dilation: int = 1,
         groups: int = 1,
         width_per_group: int = 64,
+        style: str = 'pytorch',
+        avg_down: bool = False,
+        plugins: Sequence[dict] = (),
+        drop_path_rate: float = 0.0,
         block: str = 'orepa',
         block_cfg: Optional[dict] = None,
         norm_cfg: Optional[dict] = None,
@@ -52,50 +117,86 @@ class _ResidualBlock(BaseModule):
         deploy: bool = False,
     ) -> None:
         super().__init__()
-        self.with_cp = with_cp
-        self.block = block
-        self.conv_cfg = dict(
-            bias=False, norm_cfg=norm_cfg, deploy=deploy, block_cfg=block_cfg
-        )
-        self.act_cfg = act_cfg
-        out_channels = channels * self.expansion
-        self.build_branch(
-            in_channels,
-            channels,
-            out_channels,
-            stride,
-            dilation,
-            groups,
-            width_per_group,
-        )
-        self.downsample: Optional[ReparamConv2d] = None
-        if stride != 1 or in_channels != out_channels:
-            self.downsample = build_conv(
-                self.shortcut_block or block,
-                in_channels,
-                out_channels,
-                1,
-                stride=stride,
-                **self.conv_cfg,
+        if style not in ('pytorch', 'caffe'):
+            raise ValueError(f"style is 'pytorch' or 'caffe', found {style!r}")
+        if out_channels % self.expansion:
+            raise ValueError(
+                f'out_channels is a multiple of the expansion, {self.expansion}, '
+                f'found {out_channels}'
             )
-        self.act = build_activation_layer(act_cfg)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.stride = stride
+        self.dilation = dilation
+        self.groups = groups
+        self.style = style
+        self.with_cp = with_cp
+        described = self.describe(out_channels // self.expansion, width_per_group)
+        self.mid_channels = described[0].channels
+        options = dict(
+            block_cfg=block_cfg,
+            norm_cfg=norm_cfg or _NORM_CFG,
+            act_cfg=act_cfg or _ACT_CFG,
+            deploy=deploy,
+        )
+        convs = _build_convs(in_channels, *described, block=block, **options)
+        _check_positions(plugins, convs)
+        # The names of what the branch is made of, in order.
+        self.path: list[str] = []
+        for name, conv in convs.items():
+            self._append(name, conv)
+            for plugin in plugins:
+                if plugin['position'] == f'after_{name}':
+                    cfg = dict(plugin['cfg'])
+                    postfix = cfg.pop('postfix', '')
+                    # Named as in mmdet's ResNet, whose checkpoints fit.
+                    self._append(
+                        *build_plugin_layer(cfg, postfix, in_channels=conv.out_channels)
+                    )
+        self.plugin_names = [name for name in self.path if name not in convs]
+        self.last_conv_name = list(convs)[-1]
+        self.downsample: Optional[nn.Module] = None
+        if stride != 1 or in_channels != out_channels:
+            pools = avg_down and stride != 1
+            projection = _Conv(out_channels, 1, 1 if pools else stride, has_act=False)
+            (self.downsample,) = _build_convs(
+                in_channels, projection, block=self.shortcut_block or block, **options
+            ).values()
+            if pools:
+                pool = nn.AvgPool2d(
+                    stride, stride, ceil_mode=True, count_include_pad=False
+                )
+                self.downsample = nn.Sequential(
+                    OrderedDict(pool=pool, conv=self.downsample)
+                )
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
+        self.act = build_activation_layer(act_cfg or _ACT_CFG)
 
-    def build_branch(
-        self,
-        in_channels: int,
-        channels: int,
-        out_channels: int,
-        stride: int,
-        dilation: int,
-        groups: int,
-        width_per_group: int,
-    ) -> None:
+    def describe(self, channels: int, width_per_group: int) -> list[_Conv]:
+        """The convs of the branch.
+
+        Args:
+            channels (int): Width of the branch without groups.
+            width_per_group (int): See above.
+
+        Raises:
+            ValueError: If this block has no such groups.
+        """
         raise NotImplementedError
 
     @property
-    def convs(self) -> list[ReparamConv2d]:
-        """The convs of the branch, in order."""
-        raise NotImplementedError
+    def last_conv(self) -> ReparamConv2d:
+        """The last conv of the branch."""
+        return getattr(self, self.last_conv_name)
+
+    def _append(self, name: str, module: nn.Module) -> None:
+        if hasattr(self, name):
+            raise ValueError(
+                f'a block has one {name}: give each plugin of this type a postfix in '
+                'its cfg'
+            )
+        self.add_module(name, module)
+        self.path.append(name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C, H, W) to (N, C', H/stride, W/stride)."""
@@ -105,9 +206,9 @@ class _ResidualBlock(BaseModule):
 
     def _forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        for conv in self.convs:
-            x = conv(x)
-        return self.act(x + shortcut)
+        for name in self.path:
+            x = getattr(self, name)(x)
+        return self.act(self.drop_path(x) + shortcut)
 
 
 class BasicBlock(_ResidualBlock):
@@ -116,83 +217,47 @@ class BasicBlock(_ResidualBlock):
     expansion = 1
     shortcut_block = 'none'
 
-    def build_branch(
-        self,
-        in_channels: int,
-        channels: int,
-        out_channels: int,
-        stride: int,
-        dilation: int,
-        groups: int,
-        width_per_group: int,
-    ) -> None:
-        if groups != 1 or width_per_group != 64:
+    def describe(self, channels: int, width_per_group: int) -> list[_Conv]:
+        if self.groups != 1 or width_per_group != 64:
             raise ValueError(
                 'depth 18 and 34 have no grouped form: groups and width_per_group '
-                f'need a bottleneck (depth 50 and more), found groups={groups}, '
+                f'need a bottleneck (depth 50 and more), found groups={self.groups}, '
                 f'width_per_group={width_per_group}'
             )
-        self.conv1 = build_conv(
-            self.block,
-            in_channels,
-            channels,
-            3,
-            stride=stride,
-            padding=dilation,
-            dilation=dilation,
-            act_cfg=self.act_cfg,
-            **self.conv_cfg,
-        )
-        self.conv2 = build_conv(
-            self.block, channels, out_channels, 3, padding=1, **self.conv_cfg
-        )
-
-    @property
-    def convs(self) -> list[ReparamConv2d]:
-        return [self.conv1, self.conv2]
+        return [
+            _Conv(channels, 3, self.stride, self.dilation),
+            _Conv(channels, 3, has_act=False),
+        ]
 
 
 class Bottleneck(_ResidualBlock):
-    """1×1, 3×3 with the stride, 1×1 (ResNet-50 and deeper, ResNeXt)."""
+    """1×1, 3×3, 1×1 (ResNet-50 and deeper, ResNeXt); ``style`` has its stride."""
 
     expansion = 4
 
-    def build_branch(
-        self,
-        in_channels: int,
-        channels: int,
-        out_channels: int,
-        stride: int,
-        dilation: int,
-        groups: int,
-        width_per_group: int,
-    ) -> None:
-        width = channels * width_per_group // 64 * groups
+    def describe(self, channels: int, width_per_group: int) -> list[_Conv]:
+        width = channels * width_per_group // 64 * self.groups
         if width < 1:
             raise ValueError(
                 f'width_per_group={width_per_group} leaves no channel for a group of '
                 f'a stage of {channels} channels; it counts those of a stage of 64'
             )
-        self.conv1 = build_conv(
-            self.block, in_channels, width, 1, act_cfg=self.act_cfg, **self.conv_cfg
-        )
-        self.conv2 = build_conv(
-            self.block,
-            width,
-            width,
-            3,
-            stride=stride,
-            padding=dilation,
-            dilation=dilation,
-            groups=groups,
-            act_cfg=self.act_cfg,
-            **self.conv_cfg,
-        )
-        self.conv3 = build_conv(self.block, width, out_channels, 1, **self.conv_cfg)
+        strides = (self.stride, 1) if self.style == 'caffe' else (1, self.stride)
+        return [
+            _Conv(width, 1, strides[0]),
+            _Conv(width, 3, strides[1], self.dilation, self.groups),
+            _Conv(self.out_channels, 1, has_act=False),
+        ]
 
-    @property
-    def convs(self) -> list[ReparamConv2d]:
-        return [self.conv1, self.conv2, self.conv3]
+
+def _check_positions(plugins: Sequence[dict], convs: Collection[str]) -> None:
+    positions = [f'after_{name}' for name in convs]
+    for plugin in plugins:
+        if plugin['position'] not in positions:
+            raise ValueError(
+                f'the position of a plugin of this block is one of '
+                f'{", ".join(positions)}, found {plugin["position"]!r}'
+            )
 
 
 @MODELS.register_module()
@@ -204,6 +269,12 @@ class OREPAResNet(StagedBackbone):
     the projection shortcut of basic blocks is plain. Each conv holds its
     BatchNorm, so that the deployed network is plain convs with bias, and ReLUs.
 
+    Arguments are called as in the toolboxes. Some defaults are not theirs:
+    ``zero_init_residual`` is True in mmpretrain, mmdet and mmseg, ``norm_eval`` True in
+    mmdet, ``out_indices`` (3,) in mmpretrain, and ``stem_channels`` 64 in mmpretrain
+    and mmseg whatever ``base_channels``. ``frozen_stages`` is -1 everywhere; the stock
+    detectors set 1.
+
     Args:
         depth (int): 18, 34, 50, 101 or 152.
         block (str): Block type, a key of :data:`mmorepa.layers.BLOCKS`: ``'orepa'``,
@@ -211,9 +282,11 @@ class OREPAResNet(StagedBackbone):
         block_cfg (dict, optional): Arguments of the block type's convs, such as
             ``branches`` or ``single_init``. Defaults to None.
         in_channels (int): Channels of the image. Defaults to 3.
-        base_channels (int): Width of the stem and of the first stage, before
-            expansion. Defaults to 64.
-        width_mult (float): Multiplies every width, ``base_channels`` included; 1.5
+        stem_channels (int, optional): Width of the stem. Defaults to None,
+            ``base_channels``.
+        base_channels (int): Width of the first stage, before expansion.
+            Defaults to 64.
+        width_mult (float): Multiplies every width, those of stem and stages; 1.5
             and 2 give the paper's wide ResNet-18. Defaults to 1.0.
         groups (int): Groups of the bottlenecks' 3×3 conv. Defaults to 1.
         width_per_group (int): Channels of a group where ``base_channels`` is 64;
@@ -228,13 +301,26 @@ class OREPAResNet(StagedBackbone):
             stage. Defaults to None.
         out_indices (Sequence[int]): Stages whose output is returned.
             Defaults to (0, 1, 2, 3).
-        style (str): Only ``'pytorch'``, the stride on the 3×3 conv.
+        style (str): ``'pytorch'`` for the stride of a bottleneck on the 3×3 conv,
+            ``'caffe'`` for that on the first 1×1 conv, which checkpoints of caffe and
+            detectron need. Defaults to ``'pytorch'``.
+        deep_stem (bool): Three 3×3 convs of the block type in place of the 7×7 one,
+            the first two of half the width (ResNet-C, ResNet-D). Defaults to False.
+        avg_down (bool): Shortcuts with a stride pool by averaging, and project by a
+            1×1 conv without a stride (ResNet-D). Defaults to False.
         frozen_stages (int): 0 freezes the stem, n the stages up to the n-th as
             well: no gradient and BatchNorm in eval mode. Defaults to -1, nothing.
         norm_cfg (dict): Defaults to ``dict(type='BN', requires_grad=True)``.
         norm_eval (bool): Whether BatchNorm stays in eval mode while training.
             Defaults to False.
         act_cfg (dict): Defaults to ``dict(type='ReLU', inplace=True)``.
+        plugins (Sequence[dict], optional): As for mmdet's ResNet: ``cfg`` of the layer,
+            ``position`` (``'after_conv1'``, ``'after_conv2'``, …) and optionally
+            ``stages``, a bool for each. They stay in the deployed form.
+            Defaults to None.
+        drop_path_rate (float): Stochastic depth: the probability that a sample goes
+            without the branch of the last block while training; it grows linearly
+            from 0 in the first. Defaults to 0.
         with_cp (bool): Saves memory by computing each block again in the backward
             pass. Defaults to False.
         zero_init_residual (bool): Whether the last BatchNorm of each block starts
@@ -267,9 +353,20 @@ class OREPAResNet(StagedBackbone):
     PLAIN_KEYS = (
         (r'conv1\.weight', r'stem.weight'),
         (r'bn1\.(\w+)', r'stem.norm.\1'),
+        *(
+            (
+                pattern.format(conv=3 * i, norm=3 * i + 1, number=i),
+                f'stem.conv{i + 1}.{ours}',
+            )
+            for i in range(3)
+            for pattern, ours in (
+                (r'(?:stem|conv1)\.{conv}\.weight', 'weight'),
+                (r'(?:stem|conv1)\.{norm}\.(\w+)', r'norm.\1'),
+                (r'stem\.{number}\.conv\.weight', 'weight'),
+                (r'stem\.{number}\.bn\.(\w+)', r'norm.\1'),
+            )
+        ),
         (r'(layer\d\.\d+)\.bn(\d)\.(\w+)', r'\1.conv\2.norm.\3'),
-        (r'(layer\d\.\d+\.downsample)\.0\.(\w+)', r'\1.\2'),
-        (r'(layer\d\.\d+\.downsample)\.1\.(\w+)', r'\1.norm.\2'),
     )
 
     def __init__(
@@ -278,6 +375,7 @@ class OREPAResNet(StagedBackbone):
         block: str = 'orepa',
         block_cfg: Optional[dict] = None,
         in_channels: int = 3,
+        stem_channels: Optional[int] = None,
         base_channels: int = 64,
         width_mult: float = 1.0,
         groups: int = 1,
@@ -289,10 +387,14 @@ class OREPAResNet(StagedBackbone):
         multi_grid: Optional[Sequence[int]] = None,
         out_indices: Sequence[int] = (0, 1, 2, 3),
         style: str = 'pytorch',
+        deep_stem: bool = False,
+        avg_down: bool = False,
         frozen_stages: int = -1,
         norm_cfg: Optional[dict] = None,
         norm_eval: bool = False,
         act_cfg: Optional[dict] = None,
+        plugins: Optional[Sequence[dict]] = None,
+        drop_path_rate: float = 0.0,
         with_cp: bool = False,
         zero_init_residual: bool = False,
         deploy: bool = False,
@@ -308,10 +410,9 @@ class OREPAResNet(StagedBackbone):
             init_cfg,
         )
         residual_block, depths = self._architecture(depth)
-        if style != 'pytorch':
+        if not 0 <= drop_path_rate < 1:
             raise ValueError(
-                "OREPAResNet has the stride on the 3x3 conv, style='pytorch'; "
-                f'found style={style!r}'
+                f'drop_path_rate is a probability below 1, found {drop_path_rate}'
             )
         if multi_grid is not None and len(multi_grid) != depths[num_stages - 1]:
             raise ValueError(
@@ -319,30 +420,37 @@ class OREPAResNet(StagedBackbone):
                 f'{depths[num_stages - 1]} blocks of the last stage, found {multi_grid}'
             )
         self.depth = depth
+        self.style = style
         self.zero_init_residual = zero_init_residual
-        convs = dict(
+        options = dict(
             block=block,
             block_cfg=block_cfg,
-            norm_cfg=norm_cfg or dict(type='BN', requires_grad=True),
-            act_cfg=act_cfg or dict(type='ReLU', inplace=True),
+            norm_cfg=norm_cfg or _NORM_CFG,
+            act_cfg=act_cfg or _ACT_CFG,
             deploy=deploy,
         )
-        stem = f'the stem (base_channels={base_channels} and width_mult={width_mult})'
-        base_channels = scaled_channels(base_channels, width_mult, stem)
-        self.stem = build_conv(
-            in_channels=in_channels,
-            out_channels=base_channels,
-            kernel_size=7,
-            stride=2,
-            padding=3,
-            bias=False,
-            **convs,
+        if stem_channels is None:
+            stem_channels = base_channels
+        stem_channels = scaled_channels(
+            stem_channels,
+            width_mult,
+            f'the stem (base_channels={base_channels} and width_mult={width_mult})',
         )
+        base_channels = scaled_channels(base_channels, width_mult, 'the first stage')
+        if deep_stem:
+            half = scaled_channels(stem_channels, 0.5, 'a deep stem')
+            convs = _Conv(half, 3, 2), _Conv(half, 3), _Conv(stem_channels, 3)
+            convs = _build_convs(in_channels, *convs, **options)
+            self.stem = nn.Sequential(OrderedDict(convs))
+        else:
+            conv = _Conv(stem_channels, 7, 2)
+            (self.stem,) = _build_convs(in_channels, conv, **options).values()
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        channels = base_channels
+        drop_path_rates = iter(_rising(drop_path_rate, sum(depths)))
+        channels = stem_channels
         for i in range(num_stages):
-            width = base_channels * 2**i
             grid = multi_grid if i == num_stages - 1 else None
+            out_channels = base_channels * 2**i * residual_block.expansion
             blocks = []
             for j, dilation in enumerate(
                 _block_dilations(depths[i], dilations[i], contract_dilation, grid)
@@ -350,16 +458,20 @@ class OREPAResNet(StagedBackbone):
                 blocks.append(
                     residual_block(
                         channels,
-                        width,
+                        out_channels,
                         stride=strides[i] if j == 0 else 1,
                         dilation=dilation,
                         groups=groups,
                         width_per_group=width_per_group,
+                        style=style,
+                        avg_down=avg_down,
+                        plugins=_plugins_of_stage(plugins or (), i, num_stages),
+                        drop_path_rate=next(drop_path_rates),
                         with_cp=with_cp,
-                        **convs,
+                        **options,
                     )
                 )
-                channels = width * residual_block.expansion
+                channels = out_channels
             self.add_stage(*blocks)
         self.feat_dim = channels
         self.freeze_stages()
@@ -373,9 +485,38 @@ class OREPAResNet(StagedBackbone):
             for stage in self.stages:
                 for block in stage:
                     # Deployed, the norms are gone and so is the choice.
-                    for norm in block.convs[-1].last_norms:
+                    for norm in block.last_conv.last_norms:
                         nn.init.zeros_(norm.weight)
         super().init_weights()
+
+    def plain_name(self, name: str, names: Collection[str]) -> Optional[str]:
+        # timm's, with three convs in the place of one.
+        if name.startswith('bn1.') and 'conv1.0.weight' in names:
+            return f'stem.conv3.norm.{name[4:]}'
+        match = re.fullmatch(r'(layer\d\.\d+\.downsample)\.([012])\.(\w+)', name)
+        if not match:
+            return super().plain_name(name, names)
+        shortcut, number, entry = match.groups()
+        # Behind a pooling, or timm's nn.Identity in its place, the conv is the second.
+        has_first = f'{shortcut}.2.weight' in names
+        is_kernel = int(number) == has_first
+        own = dict(self.named_modules()).get(shortcut)
+        if has_first and getattr(own, 'stride', None) != (1, 1):
+            shortcut += '.conv'
+        return f'{shortcut}.{entry}' if is_kernel else f'{shortcut}.norm.{entry}'
+
+    def _plain_shapes(
+        self, module: nn.Module, is_folded: bool
+    ) -> dict[str, tuple[int, ...]]:
+        plugins = [
+            getattr(block, name)
+            for stage in self.stages
+            for block in stage
+            for name in block.plugin_names
+        ]
+        if any(module in plugin.modules() for plugin in plugins):
+            return {}
+        return super()._plain_shapes(module, is_folded)
 
     @classmethod
     def _architecture(cls, depth: int) -> tuple[type[_ResidualBlock], tuple[int, ...]]:
@@ -385,6 +526,34 @@ class OREPAResNet(StagedBackbone):
                 f'{", ".join(map(str, cls.ARCHITECTURES))}'
             )
         return cls.ARCHITECTURES[depth]
+
+
+def _rising(last: float, number: int) -> list[float]:
+    """Evenly spaced values from 0 to the last."""
+    return [last * i / (number - 1) for i in range(number)]
+
+
+def _plugins_of_stage(
+    plugins: Sequence[dict], stage: int, num_stages: int
+) -> list[dict]:
+    """Those of one stage, each as the ``cfg`` and the ``position`` of a plugin."""
+    found = []
+    for plugin in plugins:
+        if not {'cfg', 'position'} <= plugin.keys() <= {'cfg', 'position', 'stages'}:
+            raise ValueError(
+                'a plugin has cfg, position and, if it is not for every stage, stages; '
+                f'found {", ".join(plugin)}'
+            )
+        stages = plugin.get('stages')
+        stages = (True,) * num_stages if stages is None else tuple(stages)
+        if len(stages) != num_stages:
+            raise ValueError(
+                f'stages of a plugin is a bool for each of the {num_stages} stages, '
+                f'found {stages}'
+            )
+        if stages[stage]:
+            found.append(plugin)
+    return found
 
 
 def _block_dilations(

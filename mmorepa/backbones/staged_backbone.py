@@ -3,8 +3,8 @@
 import logging
 import os
 import re
-from collections.abc import Sequence
-from typing import Union
+from collections.abc import Collection, Sequence
+from typing import Optional, Union
 
 from mmcv.cnn import build_norm_layer
 from mmengine.logging import print_log
@@ -151,7 +151,7 @@ class StagedBackbone(BaseModule):
 
         Raises:
             CheckpointError: If the checkpoint of a ``Pretrained`` ``init_cfg`` is a
-                local file that is not there, or caffe's by its name.
+                local file that is not there, or of another ``style`` by its name.
         """
         configs = self.init_cfg or []
         for cfg in [configs] if isinstance(configs, dict) else configs:
@@ -194,13 +194,11 @@ class StagedBackbone(BaseModule):
     def _translate_plain(self, state_dict: dict[str, Tensor], prefix: str) -> None:
         """Gives the entries of a plain network the names that they have here."""
         renamed = {}
-        for key in state_dict:
-            name = key.removeprefix(prefix)
-            for pattern, ours in self.PLAIN_KEYS if key.startswith(prefix) else ():
-                match = re.fullmatch(pattern, name)
-                if match:
-                    renamed[key] = prefix + match.expand(ours)
-                    break
+        names = [k.removeprefix(prefix) for k in state_dict if k.startswith(prefix)]
+        for name in names:
+            ours = self.plain_name(name, names)
+            if ours is not None:
+                renamed[prefix + name] = prefix + ours
         if not renamed:
             return
         for key, ours in renamed.items():
@@ -212,6 +210,22 @@ class StagedBackbone(BaseModule):
                 if key.startswith(prefix)
             }
         )
+
+    def plain_name(self, name: str, names: Collection[str]) -> Optional[str]:
+        """What an entry of a plain network's checkpoint is called here.
+
+        Args:
+            name (str): Its name there.
+            names (Collection[str]): Those of all entries.
+
+        Returns:
+            str | None: None if it has the same name, or none.
+        """
+        for pattern, ours in self.PLAIN_KEYS:
+            match = re.fullmatch(pattern, name)
+            if match:
+                return match.expand(ours)
+        return None
 
     def _check_plain(self, found: dict[str, tuple[int, ...]]) -> None:
         """Whether the network is this one, all of it, before anything is loaded."""
@@ -324,23 +338,32 @@ def _check_is_there(checkpoint: str) -> None:
 
 
 def check_style(backbone: nn.Module, checkpoint: str) -> None:
-    """Refuses the checkpoints of caffe, of which only the names tell.
+    """Refuses a checkpoint of another style, of which only names tell.
 
     Args:
         backbone (nn.Module): With a ``style``, or of the usual one.
         checkpoint (str): The path or address of what it starts from.
 
     Raises:
-        CheckpointError: If the file's name has caffe or msra in it.
+        CheckpointError: If the file's name has caffe or msra in it and the style is
+            another one, or it is torchvision's and the style is caffe's.
     """
     name = checkpoint.rpartition('/')[-1]
+    style = getattr(backbone, 'style', 'pytorch')
     found = re.search('caffe|msra', name, re.IGNORECASE)
-    if found and getattr(backbone, 'style', 'pytorch') != 'caffe':
+    if found and style != 'caffe':
         raise CheckpointError(
             f'{name!r} is of a caffe-style network by its name ({found[0]}), with the '
             "stride on the first 1x1 conv: the keys of style='pytorch', and another "
-            'network. Take weights of that style, such as torchvision://resnet50 '
+            "network. Set style='caffe', and the data_preprocessor that goes with it; "
+            'or take weights of this style, such as torchvision://resnet50 '
             '(rename the file if its name is wrong)'
+        )
+    if checkpoint.startswith('torchvision://') and style == 'caffe':
+        raise CheckpointError(
+            f"{checkpoint!r} has the stride on the 3x3 conv: set style='pytorch', or "
+            'take weights of a caffe-style network, such as '
+            'open-mmlab://detectron2/resnet50_caffe'
         )
 
 

@@ -171,13 +171,15 @@ _WITHOUT_EFFECT = (
 
 def _resnet(backbone: Mapping) -> tuple[dict, tuple[str, ...]]:
     """Type and widths in mmpretrain, and the names of the arguments they are from."""
-    base = int(backbone.get('base_channels', 64) * backbone.get('width_mult', 1))
+    mult, base = backbone.get('width_mult', 1), backbone.get('base_channels', 64)
+    stem = int((backbone.get('stem_channels') or base) * mult)
+    base = int(base * mult)
     groups = backbone.get('groups', 1)
     width = base * backbone.get('width_per_group', 64) // 64
     twin = dict(
         type='mmpretrain.ResNet',
         num_stages=backbone.get('num_stages', 4),
-        stem_channels=backbone.get('stem_channels') or base,
+        stem_channels=stem,
         base_channels=base,
     )
     if groups > 1:

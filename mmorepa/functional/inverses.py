@@ -69,7 +69,7 @@ def solve_deep_linear(kernel: Tensor, first: Tensor, groups: int = 1) -> Tensor:
                 'a deep linear kernel cannot be any kernel if its factors are narrow '
                 f'({hidden} channels in a group): of {system.shape[1]} weights of an '
                 f'output channel, {int(torch.linalg.matrix_rank(system.cpu()))} can be '
-                f'chosen freely'
+                f'chosen freely, and all of them with more inner channels (inner_mult)'
             )
         found.append(solution.view(-1, hidden, size, size))
     return torch.cat(found)

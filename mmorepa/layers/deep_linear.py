@@ -27,30 +27,44 @@ torch.fx.wrap('compose_deep_linear')
 class DeepLinearKernel(nn.Module):
     """A k×k kernel composed of (k−1)/2 kernels of 3×3 (paper, section 3.3).
 
-    The factors map I to O channels, then O to O.
+    The factors map I to M channels, then M to M, and the last one M to O.
 
     Args:
-        build_factor (Callable): Takes the input channels of a factor and returns a
-            module whose ``forward()`` returns its kernel, shape (O, channels / g, 3,
-            3).
+        build_factor (Callable): Takes the output and the input channels of a factor
+            and returns a module whose ``forward()`` returns its kernel, shape
+            (outputs, inputs / g, 3, 3).
         out_channels (int): O.
         in_channels (int): I.
         kernel_size (int): k, odd, at least 3.
         groups (int): g. Defaults to 1.
+        inner_mult (float): M / O, rounded down to whole channels of a group.
+            Defaults to 1.
+
+    Raises:
+        ValueError: If a group has no channel left.
     """
 
     def __init__(
         self,
-        build_factor: Callable[[int], nn.Module],
+        build_factor: Callable[[int, int], nn.Module],
         out_channels: int,
         in_channels: int,
         kernel_size: int,
         groups: int = 1,
+        inner_mult: float = 1.0,
     ) -> None:
         super().__init__()
         self.groups = groups
-        widths = [in_channels] + [out_channels] * ((kernel_size - 1) // 2 - 1)
-        self.factors = _Factors(build_factor(width) for width in widths)
+        inner = int(out_channels // groups * inner_mult) * groups
+        if inner < 1:
+            raise ValueError(
+                f'inner_mult={inner_mult} leaves no inner channel in a group of '
+                f'{out_channels // groups} output channels'
+            )
+        widths = [in_channels, *[inner] * ((kernel_size - 3) // 2), out_channels]
+        self.factors = _Factors(
+            build_factor(outputs, inputs) for inputs, outputs in zip(widths, widths[1:])
+        )
 
     def forward(self) -> Tensor:
         """Returns the kernel, shape (O, Ig, k, k)."""
@@ -102,8 +116,14 @@ class DeepLinearConv2d(ReparamConv2d, nn.Conv2d):
     """A large conv of plain 3×3 factors.
 
     Args:
+        inner_mult (float): Inner channels of the chain by output channels, see
+            :class:`DeepLinearKernel`. Defaults to 1.
         *args, **kwargs: See :class:`ReparamConv2d`; the kernel is 3×3 or larger.
     """
+
+    def __init__(self, *args, inner_mult: float = 1.0, **kwargs) -> None:
+        self._inner_mult = inner_mult  # Before the base class builds the branches.
+        super().__init__(*args, **kwargs)
 
     def build_branches(self) -> DeepLinearKernel:
         if self.kernel_size[0] < 3:
@@ -111,9 +131,10 @@ class DeepLinearConv2d(ReparamConv2d, nn.Conv2d):
                 'DeepLinearConv2d takes a kernel of 3x3 or more, found 1x1'
             )
         return DeepLinearKernel(
-            lambda channels: PlainKernel(self.out_channels, channels // self.groups, 3),
+            lambda outputs, inputs: PlainKernel(outputs, inputs // self.groups, 3),
             self.out_channels,
             self.in_channels,
             self.kernel_size[0],
             self.groups,
+            self._inner_mult,
         )

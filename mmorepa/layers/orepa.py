@@ -163,6 +163,7 @@ class OREPADeepLinearKernel(DeepLinearKernel):
         in_channels (int): I.
         kernel_size (int): k, odd, at least 3.
         groups (int): g. Defaults to 1.
+        inner_mult (float): See :class:`DeepLinearKernel`. Defaults to 1.
         **kwargs: Passed to every :class:`OREPAKernel`.
     """
 
@@ -172,14 +173,16 @@ class OREPADeepLinearKernel(DeepLinearKernel):
         in_channels: int,
         kernel_size: int,
         groups: int = 1,
+        inner_mult: float = 1.0,
         **kwargs,
     ) -> None:
         super().__init__(
-            lambda channels: OREPAKernel(out_channels, channels, 3, groups, **kwargs),
+            lambda outputs, inputs: OREPAKernel(outputs, inputs, 3, groups, **kwargs),
             out_channels,
             in_channels,
             kernel_size,
             groups,
+            inner_mult,
         )
 
 
@@ -203,6 +206,8 @@ class OREPAConv2d(ReparamConv2d, nn.Conv2d):
             Defaults to False.
         kaiming_a (float, optional): See :class:`OREPAKernel`. Defaults to None, the
             paper's for each kernel.
+        inner_mult (float): Inner channels of the deep linear form by output channels,
+            see :class:`DeepLinearKernel`; other forms have none. Defaults to 1.
         *args, **kwargs: See :class:`ReparamConv2d`.
 
     Raises:
@@ -221,6 +226,7 @@ class OREPAConv2d(ReparamConv2d, nn.Conv2d):
         initial_scales: Optional[dict[str, float]] = None,
         single_init: bool = False,
         kaiming_a: Optional[float] = None,
+        inner_mult: float = 1.0,
         **kwargs,
     ) -> None:
         # Before the base class, which builds the branches.
@@ -228,6 +234,7 @@ class OREPAConv2d(ReparamConv2d, nn.Conv2d):
         self._initial_scales = initial_scales or {}
         self._single_init = single_init
         self._kaiming_a = kaiming_a
+        self._inner_mult = inner_mult
         super().__init__(*args, **kwargs)
 
     def build_branches(self) -> nn.Module:
@@ -240,7 +247,9 @@ class OREPAConv2d(ReparamConv2d, nn.Conv2d):
         options = self._kernel_options(OREPAKernel)
         if size < DEEP_LINEAR_FROM:
             return OREPAKernel(*channels, size, **options)
-        return OREPADeepLinearKernel(*channels, size, **options)
+        return OREPADeepLinearKernel(
+            *channels, size, inner_mult=self._inner_mult, **options
+        )
 
     def _kernel_options(self, kernel: type[nn.Module]) -> dict:
         """The arguments for one kind of kernel, out of those for all kinds."""

@@ -482,7 +482,6 @@ def test_whole_models_load_their_own_checkpoints():
         (dict(dilations=(1, 2)), r'strides and dilations .*dilations=\(1, 2\)'),
         (dict(frozen_stages=5), 'frozen_stages is .* up to 4, found 5'),
         (dict(frozen_stages=-2), 'frozen_stages is .* found -2'),
-        (dict(style='caffe'), "style='pytorch'; found style='caffe'"),
         (dict(multi_grid=(1, 2, 4)), r'each of the 2 blocks .* found \(1, 2, 4\)'),
         (dict(groups=32), 'depth 18 and 34 have no grouped form.*groups=32'),
         (dict(width_per_group=4), 'no grouped form.*width_per_group=4'),

@@ -506,3 +506,21 @@ class TestErrors:
         backbone = dict(type='OREPAResNet', depth=18, block='deep_linear')
         with pytest.raises(CheckpointError, match='no layout for DeepLinearConv2d'):
             from_published(small_state('basic', 'none'), backbone)
+
+
+def test_more_inner_channels_in_the_stem():
+    """The published code has no such option, but names for the factors."""
+    backbone = dict(
+        type='OREPAResNet', depth=18, base_channels=8, block_cfg=dict(inner_mult=2)
+    )
+    net = MODELS.build(backbone)
+    ours = {f'backbone.{name}': value for name, value in net.state_dict().items()}
+    ours |= {'head.fc.weight': torch.randn(5, 64), 'head.fc.bias': torch.randn(5)}
+    theirs = to_published(ours, backbone)
+    assert theirs['module.stage0.conv1.weight1.weight_orepa_origin'].shape[:2] == (
+        16,
+        16,
+    )
+    back = from_published(theirs, backbone)['state_dict']
+    assert back.keys() == ours.keys()
+    assert all(torch.equal(value, ours[name]) for name, value in back.items())

@@ -229,6 +229,52 @@ def test_deep_linear_conv_of_plain_factors(k, groups):
     assert_near(deployed_twin(conv)(x), expected, 1e-12)
 
 
+@pytest.mark.usefixtures('float64')
+@pytest.mark.parametrize('kind', [OREPAConv2d, DeepLinearConv2d])
+@pytest.mark.parametrize(
+    ('groups', 'inner_mult', 'inner'), [(1, 2, 12), (1, 0.5, 3), (2, 1.5, 8)]
+)
+def test_inner_channels(kind, groups, inner_mult, inner):
+    """In a group of three outputs, 1.5 gives four inner channels, rounded down."""
+    conv = trained_like(
+        kind(4, 6, 7, padding=3, groups=groups, bias=False, inner_mult=inner_mult)
+    )
+    first, second, last = (factor().shape for factor in conv.branches.factors)
+    assert first == (inner, 4 // groups, 3, 3)
+    assert second == (inner, inner // groups, 3, 3)
+    assert last == (6, inner // groups, 3, 3)
+    x = torch.randn(2, 4, 7, 8)
+    y = conv(x)
+    if kind is OREPAConv2d:
+        expected = run_deep_linear(conv.branches, F.pad(x, [3] * 4), groups)
+        assert_near(y, expected, 1e-12)
+    assert_near(deployed_twin(conv)(x), y, 1e-12)
+
+
+@pytest.mark.usefixtures('float64')
+@pytest.mark.parametrize('kind', [OREPAConv2d, DeepLinearConv2d])
+def test_more_inner_channels_make_any_kernel(kind):
+    weight = torch.randn(8, 3, 7, 7)
+    with pytest.raises(ValueError, match=r'72 can be chosen freely.*\(inner_mult\)'):
+        kind(3, 8, 7).start_from(weight)
+    conv = kind(3, 8, 7, inner_mult=4)
+    conv.start_from(weight)
+    assert_near(conv.kernel(), weight, 1e-10)
+
+
+@pytest.mark.parametrize('inner_mult', [0, 0.2, -1])
+def test_no_inner_channels(inner_mult):
+    message = f'inner_mult={inner_mult} leaves no inner channel in a group of 4 output'
+    with pytest.raises(ValueError, match=message):
+        OREPAConv2d(4, 8, 7, groups=2, inner_mult=inner_mult)
+
+
+def test_other_kernels_have_no_inner_channels():
+    states = [OREPAConv2d(4, 4, 3, inner_mult=m).state_dict() for m in (1, 3)]
+    shapes = [{k: v.shape for k, v in state.items()} for state in states]
+    assert shapes[0] == shapes[1]
+
+
 def test_deep_linear_conv_of_no_factor():
     with pytest.raises(ValueError, match='a kernel of 3x3 or more, found 1x1'):
         DeepLinearConv2d(4, 6, 1)

@@ -1,0 +1,404 @@
+"""The options of OREPAResNet that the toolboxes' ResNets have too."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    assert_near,
+    assert_same_gradients,
+    deployed_twin,
+    import_models,
+    trained_like,
+)
+from mmcv.cnn.bricks import DropPath
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmorepa import is_switchable, switch_to_deploy
+from mmorepa.backbones import OREPAResNet
+from mmorepa.backbones.orepa_resnet import BasicBlock, Bottleneck
+from mmorepa.layers import OREPAConv2d, PlainConv2d
+from mmorepa.utils.errors import CheckpointError
+
+C, D = dict(deep_stem=True), dict(deep_stem=True, avg_down=True)
+SHORT = dict(depth=50, num_stages=2, out_indices=(1,))
+CONTEXT = dict(type='ContextBlock', ratio=0.25)
+PLUGINS = [
+    dict(cfg=CONTEXT, position='after_conv1', stages=(False, True, True, False)),
+    dict(cfg=dict(CONTEXT, postfix='_2'), position='after_conv2'),
+]
+
+
+def tiny(depth=18, **options):
+    return OREPAResNet(depth, **{'base_channels': 8, **options})
+
+
+def image(dtype=torch.float32):
+    # Of odd maps, whose pools and strides end at the border.
+    return torch.randn(2, 3, 53, 53, dtype=dtype)
+
+
+def stock(scope, kind, **options):
+    import_models(scope)
+    init_default_scope(scope)
+    cfg = dict(type=f'{scope}.{kind}', base_channels=8, stem_channels=8, **options)
+    net = trained_like(MODELS.build(cfg)).double()
+    net.eval()  # Returns None in some of them.
+    return net
+
+
+def features(net, x):
+    """The last map, also of a network of timm."""
+    found = []
+    handle = net.layer4.register_forward_hook(lambda *args: found.append(args[2]))
+    with torch.no_grad():
+        net(x)
+    handle.remove()
+    return found[0]
+
+
+# Training form and deployed form
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(C),
+        dict(D, **SHORT),
+        dict(D, block='dbb'),
+        dict(D, block='none'),
+        dict(D, **SHORT, strides=(2, 1), dilations=(1, 2)),
+        dict(style='caffe', **SHORT),
+        dict(stem_channels=12),
+        dict(drop_path_rate=0.5, **SHORT),
+        dict(plugins=PLUGINS),
+        dict(block_cfg=dict(inner_mult=1.5)),
+        dict(block='deep_linear', block_cfg=dict(inner_mult=2)),
+    ],
+    ids=str,
+)
+def test_deployed_equals_training_form(options):
+    net, x = trained_like(tiny(**options)), image()
+    optimizer = torch.optim.SGD(net.parameters(), 1e-3)
+    for steps in (0, 3):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            net.train()(x)[-1].square().mean().backward()
+            optimizer.step()
+        net.eval()
+        with torch.no_grad():
+            expected = net(x)
+            assert_near(deployed_twin(net)(x), expected, 1e-4)
+    deployed = tiny(deploy=True, **options).eval()
+    assert not is_switchable(deployed)
+    deployed.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        assert_near(deployed(x), expected, 1e-4)
+    assert list(deployed.state_dict()) == list(switch_to_deploy(net).state_dict())
+
+
+@pytest.mark.parametrize('depth', [18, 50])
+def test_gradients_reach_every_parameter(depth):
+    net = trained_like(tiny(depth, drop_path_rate=0.01, **D)).train()
+    sum(y.square().mean() for y in net(image())).backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
+
+
+# Blocks
+
+
+@pytest.mark.parametrize(
+    ('block', 'mid', 'sizes'), [(BasicBlock, 32, [3, 3]), (Bottleneck, 8, [1, 3, 1])]
+)
+@pytest.mark.parametrize('inputs', [32, 16])
+def test_attributes_of_blocks(block, mid, sizes, inputs):
+    """As mmpretrain's blocks have them."""
+    net = block(inputs, 32, stride=2, dilation=2, with_cp=True)
+    assert (net.in_channels, net.mid_channels, net.out_channels) == (inputs, mid, 32)
+    assert (net.stride, net.dilation, net.groups) == (2, 2, 1)
+    assert (net.style, net.with_cp, net.downsample is None) == ('pytorch', True, False)
+    convs = [getattr(net, name) for name in net.path]
+    assert [conv.kernel_size[0] for conv in convs] == sizes
+    assert [conv.out_channels for conv in convs] == [mid] * (len(sizes) - 1) + [32]
+    assert all(isinstance(conv.norm, nn.BatchNorm2d) for conv in convs)
+    assert net(torch.randn(1, inputs, 8, 8)).shape == (1, 32, 4, 4)
+    assert block(32, 32).downsample is None
+
+
+def test_groups_count_in_the_width_of_a_bottleneck():
+    net = Bottleneck(64, 256, groups=32, width_per_group=4, stride=2)
+    assert net.mid_channels == net.conv2.out_channels == 128
+    assert (net.conv2.groups, net.conv2.stride) == (32, (2, 2))
+
+
+@pytest.mark.parametrize(
+    ('style', 'strides'), [('pytorch', [1, 2, 1]), ('caffe', [2, 1, 1])]
+)
+def test_style(style, strides):
+    net = Bottleneck(64, 64, stride=2, style=style)
+    assert [getattr(net, name).stride[0] for name in net.path] == strides
+
+
+@pytest.mark.parametrize('block', ['orepa', 'none'])
+def test_deep_stem(block):
+    net = tiny(stem_channels=12, block=block, width_mult=2, **D)
+    kind = OREPAConv2d if block == 'orepa' else PlainConv2d
+    assert [type(conv) for conv in net.stem] == [kind] * 3
+    assert [conv.out_channels for conv in net.stem] == [12, 12, 24]
+    assert [conv.stride[0] for conv in net.stem] == [2, 1, 1]
+    assert all(conv.act is not None and conv.norm is not None for conv in net.stem)
+    assert net.layer1[0].in_channels == 24 and net.layer1[0].out_channels == 16
+
+
+def test_avg_down():
+    net = tiny(50, avg_down=True, block='none')
+    pool, conv = net.layer2[0].downsample
+    assert isinstance(pool, nn.AvgPool2d) and pool.stride == 2
+    assert conv.stride == (1, 1) and conv.norm is not None
+    # Nothing to pool without a stride.
+    assert isinstance(net.layer1[0].downsample, PlainConv2d)
+
+
+def test_freezing_a_deep_stem():
+    net = tiny(frozen_stages=1, **D).train()
+    for name, module in net.named_modules():
+        if isinstance(module, _BatchNorm):
+            assert module.training != name.startswith(('stem.', 'layer1.'))
+    for name, parameter in net.named_parameters():
+        assert parameter.requires_grad != name.startswith(('stem.', 'layer1.'))
+
+
+# Stochastic depth
+
+
+def test_rates_of_drop_path():
+    """From none in the first block of all stages to the given one in the last."""
+    net = tiny(num_stages=3, out_indices=(2,), drop_path_rate=0.7)
+    drops = [block.drop_path for stage in net.stages for block in stage]
+    assert isinstance(drops[0], nn.Identity)
+    rates = [drop.drop_prob for drop in drops[1:]]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert not any(isinstance(m, DropPath) for m in tiny().modules())
+
+
+def test_drop_path_drops_samples():
+    block = trained_like(BasicBlock(4, 4, drop_path_rate=0.5)).train()
+    x = torch.randn(16, 4, 6, 6)
+    with torch.no_grad():
+        y = block(x)
+        branch = block.conv2(block.conv1(x))
+    kept = (y - x.relu()).abs().amax(dim=(1, 2, 3)) > 1e-6
+    assert 0 < kept.sum() < 16
+    assert_near(y[kept], (x + 2 * branch)[kept].relu())
+    assert_near(y[~kept], x[~kept].relu())
+
+
+def test_with_cp_drops_the_same_samples():
+    options = dict(drop_path_rate=0.6)
+    net = trained_like(tiny(**options)).train()
+    twin = tiny(with_cp=True, **options).train()
+    twin.load_state_dict(net.state_dict())
+    x, results = image(), []
+    for model in (net, twin):
+        torch.manual_seed(1)
+        sum(level.square().mean() for level in model(x)).backward()
+        results.append({name: p.grad for name, p in model.named_parameters()})
+    assert_same_gradients(results[1], results[0], 1e-4)
+
+
+# Plugins
+
+
+def test_plugins_are_where_mmdet_has_them():
+    init_default_scope('mmengine')
+    plugins = [
+        dict(cfg=dict(CONTEXT, postfix=''), position='after_conv3'),
+        dict(cfg=dict(CONTEXT, postfix='_1'), position='after_conv3'),
+        *PLUGINS[1:],
+    ]
+    block = tiny(50, plugins=plugins).layer2[1]
+    assert block.path == [
+        *('conv1', 'conv2', 'context_block_2'),
+        *('conv3', 'context_block', 'context_block_1'),
+    ]
+    assert block.context_block_2.in_channels == 16
+    assert block.context_block.in_channels == 64
+    first = tiny(plugins=PLUGINS).layer1[0]
+    assert first.path == ['conv1', 'conv2', 'context_block_2']
+
+
+def test_plugins_stay_as_they_are_where_the_checkpoint_has_none():
+    """Also those of our convs, without a norm."""
+    attention = dict(type='NonLocal2d', conv_cfg=dict(type='OREPAConv2d'))
+    net = tiny(block='dbb', plugins=[dict(cfg=attention, position='after_conv2')])
+    plain = stock('mmpretrain', 'ResNet', depth=18)
+    keys = net.load_state_dict(plain.state_dict(), strict=False)
+    assert keys.missing_keys and not keys.unexpected_keys
+    assert all('.nonlocal_block.' in key for key in keys.missing_keys)
+
+
+# Plain checkpoints
+
+
+SOURCES = [
+    ('mmpretrain', 'ResNetV1c', 18, C),
+    ('mmpretrain', 'ResNetV1d', 50, D),
+    ('mmpretrain', 'ResNet', 50, dict(style='caffe')),
+    ('mmpretrain', 'ResNet', 50, dict(avg_down=True)),
+    ('mmdet', 'ResNet', 50, dict(plugins=PLUGINS, style='caffe')),
+    ('mmdet', 'ResNetV1d', 18, D),
+    ('mmseg', 'ResNetV1c', 50, C),
+]
+
+
+@pytest.mark.parametrize('block', ['orepa', 'dbb'])
+@pytest.mark.parametrize(('scope', 'kind', 'depth', 'options'), SOURCES, ids=str)
+def test_start_from_a_stock_network(scope, kind, depth, options, block):
+    given = {} if kind.startswith('ResNetV1') else options
+    plain, x = stock(scope, kind, depth=depth, **given), image(torch.float64)
+    expected = features(plain, x)
+    for deploy in (False, True):
+        # A deep linear stem of 8 channels cannot be any 7x7 kernel.
+        wide = dict(inner_mult=4) if block == 'orepa' else {}
+        net = tiny(depth, block=block, block_cfg=wide, deploy=deploy, **options)
+        keys = net.double().eval().load_state_dict(plain.state_dict(), strict=False)
+        assert not keys.missing_keys and not keys.unexpected_keys
+        assert_near(features(net, x), expected, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ('name', 'options'),
+    [
+        ('resnet18d', dict(depth=18, **D)),
+        pytest.param('resnet50d', dict(depth=50, **D), marks=pytest.mark.slow),
+    ],
+)
+def test_start_from_timm(name, options):
+    timm = pytest.importorskip('timm')
+    plain = trained_like(timm.create_model(name)).double().eval()
+    x = image(torch.float64)
+    net = OREPAResNet(**options).double().eval()
+    keys = net.load_state_dict(plain.state_dict(), strict=False)
+    assert not keys.missing_keys and set(keys.unexpected_keys) == {
+        'fc.weight',
+        'fc.bias',
+    }
+    assert_near(features(net, x), features(plain, x), 1e-9)
+
+
+@pytest.mark.parametrize('deploy', [False, True])
+@pytest.mark.parametrize(
+    ('options', 'kind', 'message'),
+    [
+        (dict(), 'ResNetV1c', 'missing: stem; 3 keys left over: stem.conv1, '),
+        (C, 'ResNet', 'missing: stem.conv1, stem.conv2, .*left over: stem$'),
+        (C, 'ResNetV1d', r'missing: layer2.0.downsample, .*: layer2.0.downsample.conv'),
+        (
+            D,
+            'ResNetV1c',
+            r'missing: layer2.0.downsample.conv, .*: layer2.0.downsample,',
+        ),
+        (dict(C, stem_channels=16), 'ResNetV1c', r'conv1 \(4, 3, 3, 3\), not \(8, 3,'),
+    ],
+)
+def test_another_network(options, kind, message, deploy):
+    net, plain = tiny(50, deploy=deploy, **options), stock('mmpretrain', kind, depth=50)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message) as error:
+        net.load_state_dict(plain.state_dict(), strict=False)
+    assert '\n' not in str(error.value)
+    assert all(torch.equal(v, before[name]) for name, v in net.state_dict().items())
+
+
+def test_own_checkpoints_of_another_shortcut():
+    """Nothing but the keys tells them apart."""
+    state = tiny(avg_down=True).state_dict()
+    with pytest.raises(RuntimeError, match='layer2.0.downsample.conv'):
+        tiny().load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ('style', 'checkpoint', 'message'),
+    [
+        ('pytorch', 'open-mmlab://detectron2/resnet50_caffe', "Set style='caffe'"),
+        ('pytorch', 'open-mmlab://detectron/resnet101_caffe', "Set style='caffe'"),
+        ('pytorch', 'https://there.com/resnet50_msra-5891d200.pth', "style='caffe'"),
+        ('caffe', 'torchvision://resnet50', "3x3 conv: set style='pytorch'"),
+    ],
+)
+def test_style_by_the_name_of_the_checkpoint(style, checkpoint, message):
+    init_cfg = dict(type='Pretrained', checkpoint=checkpoint)
+    with pytest.raises(CheckpointError, match=message) as error:
+        tiny(50, style=style, init_cfg=init_cfg).init_weights()
+    assert '\n' not in str(error.value)
+
+
+def test_caffe_file_into_its_style(tmp_path):
+    plain = stock('mmpretrain', 'ResNet', depth=50, style='caffe')
+    path = str(tmp_path / 'resnet50_caffe.pth')
+    torch.save(plain.state_dict(), path)
+    init_cfg = dict(type='Pretrained', checkpoint=path)
+    net = tiny(50, block='dbb', style='caffe', init_cfg=init_cfg).double().eval()
+    net.init_weights()
+    x = image(torch.float64)
+    assert_near(features(net, x), features(plain, x), 1e-9)
+
+
+# Defaults
+
+
+@pytest.mark.parametrize(
+    ('column', 'scope'), list(enumerate(['mmorepa', 'mmpretrain', 'mmdet', 'mmseg']))
+)
+def test_documented_defaults(column, scope):
+    net = OREPAResNet
+    if scope != 'mmorepa':
+        import_models(scope)
+        net = MODELS.get(f'{scope}.ResNet')
+    parameters = inspect.signature(net).parameters
+    text = (Path(__file__).parents[2] / 'docs' / 'transfer.md').read_text()
+    text = text.split('defaults are not the same')[1]
+    rows = re.findall(r'^\| `(\w+)`[^|]* \| (.+) \|$', text, flags=re.MULTILINE)
+    assert {'out_indices', 'norm_eval', 'zero_init_residual'} <= dict(rows).keys()
+    for name, values in rows:
+        assert values.split(' | ')[column] == str(parameters[name].default), name
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(style='tensorflow'), "style is 'pytorch' or 'caffe', found 'tensorflow'"),
+        (dict(drop_path_rate=1), 'a probability below 1, found 1'),
+        (dict(drop_path_rate=-0.1), 'a probability below 1, found -0.1'),
+        (dict(stem_channels=0), 'the stem .* found 0 times 1.0'),
+        (dict(C, stem_channels=1), 'a deep stem .* found 1 times 0.5'),
+        (dict(block_cfg=dict(inner_mult=0.1)), 'inner_mult=0.1 leaves no inner'),
+        (dict(plugins=[dict(cfg=CONTEXT)]), 'has cfg, position .* found cfg'),
+        (
+            dict(plugins=[dict(cfg=CONTEXT, position='after_conv3')]),
+            "one of after_conv1, after_conv2, found 'after_conv3'",
+        ),
+        (
+            dict(plugins=[dict(PLUGINS[0], stages=(True, False))]),
+            r'each of the 4 stages, found \(True, False\)',
+        ),
+        (dict(plugins=[PLUGINS[0]] * 2), 'one context_block: give each plugin'),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else '',
+)
+def test_bad_input(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**options)
+
+
+def test_channels_that_the_expansion_does_not_divide():
+    with pytest.raises(ValueError, match='a multiple of the expansion, 4, found 66'):
+        Bottleneck(64, 66)
