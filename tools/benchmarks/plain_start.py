@@ -152,7 +152,7 @@ TASKS = {
         pretraining=_DIGITS / 'resnet18-slim_1xb64_digits.py',
         fine_tuning=_DIGITS / 'faster-rcnn_r18-slim-orepa_fpn_1xb2-10e_digits.py',
         takes_head=False,
-        epochs=(8, 4),
+        epochs=(8, 5),
         options=(
             {
                 **_GREY_NETWORK,
@@ -161,7 +161,6 @@ TASKS = {
             {
                 **_GREY_NETWORK,
                 'model.data_preprocessor': dict(_GREY_PIXELS, bgr_to_rgb=False),
-                'train_dataloader.dataset.indices': 200,
             },
         ),
     ),
