@@ -1,37 +1,19 @@
 import gzip
 import re
-import struct
 
 import numpy as np
 import pytest
 from helpers import import_models
+from idx_files import NAMES, idx, random_arrays
 from mmengine.registry import DATASETS, init_default_scope
 from tool_runs import run_here
 
 TOOL = 'dataset_converters/fashion_mnist.py'
-NAMES = [
-    f'{split}-{kind}-ubyte'
-    for split in ('train', 't10k')
-    for kind in ('images-idx3', 'labels-idx1')
-]
-
-
-def idx(array):
-    """An array as an IDX file of unsigned bytes."""
-    header = struct.pack(f'>4B{array.ndim}I', 0, 0, 8, array.ndim, *array.shape)
-    return header + array.astype(np.uint8).tobytes()
 
 
 @pytest.fixture
 def arrays():
-    rng = np.random.default_rng(0)
-    sizes = dict(train=5, t10k=3)
-    return {
-        name: rng.integers(256, size=(sizes[name[:-18]], 28, 28))
-        if 'images' in name
-        else rng.integers(10, size=sizes[name[:-18]])
-        for name in NAMES
-    }
+    return random_arrays(train=5, test=3)
 
 
 @pytest.fixture

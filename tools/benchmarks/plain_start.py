@@ -20,7 +20,6 @@ import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
-from mmengine.config import Config
 from studies import (
     ROOT,
     Job,
@@ -30,6 +29,7 @@ from studies import (
     last_checkpoint,
     markdown_table,
     mean_and_deviation,
+    merged,
     paired_difference,
     run_jobs,
     train,
@@ -293,9 +293,13 @@ def to_markdown(results: Results) -> str:
 def plot(results: Results, path: Path) -> None:
     """Draws the difference to plain of each arm: seeds, mean and interval."""
     figure, panels = plt.subplots(
-        1, len(TASKS), figsize=(4.6 * len(TASKS), 3.6), layout='constrained'
+        1,
+        len(TASKS),
+        figsize=(4.6 * len(TASKS), 3.6),
+        layout='constrained',
+        squeeze=False,
     )
-    for axes, (task, spec) in zip(panels, TASKS.items()):
+    for axes, (task, spec) in zip(panels[0], TASKS.items()):
         plain = values_of(results, task, 'plain')
         names = [name for name in ARMS if name != 'plain']
         for x, name in enumerate(names):
@@ -328,8 +332,8 @@ def plot(results: Results, path: Path) -> None:
 
 def check_data(task: Task) -> None:
     """Raises before hours of training, not after."""
-    for config in (task.pretraining, task.fine_tuning):
-        check_data_folders(Config.fromfile(config), ('train', 'val'))
+    for config, options in zip((task.pretraining, task.fine_tuning), task.options):
+        check_data_folders(merged(config, options), ('train', 'val'))
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -339,11 +343,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         if not args.report_only:
             for task in args.tasks:
                 check_data(TASKS[task])
-            # Seed by seed, so that a part of a study is one of fewer seeds.
-            seeds = range(args.seeds)
+            # Seed by seed, so that a part of the study is one of fewer seeds.
             jobs = [
                 job
-                for seed in seeds
+                for seed in range(args.seeds)
                 for task in args.tasks
                 for job in jobs_of(task, seed, args.out / 'runs')
             ]

@@ -62,12 +62,19 @@ def epochs_options(epochs: int) -> dict:
     }
 
 
+def merged(config: Path, options: Mapping) -> Config:
+    """A config with some changes, as ``--cfg-options`` make them."""
+    cfg = Config.fromfile(config)
+    cfg.merge_from_dict(dict(options))
+    return cfg
+
+
 def train(config: Path, options: Mapping, work_dir: Path, metric: str) -> Training:
     """Trains a config by ``tools/train.py``, in a process of its own.
 
     Args:
         config (Path): The config file.
-        options (Mapping): What to change in it, as ``--cfg-options`` do.
+        options (Mapping): What to change in it, by dotted key.
         work_dir (Path): For logs and checkpoints; what is in it is removed.
         metric (str): The name of what the validation measures.
 
@@ -79,12 +86,11 @@ def train(config: Path, options: Mapping, work_dir: Path, metric: str) -> Traini
     """
     shutil.rmtree(work_dir, ignore_errors=True)
     work_dir.mkdir(parents=True)
-    cfg = Config.fromfile(config)
-    cfg.merge_from_dict(dict(options))
-    merged, log = work_dir / 'run.py', work_dir / 'output.log'
-    cfg.dump(merged)
+    cfg = merged(config, options)
+    file, log = work_dir / 'run.py', work_dir / 'output.log'
+    cfg.dump(file)
     _import_toolbox(cfg.default_scope)
-    line = ['tools/train.py', str(merged), '--work-dir', str(work_dir)]
+    line = ['tools/train.py', str(file), '--work-dir', str(work_dir)]
     # A fork has all that is imported here: imports take longer than a short training.
     process = multiprocessing.get_context('fork').Process(
         target=_run_script, args=(line, log)
@@ -106,10 +112,10 @@ def _import_toolbox(scope: str) -> None:
 
 def _run_script(line: Sequence[str], log: Path) -> None:
     """Runs a script of this repository, all that it prints in a file."""
-    with log.open('w') as output:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-            os.dup2(output.fileno(), stream.fileno())
+    # Of this process and of those that it starts.
+    sys.stdout = sys.stderr = log.open('w', buffering=1)
+    for descriptor in (1, 2):
+        os.dup2(sys.stdout.fileno(), descriptor)
     sys.argv = list(line)
     runpy.run_path(str(ROOT / line[0]), run_name='__main__')
 
