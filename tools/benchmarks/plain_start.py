@@ -77,7 +77,7 @@ ARMS = {
     'plain': Arm('plain', 'none', 'none', stem_lr_mult=1.0),
     'quiet': Arm('OREPA, quiet start', 'none', 'orepa', 'quiet', STEM_LR_MULT),
     'balanced': Arm('OREPA, balanced start', 'none', 'orepa', 'balanced', STEM_LR_MULT),
-    'scratch': Arm('OREPA from scratch', 'orepa', 'orepa'),
+    'scratch': Arm('OREPA, from scratch', 'orepa', 'orepa'),
 }
 # By block type.
 PRETRAININGS = {'none': 'pretrained plain', 'orepa': 'pretrained OREPA'}
@@ -85,10 +85,8 @@ TEXTS = {
     **{name: f'{name}, top-1 accuracy (%)' for name in PRETRAININGS.values()},
     **{name: arm.text for name, arm in ARMS.items()},
 }
-COMPARISONS = (
-    *((arm, 'plain') for arm in ('quiet', 'balanced', 'scratch')),
-    ('balanced', 'quiet'),
-)
+# What the others are compared with.
+REFERENCES = ('plain', 'quiet')
 
 
 class Task(NamedTuple):
@@ -263,31 +261,29 @@ def values_of(results: Results, task: str, name: str) -> dict[str, float]:
 
 
 def to_markdown(results: Results) -> str:
-    """Two tables: what each network reaches, and the differences within seeds."""
-    means, differences = [], []
+    """A table for each task: what each network reaches, and differences of seeds."""
+    tables = []
+    arms = [*ARMS]
     for task, spec in TASKS.items():
+        rows = []
         for name, text in TEXTS.items():
             values = values_of(results, task, name)
-            if values:
-                what = f'{spec.text}: {text}' if name in ARMS else f'{task}: {text}'
-                means.append(
-                    (what, mean_and_deviation([*values.values()]), str(len(values)))
+            if not values:
+                continue
+            cells = []
+            for reference in REFERENCES:
+                difference = paired_difference(
+                    values, values_of(results, task, reference)
                 )
-        for name, reference in COMPARISONS:
-            difference = paired_difference(
-                values_of(results, task, name), values_of(results, task, reference)
-            )
-            if difference:
-                what = f'{spec.text}: {TEXTS[name]} − {TEXTS[reference]}'
-                differences.append((what, str(difference), str(difference.pairs)))
-    return '\n\n'.join(
-        [
-            markdown_table(('', 'mean ± deviation', 'seeds'), means),
-            markdown_table(
-                ('', 'mean of the differences [95 % interval]', 'seeds'), differences
-            ),
-        ]
-    )
+                # Each pair once.
+                is_later = name in arms[arms.index(reference) + 1 :]
+                cells.append(str(difference) if difference and is_later else '')
+            mean = mean_and_deviation([*values.values()])
+            rows.append((text, mean, *cells, str(len(values))))
+        differences = [f'minus {TEXTS[reference]}' for reference in REFERENCES]
+        headers = (spec.text, 'mean ± deviation', *differences, 'seeds')
+        tables.append(markdown_table(headers, rows))
+    return '\n\n'.join(tables)
 
 
 def plot(results: Results, path: Path) -> None:
@@ -325,6 +321,7 @@ def plot(results: Results, path: Path) -> None:
         axes.set_xlim(-0.5, len(names) - 0.5)
         axes.set(title=spec.text, ylabel='difference to plain, within a seed')
         axes.grid(alpha=0.3, axis='y')
+    figure.suptitle('Each seed, and the mean with its 95 % interval', fontsize='medium')
     with written_whole(path) as file:
         figure.savefig(file, dpi=120, format='png')
     plt.close(figure)
