@@ -563,6 +563,10 @@ class ReparamConv2d(nn.Conv2d):
 
         MMEngine's loader and PyTorch's own both call this for every module.
         """
+        own = f'{prefix}branches.weight'
+        if own in state_dict and not self.deployed and not _is_plain(self.branches):
+            # The training form of a PlainConv2d, whose kernel is a parameter.
+            state_dict[f'{prefix}weight'] = state_dict.pop(own)
         has_branches = any(k.startswith(f'{prefix}branches.') for k in state_dict)
         self.is_plain_start = False
         if self.deployed and has_branches:
@@ -659,6 +663,10 @@ class ReparamConv2d(nn.Conv2d):
         twin.switch_to_deploy()
         for name, value in twin.state_dict().items():
             state_dict[prefix + name] = value
+
+
+def _is_plain(branches: nn.Module) -> bool:
+    return 'weight' in branches._parameters
 
 
 def _check_start(start: str) -> None:

@@ -75,11 +75,12 @@ def shrink(cfg):
     return cfg
 
 
-def classification_batch(size, classes):
+def classification_batch(size, model):
     from mmpretrain.structures import DataSample
 
-    images = torch.randint(256, (2, 3, size, size), dtype=torch.uint8)
-    labels = torch.randint(classes, (2,))
+    channels = model.backbone.get('in_channels', 3)
+    images = torch.randint(256, (2, channels, size, size), dtype=torch.uint8)
+    labels = torch.randint(model.head.num_classes, (2,))
     samples = [DataSample().set_gt_label(label) for label in labels]
     return dict(inputs=images, data_samples=samples)
 
@@ -93,7 +94,7 @@ def test_trains_and_tests(name):
     model.init_weights()
     before = {key: value.clone() for key, value in model.named_parameters()}
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
-    batch = classification_batch(32, cfg.model.head.num_classes)
+    batch = classification_batch(32, cfg.model)
     losses = model.train().train_step(batch, wrapper)
     assert torch.isfinite(losses['loss'])
     still = [k for k, v in model.named_parameters() if torch.equal(v, before[k])]
@@ -114,6 +115,9 @@ def test_names_tell_the_truth(name):
     """The name of a file is all that many users read of it."""
     cfg = Config.fromfile(CONFIGS / name)
     network, batches, data = Path(name).stem.split('_')
+    is_part = data.endswith('-10pct')
+    assert (cfg.train_dataloader.dataset.get('indices') == 6000) is is_part
+    assert 'indices' not in cfg.val_dataloader.dataset
     backbone = cfg.model.backbone
     blocks = dict(orepa='orepa', dbb='dbb')
     wanted = next((v for k, v in blocks.items() if k in network.split('-')), 'none')
@@ -131,7 +135,9 @@ def test_names_tell_the_truth(name):
     gpus, images = map(int, re.fullmatch(r'(\d+)xb(\d+)', batches).groups())
     assert cfg.train_dataloader.batch_size == images
     assert cfg.auto_scale_lr.base_batch_size == gpus * images
-    classes = dict(in1k=1000, digits=10)[data]
+    classes = {'in1k': 1000, 'digits': 10, 'fashion-mnist': 10}[
+        data.removesuffix('-10pct')
+    ]
     assert cfg.model.head.num_classes == classes == cfg.data_preprocessor.num_classes
     assert ('slim' in network) == (backbone.get('base_channels', 64) < 64)
 
@@ -162,6 +168,31 @@ def test_pipelines(tmp_path, dataset, shape):
     )
     # The means are those of RGB, and OpenCV reads BGR.
     assert torch.allclose(normalised, (packed['inputs'].flip(0) - mean) / std)
+
+
+def test_pipelines_of_fashion_mnist():
+    """From the grey image that the dataset holds; no stage ends at a single pixel."""
+    for name in CLASSIFIERS:
+        if not name.startswith('fashion'):
+            continue
+        cfg = load(name)
+        image = np.random.default_rng(0).integers(256, size=(28, 28)).astype(np.uint8)
+        for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+            transforms = [TRANSFORMS.build(step) for step in loader.dataset.pipeline]
+            packed = Compose(transforms)(dict(img=image, gt_label=3))
+            assert packed['inputs'].shape == (1, 28, 28)
+        # The last pipeline is that of the test, which changes nothing.
+        assert np.array_equal(packed['inputs'][0], image)
+        preprocessor = MODELS.build(
+            dict(type='ClsDataPreprocessor', **cfg.data_preprocessor)
+        )
+        inputs = preprocessor(
+            dict(inputs=packed['inputs'][None], data_samples=[packed['data_samples']])
+        )['inputs']
+        expected = (packed['inputs'] - 72.94) / 90.02
+        assert torch.allclose(inputs[0], expected, rtol=1e-5)
+        maps = MODELS.build(cfg.model.backbone)(inputs.expand(2, -1, -1, -1))
+        assert maps[-1].shape[2:] == (2, 2)
 
 
 def test_imagenet_is_evaluated_as_in_the_paper():

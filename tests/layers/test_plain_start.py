@@ -139,6 +139,22 @@ def test_conv_and_norm(kind, deploy, is_trained, load):
         assert_near(switch_to_deploy(model)(x), norm(plain(x)), 1e-5)
 
 
+@pytest.mark.parametrize('kind', [*WITH_NORMS, OREPAConv2d, PlainConv2d])
+@pytest.mark.parametrize('deploy', [False, True])
+@pytest.mark.parametrize('load', [nn.Module.load_state_dict, load_state_dict])
+def test_from_the_training_form_of_a_plain_conv(kind, deploy, load):
+    """That of PlainConv2d has its kernel among the branches."""
+    options = dict(padding=1, bias=False, norm_cfg=BN)
+    plain = nn.Sequential(trained_like(PlainConv2d(6, 6, 3, **options))).eval()
+    model = nn.Sequential(kind(6, 6, 3, deploy=deploy, **options)).eval()
+    load(model, plain.state_dict(), strict=True)
+    x = torch.randn(2, 6, 9, 9)
+    assert_near(model(x), plain(x), 1e-5)
+    # PlainConv2d takes its own state, and has not started anew.
+    starts_anew = not deploy and kind is not PlainConv2d
+    assert model[0].is_plain_start is starts_anew
+
+
 @pytest.mark.parametrize('kind', WITH_NORMS)
 def test_norms_of_branches_without_a_plain_one(kind):
     """In eval mode it is the plain conv; a norm that follows makes the rest equal."""

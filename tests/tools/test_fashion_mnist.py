@@ -1,0 +1,107 @@
+import gzip
+import re
+
+import numpy as np
+import pytest
+from helpers import import_models
+from idx_files import NAMES, idx, random_arrays
+from mmengine.registry import DATASETS, init_default_scope
+from tool_runs import run_here
+
+TOOL = 'dataset_converters/fashion_mnist.py'
+
+
+@pytest.fixture
+def arrays():
+    return random_arrays(train=5, test=3)
+
+
+@pytest.fixture
+def folder(arrays, tmp_path):
+    """As Debian's package has them."""
+    path = tmp_path / 'given'
+    path.mkdir()
+    for name, array in arrays.items():
+        (path / f'{name}.gz').write_bytes(gzip.compress(idx(array)))
+    return path
+
+
+def error_of(*args):
+    with pytest.raises(SystemExit) as stopped:
+        run_here(TOOL, *args)
+    message = str(stopped.value)
+    assert message.startswith('error: ') and '\n' not in message
+    return message
+
+
+@pytest.mark.parametrize('is_compressed', [True, False])
+def test_mmpretrain_reads_it(folder, arrays, tmp_path, is_compressed, capsys):
+    if not is_compressed:
+        for path in list(folder.iterdir()):
+            path.with_suffix('').write_bytes(gzip.decompress(path.read_bytes()))
+            path.unlink()
+    out = tmp_path / 'new' / 'folder'
+    for _ in range(2):  # The second replaces the first.
+        run_here(TOOL, folder, '--out', out)
+    assert '5 training and 3 test images' in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == sorted(NAMES)
+    import_models('mmpretrain')
+    init_default_scope('mmpretrain')
+    for split, name in (('train', 'train'), ('test', 't10k')):
+        dataset = DATASETS.build(
+            dict(
+                type='FashionMNIST',
+                data_root=str(out),
+                split=split,
+                test_mode=split == 'test',
+                download=False,
+                pipeline=[],
+            )
+        )
+        images = [dataset[i]['img'] for i in range(len(dataset))]
+        assert np.array_equal(images, arrays[f'{name}-images-idx3-ubyte'])
+        labels = arrays[f'{name}-labels-idx1-ubyte'].tolist()
+        assert dataset.get_gt_labels().tolist() == labels
+
+
+def test_missing(folder, tmp_path):
+    (folder / 't10k-labels-idx1-ubyte.gz').unlink()
+    message = error_of(folder, '--out', tmp_path / 'out')
+    assert 'no t10k-labels-idx1-ubyte or t10k-labels-idx1-ubyte.gz in' in message
+    assert not (tmp_path / 'out').exists()
+    assert 'train-images-idx3-ubyte' in error_of(tmp_path / 'nowhere')
+
+
+@pytest.mark.parametrize(
+    'damage, message',
+    [
+        (lambda packed, data: packed[:-9], 'not a whole gzip file'),
+        (lambda packed, data: b'<html>', 'not a whole gzip file'),
+        (lambda packed, data: gzip.compress(b''), 'no IDX file of bytes'),
+        (lambda packed, data: gzip.compress(data[:9]), 'no IDX file of bytes'),
+        (lambda packed, data: gzip.compress(data[:-1]), r'not whole: .* found 3919'),
+        (
+            lambda packed, data: gzip.compress(idx(np.zeros((5, 32, 32)))),
+            r'the shape \(5, 32, 32\)',
+        ),
+        (
+            lambda packed, data: gzip.compress(idx(np.zeros((4, 28, 28)))),
+            r'train-labels-idx1-ubyte is of \(5,\), and there are 4 images',
+        ),
+    ],
+)
+def test_damaged(folder, tmp_path, damage, message):
+    path = folder / 'train-images-idx3-ubyte.gz'
+    packed = path.read_bytes()
+    path.write_bytes(damage(packed, gzip.decompress(packed)))
+    out = tmp_path / 'out'
+    found = error_of(folder, '--out', out)
+    assert re.search(message, found), found
+    assert not out.exists()
+
+
+def test_label_that_is_no_class(folder, arrays, tmp_path):
+    labels = arrays['t10k-labels-idx1-ubyte'] * 0 + 10
+    path = folder / 't10k-labels-idx1-ubyte.gz'
+    path.write_bytes(gzip.compress(idx(labels)))
+    assert 'has a label 10' in error_of(folder, '--out', tmp_path / 'out')
