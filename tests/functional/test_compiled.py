@@ -29,8 +29,9 @@ def calls(monkeypatch):
         function = getattr(compiled, name)
 
         def record(*args):
-            results.append(function(*args))
-            return results[-1]
+            found = function(*args)
+            results.append(bool(found))
+            return found
 
         monkeypatch.setattr(compiled, name, record)
 
