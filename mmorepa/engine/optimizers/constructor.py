@@ -28,7 +28,13 @@ from torch.optim import SGD, Optimizer
 
 from ...backbones import StagedBackbone
 from ...functional import compiled
-from ...layers import OREPAKernel, OREPAPointwiseKernel, PlainConv2d, ReparamConv2d
+from ...layers import (
+    OREPAKernel,
+    OREPAPointwiseKernel,
+    PlainConv2d,
+    ReparamConv2d,
+    outermost,
+)
 from ...utils.tables import format_table
 from ..distributed import FoldedDistributedDataParallel
 from .bfloat16_optim_wrapper import BFloat16OptimWrapper
@@ -146,11 +152,12 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if device != 'cpu':
             folds = f'batched on {device}'
         update = 'fused' if wrapper.optimizer.defaults.get('fused') else 'not fused'
-        turned, others = _count_convs(model)
+        convs = [conv for _, conv in outermost(model, _ConvNd)]
+        turned = sum(_is_reparameterized(conv) for conv in convs)
         MMLogger.get_current_instance().info(
             f'{type(wrapper).__name__}: {way} (folds {folds}; '
             f'{type(wrapper.optimizer).__name__} {update}); {turned} convs of the '
-            f'model are re-parameterised, {others} are not'
+            f'model are re-parameterised, {len(convs) - turned} are not'
         )
 
     def add_params(
@@ -251,15 +258,9 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         )
 
 
-def _count_convs(module: nn.Module) -> tuple[int, int]:
-    """How many convs are re-parameterised, as wholes, and how many are not."""
-    if isinstance(module, ReparamConv2d):
-        is_plain = isinstance(module, PlainConv2d) or module.deployed
-        return int(not is_plain), int(is_plain)
-    if isinstance(module, _ConvNd):
-        return 0, 1
-    counts = [_count_convs(child) for child in module.children()]
-    return sum(c[0] for c in counts), sum(c[1] for c in counts)
+def _is_reparameterized(conv: nn.Module) -> bool:
+    is_reparam = isinstance(conv, ReparamConv2d) and not isinstance(conv, PlainConv2d)
+    return is_reparam and not conv.deployed
 
 
 def _class_of(kind: Union[str, type], registry: Registry) -> Optional[type]:
