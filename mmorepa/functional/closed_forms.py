@@ -93,7 +93,7 @@ class _ClosedForm(torch.autograd.Function):
 
     @staticmethod
     def forward(fold: Fold, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        kernels = compiled.fold(fold, tensors)
+        kernels = compiled.call('fold', fold, tensors)
         return tuple(kernels or _fold_batch(fold, _split(tensors, count)))
 
     @staticmethod
@@ -123,7 +123,7 @@ def _gradients(
     if torch.is_grad_enabled():
         # Where a graph of the derivative is asked for, it is that of the formulas.
         return _formula_gradients(fold, sets, grads)
-    found = compiled.fold_gradients(fold, _flat(sets), grads)
+    found = compiled.call('fold_gradients', fold, grads, _flat(sets))
     return found or _batch_gradients(fold, sets, grads)
 
 

@@ -118,38 +118,21 @@ def _flags() -> list[str]:
     return [*_FLAGS, *_INSTRUCTIONS.get(capability, [])]
 
 
-def fold(fold: Fold, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Folds, if there is compiled code for that.
+def call(name: str, fold: Fold, *lists: Sequence[Tensor]) -> list[Tensor]:
+    """Does the work of a fold or of its derivative, if there is compiled code for that.
 
     Args:
+        name (str): ``'fold'`` or ``'fold_gradients'``.
         fold (Fold): What is folded, and how.
-        tensors (Sequence[Tensor]): The parameters in the order of ``fold.roles``, of
-            one kernel after another.
+        *lists (Sequence[Tensor]): The parameters in the order of ``fold.roles``, of
+            one kernel after another; for the derivative, the gradients of the kernels
+            before them, each of shape (O, I, k, k).
 
     Returns:
-        list[Tensor]: The kernels; empty if the code is not compiled, or the tensors
-        are of another kind, device, layout or size than it takes.
+        list[Tensor]: The kernels, or the gradients of the parameters; empty if the code
+        is not compiled, or the tensors are of another kind, device, layout or size than
+        it takes.
     """
-    return _call('fold', fold, tensors)
-
-
-def fold_gradients(
-    fold: Fold, tensors: Sequence[Tensor], grads: Sequence[Tensor]
-) -> list[Tensor]:
-    """The gradients of the parameters, if there is compiled code for them.
-
-    Args:
-        fold (Fold): As for :func:`fold`.
-        tensors (Sequence[Tensor]): As for :func:`fold`.
-        grads (Sequence[Tensor]): Those of the kernels, shape (O, I, k, k).
-
-    Returns:
-        list[Tensor]: As ``tensors``; empty as for :func:`fold`.
-    """
-    return _call('fold_gradients', fold, grads, tensors)
-
-
-def _call(name: str, fold: Fold, *lists: Sequence[Tensor]) -> list[Tensor]:
     like = lists[0][0]
     if not takes(fold, like):
         return []

@@ -1,8 +1,8 @@
 """What is folded: a sum of branches, and its plain formulas."""
 
-import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -19,26 +19,63 @@ from .kernels import (
     scaled_sum,
 )
 
-# The part that a branch plays in the closed form, and that of each of its parameters,
-# in the order in which the compiled code takes them.
-_PARTS = {
-    'origin': ('origin', {'weight_origin': 'origin'}),
-    'pointwise_kxk': (
+
+class _Branch(NamedTuple):
+    """A branch of the sum.
+
+    ``part`` is what it plays in the closed form, ``roles`` what each of its parameters
+    does there. ``kernel`` takes the fold and these parameters.
+    """
+
+    part: str
+    roles: dict[str, str]
+    kernel: Callable[..., Tensor]
+
+
+def _filtered(fold: 'Fold', weight: Tensor) -> Tensor:
+    outputs, _, size, _ = fold.shape
+    filters = constant(frequency_prior, outputs, size, like=weight)
+    return filtered_kernel(weight, filters)
+
+
+def _composed(fold: 'Fold', first: Tensor, second: Tensor) -> Tensor:
+    identity = constant(identity_1x1, *first.shape[:2], like=first)
+    return compose_1x1_kxk(first + identity, second.permute(0, 3, 1, 2), fold.groups)
+
+
+# In the order in which the compiled code takes the parameters.
+_BRANCHES = {
+    'origin': _Branch('origin', {'weight_origin': 'origin'}, lambda fold, w: w),
+    'pointwise_kxk': _Branch(
         'composed',
         {'weight_pointwise_kxk_1': 'first', 'weight_pointwise_kxk_2': 'second'},
+        _composed,
     ),
-    'pointwise_pointwise': (
+    'pointwise_pointwise': _Branch(
         'composed',
         {'weight_first': 'first', 'weight_second': 'second'},
+        lambda fold, first, second: compose_1x1_kxk(first, second, fold.groups),
     ),
-    'average': ('average', {'weight_average': 'average'}),
-    'frequency': ('frequency', {'weight_frequency': 'frequency'}),
-    'pointwise': ('pointwise', {'weight_pointwise': 'pointwise'}),
-    'depthwise_separable': (
+    'average': _Branch(
+        'average',
+        {'weight_average': 'average'},
+        lambda fold, w: average_kernel(w, fold.shape[-1]),
+    ),
+    'frequency': _Branch('frequency', {'weight_frequency': 'frequency'}, _filtered),
+    'pointwise': _Branch(
+        'pointwise',
+        {'weight_pointwise': 'pointwise'},
+        lambda fold, w: embed_1x1(w, fold.shape[-1]),
+    ),
+    'depthwise_separable': _Branch(
         'separable',
         {'weight_separable': 'separable', 'weight_depthwise': 'depthwise'},
+        lambda fold, pointwise, depthwise: depthwise_separable_kernel(
+            depthwise, pointwise, fold.groups, fold.expansion
+        ),
     ),
 }
+_FILTERED = ('average', 'frequency', 'pointwise')
 
 
 @dataclass(frozen=True)
@@ -50,6 +87,13 @@ class Fold:
         shape (tuple[int, ...]): Of the kernel, (O, Ig, k, k).
         groups (int): g. Defaults to 1.
         expansion (int): m. Defaults to 8.
+
+    Attributes:
+        roles (dict[str, str]): The parameters by name, in order, with the part that
+            each plays.
+        rows (dict[str, int]): The rows of ``scale``, by the part of their branch.
+        filtered (tuple[str, ...]): The branches whose kernels are one weight for each
+            input times a filter.
     """
 
     branches: tuple[str, ...]
@@ -57,25 +101,14 @@ class Fold:
     groups: int = 1
     expansion: int = 8
 
-    @functools.cached_property
-    def roles(self) -> dict[str, str]:
-        """The parameters by name, in order, with the part that each plays."""
-        parts = [roles for b, (_, roles) in _PARTS.items() if b in self.branches]
-        return {'scale': 'scale', **{k: v for roles in parts for k, v in roles.items()}}
-
-    @functools.cached_property
-    def rows(self) -> dict[str, int]:
-        """The rows of ``scale``, by the part that their branch plays."""
-        return {
-            part: self.branches.index(branch)
-            for branch, (part, _) in _PARTS.items()
-            if branch in self.branches
-        }
-
-    @functools.cached_property
-    def filtered(self) -> tuple[str, ...]:
-        """The branches whose kernels are one weight for each input times a filter."""
-        return tuple(n for n in ('average', 'frequency', 'pointwise') if n in self.rows)
+    def __post_init__(self) -> None:
+        own = {name: _BRANCHES[name] for name in _BRANCHES if name in self.branches}
+        roles = {'scale': 'scale'}
+        for branch in own.values():
+            roles.update(branch.roles)
+        rows = {branch.part: self.branches.index(name) for name, branch in own.items()}
+        filtered = tuple(part for part in rows if part in _FILTERED)
+        vars(self).update(roles=roles, rows=rows, filtered=filtered)
 
     @property
     def has_identity(self) -> bool:
@@ -92,51 +125,7 @@ class Fold:
         Returns:
             Tensor | None: Shape (count·O, F, k²), not to be written to.
         """
-        outputs, _, size, _ = self.shape
-        if not self.filtered:
-            return None
-        return constant(_filters, self.filtered, outputs, size, count, like=like)
-
-    def branch_kernels(self, *tensors: Tensor) -> dict[str, Tensor]:
-        """The kernels of the branches, unscaled, by the plain formulas.
-
-        Args:
-            *tensors (Tensor): The parameters, in the order of :attr:`roles`.
-
-        Returns:
-            dict[str, Tensor]: Each of shape (O, Ig, k, k), by branch.
-        """
-        outputs, inputs, size, _ = self.shape
-        p = dict(zip(self.roles, tensors))
-
-        def filtered() -> Tensor:
-            weight = p['weight_frequency']
-            filters = constant(frequency_prior, outputs, size, like=weight)
-            return filtered_kernel(weight, filters)
-
-        def composed() -> Tensor:
-            first = p['weight_pointwise_kxk_1']
-            identity = constant(identity_1x1, len(first), inputs, like=first)
-            second = p['weight_pointwise_kxk_2'].permute(0, 3, 1, 2)
-            return compose_1x1_kxk(first + identity, second, self.groups)
-
-        kernels = {
-            'origin': lambda: p['weight_origin'],
-            'average': lambda: average_kernel(p['weight_average'], size),
-            'frequency': filtered,
-            'pointwise_kxk': composed,
-            'pointwise': lambda: embed_1x1(p['weight_pointwise'], size),
-            'depthwise_separable': lambda: depthwise_separable_kernel(
-                p['weight_depthwise'],
-                p['weight_separable'],
-                self.groups,
-                self.expansion,
-            ),
-            'pointwise_pointwise': lambda: compose_1x1_kxk(
-                p['weight_first'], p['weight_second'], self.groups
-            ),
-        }
-        return {branch: kernels[branch]() for branch in self.branches}
+        return constant(_filters, self, count, like=like) if self.filtered else None
 
     def kernel(self, *tensors: Tensor) -> Tensor:
         """The kernel by the plain formulas.
@@ -147,23 +136,16 @@ class Fold:
         Returns:
             Tensor: Shape (O, Ig, k, k).
         """
-        scale, *_ = tensors
-        return scaled_sum(list(self.branch_kernels(*tensors).values()), scale)
+        p = dict(zip(self.roles, tensors))
+        own = [_BRANCHES[name] for name in self.branches]
+        kernels = [b.kernel(self, *(p[name] for name in b.roles)) for b in own]
+        return scaled_sum(kernels, p['scale'])
 
 
 def _filters(
-    branches: tuple[str, ...],
-    channels: int,
-    size: int,
-    count: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    fold: Fold, count: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    ones = torch.ones(channels, 1, 1, 1, dtype=dtype, device=device)
-    filter_of = {
-        'average': lambda: average_kernel(ones, size),
-        'frequency': lambda: frequency_prior(channels, size, dtype, device),
-        'pointwise': lambda: embed_1x1(ones, size),
-    }
-    filters = [filter_of[branch]().reshape(channels, -1) for branch in branches]
+    """What the filtered branches make of weights of one."""
+    ones = torch.ones(fold.shape[0], 1, 1, 1, dtype=dtype, device=device)
+    filters = [_BRANCHES[part].kernel(fold, ones).flatten(1) for part in fold.filtered]
     return torch.stack(filters, dim=1).repeat(count, 1, 1)

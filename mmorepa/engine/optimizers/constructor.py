@@ -1,8 +1,7 @@
 """Learning rates and weight decays by what a parameter is for."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
 from typing import Optional, Union
 
 import torch
@@ -179,8 +178,12 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             super().add_params(params, module, prefix, is_dcn_module)
             return
         singles: list[dict] = []
-        with _without_a_line_per_parameter():
+        logger = MMLogger.get_current_instance()
+        logger.addFilter(_is_worth_a_line)
+        try:
             super().add_params(singles, module)
+        finally:
+            logger.removeFilter(_is_worth_a_line)
         _check_none_twice(singles, module)
         for option, (setting, choose) in _MULTIPLIERS.items():
             if option in self.paramwise_cfg:
@@ -354,32 +357,19 @@ _MMENGINE_OPTIONS = {
 
 def _check_none_twice(singles: list[dict], module: nn.Module) -> None:
     """Within one group, PyTorch would only warn, and then step twice."""
-    names = {id(param): name for name, param in module.named_parameters()}
-    seen = set()
-    for single in singles:
-        identity = id(single['params'][0])
-        if identity in seen:
+    counts = Counter(single['params'][0] for single in singles)
+    for name, param in module.named_parameters():
+        if counts[param] > 1:
             raise ValueError(
-                f'several modules share the parameter {names[identity]!r}, which the '
-                'optimizer may hold once: set bypass_duplicate=True in paramwise_cfg'
+                f'several modules share the parameter {name!r}, which the optimizer '
+                'may hold once: set bypass_duplicate=True in paramwise_cfg'
             )
-        seen.add(identity)
 
 
-@contextmanager
-def _without_a_line_per_parameter() -> Iterator[None]:
-    """Silences what the base class logs for every single tensor."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        return not (
-            message.startswith('paramwise_options -- ')
-            or 'is skipped since its requires_grad=' in message
-        )
-
-    logger = MMLogger.get_current_instance()
-    logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)
+def _is_worth_a_line(record: logging.LogRecord) -> bool:
+    """Whether this is not what the base class logs for every single tensor."""
+    message = record.getMessage()
+    return not (
+        message.startswith('paramwise_options -- ')
+        or 'is skipped since its requires_grad=' in message
+    )
