@@ -72,10 +72,7 @@ def identify(state_dict: Mapping[str, Tensor]) -> dict:
         )
     is_repvgg = any('.rbr_' in key for key in state_dict)
     backbone = (_repvgg if is_repvgg else _resnet)(state_dict, depths)
-    for arch in ARCHITECTURES.values():
-        if _full(arch) == _full(backbone):
-            return dict(arch, block=backbone['block'])
-    return backbone
+    return dict(ARCHITECTURES.get(name_of(backbone), backbone), block=backbone['block'])
 
 
 def name_of(backbone: Mapping) -> str:

@@ -18,19 +18,16 @@ from ..functional import frequency_prior, identity_1x1
 from ..layers import (
     DBBConv2d,
     OREPAConv2d,
-    OREPADeepLinearKernel,
     OREPAKernel,
-    OREPAPointwiseKernel,
     PlainConv2d,
     ReparamConv2d,
     RepVGGConv2d,
+    outermost,
 )
 from ..layers.orepa import DEEP_LINEAR_FROM
 from ..utils.errors import CheckpointError, name_keys
 from ..version import __version__
 from .architectures import identify, name_of
-
-_NORM_ENTRIES = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
 
 
 class _Pair(NamedTuple):
@@ -253,7 +250,7 @@ def _pairs(network: nn.Module, present: set[str]) -> Iterator[_Pair]:
         present (set[str]): Published keys that tell which of the optional entries
             there are, the head among them.
     """
-    for name, conv in _outermost_convs(network):
+    for name, conv in outermost(network):
         there, here = _published_name(name), f'backbone.{name}.'
         for pair in _conv_pairs(conv):
             theirs = f'{there}.{pair.theirs}'
@@ -273,16 +270,6 @@ def _pairs(network: nn.Module, present: set[str]) -> Iterator[_Pair]:
 _OPTIONAL = 'dbb_1x1_kxk.idconv1.id_tensor'
 
 
-def _outermost_convs(
-    module: nn.Module, prefix: str = ''
-) -> Iterator[tuple[str, ReparamConv2d]]:
-    for name, child in module.named_children():
-        if isinstance(child, ReparamConv2d):
-            yield prefix + name, child
-        else:
-            yield from _outermost_convs(child, f'{prefix}{name}.')
-
-
 def _published_name(name: str) -> str:
     """'layer1.0.downsample' becomes 'stage1.0.shortcut'."""
     name = re.sub(r'^stem\.conv$', 'stage0', name)
@@ -292,48 +279,96 @@ def _published_name(name: str) -> str:
     return re.sub(r'\.conv$', '', name.replace('.downsample', '.shortcut'))
 
 
+# The beginnings of the entries of a conv, ours and theirs.
+_PREFIXES = {
+    DBBConv2d: {
+        'branches.origin.branches.': 'dbb_origin.conv.',
+        'branches.origin.norm.': 'dbb_origin.bn.',
+        'branches.pointwise.branches.': 'dbb_1x1.conv.',
+        'branches.pointwise.norm.': 'dbb_1x1.bn.',
+        'branches.average.first.branches.': 'dbb_avg.conv.',
+        'branches.average.first.norm.': 'dbb_avg.bn.bn.',
+        'branches.average.second.norm.': 'dbb_avg.avgbn.',
+        'branches.pointwise_kxk.first.branches.': 'dbb_1x1_kxk.idconv1.conv.',
+        'branches.pointwise_kxk.first.norm.': 'dbb_1x1_kxk.bn1.bn.',
+        'branches.pointwise_kxk.second.branches.': 'dbb_1x1_kxk.conv2.',
+        'branches.pointwise_kxk.second.norm.': 'dbb_1x1_kxk.bn2.',
+    },
+    RepVGGConv2d: {
+        'branches.origin.branches.weight_': 'rbr_dense.weight_',
+        'branches.origin.branches.scale': 'rbr_dense.scale',
+        'branches.origin.branches.': 'rbr_dense.conv.',
+        'branches.origin.norm.': 'rbr_dense.bn.',
+        'branches.pointwise.branches.': 'rbr_1x1.conv.',
+        'branches.pointwise.norm.': 'rbr_1x1.bn.',
+        'branches.identity.norm.': 'rbr_identity.',
+    },
+    PlainConv2d: {'branches.': 'conv.', 'norm.': 'bn.'},
+    OREPAConv2d: {'branches.factors.': 'weight', 'branches.': '', 'norm.': 'bn.'},
+}
+# The parameters of OREPA's kernels.
+_ENTRIES = {
+    'weight_origin': 'weight_{}_origin',
+    'weight_average': 'weight_{}_avg_conv',
+    'weight_frequency': 'weight_{}_pfir_conv',
+    'weight_pointwise_kxk_1': 'weight_{}_1x1_kxk_idconv1',
+    'weight_pointwise_kxk_2': 'weight_{}_1x1_kxk_conv2',
+    'weight_pointwise': 'weight_{}_1x1',
+    'weight_depthwise': 'weight_{}_gconv_dw',
+    'weight_separable': 'weight_{}_gconv_pw',
+    'weight_first': 'weight_{}_l2i_conv1',
+    'weight_second': 'weight_{}_l2i_conv2',
+    'scale': 'vector',
+}
+
+
 def _conv_pairs(conv: ReparamConv2d) -> Iterator[_Pair]:
-    if conv.deployed:
-        for entry in ('weight', 'bias'):
-            yield _Pair(f'{_deployed_name(conv)}.{entry}', entry)
-    elif isinstance(conv, DBBConv2d):
-        yield from _plain_pairs('dbb_origin.', 'branches.origin.')
-        yield from _plain_pairs('dbb_1x1.', 'branches.pointwise.')
-        average, kxk = 'branches.average.', 'branches.pointwise_kxk.'
-        yield _Pair('dbb_avg.conv.weight', f'{average}first.branches.weight')
-        yield from _norm_pairs('dbb_avg.bn.bn', f'{average}first.norm')
-        yield from _norm_pairs('dbb_avg.avgbn', f'{average}second.norm')
-        yield _Pair('dbb_1x1_kxk.idconv1.conv.weight', f'{kxk}first.branches.weight')
-        yield _Pair(
-            _OPTIONAL,
-            None,
-            lambda: identity_1x1(conv.in_channels, conv.in_channels // conv.groups),
-        )
-        yield from _norm_pairs('dbb_1x1_kxk.bn1.bn', f'{kxk}first.norm')
-        yield _Pair('dbb_1x1_kxk.conv2.weight', f'{kxk}second.branches.weight')
-        yield from _norm_pairs('dbb_1x1_kxk.bn2', f'{kxk}second.norm')
-    elif isinstance(conv, RepVGGConv2d):
-        dense = 'branches.origin.'
-        origin = conv.branches['origin']
-        if isinstance(origin, OREPAConv2d):
-            yield from _kernel_pairs(
-                origin.branches, 'rbr_dense.', f'{dense}branches.', 'rbr'
-            )
-            yield from _norm_pairs('rbr_dense.bn', f'{dense}norm')
-        else:
-            yield from _plain_pairs('rbr_dense.', dense)
-        yield from _plain_pairs('rbr_1x1.', 'branches.pointwise.')
-        if 'identity' in conv.branches:
-            yield from _norm_pairs('rbr_identity', 'branches.identity.norm')
-    elif isinstance(conv, PlainConv2d):
-        yield from _plain_pairs('', '')
-    elif isinstance(conv, OREPAConv2d):
-        yield from _orepa_pairs(conv)
-        yield from _norm_pairs('bn', 'norm')
-    else:
+    kinds = [kind for kind in _PREFIXES if isinstance(conv, kind)]
+    if not kinds:
         raise CheckpointError(
             f'the published code has no layout for {type(conv).__name__}'
         )
+    prefixes = (
+        {'': f'{_deployed_name(conv)}.'} if conv.deployed else _PREFIXES[kinds[0]]
+    )
+    kind = 'or1x1' if conv.kernel_size[0] == 1 else 'orepa'
+    kind = 'rbr' if isinstance(conv, RepVGGConv2d) else kind
+    for key in conv.state_dict():
+        here = next(prefix for prefix in prefixes if key.startswith(prefix))
+        path, dot, entry = (prefixes[here] + key.removeprefix(here)).rpartition('.')
+        there = path + dot
+        pair = _Pair(there + _ENTRIES.get(entry, entry).format(kind), key)
+        if entry == 'weight_separable' and conv.groups > 1:
+            # The published code interleaves the groups in the rows of this one.
+            pair = pair._replace(
+                to_ours=lambda x: _swap_rows(x, -1, conv.groups),
+                to_theirs=lambda x: _swap_rows(x, conv.groups, -1),
+            )
+        if entry == 'weight_pointwise_kxk_2':
+            pair = pair._replace(
+                to_ours=lambda x: x.permute(0, 2, 3, 1).contiguous(),
+                to_theirs=lambda x: x.permute(0, 3, 1, 2).contiguous(),
+            )
+        yield pair
+        kernel = conv.get_submodule(key.rpartition('.')[0])
+        if entry == 'scale' and isinstance(kernel, OREPAKernel):
+            yield from _fixed_pairs(kernel, there, kind)
+    if isinstance(conv, DBBConv2d) and not conv.deployed:
+        channels, inputs = conv.in_channels, conv.in_channels // conv.groups
+        yield _Pair(_OPTIONAL, None, lambda: identity_1x1(channels, inputs))
+
+
+def _fixed_pairs(kernel: OREPAKernel, there: str, kind: str) -> Iterator[_Pair]:
+    """What the published code saves though it never changes."""
+    size, outputs = kernel.kernel_size, kernel.scale.shape[1]
+    hidden, inputs = kernel.weight_pointwise_kxk_1.shape[:2]
+    fixed = {
+        f'weight_{kind}_avg_avg': lambda: torch.full((size, size), 1 / size**2),
+        f'weight_{kind}_prior': lambda: frequency_prior(outputs, size),
+        'id_tensor': lambda: identity_1x1(hidden, inputs),
+    }
+    for entry, make in fixed.items():
+        yield _Pair(there + entry, None, make)
 
 
 def _deployed_name(conv: ReparamConv2d) -> str:
@@ -347,77 +382,6 @@ def _deployed_name(conv: ReparamConv2d) -> str:
     if size == 1:
         return 'or1x1_reparam'
     return 'orepa_reparam' if size < DEEP_LINEAR_FROM else 'or_large_reparam'
-
-
-def _norm_pairs(there: str, here: str) -> Iterator[_Pair]:
-    for entry in _NORM_ENTRIES:
-        yield _Pair(f'{there}.{entry}', f'{here}.{entry}')
-
-
-def _plain_pairs(there: str, here: str) -> Iterator[_Pair]:
-    yield _Pair(f'{there}conv.weight', f'{here}branches.weight')
-    yield from _norm_pairs(f'{there}bn', f'{here}norm')
-
-
-def _orepa_pairs(conv: OREPAConv2d) -> Iterator[_Pair]:
-    kernel = conv.branches
-    if isinstance(kernel, OREPADeepLinearKernel):
-        for i, factor in enumerate(kernel.factors):
-            yield from _kernel_pairs(factor, f'weight{i}.', f'branches.factors.{i}.')
-    elif isinstance(kernel, OREPAPointwiseKernel):
-        yield _Pair('weight_or1x1_origin', 'branches.weight_origin')
-        yield _Pair('weight_or1x1_l2i_conv1', 'branches.weight_first')
-        yield _Pair('weight_or1x1_l2i_conv2', 'branches.weight_second')
-        yield _Pair('vector', 'branches.scale')
-    else:
-        yield from _kernel_pairs(kernel, '', 'branches.')
-
-
-# Our branches (in the order of the scaling vectors) by their published weights.
-_KERNEL_ENTRIES = (
-    ('origin', 'weight_origin', 'origin'),
-    ('average', 'weight_average', 'avg_conv'),
-    ('frequency', 'weight_frequency', 'pfir_conv'),
-    ('pointwise_kxk', 'weight_pointwise_kxk_1', '1x1_kxk_idconv1'),
-    ('pointwise_kxk', 'weight_pointwise_kxk_2', '1x1_kxk_conv2'),
-    ('pointwise', 'weight_pointwise', '1x1'),
-    ('depthwise_separable', 'weight_depthwise', 'gconv_dw'),
-    ('depthwise_separable', 'weight_separable', 'gconv_pw'),
-)
-
-
-def _kernel_pairs(
-    kernel: OREPAKernel, there: str, here: str, kind: str = 'orepa'
-) -> Iterator[_Pair]:
-    groups, size = kernel.groups, kernel.kernel_size
-    outputs = kernel.scale.shape[1]
-    for branch, ours, theirs in _KERNEL_ENTRIES:
-        if branch not in kernel.branches:
-            continue
-        pair = _Pair(f'{there}weight_{kind}_{theirs}', here + ours)
-        if theirs == 'gconv_pw' and groups > 1:
-            # The published code interleaves the groups in the rows of this one.
-            pair = pair._replace(
-                to_ours=lambda x: _swap_rows(x, -1, groups),
-                to_theirs=lambda x: _swap_rows(x, groups, -1),
-            )
-        if theirs == '1x1_kxk_conv2':
-            pair = pair._replace(
-                to_ours=lambda x: x.permute(0, 2, 3, 1).contiguous(),
-                to_theirs=lambda x: x.permute(0, 3, 1, 2).contiguous(),
-            )
-        yield pair
-    yield _Pair(f'{there}vector', f'{here}scale')
-    hidden, inputs = kernel.weight_pointwise_kxk_1.shape[:2]
-    yield _Pair(
-        f'{there}weight_{kind}_avg_avg',
-        None,
-        lambda: torch.full((size, size), 1 / size**2),
-    )
-    yield _Pair(
-        f'{there}weight_{kind}_prior', None, lambda: frequency_prior(outputs, size)
-    )
-    yield _Pair(f'{there}id_tensor', None, lambda: identity_1x1(hidden, inputs))
 
 
 def _swap_rows(weight: Tensor, outer: int, inner: int) -> Tensor:

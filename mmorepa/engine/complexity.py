@@ -9,7 +9,7 @@ from mmengine.analysis import FlopAnalyzer
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from ..layers import MultiBranchConv2d, ReparamConv2d
+from .amplification import folded_convs
 from .comparison import network_outputs
 
 
@@ -62,12 +62,7 @@ def count_gflops(model: nn.Module, inputs: Tensor) -> float:
 @contextmanager
 def _folded_beforehand(model: nn.Module) -> Iterator[None]:
     """Makes convs serve a finished kernel, since a trace would record the fold."""
-    convs = [
-        module
-        for module in model.modules()
-        if isinstance(module, ReparamConv2d)
-        and not isinstance(module, MultiBranchConv2d)
-    ]
+    convs = [conv for _, conv in folded_convs(model)]
     for conv in convs:
         kernel = conv.kernel().detach()
         conv.kernel = lambda kernel=kernel: kernel

@@ -1,6 +1,7 @@
 """The algebra of re-parameterisation: pure functions on tensors."""
 
-from .closed_forms import Fold, fold_kernel, fold_kernels, is_followed, recomputed
+from .closed_forms import fold_kernel, fold_kernels, is_followed, recomputed
+from .fold import Fold
 from .fusion import fuse_bn
 from .inverses import solve_deep_linear, solve_scaled_sum
 from .kernels import (

@@ -10,13 +10,16 @@ import functools
 import hashlib
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
+
+from .fold import Fold
 
 _SOURCE = Path(__file__).with_name('csrc') / 'fold.cpp'
 _NAME = 'mmorepa_fold'
@@ -29,54 +32,6 @@ _INSTRUCTIONS = {
         '-mprefer-vector-width=512',
     ],
 }
-
-
-class Parameters(NamedTuple):
-    """The parameters of a kernel by the part that they play, or their gradients.
-
-    None where there is no such branch. ``O`` and ``I`` are the output and input
-    channels, ``T`` those between two composed convs, ``m`` the maps that the depthwise
-    conv makes of each input.
-
-    Args:
-        scale (Tensor): Shape (branches, O).
-        origin (Tensor, optional): Shape (O, I, k, k).
-        first (Tensor, optional): Shape (T, I, 1, 1).
-        second (Tensor, optional): Shape (O, k, k, T), or (O, T, 1, 1).
-        separable (Tensor, optional): Shape (O, m·I, 1, 1).
-        depthwise (Tensor, optional): Shape (m·I, 1, k, k).
-        average (Tensor, optional): Shape (O, I, 1, 1).
-        frequency (Tensor, optional): Shape (O, I, 1, 1).
-        pointwise (Tensor, optional): Shape (O, I, 1, 1).
-    """
-
-    scale: Tensor
-    origin: Optional[Tensor] = None
-    first: Optional[Tensor] = None
-    second: Optional[Tensor] = None
-    separable: Optional[Tensor] = None
-    depthwise: Optional[Tensor] = None
-    average: Optional[Tensor] = None
-    frequency: Optional[Tensor] = None
-    pointwise: Optional[Tensor] = None
-
-
-class Branches(NamedTuple):
-    """All that a kernel is folded from.
-
-    Args:
-        parameters (Parameters): What is trained.
-        rows (dict[str, int]): The row of ``scale`` by branch: ``'composed'``,
-            ``'origin'``, ``'separable'``, ``'average'``, ``'frequency'`` and
-            ``'pointwise'``, as far as they are there.
-        identity (Tensor, optional): Added to ``first``.
-        filters (Tensor, optional): Those of ``frequency``, shape (O, k, k).
-    """
-
-    parameters: Parameters
-    rows: dict[str, int]
-    identity: Optional[Tensor] = None
-    filters: Optional[Tensor] = None
 
 
 def library_path() -> Path:
@@ -163,56 +118,39 @@ def _flags() -> list[str]:
     return [*_FLAGS, *_INSTRUCTIONS.get(capability, [])]
 
 
-def fold(t: Branches, kernel: Tensor) -> bool:
-    """Writes the kernel, if there is compiled code for it.
+def call(name: str, fold: Fold, *lists: Sequence[Tensor]) -> list[Tensor]:
+    """Does the work of a fold or of its derivative, if there is compiled code for that.
 
     Args:
-        t (Branches): Its branches.
-        kernel (Tensor): Where to, shape (O, I, k, k).
+        name (str): ``'fold'`` or ``'fold_gradients'``.
+        fold (Fold): What is folded, and how.
+        *lists (Sequence[Tensor]): The parameters in the order of ``fold.roles``, of
+            one kernel after another; for the derivative, the gradients of the kernels
+            before them, each of shape (O, I, k, k).
 
     Returns:
-        bool: Whether it is written. Not if the code is not compiled or the tensors are
-        of another kind, device, layout or size than it takes.
+        list[Tensor]: The kernels, or the gradients of the parameters; empty if the code
+        is not compiled, or the tensors are of another kind, device, layout or size than
+        it takes.
     """
-    return takes(t, kernel) and _library().fold(
-        kernel, t.identity, t.filters, _rows(t), *t.parameters
-    )
+    like = lists[0][0]
+    if not takes(fold, like):
+        return []
+    rows, filters = list(fold.rows.values()), fold.filters(like)
+    return getattr(_library(), name)(*lists, rows, fold.has_identity, filters)
 
 
-def fold_gradients(t: Branches, grad: Tensor, d: Parameters) -> bool:
-    """Writes the gradients of the parameters, if there is compiled code for them.
-
-    Args:
-        t (Branches): The branches.
-        grad (Tensor): That of the kernel, shape (O, I, k, k).
-        d (Parameters): Where to, contiguous.
-
-    Returns:
-        bool: As for :func:`fold`.
-    """
-    return takes(t, grad) and _library().fold_gradients(
-        grad, t.identity, t.filters, _rows(t), *t.parameters, *d
-    )
-
-
-def takes(t: Branches, kernel: Tensor) -> bool:
+def takes(fold: Fold, like: Tensor) -> bool:
     """Whether there is compiled code for such a fold, layouts and sizes apart.
 
     Args:
-        t (Branches): Its branches.
-        kernel (Tensor): The kernel, or its gradient.
+        fold (Fold): What is folded, and how.
+        like (Tensor): A parameter, or the gradient of a kernel.
     """
     return (
         # A subclass might stand for something else than memory.
-        type(kernel) in (Tensor, nn.Parameter)
-        and kernel.device.type == 'cpu'
-        and t.parameters.origin is not None
-        and t.parameters.second is not None
+        type(like) in (Tensor, nn.Parameter)
+        and like.device.type == 'cpu'
+        and {'origin', 'composed'} <= fold.rows.keys()
         and _library() is not None
     )
-
-
-def _rows(t: Branches) -> list[int]:
-    # In the order of the C++ source, which does not look at those that are not there.
-    order = ('composed', 'origin', 'separable', 'average', 'frequency', 'pointwise')
-    return [t.rows.get(branch, 0) for branch in order]

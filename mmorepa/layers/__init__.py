@@ -16,7 +16,7 @@ from .plain import PlainConv2d, PlainKernel
 from .plain_start import build_reparameterized, reparameterize, tell_plain_starts
 from .reparam_conv import ReparamConv2d
 from .repvgg import OREPARepVGGConv2d, RepVGGConv2d
-from .switch import ConvAct2d, is_switchable, switch_to_deploy
+from .switch import ConvAct2d, is_switchable, outermost, switch_to_deploy
 
 __all__ = [
     'BLOCKS',
@@ -42,6 +42,7 @@ __all__ = [
     'folded',
     'held',
     'is_switchable',
+    'outermost',
     'pull_back',
     'reparameterize',
     'switch_to_deploy',

@@ -13,8 +13,7 @@ from ..functional import (
     filtered_kernel,
     identity_1x1,
 )
-from .multi_branch import MultiBranchConv2d
-from .plain import PlainConv2d
+from .multi_branch import MultiBranchConv2d, norm_scale
 from .reparam_conv import ReparamConv2d
 
 
@@ -36,34 +35,22 @@ class DBBConv2d(MultiBranchConv2d):
     BRANCHES = ('origin', 'pointwise', 'average', 'pointwise_kxk')
 
     def build_branch(self, name: str) -> nn.Module:
-        kxk = dict(
-            kernel_size=self.kernel_size,
-            stride=self.stride,
-            dilation=self.dilation,
-            bias=False,
-            norm_cfg=self.norm_cfg,
-        )
-        pointwise = dict(
-            kernel_size=1, groups=self.groups, bias=False, norm_cfg=self.norm_cfg
-        )
         inputs, outputs = self.in_channels, self.out_channels
         if name == 'origin':
-            return PlainConv2d(
-                inputs, outputs, padding=self.padding, groups=self.groups, **kxk
-            )
+            return self.build_conv()
         if name == 'pointwise':
-            return PlainConv2d(inputs, outputs, stride=self.stride, **pointwise)
+            return self.build_conv(kernel_size=1)
         if name == 'average':
-            return PointwiseThenConv2d(
-                PlainConv2d(inputs, outputs, **pointwise),
-                AverageConv2d(outputs, outputs, groups=outputs, **kxk),
-                self.padding[0],
+            first = self.build_conv(kernel_size=1, stride=1)
+            second = self.build_conv(
+                AverageConv2d, in_channels=outputs, groups=outputs, padding=0
             )
-        return PointwiseThenConv2d(
-            IdentityConv2d(inputs, inputs, **pointwise),
-            PlainConv2d(inputs, outputs, groups=self.groups, **kxk),
-            self.padding[0],
-        )
+        else:
+            first = self.build_conv(
+                IdentityConv2d, out_channels=inputs, kernel_size=1, stride=1
+            )
+            second = self.build_conv(padding=0)
+        return PointwiseThenConv2d(first, second, self.padding[0])
 
 
 class PointwiseThenConv2d(nn.Module):
@@ -106,10 +93,7 @@ class PointwiseThenConv2d(nn.Module):
         Returns:
             Tensor: Shape (O, Ig, k, k), before :attr:`norm`, with a gradient.
         """
-        norm = self.first.norm
-        scale = (norm.running_var + norm.eps).rsqrt()
-        if norm.affine:
-            scale = scale * norm.weight.detach()
+        scale = norm_scale(self.first.norm)
         first = self.first.kernel() * scale[:, None, None, None]
         return self._compose(first, self.second.kernel())
 
@@ -180,8 +164,5 @@ def _answer_to_zero(norm: nn.Module) -> Tensor:
 
     Without a gradient, as published: the border is a constant.
     """
-    scale = (norm.running_var + norm.eps).rsqrt()
-    value = -norm.running_mean * scale
-    if norm.affine:
-        value = norm.bias.detach() + value * norm.weight.detach()
-    return value
+    value = -norm.running_mean * norm_scale(norm)
+    return value + norm.bias.detach() if norm.affine else value

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import embed_1x1
+from .plain import PlainConv2d
 from .reparam_conv import ReparamConv2d, is_foldable
 
 
@@ -77,6 +78,25 @@ class MultiBranchConv2d(ReparamConv2d):
         """
         raise NotImplementedError
 
+    def build_conv(
+        self, kind: type[ReparamConv2d] = PlainConv2d, **changes
+    ) -> ReparamConv2d:
+        """Makes a branch with the arguments of this conv, without bias.
+
+        Args:
+            kind (type[ReparamConv2d]): Defaults to :class:`PlainConv2d`.
+            **changes: Arguments that differ; ``kernel_size=1`` leaves padding and
+                dilation out.
+
+        Returns:
+            ReparamConv2d: The branch.
+        """
+        names = ('in_channels', 'out_channels', 'kernel_size', 'stride', 'groups')
+        arguments = {name: getattr(self, name) for name in (*names, 'norm_cfg')}
+        if changes.get('kernel_size') != 1:
+            arguments.update(padding=self.padding, dilation=self.dilation)
+        return kind(**{**arguments, 'bias': False, **changes})
+
     def build_branches(self) -> nn.ModuleDict:
         branches = nn.ModuleDict()
         for name in self._branches:
@@ -134,11 +154,7 @@ class MultiBranchConv2d(ReparamConv2d):
             kernel = branch.kernel()
             if kernel is None:
                 continue
-            norm = branch.norm
-            scale = (norm.running_var + norm.eps).rsqrt()
-            if norm.affine:
-                scale = scale * norm.weight.detach()
-            scale = scale[:, None, None, None]
+            scale = norm_scale(branch.norm)[:, None, None, None]
             reach = torch.ones_like(kernel[:, :1]) * scale**2
             term = kernel * scale
             if kernel.shape[-1] != size:
@@ -218,3 +234,16 @@ class MultiBranchConv2d(ReparamConv2d):
                 f'no branch is left; choose at least one of {", ".join(cls.BRANCHES)}'
             )
         return tuple(n for n in cls.BRANCHES if names is None or n in names)
+
+
+def norm_scale(norm: nn.Module) -> Tensor:
+    """``γ/√(σ²+ε)`` of a BatchNorm with its running statistics, held constant.
+
+    Args:
+        norm (nn.Module): A layer that :func:`is_foldable`.
+
+    Returns:
+        Tensor: Shape (O,).
+    """
+    scale = (norm.running_var + norm.eps).rsqrt()
+    return scale * norm.weight.detach() if norm.affine else scale

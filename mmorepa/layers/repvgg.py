@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from ..functional import identity_1x1
 from .multi_branch import MultiBranchConv2d
 from .orepa import OREPAConv2d, OREPAKernel
-from .plain import PlainConv2d
 from .reparam_conv import ReparamConv2d, fold_norm
 
 
@@ -27,35 +26,14 @@ class RepVGGConv2d(MultiBranchConv2d):
         if name == 'origin':
             return self.build_origin()
         if name == 'pointwise':
-            return PlainConv2d(
-                self.in_channels,
-                self.out_channels,
-                1,
-                stride=self.stride,
-                groups=self.groups,
-                bias=False,
-                norm_cfg=self.norm_cfg,
-            )
+            return self.build_conv(kernel_size=1)
         if self.in_channels != self.out_channels or self.stride != (1, 1):
             return None
         return IdentityBranch(self.out_channels, self.groups, self.norm_cfg)
 
     def build_origin(self) -> ReparamConv2d:
         """Makes the k×k branch."""
-        return PlainConv2d(**self._origin_arguments())
-
-    def _origin_arguments(self) -> dict:
-        return dict(
-            in_channels=self.in_channels,
-            out_channels=self.out_channels,
-            kernel_size=self.kernel_size,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            bias=False,
-            norm_cfg=self.norm_cfg,
-        )
+        return self.build_conv()
 
 
 @MODELS.register_module()
@@ -72,7 +50,7 @@ class OREPARepVGGConv2d(RepVGGConv2d):
 
     def build_origin(self) -> OREPAConv2d:
         names = [name for name in OREPAKernel.INITIAL_SCALES if name != 'pointwise']
-        return OREPAConv2d(**self._origin_arguments(), branches=names, kaiming_a=1.0)
+        return self.build_conv(OREPAConv2d, branches=names, kaiming_a=1.0)
 
 
 class IdentityBranch(nn.Module):

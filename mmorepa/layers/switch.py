@@ -1,5 +1,6 @@
 """From training form to deployed form, for whole models."""
 
+from collections.abc import Iterator
 from typing import Optional, Union
 
 from torch import Tensor, nn
@@ -130,3 +131,26 @@ def is_switchable(module: nn.Module) -> bool:
         isinstance(child, ReparamConv2d) and not child.deployed
         for child in module.modules()
     )
+
+
+def outermost(
+    module: nn.Module, kind: type[nn.Module] = ReparamConv2d, name: str = ''
+) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a kind that are in no other one of it.
+
+    A branch that is itself a re-parameterised conv counts within its block.
+
+    Args:
+        module (nn.Module): Any module.
+        kind (type[nn.Module]): Defaults to :class:`ReparamConv2d`.
+        name (str): That of ``module``. Defaults to ``''``, the model.
+
+    Yields:
+        tuple[str, nn.Module]: Name and module.
+    """
+    if isinstance(module, kind):
+        yield name, module
+        return
+    for child_name, child in module.named_children():
+        full_name = f'{name}.{child_name}' if name else child_name
+        yield from outermost(child, kind, full_name)

@@ -8,7 +8,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
-from ...layers import ReparamConv2d
+from ...layers import ReparamConv2d, outermost
 
 
 @HOOKS.register_module()
@@ -74,9 +74,9 @@ class EquivalentKernelDecayHook(Hook):
         return dict(losses, loss_kernel_decay=0.5 * self.weight_decay * squares)
 
 
-def _trained_convs(module: nn.Module) -> list[ReparamConv2d]:
-    """The outermost re-parameterised convs: a branch counts within its block."""
-    if isinstance(module, ReparamConv2d):
-        trained = any(p.requires_grad and p.dim() > 1 for p in module.parameters())
-        return [module] if trained else []
-    return [conv for child in module.children() for conv in _trained_convs(child)]
+def _trained_convs(model: nn.Module) -> list[ReparamConv2d]:
+    return [
+        conv
+        for _, conv in outermost(model)
+        if any(p.requires_grad and p.dim() > 1 for p in conv.parameters())
+    ]

@@ -1,8 +1,7 @@
 """Learning rates and weight decays by what a parameter is for."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
 from typing import Optional, Union
 
 import torch
@@ -28,7 +27,13 @@ from torch.optim import SGD, Optimizer
 
 from ...backbones import StagedBackbone
 from ...functional import compiled
-from ...layers import OREPAKernel, OREPAPointwiseKernel, PlainConv2d, ReparamConv2d
+from ...layers import (
+    OREPAKernel,
+    OREPAPointwiseKernel,
+    PlainConv2d,
+    ReparamConv2d,
+    outermost,
+)
 from ...utils.tables import format_table
 from ..distributed import FoldedDistributedDataParallel
 from .bfloat16_optim_wrapper import BFloat16OptimWrapper
@@ -146,11 +151,12 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if device != 'cpu':
             folds = f'batched on {device}'
         update = 'fused' if wrapper.optimizer.defaults.get('fused') else 'not fused'
-        turned, others = _count_convs(model)
+        convs = [conv for _, conv in outermost(model, _ConvNd)]
+        turned = sum(_is_reparameterized(conv) for conv in convs)
         MMLogger.get_current_instance().info(
             f'{type(wrapper).__name__}: {way} (folds {folds}; '
             f'{type(wrapper.optimizer).__name__} {update}); {turned} convs of the '
-            f'model are re-parameterised, {others} are not'
+            f'model are re-parameterised, {len(convs) - turned} are not'
         )
 
     def add_params(
@@ -172,8 +178,12 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             super().add_params(params, module, prefix, is_dcn_module)
             return
         singles: list[dict] = []
-        with _without_a_line_per_parameter():
+        logger = MMLogger.get_current_instance()
+        logger.addFilter(_is_worth_a_line)
+        try:
             super().add_params(singles, module)
+        finally:
+            logger.removeFilter(_is_worth_a_line)
         _check_none_twice(singles, module)
         for option, (setting, choose) in _MULTIPLIERS.items():
             if option in self.paramwise_cfg:
@@ -251,15 +261,9 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         )
 
 
-def _count_convs(module: nn.Module) -> tuple[int, int]:
-    """How many convs are re-parameterised, as wholes, and how many are not."""
-    if isinstance(module, ReparamConv2d):
-        is_plain = isinstance(module, PlainConv2d) or module.deployed
-        return int(not is_plain), int(is_plain)
-    if isinstance(module, _ConvNd):
-        return 0, 1
-    counts = [_count_convs(child) for child in module.children()]
-    return sum(c[0] for c in counts), sum(c[1] for c in counts)
+def _is_reparameterized(conv: nn.Module) -> bool:
+    is_reparam = isinstance(conv, ReparamConv2d) and not isinstance(conv, PlainConv2d)
+    return is_reparam and not conv.deployed
 
 
 def _class_of(kind: Union[str, type], registry: Registry) -> Optional[type]:
@@ -353,32 +357,19 @@ _MMENGINE_OPTIONS = {
 
 def _check_none_twice(singles: list[dict], module: nn.Module) -> None:
     """Within one group, PyTorch would only warn, and then step twice."""
-    names = {id(param): name for name, param in module.named_parameters()}
-    seen = set()
-    for single in singles:
-        identity = id(single['params'][0])
-        if identity in seen:
+    counts = Counter(single['params'][0] for single in singles)
+    for name, param in module.named_parameters():
+        if counts[param] > 1:
             raise ValueError(
-                f'several modules share the parameter {names[identity]!r}, which the '
-                'optimizer may hold once: set bypass_duplicate=True in paramwise_cfg'
+                f'several modules share the parameter {name!r}, which the optimizer '
+                'may hold once: set bypass_duplicate=True in paramwise_cfg'
             )
-        seen.add(identity)
 
 
-@contextmanager
-def _without_a_line_per_parameter() -> Iterator[None]:
-    """Silences what the base class logs for every single tensor."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        return not (
-            message.startswith('paramwise_options -- ')
-            or 'is skipped since its requires_grad=' in message
-        )
-
-    logger = MMLogger.get_current_instance()
-    logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)
+def _is_worth_a_line(record: logging.LogRecord) -> bool:
+    """Whether this is not what the base class logs for every single tensor."""
+    message = record.getMessage()
+    return not (
+        message.startswith('paramwise_options -- ')
+        or 'is skipped since its requires_grad=' in message
+    )

@@ -11,9 +11,9 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/add.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
@@ -22,6 +22,7 @@
 #include <cstring>
 #include <optional>
 #include <type_traits>
+#include <vector>
 
 #ifdef __AVX__
 #include <immintrin.h>
@@ -34,6 +35,7 @@ namespace {
 
 using at::IntArrayRef;
 using at::Tensor;
+using at::TensorList;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int M = 8;  // OREPAKernel.EXPANSION
@@ -163,42 +165,6 @@ INLINE void transpose_back(const Vector<S>* taps, Vector<S>* flat) {
   });
 }
 
-// The same for M, a power of two, in fewer steps: each takes the even places to the
-// front and the odd ones to the back, until the bits of m, which came last in the
-// number of a place, come first.
-template <typename S>
-INLINE void transpose_maps(const Vector<S>* flat, Vector<S>* maps) {
-  Vector<S> before[M];
-  std::memcpy(maps, flat, sizeof before);
-#pragma GCC unroll 3
-  for (int step = 1; step < M; step *= 2) {
-    std::memcpy(before, maps, sizeof before);
-#pragma GCC unroll 4
-    for (int s = 0; s < M / 2; ++s) {
-      const auto a = before[2 * s], b = before[2 * s + 1];
-      maps[s] = pick<S>(a, b, [](int j) { return 2 * j; });
-      maps[s + M / 2] = pick<S>(a, b, [](int j) { return 2 * j + 1; });
-    }
-  }
-}
-
-template <typename S>
-INLINE void transpose_maps_back(const Vector<S>* maps, Vector<S>* flat) {
-  constexpr int L = LANES<S>;
-  Vector<S> before[M];
-  std::memcpy(flat, maps, sizeof before);
-#pragma GCC unroll 3
-  for (int step = 1; step < M; step *= 2) {
-    std::memcpy(before, flat, sizeof before);
-#pragma GCC unroll 4
-    for (int s = 0; s < M / 2; ++s) {
-      const auto a = before[s], b = before[s + M / 2];
-      flat[2 * s] = pick<S>(a, b, [](int j) { return j / 2 + j % 2 * L; });
-      flat[2 * s + 1] = pick<S>(a, b, [](int j) { return (L + j) / 2 + j % 2 * L; });
-    }
-  }
-}
-
 // Calls f(i, n) for every n input channels from i on.
 template <typename S, typename F>
 INLINE void for_inputs(int64_t I, F f) {
@@ -214,33 +180,20 @@ S* data(const Tensor& tensor) {
   return tensor.data_ptr<S>();
 }
 
-template <typename S>
-S* data(const OptionalTensor& tensor) {
-  return tensor.has_value() ? data<S>(*tensor) : nullptr;
-}
-
-// The branches whose kernels are one weight for each input times a filter.
-enum Filter { AVERAGE, FREQUENCY, POINTWISE, FILTERS };
+// The most branches whose kernels are one weight for each input times a filter.
+constexpr int FILTERS = 3;
 
 // All parameters, or all gradients, but for those of the composed convs.
 template <typename S>
 struct Branches {
-  S *origin, *separable, *depthwise;
+  int filters;  // how many
+  S* origin;
   S* weight[FILTERS];
+  S *separable, *depthwise;
   // Of each branch, one for each output.
-  S *scale_composed, *scale_origin, *scale_separable;
+  S *scale_origin, *scale_composed, *scale_separable;
   S* scale_of[FILTERS];
 };
-
-// The filters of output o.
-template <typename S, int K>
-INLINE void write_filters(int64_t o, const S* frequencies, S filter[FILTERS][K]) {
-  for (int k = 0; k < K; ++k) {
-    filter[AVERAGE][k] = S(1) / K;
-    filter[FREQUENCY][k] = frequencies ? frequencies[o * K + k] : 0;
-    filter[POINTWISE][k] = k == K / 2;
-  }
-}
 
 int64_t groups_of(int64_t rows) { return (rows + GROUP - 1) / GROUP; }
 
@@ -265,7 +218,7 @@ void add_separable(int64_t I, S* sums, const S* scale_composed, const S* separab
     Vector<S> weight[R][M], flat[M];
     for (int r = 0; r < R; ++r) {
       load_flat<M>(separable + (r * I + i) * M, flat, n);
-      transpose_maps<S>(flat, weight[r]);
+      transpose<M, S>(flat, weight[r]);
       for (int m = 0; m < M; ++m) weight[r][m] *= scale[r];
     }
     for (int k = 0; k < K; ++k) {
@@ -288,11 +241,11 @@ void add_separable(int64_t I, S* sums, const S* scale_composed, const S* separab
 // One row of the kernel, (I, K), from that of the product, (K, I).
 template <typename S, int K>
 void combine_row(int64_t I, int64_t o, S* kernel, const S* composed, S scale_composed,
-                 const Branches<S>& t, const S* frequencies) {
+                 const Branches<S>& t, const S* filters) {
   S filter[FILTERS][K];
-  write_filters<S, K>(o, frequencies, filter);
-  for (int q = 0; q < FILTERS; ++q)
-    for (int k = 0; t.weight[q] && k < K; ++k) filter[q][k] *= t.scale_of[q][o];
+  for (int q = 0; q < t.filters; ++q)
+    for (int k = 0; k < K; ++k)
+      filter[q][k] = t.scale_of[q][o] * filters[(o * t.filters + q) * K + k];
   const S scale_origin = t.scale_origin[o];
   for_inputs<S>(I, [&](int64_t i, auto n) INLINE_LAMBDA {
     Vector<S> taps[K], flat[K], origin[K];
@@ -300,7 +253,7 @@ void combine_row(int64_t I, int64_t o, S* kernel, const S* composed, S scale_com
     for (int k = 0; k < K; ++k) taps[k] = scale_composed * load(composed + k * I + i, n);
 #pragma GCC unroll 3
     for (int q = 0; q < FILTERS; ++q) {
-      if (!t.weight[q]) continue;
+      if (q == t.filters) break;
       const auto weight = load(t.weight[q] + o * I + i, n);
 #pragma GCC unroll 16
       for (int k = 0; k < K; ++k) taps[k] += filter[q][k] * weight;
@@ -316,7 +269,7 @@ void combine_row(int64_t I, int64_t o, S* kernel, const S* composed, S scale_com
 // The rows of the kernel from start to stop, from those of the product.
 template <typename S, int K>
 void combine(int64_t I, int64_t start, int64_t stop, S* kernel, S* composed,
-             const Branches<S>& t, const S* frequencies) {
+             const Branches<S>& t, const S* filters) {
   at::parallel_for(0, groups_of(stop - start), 1, [&](int64_t begin, int64_t end) {
     for_groups(start, stop, begin, end, [&](int64_t first, auto R) {
       if (t.separable)
@@ -325,7 +278,7 @@ void combine(int64_t I, int64_t start, int64_t stop, S* kernel, S* composed,
                                t.depthwise, t.scale_separable + first);
       for (int64_t o = first; o < first + R; ++o)
         combine_row<S, K>(I, o, kernel + o * I * K, composed + (o - start) * K * I,
-                          t.separable ? S(1) : t.scale_composed[o], t, frequencies);
+                          t.separable ? S(1) : t.scale_composed[o], t, filters);
     });
     finish_streams();
   });
@@ -337,11 +290,13 @@ void combine(int64_t I, int64_t start, int64_t stop, S* kernel, S* composed,
 // found of the branches' gradients on the way.
 template <typename S, int K>
 void split_row(int64_t I, int64_t o, const S* grad, S* by_tap, const Branches<S>& t,
-               const Branches<S>& d, const S* frequencies) {
+               const Branches<S>& d, const S* filters) {
   Vector<S> origin_total{}, filter_total[FILTERS] = {};
   S filter[FILTERS][K], scale[FILTERS];
-  write_filters<S, K>(o, frequencies, filter);
-  for (int q = 0; q < FILTERS; ++q) scale[q] = t.weight[q] ? t.scale_of[q][o] : 0;
+  for (int q = 0; q < t.filters; ++q) {
+    scale[q] = t.scale_of[q][o];
+    std::memcpy(filter[q], filters + (o * t.filters + q) * K, sizeof filter[q]);
+  }
   const S scale_origin = t.scale_origin[o];
   for_inputs<S>(I, [&](int64_t i, auto n) INLINE_LAMBDA {
     Vector<S> flat[K], taps[K], origin[K];
@@ -357,7 +312,7 @@ void split_row(int64_t I, int64_t o, const S* grad, S* by_tap, const Branches<S>
     stream_flat<K>(d.origin + (o * I + i) * K, flat, n);
 #pragma GCC unroll 3
     for (int q = 0; q < FILTERS; ++q) {
-      if (!t.weight[q]) continue;
+      if (q == t.filters) break;
       Vector<S> x = filter[q][0] * taps[0];
 #pragma GCC unroll 16
       for (int k = 1; k < K; ++k) x += filter[q][k] * taps[k];
@@ -366,8 +321,7 @@ void split_row(int64_t I, int64_t o, const S* grad, S* by_tap, const Branches<S>
     }
   });
   d.scale_origin[o] = sum<S>(origin_total);
-  for (int q = 0; q < FILTERS; ++q)
-    if (t.weight[q]) d.scale_of[q][o] = sum<S>(filter_total[q]);
+  for (int q = 0; q < t.filters; ++q) d.scale_of[q][o] = sum<S>(filter_total[q]);
 }
 
 // The gradients of the depthwise separable branch, those of `depthwise` added up.
@@ -380,7 +334,7 @@ void separable_gradients(int64_t I, const S* by_tap, const S* separable,
     Vector<S> weight[R][M], d_weight[R][M], taps[R][K], flat[M];
     for (int r = 0; r < R; ++r) {
       load_flat<M>(separable + (r * I + i) * M, flat, n);
-      transpose_maps<S>(flat, weight[r]);
+      transpose<M, S>(flat, weight[r]);
 #pragma GCC unroll 16
       for (int k = 0; k < K; ++k) taps[r][k] = load(by_tap + (r * K + k) * I + i, n);
     }
@@ -410,7 +364,7 @@ void separable_gradients(int64_t I, const S* by_tap, const S* separable,
       }
     }
     for (int r = 0; r < R; ++r) {
-      transpose_maps_back<S>(d_weight[r], flat);
+      transpose_back<M, S>(d_weight[r], flat);
       stream_flat<M>(d_separable + (r * I + i) * M, flat, n);
     }
   });
@@ -422,7 +376,7 @@ void separable_gradients(int64_t I, const S* by_tap, const S* separable,
 // every task in sums of its own.
 template <typename S, int K>
 void split(int64_t I, int64_t start, int64_t stop, const S* grad, S* by_tap,
-           const Branches<S>& t, const Branches<S>& d, const S* frequencies,
+           const Branches<S>& t, const Branches<S>& d, const S* filters,
            int64_t tasks) {
   const int64_t groups = groups_of(stop - start);
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
@@ -431,7 +385,7 @@ void split(int64_t I, int64_t start, int64_t stop, const S* grad, S* by_tap,
       for_groups(start, stop, from, to, [&](int64_t first, auto R) {
         for (int64_t o = first; o < first + R; ++o)
           split_row<S, K>(I, o, grad + o * I * K, by_tap + (o - start) * K * I, t, d,
-                          frequencies);
+                          filters);
         if (t.separable)
           separable_gradients<S, K, R>(
               I, by_tap + (first - start) * K * I, t.separable + first * I * M,
@@ -471,65 +425,71 @@ void rescale(int64_t I, int64_t T, int64_t start, int64_t stop, S* by_tap,
   });
 }
 
-// ---- what Python calls ---------------------------------------------------------------
+// ---- the tensors ---------------------------------------------------------------------
 
-// Whether a tensor, if there is one, is what `data` and a loop over `size` numbers take.
-bool is_usable(const OptionalTensor& tensor, const Tensor& kernel, int64_t size) {
+// The parameters of a kernel come in this order: then the weights of all filters, and
+// those of the separable and the depthwise conv, if there are such.
+enum { SCALE, ORIGIN, FIRST, SECOND, WEIGHTS };
+
+// What else there is to know of a fold.
+struct Layout {
+  // Of `scale`: those of origin, the composed convs, all filters, and separable.
+  IntArrayRef rows;
+  bool has_identity;
+  const OptionalTensor& filters;
+
+  int64_t weights() const { return filters.has_value() ? filters->size(1) : 0; }
+  bool has_separable() const { return int64_t(rows.size()) > 2 + weights(); }
+  int64_t size() const { return WEIGHTS + weights() + 2 * has_separable(); }
+};
+
+// Whether a tensor is what `data` and a loop over `size` numbers take.
+bool is_usable(const Tensor& tensor, const Tensor& like, int64_t size) {
   // Some wrappers of modules take the memory of tensors away for a while.
-  return !tensor.has_value() ||
-         (tensor->dtype() == kernel.dtype() && tensor->device() == kernel.device() &&
-          tensor->is_contiguous() && tensor->numel() == size &&
-          tensor->const_data_ptr() != nullptr);
+  return tensor.dtype() == like.dtype() && tensor.device() == like.device() &&
+         tensor.is_contiguous() && tensor.numel() == size &&
+         tensor.const_data_ptr() != nullptr;
 }
 
-// The parameters of a kernel or their gradients, with the rows of `scale` that belong
-// to the branches.
-struct Tensors {
-  const Tensor& scale;
-  IntArrayRef rows;
-  const Tensor &origin, &first, &second;
-  const OptionalTensor &separable, &depthwise, &average, &frequency, &pointwise;
+// Whether there is code for a kernel of such parameters.
+bool fit(TensorList t, const Layout& layout) {
+  const Tensor &origin = t[ORIGIN], &scale = t[SCALE];
+  if (origin.dim() != 4 || origin.numel() == 0 || scale.dim() != 2) return false;
+  const int64_t O = origin.size(0), I = origin.size(1), K = origin[0][0].numel();
+  const int64_t T = t[FIRST].numel() / I;
+  const int64_t branches = layout.rows.size(), weights = layout.weights();
+  std::vector<int64_t> sizes{branches * O, O * I * K, T * I, O * K * T};
+  sizes.resize(WEIGHTS + weights, O * I);
+  if (layout.has_separable()) sizes.insert(sizes.end(), {O * I * M, I * M * K});
+  for (size_t i = 0; i < sizes.size(); ++i)
+    if (!is_usable(t[i], origin, sizes[i])) return false;
+  if (weights > 0 && !is_usable(*layout.filters, origin, O * weights * K)) return false;
+  const bool is_known = origin.dtype() == at::kFloat || origin.dtype() == at::kDouble;
+  return is_known && (K == 1 || K == 9);
+}
 
-  bool fit(const Tensor& kernel, const OptionalTensor& identity = {},
-           const OptionalTensor& filters = {}) const {
-    if (kernel.numel() == 0 || scale.dim() != 2) return false;
-    const int64_t O = kernel.size(0), I = kernel.size(1), K = kernel[0][0].numel();
-    const int64_t T = first.numel() / I;
-    return *std::max_element(rows.begin(), rows.end()) < scale.size(0) &&
-           separable.has_value() == depthwise.has_value() &&
-           is_usable(kernel, kernel, O * I * K) &&
-           is_usable(scale, kernel, scale.size(0) * O) &&
-           is_usable(origin, kernel, O * I * K) && is_usable(first, kernel, T * I) &&
-           is_usable(second, kernel, O * K * T) &&
-           is_usable(separable, kernel, O * I * M) &&
-           is_usable(depthwise, kernel, I * M * K) &&
-           is_usable(average, kernel, O * I) && is_usable(frequency, kernel, O * I) &&
-           is_usable(pointwise, kernel, O * I) && is_usable(identity, kernel, T * I) &&
-           is_usable(filters, kernel, O * K);
+template <typename S>
+Branches<S> branches_of(TensorList t, const Layout& layout, const Tensor& by_map) {
+  const int filters = layout.weights();
+  auto row = [&](int branch) {
+    return data<S>(t[SCALE]) + layout.rows[branch] * t[SCALE].size(1);
+  };
+  Branches<S> found{};
+  found.filters = filters;
+  found.origin = data<S>(t[ORIGIN]);
+  found.scale_origin = row(0);
+  found.scale_composed = row(1);
+  for (int q = 0; q < filters; ++q) {
+    found.weight[q] = data<S>(t[WEIGHTS + q]);
+    found.scale_of[q] = row(2 + q);
   }
-
-  // For a graph that has saved their former values.
-  void count_writes() const {
-    for (const OptionalTensor& tensor :
-         {OptionalTensor(scale), OptionalTensor(origin), OptionalTensor(first),
-          OptionalTensor(second), separable, depthwise, average, frequency, pointwise})
-      if (tensor.has_value()) tensor->unsafeGetTensorImpl()->bump_version();
+  if (layout.has_separable()) {
+    found.separable = data<S>(t[WEIGHTS + filters]);
+    found.depthwise = data<S>(by_map);
+    found.scale_separable = row(2 + filters);
   }
-
-  template <typename S>
-  Branches<S> branches(const Tensor& by_map) const {
-    S* scales = data<S>(scale);
-    auto scale_of = [&](int branch) { return scales + rows[branch] * scale.size(1); };
-    return {data<S>(origin),
-            data<S>(separable),
-            separable.has_value() ? data<S>(by_map) : nullptr,
-            {data<S>(average), data<S>(frequency), data<S>(pointwise)},
-            scale_of(0),
-            scale_of(1),
-            scale_of(2),
-            {scale_of(3), scale_of(4), scale_of(5)}};
-  }
-};
+  return found;
+}
 
 // What is needed for the time of a call, kept for the next one: memory from the system
 // is cleared, page by page, before use, which takes as long as half of a small fold.
@@ -544,21 +504,19 @@ Tensor scratch(Purpose purpose, IntArrayRef shape, const Tensor& like) {
   return tensor.narrow(0, 0, size).view(shape);
 }
 
-// The depthwise filters, (I, M, K), in the order of the sums, (M, K, I), and back.
-Tensor to_maps(const OptionalTensor& depthwise, int64_t I) {
-  if (!depthwise.has_value()) return {};
-  const Tensor filters = depthwise->view({I, -1}).t();
+// The depthwise filters, (I, M, K), in the order of the sums, (M, K, I).
+Tensor to_maps(TensorList t, const Layout& layout) {
+  if (!layout.has_separable()) return {};
+  const Tensor filters = t.back().view({t[ORIGIN].size(1), -1}).t();
   return scratch(BY_MAP, filters.sizes(), filters).copy_(filters);
 }
 
-void from_maps(const OptionalTensor& depthwise, const Tensor& by_map, int64_t I) {
-  if (depthwise.has_value()) depthwise->view({I, -1}).copy_(by_map.sum(0).t());
-}
-
-Tensor with_identity(const Tensor& first, const OptionalTensor& identity, int64_t I) {
-  if (!identity.has_value()) return first.view({-1, I});
-  Tensor sum = scratch(MATRIX, first.sizes(), first);
-  return at::add_out(sum, first, *identity).view({-1, I});
+Tensor with_identity(const Tensor& first, const Layout& layout) {
+  const Tensor matrix = first.flatten(1);
+  if (!layout.has_identity) return matrix;
+  Tensor sum = scratch(MATRIX, matrix.sizes(), matrix).copy_(matrix);
+  sum.diagonal().add_(1);
+  return sum;
 }
 
 // Calls f(first row, row after the last) for the blocks of a kernel.
@@ -570,121 +528,110 @@ void for_blocks(int64_t rows, int64_t size, F f) {
     f(start, std::min(start + step, rows));
 }
 
-// Calls f(S, K) with the number type and the taps of a kernel. Returns whether these
-// are such as there is code for.
+// Calls f(S, K) with the number type and the taps of a kernel.
 template <typename F>
-bool dispatch(const Tensor& kernel, F f) {
+void dispatch(const Tensor& kernel, F f) {
   using One = std::integral_constant<int, 1>;
   using Nine = std::integral_constant<int, 9>;
-  const bool is_float = kernel.scalar_type() == at::kFloat;
-  const int64_t taps = kernel[0][0].numel();
-  if (!is_float && kernel.scalar_type() != at::kDouble) return false;
-  if (taps != 1 && taps != 9) return false;
-  if (is_float && taps == 9) f(float(), Nine{});
-  if (is_float && taps == 1) f(float(), One{});
-  if (!is_float && taps == 9) f(double(), Nine{});
-  if (!is_float && taps == 1) f(double(), One{});
-  return true;
+  const bool is_float = kernel.dtype() == at::kFloat, has_taps = kernel.size(2) > 1;
+  if (is_float && has_taps) f(float(), Nine{});
+  if (is_float && !has_taps) f(float(), One{});
+  if (!is_float && has_taps) f(double(), Nine{});
+  if (!is_float && !has_taps) f(double(), One{});
 }
 
-bool fold(const Tensor& kernel, const OptionalTensor& identity,
-          const OptionalTensor& filters, IntArrayRef rows, const Tensor& scale,
-          const Tensor& origin, const Tensor& first, const Tensor& second,
-          const OptionalTensor& separable, const OptionalTensor& depthwise,
-          const OptionalTensor& average, const OptionalTensor& frequency,
-          const OptionalTensor& pointwise) {
-  // All that follows is written into what is there already.
+// ---- what Python calls ---------------------------------------------------------------
+
+// The kernels of several sets of parameters, one after another, or none if there is no
+// code for one of them.
+std::vector<Tensor> fold(TensorList parameters, IntArrayRef rows, bool has_identity,
+                         const OptionalTensor& filters) {
+  // What follows is written into new tensors and scratch memory.
   at::AutoDispatchBelowADInplaceOrView guard;
-  const Tensors tensors{scale,     rows,      origin,  first,     second,
-                        separable, depthwise, average, frequency, pointwise};
-  if (!tensors.fit(kernel, identity, filters)) return false;
-  const bool is_done = dispatch(kernel, [&](auto zero, auto taps) {
-    using S = decltype(zero);
-    constexpr int K = taps;
-    const int64_t O = kernel.size(0), I = kernel.size(1);
-    const Tensor by_map = to_maps(depthwise, I);
-    const auto t = tensors.branches<S>(by_map);
-    const Tensor matrix = with_identity(first, identity, I);
-    const Tensor left = second.view({O * K, -1});
-    for_blocks(O, I * K, [&](int64_t start, int64_t stop) {
-      const int64_t count = (stop - start) * K;
-      Tensor composed = scratch(ROWS, {count, I}, kernel);
-      at::mm_out(composed, left.narrow(0, start * K, count), matrix);
-      combine<S, K>(I, start, stop, data<S>(kernel), data<S>(composed), t,
-                    data<S>(filters));
+  const Layout layout{rows, has_identity, filters};
+  std::vector<Tensor> kernels;
+  for (size_t i = 0; i < parameters.size(); i += layout.size()) {
+    const TensorList t = parameters.slice(i, layout.size());
+    if (!fit(t, layout)) return {};
+    const Tensor kernel = at::empty(t[ORIGIN].sizes(), t[ORIGIN].options());
+    dispatch(kernel, [&](auto zero, auto taps) {
+      using S = decltype(zero);
+      constexpr int K = taps;
+      const int64_t O = kernel.size(0), I = kernel.size(1);
+      const auto branches = branches_of<S>(t, layout, to_maps(t, layout));
+      const Tensor matrix = with_identity(t[FIRST], layout);
+      const Tensor left = t[SECOND].view({O * K, -1});
+      for_blocks(O, I * K, [&](int64_t start, int64_t stop) {
+        const int64_t count = (stop - start) * K;
+        Tensor composed = scratch(ROWS, {count, I}, kernel);
+        at::mm_out(composed, left.narrow(0, start * K, count), matrix);
+        combine<S, K>(I, start, stop, data<S>(kernel), data<S>(composed), branches,
+                      filters.has_value() ? data<S>(*filters) : nullptr);
+      });
     });
-  });
-  if (is_done) kernel.unsafeGetTensorImpl()->bump_version();
-  return is_done;
+    kernels.push_back(kernel);
+  }
+  return kernels;
 }
 
-bool fold_gradients(
-    const Tensor& grad, const OptionalTensor& identity, const OptionalTensor& filters,
-    IntArrayRef rows, const Tensor& scale, const Tensor& origin, const Tensor& first,
-    const Tensor& second, const OptionalTensor& separable,
-    const OptionalTensor& depthwise, const OptionalTensor& average,
-    const OptionalTensor& frequency, const OptionalTensor& pointwise,
-    const Tensor& d_scale, const Tensor& d_origin, const Tensor& d_first,
-    const Tensor& d_second, const OptionalTensor& d_separable,
-    const OptionalTensor& d_depthwise, const OptionalTensor& d_average,
-    const OptionalTensor& d_frequency, const OptionalTensor& d_pointwise) {
+// The gradients of the parameters, in their order, or none.
+std::vector<Tensor> fold_gradients(TensorList grads, TensorList parameters,
+                                   IntArrayRef rows, bool has_identity,
+                                   const OptionalTensor& filters) {
   at::AutoDispatchBelowADInplaceOrView guard;
-  const Tensors tensors{scale,     rows,      origin,  first,     second,
-                        separable, depthwise, average, frequency, pointwise};
-  const Tensors gradients{d_scale,     rows,        d_origin,  d_first,     d_second,
-                          d_separable, d_depthwise, d_average, d_frequency, d_pointwise};
-  if (!tensors.fit(grad, identity, filters) || !gradients.fit(grad)) return false;
-  const bool is_done = dispatch(grad, [&](auto zero, auto taps) {
-    using S = decltype(zero);
-    constexpr int K = taps;
-    const int64_t O = grad.size(0), I = grad.size(1);
-    const Tensor by_map = to_maps(depthwise, I);
-    // A sum for every task: added up in the order in which threads finish, it would be
-    // another one in every run.
-    const int64_t tasks = at::get_num_threads();
-    Tensor d_by_map;
-    if (depthwise.has_value())
-      d_by_map = scratch(D_BY_MAP, {tasks, M * K, I}, grad).zero_();
-    const auto t = tensors.branches<S>(by_map);
-    const auto d = gradients.branches<S>(d_by_map);
-    const Tensor matrix = with_identity(first, identity, I);
-    const int64_t T = matrix.size(0);
-    const Tensor left = second.view({O * K, T});
-    Tensor d_matrix = d_first.view({T, I});
-    for_blocks(O, I * K, [&](int64_t start, int64_t stop) {
-      const int64_t count = (stop - start) * K;
-      const Tensor by_tap = scratch(ROWS, {count, I}, grad);
-      Tensor product = scratch(PRODUCT, {count, T}, grad);
-      split<S, K>(I, start, stop, data<S>(grad), data<S>(by_tap), t, d,
-                  data<S>(filters), tasks);
-      at::mm_out(product, by_tap, matrix.t());
-      rescale<S, K>(I, T, start, stop, data<S>(by_tap), data<S>(product),
-                    data<S>(second), data<S>(d_second), t, d);
-      at::addmm_out(d_matrix, d_matrix, left.narrow(0, start * K, count).t(), by_tap,
-                    start > 0);
+  const Layout layout{rows, has_identity, filters};
+  std::vector<Tensor> gradients;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const TensorList t = parameters.slice(i * layout.size(), layout.size());
+    const Tensor grad = grads[i].contiguous();
+    if (!fit(t, layout) || !is_usable(grad, t[ORIGIN], t[ORIGIN].numel())) return {};
+    std::vector<Tensor> found;
+    for (const Tensor& parameter : t) found.push_back(at::empty_like(parameter));
+    dispatch(t[ORIGIN], [&](auto zero, auto taps) {
+      using S = decltype(zero);
+      constexpr int K = taps;
+      const int64_t O = t[ORIGIN].size(0), I = t[ORIGIN].size(1);
+      // A sum for every task: added up in the order in which threads finish, it would
+      // be another one in every run.
+      const int64_t tasks = at::get_num_threads();
+      Tensor d_by_map;
+      if (layout.has_separable())
+        d_by_map = scratch(D_BY_MAP, {tasks, M * K, I}, grad).zero_();
+      const auto branches = branches_of<S>(t, layout, to_maps(t, layout));
+      const auto d = branches_of<S>(found, layout, d_by_map);
+      const Tensor matrix = with_identity(t[FIRST], layout);
+      const int64_t T = matrix.size(0);
+      const Tensor left = t[SECOND].view({O * K, T});
+      Tensor d_matrix = found[FIRST].view({T, I});
+      for_blocks(O, I * K, [&](int64_t start, int64_t stop) {
+        const int64_t count = (stop - start) * K;
+        const Tensor by_tap = scratch(ROWS, {count, I}, grad);
+        Tensor product = scratch(PRODUCT, {count, T}, grad);
+        split<S, K>(I, start, stop, data<S>(grad), data<S>(by_tap), branches, d,
+                    filters.has_value() ? data<S>(*filters) : nullptr, tasks);
+        at::mm_out(product, by_tap, matrix.t());
+        rescale<S, K>(I, T, start, stop, data<S>(by_tap), data<S>(product),
+                      data<S>(t[SECOND]), data<S>(found[SECOND]), branches, d);
+        at::addmm_out(d_matrix, d_matrix, left.narrow(0, start * K, count).t(), by_tap,
+                      start > 0);
+      });
+      if (layout.has_separable())
+        found.back().view({I, -1}).copy_(d_by_map.sum(0).t());
     });
-    from_maps(d_depthwise, d_by_map, I);
-  });
-  if (is_done) gradients.count_writes();
-  return is_done;
+    gradients.insert(gradients.end(), found.begin(), found.end());
+  }
+  return gradients;
 }
 
 }  // namespace
 
 TORCH_LIBRARY(mmorepa, library) {
   library.def(
-      "fold(Tensor(a!) kernel, Tensor? identity, Tensor? filters, int[] rows, "
-      "Tensor scale, Tensor origin, Tensor first, Tensor second, Tensor? separable, "
-      "Tensor? depthwise, Tensor? average, Tensor? frequency, Tensor? pointwise) "
-      "-> bool");
+      "fold(Tensor[] parameters, int[] rows, bool has_identity, Tensor? filters) "
+      "-> Tensor[]");
   library.def(
-      "fold_gradients(Tensor grad, Tensor? identity, Tensor? filters, int[] rows, "
-      "Tensor scale, Tensor origin, Tensor first, Tensor second, Tensor? separable, "
-      "Tensor? depthwise, Tensor? average, Tensor? frequency, Tensor? pointwise, "
-      "Tensor(a!) d_scale, Tensor(b!) d_origin, Tensor(c!) d_first, "
-      "Tensor(d!) d_second, Tensor(e!)? d_separable, Tensor(f!)? d_depthwise, "
-      "Tensor(g!)? d_average, Tensor(h!)? d_frequency, Tensor(i!)? d_pointwise) "
-      "-> bool");
+      "fold_gradients(Tensor[] grads, Tensor[] parameters, int[] rows, "
+      "bool has_identity, Tensor? filters) -> Tensor[]");
 }
 
 // For the CPU alone, so that tracers and other modes see whole folds.
