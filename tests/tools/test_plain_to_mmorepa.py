@@ -278,7 +278,7 @@ BAD = {
             'fc.weight': torch.zeros(7, 192),
             'fc.bias': torch.zeros(7),
         },
-        'does not fit the config: ',
+        'nothing in the checkpoint belongs to a OREPAResNet: it has features.0.weight',
     ),
     'no network': (lambda: dict(a=torch.zeros(3)), 'has no classifier'),
     'no checkpoint': (lambda: [1, 2], 'holds a list, not a checkpoint dict'),
