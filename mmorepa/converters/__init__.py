@@ -1,7 +1,7 @@
 """Checkpoints of other projects, translated."""
 
 from .architectures import ARCHITECTURES, backbone_of, identify
-from .plain import classifier_entries, plain_twin, start_from_plain
+from .plain import classifier_entries, plain_twin, start_from_plain, twin_entries
 from .published import from_published, to_published
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     'plain_twin',
     'start_from_plain',
     'to_published',
+    'twin_entries',
 ]

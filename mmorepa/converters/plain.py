@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Optional
 
 from mmengine.config import ConfigDict
@@ -123,10 +123,38 @@ def _check_head(model: nn.Module, entries: Mapping[str, Tensor]) -> None:
         )
 
 
+def twin_entries(
+    twin: nn.Module, backbone: StagedBackbone, state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Gives the entries of a classifier the names that they have in its plain twin.
+
+    torchvision, timm and mmpretrain have several names for one tensor; they meet in the
+    one that it has here.
+
+    Args:
+        twin (nn.Module): Built of :func:`plain_twin`.
+        backbone (StagedBackbone): That of the classifier.
+        state_dict (Mapping[str, Tensor]): See :func:`classifier_entries`.
+
+    Returns:
+        dict[str, Tensor]: Those that the twin does not have keep their names.
+    """
+
+    def by_our_names(keys: Iterable[str]) -> dict[str, str]:
+        names = [k[len(start) :] for k in keys if k.startswith(start)]
+        return {backbone.plain_name(n, names) or n: start + n for n in names}
+
+    start = 'backbone.'
+    entries = classifier_entries(state_dict)
+    theirs = by_our_names(twin.state_dict())
+    names = {key: theirs.get(name) for name, key in by_our_names(entries).items()}
+    return {names.get(key) or key: value for key, value in entries.items()}
+
+
 def plain_twin(model: Mapping) -> dict:
     """The config of a classifier with mmpretrain's own network as the backbone.
 
-    It takes a plain checkpoint's keys as they are, and shares no code with ours.
+    It shares no code with ours.
 
     Args:
         model (Mapping): The config of a classifier with a backbone of ours.

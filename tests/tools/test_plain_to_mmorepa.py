@@ -113,6 +113,16 @@ def test_blocks(files, block, capsys):
     assert 'Largest difference for random input of 64x48: ' in text
 
 
+def test_other_names_of_the_same_network(files):
+    """timm numbers the convs of stem and shortcuts otherwise than mmpretrain."""
+    timm = pytest.importorskip('timm')
+    plain = trained_like(timm.create_model('resnet18d', num_classes=7)).eval()
+    backbone = "type='OREPAResNet', depth=18, deep_stem=True, avg_down=True"
+    paths = files(plain.state_dict(), backbone, 512)
+    run_here(TOOL, *paths, *SHAPE)
+    check(plain, *paths[1:])
+
+
 NETWORKS = {
     'ResNet': (
         dict(type='ResNet', depth=50, stem_channels=24, base_channels=24),

@@ -10,7 +10,7 @@ from mmengine.config import Config, DictAction
 
 from mmorepa import __version__
 from mmorepa.backbones.staged_backbone import check_style
-from mmorepa.converters import classifier_entries, plain_twin, start_from_plain
+from mmorepa.converters import plain_twin, start_from_plain, twin_entries
 from mmorepa.engine import read_checkpoint, write_checkpoint
 from mmorepa.engine.checkpoint import load_strictly
 from mmorepa.engine.comparison import largest_difference, network_outputs
@@ -88,7 +88,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         check_style(model.backbone, args.source)
         cfg.model = plain_twin(cfg.model)
         twin = build_model(cfg)
-        load_strictly(twin, classifier_entries(checkpoint['state_dict']))
+        entries = twin_entries(twin, model.backbone, checkpoint['state_dict'])
+        load_strictly(twin, entries)
 
     channels = cfg.model.backbone.get('in_channels', 3)
     image = torch.randn(2, channels, *args.shape)
