@@ -16,6 +16,7 @@ NO_PARAMETER = (
     'mmorepa.switch_to_deploy(model) or deploy=True in conv_cfg'
 )
 _DRAWS = ('normal_', 'uniform_', 'kaiming_uniform_')
+_SETS = ('zero_', 'fill_', '__setitem__')
 
 
 class FoldedWeight(Tensor):
@@ -80,7 +81,7 @@ class FoldedWeight(Tensor):
         """Hands on what has been written."""
         whole = self.whole
         # Draws from a truncated distribution are drawn, and then worked upon.
-        whole.is_random = whole.is_random or name in _DRAWS
+        whole.is_random = name in _DRAWS or (whole.is_random and name not in _SETS)
         if not (whole.is_random and self.conv.has_own_start and self.conv.folds_online):
             kernel = whole.detach().as_subclass(Tensor)
             self.conv.start_kernel_from(kernel, exactly=not whole.is_random)

@@ -418,8 +418,10 @@ class ReparamConv2d(nn.Conv2d):
                 this kernel. Otherwise each output channel of theirs is multiplied by
                 the factor that gives it the same norm. Defaults to True.
         """
-        like = next(self.branches.parameters())
-        if like.is_meta:
+        like = next(self.branches.parameters(), None)
+        if like is None and exactly:
+            raise ValueError(f'{type(self).__name__} has a fixed kernel')
+        if like is None or like.is_meta:
             return
         with torch.inference_mode(False), torch.no_grad():
             kernel = kernel.to(like.device, torch.float64)

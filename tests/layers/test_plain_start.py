@@ -356,8 +356,24 @@ def test_random_rules_leave_convs_before_a_norm(options, rule):
     for name, value in conv.branches.state_dict().items():
         assert torch.equal(value, before[name])
     # What is no matter of scale is done.
+    weight = conv.weight.data.normal_()
+    weight[0].zero_()
+    assert not conv.kernel()[0].any()
     nn.init.zeros_(conv.weight)
     assert not conv.kernel().any()
+
+
+def test_rules_for_every_conv_inside():
+    """Branches without weights have nothing to start."""
+
+    def rule(module):
+        if isinstance(module, nn.Conv2d) and hasattr(module, 'weight'):
+            nn.init.kaiming_normal_(module.weight)
+
+    conv = DBBConv2d(4, 6, 3, padding=1).apply(rule)
+    average = next(m for m in conv.modules() if type(m).__name__ == 'AverageConv2d')
+    with torch.no_grad(), pytest.raises(ValueError, match='Average.* a fixed kernel'):
+        average.weight.zero_()
 
 
 @pytest.mark.parametrize('rule', [normal_init, trunc_normal_init])
