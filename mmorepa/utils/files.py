@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Gives the name to write to, which becomes ``path`` when all is written.
 
     Args:
@@ -16,7 +16,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         Path: A name beside it.
 
     Examples:
-        >>> with written_whole(Path('figures.json')) as file:
+        >>> with atomic_write(Path('figures.json')) as file:
         ...     file.write_text('{}')
     """
     temporary = path.with_name(f'.{path.name}')

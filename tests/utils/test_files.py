@@ -1,12 +1,12 @@
 import pytest
 
-from mmorepa.utils.files import written_whole
+from mmorepa.utils.files import atomic_write
 
 
 def test_replaces(tmp_path):
     path = tmp_path / 'a.txt'
     path.write_text('old')
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.write_text('new')
         assert path.read_text() == 'old'
     assert path.read_text() == 'new'
@@ -16,7 +16,7 @@ def test_replaces(tmp_path):
 def test_after_an_error(tmp_path):
     path = tmp_path / 'a.txt'
     path.write_text('old')
-    with pytest.raises(RuntimeError), written_whole(path) as file:
+    with pytest.raises(RuntimeError), atomic_write(path) as file:
         file.write_text('half')
         raise RuntimeError
     assert path.read_text() == 'old'

@@ -24,7 +24,7 @@ from mmorepa import switch_to_deploy
 from mmorepa.engine import read_checkpoint
 from mmorepa.engine.checkpoint import load_strictly, load_training_form
 from mmorepa.engine.config import check_data_folders, one_line_errors
-from mmorepa.utils.files import written_whole
+from mmorepa.utils.files import atomic_write
 
 COLUMNS = ('ground truth', 'training form', 'deployed')
 
@@ -126,7 +126,7 @@ def write(rows: list[list[np.ndarray]], path: Path) -> None:
             if i == 0:
                 axes[i][j].set_title(COLUMNS[j])
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, dpi=100, format='png')
     plt.close(figure)
 

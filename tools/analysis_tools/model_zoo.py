@@ -17,7 +17,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 from mmorepa import switch_to_deploy
 from mmorepa.engine.complexity import count_bytes, count_gflops, count_parameters
-from mmorepa.utils.files import written_whole
+from mmorepa.utils.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / 'configs' / 'imagenet'
@@ -225,7 +225,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         (DOCUMENT, to_document(entries)),
         (METAFILE, to_metafile(entries)),
     ):
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             file.write_text(text, encoding='utf-8')
         print(f'Wrote {path.relative_to(ROOT)}.')
 

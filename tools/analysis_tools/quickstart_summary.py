@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-from mmorepa.utils.files import written_whole
+from mmorepa.utils.files import atomic_write
 from mmorepa.utils.tables import format_table
 
 ACCURACY = 'accuracy/top1'
@@ -74,7 +74,7 @@ def plot(losses: list, accuracies: list, summary: dict, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.set_xlim(left=0)
     figure.suptitle('OREPA-ResNet-18 (slim) on handwritten digits')
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, dpi=120, format='png')
 
 
@@ -84,7 +84,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     curves = args.work_dir / 'curves.png'
     plot(*read_curves(args.work_dir / 'train'), summary, curves)
     target = args.work_dir / 'summary.json'
-    with written_whole(target) as file:
+    with atomic_write(target) as file:
         file.write_text(json.dumps(summary, indent=2) + '\n')
 
     headers = ('', 'training form', 'deployed')

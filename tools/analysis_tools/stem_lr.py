@@ -40,7 +40,7 @@ from mmorepa.engine.checkpoint import load_training_form
 from mmorepa.engine.config import check_data_folders, one_line_errors
 from mmorepa.layers import DeepLinearKernel, PlainKernel
 from mmorepa.utils.errors import CheckpointError
-from mmorepa.utils.files import written_whole
+from mmorepa.utils.files import atomic_write
 from mmorepa.utils.tables import format_table
 
 
@@ -227,7 +227,7 @@ def plot(
     for axes in (left, right):
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, dpi=120, format='png')
     plt.close(figure)
 
@@ -269,7 +269,7 @@ def show(figures: dict) -> None:
 def write_json(figures: dict, path: Path) -> None:
     """Writes the file, and the folder that it is in."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.write_text(json.dumps(figures, indent=2) + '\n')
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-from mmorepa.utils.files import written_whole
+from mmorepa.utils.files import atomic_write
 from mmorepa.utils.tables import format_table
 
 # Task: its name in the summary, its name for people, what the metric calls it, and
@@ -43,7 +43,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     seconds = {f'{task}_seconds': getattr(args, f'{task}_seconds') for task in TASKS}
     target = args.work_dir / 'summary.json'
     summary = {**json.loads(target.read_text()), **figures, **seconds}
-    with written_whole(target) as file:
+    with atomic_write(target) as file:
         file.write_text(json.dumps(summary, indent=2) + '\n')
     rows = [
         (

@@ -38,7 +38,7 @@ import mmorepa
 from mmorepa.engine.comparison import largest_difference, raw_outputs
 from mmorepa.engine.config import one_line_errors
 from mmorepa.layers import ReparamConv2d
-from mmorepa.utils.files import written_whole
+from mmorepa.utils.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]
 CONV = dict(type='OREPAConv2d')
@@ -348,7 +348,7 @@ def read_rows(path: Path) -> list[dict]:
 
 def write_rows(path: Path, rows: Iterable[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary, temporary.open('w', newline='') as file:
+    with atomic_write(path) as temporary, temporary.open('w', newline='') as file:
         writer = csv.DictWriter(file, FIELDS, restval='')
         writer.writeheader()
         writer.writerows(rows)
@@ -434,7 +434,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             seconds = time.perf_counter() - began
             values = [v for k, v in rows[-1].items() if v and k != 'table']
             print(f'{i} of {len(todo)} ({seconds:.0f} s)', *values, sep='  ')
-        with written_whole(args.out) as temporary:
+        with atomic_write(args.out) as temporary:
             temporary.write_text(to_markdown(rows, args.steps))
     failed = [row['model'] for row in rows if row['note']]
     print(f'{len(rows)} rows, {len(failed)} with a note. Wrote {args.out} and {path}.')

@@ -53,7 +53,7 @@ from mmorepa.layers import (
     held,
     pull_back,
 )
-from mmorepa.utils.files import written_whole
+from mmorepa.utils.files import atomic_write
 from mmorepa.utils.tables import format_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -761,7 +761,7 @@ def plot(results: list[dict], path: Path) -> None:
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=5
     )
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, dpi=130, format='png')
     plt.close(figure)
 
@@ -779,7 +779,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             print_tables(results[-1])
     args.out.mkdir(parents=True, exist_ok=True)
     document = dict(machine=machine(args), results=results)
-    with written_whole(args.out / 'train_cost.json') as file:
+    with atomic_write(args.out / 'train_cost.json') as file:
         file.write_text(json.dumps(document, indent=2) + '\n')
     plot(results, args.out / 'train_cost.png')
     print(f'\n{document["machine"]}')
