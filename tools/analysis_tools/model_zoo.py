@@ -17,6 +17,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 from mmorepa import switch_to_deploy
 from mmorepa.engine.complexity import count_bytes, count_gflops, count_parameters
+from mmorepa.engine.config import one_line_errors
 from mmorepa.utils.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -206,13 +207,14 @@ def to_metafile(entries: Sequence[Entry]) -> str:
     )
 
 
+@one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     paths = sorted(CONFIGS.glob('*.py'))
     if args.only:
         unknown = set(args.only) - {name_of(path) for path in paths}
         if unknown:
-            sys.exit(f'error: no config of the name {", ".join(sorted(unknown))}')
+            raise ValueError(f'no config of the name {", ".join(sorted(unknown))}')
         paths = [path for path in paths if name_of(path) in args.only]
     entries = []
     for i, path in enumerate(paths, 1):
