@@ -7,6 +7,7 @@ from typing import Optional
 
 import mmengine
 from mmengine.config import Config
+from mmengine.dist import is_main_process
 from mmengine.evaluator import DumpResults
 
 from mmorepa.engine.config import (
@@ -14,10 +15,11 @@ from mmorepa.engine.config import (
     build_runner,
     load_config,
     one_line_errors,
+    positive,
     use_tta,
     use_visualization,
 )
-from mmorepa.utils.errors import CheckpointError
+from mmorepa.utils.files import atomic_write, check_outputs
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -43,7 +45,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--show-dir', help='a folder for images of the predictions')
     parser.add_argument('--show', action='store_true', help='show them in windows')
     parser.add_argument(
-        '--interval', type=int, default=1, help='draw every so many images'
+        '--interval', type=positive, default=1, help='draw every so many images'
     )
     parser.add_argument(
         '--wait-time', type=float, default=2, help='seconds that a window stays'
@@ -60,8 +62,18 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return args
 
 
+class _DumpWhole(DumpResults):
+    """MMEngine's, which would leave half a file behind."""
+
+    def compute_metrics(self, results: list) -> dict:
+        with atomic_write(self.out_file_path) as file:
+            mmengine.dump(results, file)
+        return {}
+
+
 def prepare(args: argparse.Namespace) -> Config:
     """The config that the flags ask for."""
+    check_outputs([args.out], [args.config, args.checkpoint])
     if not os.path.isfile(args.checkpoint):
         raise FileNotFoundError(f'no checkpoint at {args.checkpoint!r}')
     cfg = load_config(args)
@@ -80,16 +92,16 @@ def prepare(args: argparse.Namespace) -> Config:
     return cfg
 
 
+@one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> dict:
     args = parse_args(argv)
-    with one_line_errors():
-        runner = build_runner(prepare(args), ('test',))
+    runner = build_runner(prepare(args), ('test',))
     if args.out and args.out_item != 'metrics':
-        runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
-    with one_line_errors((CheckpointError,)):
-        metrics = runner.test()
-    if args.out and args.out_item == 'metrics':
-        mmengine.dump(metrics, args.out)
+        runner.test_evaluator.metrics.append(_DumpWhole(out_file_path=args.out))
+    metrics = runner.test()
+    if args.out and args.out_item == 'metrics' and is_main_process():
+        with atomic_write(args.out) as file:
+            mmengine.dump(metrics, file)
     return metrics
 
 

@@ -11,7 +11,6 @@ from mmorepa.engine.config import (
     one_line_errors,
     use_amp,
 )
-from mmorepa.utils.errors import CheckpointError
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -45,32 +44,31 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    with one_line_errors():
-        cfg = load_config(args)
-        if args.no_validate:
-            cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
-        if args.amp:
-            use_amp(cfg)
-        if args.resume is not None:
-            cfg.resume = True
-            cfg.load_from = None if args.resume == 'auto' else args.resume
-        if args.auto_scale_lr:
-            if not cfg.get('auto_scale_lr'):
-                raise ValueError(
-                    '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in '
-                    'the config'
-                )
-            cfg.auto_scale_lr.enable = True
-        if args.no_persistent_workers:
-            for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
-                if cfg.get(name):
-                    cfg[name].persistent_workers = False
-        phases = ('train',) if cfg.get('val_cfg') is None else ('train', 'val')
-        runner = build_runner(cfg, phases)
-    with one_line_errors((CheckpointError,)):
-        runner.train()
+    cfg = load_config(args)
+    if args.no_validate:
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    if args.amp:
+        use_amp(cfg)
+    if args.resume is not None:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    if args.auto_scale_lr:
+        if not cfg.get('auto_scale_lr'):
+            raise ValueError(
+                '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in '
+                'the config'
+            )
+        cfg.auto_scale_lr.enable = True
+    if args.no_persistent_workers:
+        for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+            if cfg.get(name):
+                cfg[name].persistent_workers = False
+    phases = ('train',) if cfg.get('val_cfg') is None else ('train', 'val')
+    runner = build_runner(cfg, phases)
+    runner.train()
 
 
 if __name__ == '__main__':

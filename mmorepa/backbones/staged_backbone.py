@@ -42,6 +42,8 @@ class StagedBackbone(BaseModule):
     # and the kernel that every conv has there.
     PLAIN_KEYS: tuple[tuple[str, str], ...] = ()
     PLAIN_KERNEL = r'(.+)\.weight'
+    # Whether a state dict has to have all convs of the network, and no other.
+    must_fit = False
     _has_told = False
 
     def __init__(
@@ -151,14 +153,19 @@ class StagedBackbone(BaseModule):
 
         Raises:
             CheckpointError: If the checkpoint of a ``Pretrained`` ``init_cfg`` is a
-                local file that is not there, or of another ``style`` by its name.
+                local file that is not there, is damaged, is not that of this network,
+                or is of another ``style`` by its name.
         """
         configs = self.init_cfg or []
         for cfg in [configs] if isinstance(configs, dict) else configs:
             if cfg.get('type') == 'Pretrained':
                 _check_is_there(cfg['checkpoint'])
                 check_style(self, cfg['checkpoint'])
-        super().init_weights()
+        self.must_fit, before = True, self.must_fit
+        try:
+            super().init_weights()
+        finally:
+            self.must_fit = before
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         if not prefix:
@@ -177,6 +184,8 @@ class StagedBackbone(BaseModule):
                 f'nothing in the checkpoint belongs to a {type(self).__name__}: it has '
                 f'{", ".join(names[:3])}, …'
             )
+        if self.must_fit:
+            self._check_fits(state_dict, prefix)
         # Here and not in the convs, of which each knows of itself alone.
         if any(
             isinstance(module, ReparamConv2d)
@@ -190,6 +199,33 @@ class StagedBackbone(BaseModule):
                 logger='current',
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_fits(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """MMEngine only warns of what does not fit, and leaves it at random values."""
+        parts = tuple(f'{prefix}{name}.' for name in ('stem', *self.stage_names))
+        own, found = state_shapes(self), {}
+        for key, value in state_dict.items():
+            if key.startswith(parts) and not key.endswith('num_batches_tracked'):
+                found[key.removeprefix(prefix)] = tuple(value.shape)
+        for name, module in self.named_modules():
+            if not isinstance(module, ReparamConv2d) or '.branches' in name:
+                continue
+            entries = {k for k in found if k.startswith(f'{name}.')}
+            kinds = {key[len(name) + 1 :].split('.')[0] for key in entries}
+            kernel = f'{name}.branches.weight'  # The training form of a plain conv.
+            if module.deployed:
+                is_same = 'branches' not in kinds and 'norm' not in kinds
+            else:
+                is_same = 'branches' in kinds and (kernel in own or kernel not in found)
+            if entries and not is_same:  # It takes this form, or says why not.
+                for key in [k for k in {*own, *found} if k.startswith(f'{name}.')]:
+                    own.pop(key, None)
+                    found.pop(key, None)
+        problems = _differences(own, found)
+        if problems:
+            raise CheckpointError(
+                f'the checkpoint does not fit this {type(self).__name__}: {problems}'
+            )
 
     def _translate_plain(self, state_dict: dict[str, Tensor], prefix: str) -> None:
         """Gives the entries of a plain network the names that they have here."""

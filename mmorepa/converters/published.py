@@ -143,7 +143,8 @@ def to_published(
             extra = (unused or {}).get(pair.theirs)
             if unused is None:
                 extra = torch.zeros_like(value[:1])
-            if extra is not None:
+            if extra is not None:  # Text in files of safetensors.
+                extra = torch.as_tensor(extra, dtype=value.dtype)
                 value = torch.cat([value, extra])
         theirs[pair.theirs] = value
     renamed = published['renamed']

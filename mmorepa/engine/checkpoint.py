@@ -1,50 +1,28 @@
 """Checkpoints: read without trust, fold, write without leaving halves behind."""
 
 import copy
+import json
 import os
 import pickle
-import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.model import is_model_wrapper
+from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from ..layers import ReparamConv2d, is_switchable, switch_to_deploy
 from ..utils.errors import CheckpointError, name_keys
+from ..utils.files import PathLike, atomic_write
+from ..utils.weights import flaw
 from ..version import __version__
 
 _HISTORY_STATISTICS = ('mean', 'max', 'min', 'current')
-
-
-def allow_mmengine_checkpoints() -> None:
-    """Lets ``torch.load(weights_only=True)`` read what MMEngine's runner saves.
-
-    A runner's checkpoint holds the history of the logged values: MMEngine's
-    ``HistoryBuffer`` with numpy arrays, and four of its methods, which pickle
-    writes as calls of ``getattr``. PyTorch refuses all of them since 2.6, and so
-    MMEngine 0.10.7 can neither resume from nor test its own checkpoints. This
-    allows these classes and, in the place of ``getattr``, a function that serves
-    only the four methods; everything else stays refused.
-    """
-    scalar_types = [np.float64, np.float32, np.int64, np.int32, np.bool_]
-    numpy_core = np._core if hasattr(np, '_core') else np.core
-    torch.serialization.add_safe_globals(
-        [
-            HistoryBuffer,
-            (_history_statistic, 'builtins.getattr'),
-            # Both names: numpy 2 moved the module, and files name either.
-            (numpy_core.multiarray._reconstruct, 'numpy.core.multiarray._reconstruct'),
-            (numpy_core.multiarray._reconstruct, 'numpy._core.multiarray._reconstruct'),
-            (numpy_core.multiarray.scalar, 'numpy.core.multiarray.scalar'),
-            (numpy_core.multiarray.scalar, 'numpy._core.multiarray.scalar'),
-            np.ndarray,
-            np.dtype,
-            *{type(np.dtype(scalar)) for scalar in scalar_types},
-        ]
-    )
 
 
 def _history_statistic(owner: Any, name: str) -> Any:
@@ -57,12 +35,57 @@ def _history_statistic(owner: Any, name: str) -> Any:
     )
 
 
+def _history_globals() -> list:
+    scalar_types = [np.float64, np.float32, np.int64, np.int32, np.bool_]
+    numpy_core = np._core if hasattr(np, '_core') else np.core
+    return [
+        HistoryBuffer,
+        (_history_statistic, 'builtins.getattr'),
+        # Both names: numpy 2 moved the module, and files name either.
+        (numpy_core.multiarray._reconstruct, 'numpy.core.multiarray._reconstruct'),
+        (numpy_core.multiarray._reconstruct, 'numpy._core.multiarray._reconstruct'),
+        (numpy_core.multiarray.scalar, 'numpy.core.multiarray.scalar'),
+        (numpy_core.multiarray.scalar, 'numpy._core.multiarray.scalar'),
+        np.ndarray,
+        np.dtype,
+        *{type(np.dtype(scalar)) for scalar in scalar_types},
+    ]
+
+
+def allow_mmengine_checkpoints() -> None:
+    """Lets ``torch.load(weights_only=True)`` read what MMEngine's runner saves.
+
+    A runner's checkpoint holds the history of the logged values: MMEngine's
+    ``HistoryBuffer`` with numpy arrays, and four of its methods, which pickle
+    writes as calls of ``getattr``. PyTorch refuses all of them since 2.6, and so
+    MMEngine 0.10.7 can neither resume from nor test its own checkpoints. This
+    allows these classes and, in the place of ``getattr``, a function that serves
+    only the four methods; everything else stays refused.
+
+    It is for the whole process, for what MMEngine fetches from elsewhere; local files
+    are read by :func:`load_from_local`, which does not need it.
+    """
+    torch.serialization.add_safe_globals(_history_globals())
+
+
+@contextmanager
+def _history_allowed() -> Iterator[None]:
+    """As :func:`allow_mmengine_checkpoints`, for one read."""
+    before = torch.serialization.get_safe_globals()
+    try:
+        with torch.serialization.safe_globals(_history_globals()):
+            yield
+    finally:
+        # The end of such a scope removes what was allowed before it, too.
+        torch.serialization.add_safe_globals(before)
+
+
 def read_checkpoint(path: str, keep_prefix: bool = False) -> dict:
     """Reads a checkpoint file without running code that it may hold.
 
     Args:
         path (str): A file of ``torch.save``: a dict with a ``state_dict``, or a
-            bare state dict.
+            bare state dict. Or a ``.safetensors`` file.
         keep_prefix (bool): Whether to keep the ``module.`` that model wrappers put
             before every key. Defaults to False.
 
@@ -72,40 +95,99 @@ def read_checkpoint(path: str, keep_prefix: bool = False) -> dict:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a checkpoint, or holds more than tensors and
-            plain containers.
+        CheckpointError: If it is damaged, is not a checkpoint, holds more than
+            tensors and plain containers, or NaN, Inf or a negative variance.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f'no checkpoint at {path!r}')
-    try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except OSError:
-        raise
-    # A damaged file can make the unpickler fail in any way, also without a message.
-    except Exception as error:
-        raise ValueError(
-            f'{path!r} cannot be read as a checkpoint of tensors and plain '
-            f'containers, and nothing else is loaded for safety: {_reason(error)}'
-        ) from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(
-            f'{path!r} holds a {type(checkpoint).__name__}, not a checkpoint dict'
-        )
+    checkpoint = load_from_local(path)
     if 'state_dict' not in checkpoint:
         checkpoint = {'state_dict': checkpoint}
     state = checkpoint['state_dict']
-    if not isinstance(state, dict) or not all(
-        isinstance(value, Tensor) for value in state.values()
-    ):
-        raise ValueError(
-            f'{path!r} has no state dict of tensors: neither under '
-            "'state_dict' nor as a whole"
-        )
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f'{path!r}: {_NO_STATE}')
     if not keep_prefix:
         checkpoint['state_dict'] = {
             key.removeprefix('module.'): value for key, value in state.items()
         }
     return checkpoint
+
+
+# For init_cfg, load_from and resume, too. MMEngine's own loader checks nothing, and
+# OneDL's runs what is in a file that PyTorch refuses.
+@CheckpointLoader.register_scheme(prefixes='', force=True)
+def load_from_local(filename: str, map_location: Any = 'cpu') -> dict:
+    """Reads whatever a checkpoint file holds, as long as it is harmless and whole.
+
+    Args:
+        filename (str): The file.
+        map_location (Any): As that of :func:`torch.load`. Defaults to ``'cpu'``.
+
+    Returns:
+        dict: Tensors and plain containers.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: As :func:`read_checkpoint`.
+    """
+    filename = os.path.expanduser(filename)
+    if not os.path.isfile(filename):
+        raise FileNotFoundError(f'no checkpoint at {filename!r}')
+    try:
+        if filename.endswith('.safetensors'):
+            checkpoint = _read_safetensors(filename)
+        else:
+            if zipfile.is_zipfile(filename):
+                _check_archive(filename)
+            with _history_allowed():
+                checkpoint = torch.load(filename, map_location, weights_only=True)
+        problem = _problem(checkpoint, os.path.getsize(filename))
+    # A damaged file can make the unpickler fail in any way, also without a message.
+    except Exception as error:
+        raise CheckpointError(
+            f'{filename!r} cannot be read as a checkpoint of tensors and plain '
+            f'containers, and nothing else is loaded for safety: {_reason(error)}'
+        ) from error
+    if problem:
+        raise CheckpointError(f'{filename!r}: {problem}')
+    return checkpoint
+
+
+def _check_archive(path: str) -> None:
+    """Holds what a file of ``torch.save`` stores against the checksums in it."""
+    with zipfile.ZipFile(path) as archive:
+        # Nothing in it is compressed, as it is in files made to fill the memory.
+        if sum(i.file_size for i in archive.infolist()) > os.path.getsize(path):
+            raise ValueError('it would be larger than its file')
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f'its part {damaged!r} does not have its checksum')
+
+
+_NO_STATE = "no state dict of tensors, neither under 'state_dict' nor as a whole"
+
+
+def _problem(checkpoint: Any, size: int) -> str:
+    """What is wrong with the weights, by the first entry that is."""
+    if not isinstance(checkpoint, dict):
+        return f'holds a {type(checkpoint).__name__}, not a checkpoint dict'
+    if not isinstance(checkpoint.get('meta') or {}, dict):
+        return "its 'meta' is no dict"
+    state = checkpoint.get('state_dict', checkpoint)
+    if not isinstance(state, dict):
+        return _NO_STATE
+    # Some toolboxes have files with the weights under another name.
+    if state is checkpoint and not any(isinstance(v, Tensor) for v in state.values()):
+        return ''
+    for key, value in state.items():
+        if not isinstance(key, str):
+            return f'the key {key!r:.80} is no string'
+        if not isinstance(value, Tensor):
+            return _NO_STATE
+        if value.numel() * value.element_size() > size:
+            return f'{key!r}, of shape {tuple(value.shape)}, is larger than the file'
+        words = flaw(key, value)
+        if words:
+            return f'{key!r} {words}'
+    return ''
 
 
 def _reason(error: Exception) -> str:
@@ -119,38 +201,62 @@ def _reason(error: Exception) -> str:
     return lines[-1].rpartition('WeightsUnpickler error: ')[-1].split(' Please use')[0]
 
 
-def write_checkpoint(checkpoint: dict, path: str) -> None:
+def write_checkpoint(checkpoint: dict, path: PathLike) -> None:
     """Writes a checkpoint under a temporary name, then renames it.
 
     Args:
-        checkpoint (dict): What ``torch.save`` takes.
-        path (str): The file. Its folder is made if need be.
+        checkpoint (dict): What ``torch.save`` takes. As ``.safetensors``, its
+            ``state_dict`` and, as text, its ``meta`` are written, or a bare state dict.
+        path (str | Path): The file. Its folder is made if need be.
 
     Raises:
-        OSError: If the file cannot be written. What was there is left as it was.
+        OutputError: If the file cannot be written. What was there is left as it was.
+        ImportError: If ``safetensors`` is asked for and not installed.
     """
-    if os.path.isdir(path):
-        raise IsADirectoryError(f'{path!r} is a folder, not a file to write')
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(
-        dir=folder, prefix=f'.{os.path.basename(path)}.'
-    )
+    with atomic_write(path) as file:
+        if file.suffix == '.safetensors':
+            file.write_bytes(_to_safetensors(checkpoint))
+            return
+        try:
+            with file.open('wb') as stream:
+                torch.save(checkpoint, stream)
+        except RuntimeError as error:
+            # PyTorch hides what the system said.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def _safetensors() -> Any:
     try:
-        with os.fdopen(handle, 'wb') as file:
-            torch.save(checkpoint, file)
-        # mkstemp's file is private to its owner; a checkpoint is an ordinary file.
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            'files of safetensors need that package: pip install safetensors'
+        ) from error
+    return safetensors
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _read_safetensors(path: str) -> dict:
+    with _safetensors().safe_open(path, 'pt') as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        meta = (file.metadata() or {}).get('meta')
+    checkpoint = {'state_dict': state}
+    if meta is not None:
+        checkpoint['meta'] = json.loads(meta)
+    return checkpoint
+
+
+def _to_safetensors(checkpoint: dict) -> bytes:
+    state = checkpoint.get('state_dict', checkpoint)
+    # Each with memory of its own, which is what the format asks for.
+    state = {key: value.contiguous().clone() for key, value in state.items()}
+    meta = json.dumps(checkpoint.get('meta') or {}, default=_to_json)
+    return _safetensors().torch.save(state, {'format': 'pt', 'meta': meta})
+
+
+def _to_json(value: Any) -> Any:
+    return value.tolist() if hasattr(value, 'tolist') else str(value)
 
 
 def load_training_form(model: nn.Module, state_dict: dict[str, Tensor]) -> None:

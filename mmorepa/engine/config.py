@@ -5,6 +5,7 @@ import atexit
 import copy
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +16,12 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device, is_cuda_available
 from mmengine.logging import print_log
 from mmengine.registry import MODELS, RUNNERS, init_default_scope
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 from torch import nn
 
-from ..utils.errors import CheckpointError
+from ..backbones import StagedBackbone
+from ..utils.errors import CheckpointError, OutputError
+from ..utils.files import check_outputs
 from .checkpoint import load_strictly, read_checkpoint
 from .comparison import unwrapped
 
@@ -33,14 +36,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         action='store_true',
         help='do not pin memory in dataloaders',
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='settings that override the config, for example '
-        'train_cfg.max_epochs=10 model.backbone.strides="(1,2,2,1)"',
-    )
+    add_config_options(parser)
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
@@ -49,6 +45,64 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # torch.distributed.launch passes it with a hyphen since PyTorch 2.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+class _Settings(DictAction):
+    """MMEngine's own, with an error of the parser for what it cannot read."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        for value in values:
+            try:
+                super().__call__(parser, namespace, [value], option_string)
+            except Exception as error:
+                parser.error(
+                    f'{option_string} takes KEY=VALUE, found {value!r} ({error})'
+                )
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--cfg-options``, as all tools have it that read a config."""
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=_Settings,
+        metavar='KEY=VALUE',
+        help='settings that override the config, for example '
+        'train_cfg.max_epochs=10 model.backbone.strides="(1,2,2,1)"',
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, as the type of an argument."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text} is not at least 1')
+    return int(text)
+
+
+def read_config(path: str, options: Optional[dict] = None) -> Config:
+    """Reads a config, for every tool alike.
+
+    Args:
+        path (str): The file.
+        options (dict, optional): ``--cfg-options``. Defaults to None.
+
+    Returns:
+        Config: With the options, and with a model.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not Python, YAML or JSON, or has no model.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'no config at {path!r}')
+    if Path(path).suffix not in ('.py', '.yml', '.yaml', '.json'):
+        raise ValueError(f'{path!r} is no config: these are .py, .yml or .json files')
+    cfg = Config.fromfile(path)
+    if options is not None:
+        cfg.merge_from_dict(options)
+    if not isinstance(cfg.get('model'), dict):
+        raise ValueError(f"{path!r} has no 'model', which is what a config describes")
+    return cfg
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -62,12 +116,12 @@ def load_config(args: argparse.Namespace) -> Config:
         Config: ``--cfg-options`` come last and so win.
 
     Raises:
-        FileNotFoundError: If there is no such config.
+        OutputError: If the runner would write its copy of the config in the place of
+            the config.
+        Exception: As :func:`read_config`.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    if not os.path.isfile(args.config):
-        raise FileNotFoundError(f'no config at {args.config!r}')
-    cfg = Config.fromfile(args.config)
+    cfg = read_config(args.config)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
@@ -84,7 +138,19 @@ def load_config(args: argparse.Namespace) -> Config:
                 cfg[name].setdefault('collate_fn', dict(type='default_collate'))
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
+    _check_copy(args.config, os.path.join(cfg.work_dir, os.path.basename(args.config)))
     return cfg
+
+
+def _check_copy(path: str, copy: str) -> None:
+    """Whether the runner may write its copy of the config, with all settings."""
+    if not os.path.exists(copy) or not os.path.samefile(copy, path):
+        check_outputs([copy])
+    elif Config.fromfile(path).dump() != Path(path).read_text():
+        raise OutputError(
+            f'{path!r} is in the work folder, where its copy with all settings goes, '
+            'and would be lost; give another --work-dir'
+        )
 
 
 def build_model(cfg: Config) -> nn.Module:
@@ -156,7 +222,9 @@ def build_runner(cfg: Config, phases: tuple[str, ...]) -> Runner:
     Raises:
         FileNotFoundError: If a data folder or the checkpoint to load is missing.
         CheckpointError: If the checkpoint to test, or to resume from, does not fit
-            the model. MMEngine would go on with what fits, down to nothing.
+            the model. MMEngine would go on with what fits, down to nothing. That
+            another one to start from does not fit the backbone is found later, when
+            the runner loads it.
     """
     check_data_folders(cfg, phases)
     start = cfg.get('load_from')
@@ -169,6 +237,10 @@ def build_runner(cfg: Config, phases: tuple[str, ...]) -> Runner:
         start = find_latest_checkpoint(runner.work_dir)
     if start and (cfg.get('resume') or 'test' in phases):
         _check_checkpoint(runner.model, start, cfg.get('resume'))
+    elif start and isinstance(runner.model, nn.Module):
+        for module in runner.model.modules():
+            if isinstance(module, StagedBackbone):
+                module.must_fit = True
     return runner
 
 
@@ -177,11 +249,14 @@ def _check_checkpoint(model: object, path: str, resumes: bool) -> None:
         return  # Fetched, or built, by the runner when it starts.
     checkpoint = read_checkpoint(path)
     load_strictly(unwrapped(model), checkpoint['state_dict'])
-    missing = {'meta', 'message_hub', 'optimizer'} - checkpoint.keys()
+    parts = ('message_hub', 'meta', 'optimizer')
+    missing = [part for part in parts if not isinstance(checkpoint.get(part), dict)]
+    if 'meta' not in missing and not {'epoch', 'iter'} <= checkpoint['meta'].keys():
+        missing.append('meta')
     if resumes and missing:
         raise CheckpointError(
             f'{path!r} holds weights but not the state of a training run to resume '
-            f'({", ".join(sorted(missing))} missing); to start a new run from these '
+            f'({", ".join(missing)} missing); to start a new run from these '
             'weights: --cfg-options load_from=...'
         )
 
@@ -219,34 +294,43 @@ def _datasets(node: object) -> Iterator[dict]:
             yield from _datasets(item)
 
 
-USER_ERRORS = (
-    CheckpointError,
-    FileExistsError,
-    FileNotFoundError,
-    KeyError,
-    ValueError,
-)
+_USER_ERRORS = (KeyError, OSError, SyntaxError, ValueError, CheckpointError)
 
 
 @contextmanager
-def one_line_errors(
-    kinds: tuple[type[Exception], ...] = USER_ERRORS,
-) -> Iterator[None]:
+def one_line_errors() -> Iterator[None]:
     """Ends the program with one line for errors that are the user's to mend.
 
-    Set ``MMOREPA_TRACEBACK=1`` to see where they come from.
+    These are all that come before the first batch, from arguments, configs and files;
+    in the midst of a loop, those of checkpoints and outputs. Set
+    ``MMOREPA_TRACEBACK=1`` to see where they come from.
 
-    Args:
-        kinds (tuple[type[Exception], ...]): Which errors. Defaults to all that bad
-            arguments, configs and files cause.
+    Examples:
+        >>> @one_line_errors()
+        ... def main(argv=None): ...
     """
     try:
         yield
-    except kinds as error:
-        if os.environ.get('MMOREPA_TRACEBACK'):
+    except Exception as error:
+        is_ours = isinstance(error, (CheckpointError, OutputError))
+        if os.environ.get('MMOREPA_TRACEBACK') or (not is_ours and _in_loop(error)):
             raise
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        sys.exit(f'error: {" ".join(str(text).split())}')
+        text = ' '.join(str(text).split())
+        # A bare key, for one, says nothing on its own.
+        if ' ' not in text or not isinstance(error, _USER_ERRORS):
+            text = f'{type(error).__name__}: {text} (MMOREPA_TRACEBACK=1 shows where)'
+        # MMEngine quotes whole configs.
+        sys.exit(f'error: {text if is_ours or len(text) < 1000 else text[:999] + "…"}')
+
+
+def _in_loop(error: Exception) -> bool:
+    """Whether a runner's loop was under way."""
+    return any(
+        frame.f_code.co_name == 'run'
+        and isinstance(frame.f_locals.get('self'), BaseLoop)
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
 
 
 def _prepare_distributed_cpu(cfg: Config) -> None:

@@ -17,6 +17,7 @@ from torch.nn.utils import skip_init
 from ..functional import fuse_bn, is_followed
 from ..utils.autocast import HALF_DTYPES, no_autocast
 from ..utils.errors import CheckpointError
+from ..utils.weights import warn_of_flaws
 from .folded_weight import NO_PARAMETER, FoldedWeight
 
 if TYPE_CHECKING:
@@ -565,6 +566,7 @@ class ReparamConv2d(nn.Conv2d):
 
         MMEngine's loader and PyTorch's own both call this for every module.
         """
+        warn_of_flaws(state_dict, prefix, error_msgs)
         own = f'{prefix}branches.weight'
         if own in state_dict and not self.deployed and not _is_plain(self.branches):
             # The training form of a PlainConv2d, whose kernel is a parameter.

@@ -5,7 +5,11 @@ from typing import Optional
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint does not fit the model, or the form that the model is in."""
+    """A checkpoint is damaged, or does not fit the model or the form that it is in."""
+
+
+class OutputError(OSError):
+    """A file cannot be written, or would take the place of another."""
 
 
 def name_keys(what: str, keys: Collection[str], most: Optional[int] = 4) -> str:

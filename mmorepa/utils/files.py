@@ -1,27 +1,105 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and never in the place of another."""
 
-from collections.abc import Iterator
+import os
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Optional, Union
+
+from .errors import OutputError
+
+PathLike = Union[str, Path]
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: PathLike) -> Iterator[Path]:
     """Gives the name to write to, which becomes ``path`` when all is written.
 
     Args:
-        path (Path): The file to write, new or not. After an error it is as before.
+        path (str | Path): The file to write, new or not; its folder is made if need
+            be. A symbolic link stays, and what it points to is written. After an
+            error it is as before.
 
     Yields:
-        Path: A name beside it.
+        Path: A name beside it, with the same suffix.
+
+    Raises:
+        OutputError: If it cannot be written, or see :func:`check_outputs`.
 
     Examples:
-        >>> with written_whole(Path('figures.json')) as file:
+        >>> with atomic_write('figures.json') as file:
         ...     file.write_text('{}')
     """
-    temporary = path.with_name(f'.{path.name}')
+    check_outputs([path])
+    target = Path(os.path.realpath(path))
+    # Other processes may be writing the same file.
+    temporary = target.with_name(f'.{os.getpid()}.{target.name}')
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        temporary.replace(path)
+        with temporary.open('rb') as file:
+            os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, temporary)
+        temporary.replace(target)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(f'{str(path)!r} cannot be written: {reason}') from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # Before that, nothing may be made or seen, as where the name is too long.
+        if os.path.lexists(temporary):
+            temporary.unlink()
+
+
+def check_outputs(
+    outputs: Iterable[Optional[PathLike]], inputs: Iterable[Optional[PathLike]] = ()
+) -> None:
+    """Checks that writing these files destroys nothing else.
+
+    Args:
+        outputs (Iterable[str | Path | None]): The files to write; None is none.
+        inputs (Iterable[str | Path | None]): The files that are read. Defaults to
+            none.
+
+    Raises:
+        OutputError: If an output is a folder or a device, cannot be reached, is
+            protected, or is an input or another output, also by way of links.
+    """
+    known = {_identity(path): path for path in inputs if path is not None}
+    for path in outputs:
+        if path is None:
+            continue
+        name = str(path)
+        try:
+            mode = os.stat(name or '.').st_mode
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise OutputError(
+                f'{name!r} cannot be written: {error.strerror}'
+            ) from error
+        else:
+            if stat.S_ISDIR(mode):
+                raise OutputError(f'{name!r} is a folder, not a file to write')
+            if not stat.S_ISREG(mode):
+                raise OutputError(f'{name!r} is a device or a pipe, not a file')
+            if not os.access(name, os.W_OK):
+                raise OutputError(f'{name!r} is protected from being written')
+        identity = _identity(path)
+        if identity in known:
+            raise OutputError(
+                f'{name!r} would take the place of {str(known[identity])!r}, which '
+                'is the same file; write to another file'
+            )
+        known[identity] = path
+
+
+def _identity(path: PathLike) -> object:
+    """What all names of a file have in common, whether it is there or not."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return os.path.realpath(path)
+    return found.st_dev, found.st_ino

@@ -21,6 +21,7 @@ from mmorepa.layers import (
     PlainKernel,
     ReparamConv2d,
 )
+from mmorepa.utils.errors import CheckpointError
 
 
 def tiny(depth=18, **kwargs):
@@ -443,6 +444,56 @@ def test_a_line_for_each_load_that_folds(log):
     deployed.load_state_dict(deployed.state_dict())
     tiny().load_state_dict(state)
     assert not log
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        (dict(depth=34), 'keys missing: .*layer1.2.conv1'),
+        (dict(depth=50), 'of another shape: .*layer1'),
+        (dict(num_stages=2, out_indices=(1,)), ''),
+        (dict(base_channels=16), r'of another shape: .*\(.*, not \(.*\)'),
+        (dict(block='dbb'), 'keys left over|keys missing|of another shape'),
+    ],
+)
+@pytest.mark.parametrize('name', ['backbone', 'model'])
+def test_pretrained_of_another_network(checkpoints, name, options, words):
+    """MMEngine would warn, and leave what does not fit at its random values."""
+    init_cfg = dict(type='Pretrained', checkpoint=checkpoints[1][name])
+    net = tiny(**{'init_cfg': init_cfg, **options})
+    if not words:
+        net.init_weights()
+        return
+    with pytest.raises(CheckpointError, match=f'does not fit this OREPA.*{words}'):
+        net.init_weights()
+    assert not net.must_fit
+
+
+def test_pretrained_of_mixed_forms(checkpoints, tmp_path):
+    net, paths = checkpoints
+    state = dict(net.state_dict())
+    state['layer1.0.conv2.weight'] = torch.ones(net.layer1[0].conv2.weight.shape)
+    path = tmp_path / 'mixed.pth'
+    torch.save(state, path)
+    fresh = tiny(init_cfg=dict(type='Pretrained', checkpoint=str(path)))
+    with pytest.raises(CheckpointError, match='1 key left over: layer1.0.conv2.weight'):
+        fresh.init_weights()
+
+
+@pytest.mark.parametrize('kind', ['cut', 'nan', 'code'])
+def test_pretrained_from_a_damaged_file(checkpoints, tmp_path, kind):
+    path = tmp_path / 'damaged.pth'
+    state = dict(checkpoints[0].state_dict())
+    if kind == 'nan':
+        state['stem.norm.weight'] = state['stem.norm.weight'] * float('nan')
+    torch.save(dict(state_dict=state, code=eval) if kind == 'code' else state, path)
+    if kind == 'cut':
+        path.write_bytes(path.read_bytes()[:9000])
+    net = tiny(init_cfg=dict(type='Pretrained', checkpoint=str(path)))
+    words = dict(cut='cannot be read', nan="'stem.norm.weight' holds NaN", code='eval')
+    with pytest.raises(CheckpointError, match=words[kind]) as info:
+        net.init_weights()
+    assert str(path) in str(info.value)
 
 
 @pytest.mark.parametrize('name', ['backbone', 'model'])

@@ -4,11 +4,14 @@ import operator
 import os
 import pickle
 import stat
+import sys
+import zipfile
 
 import pytest
 import torch
 from helpers import assert_near, trained_like
 from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader, load_checkpoint
 from runners import TinyClassifier, logits_of, make_runner
 from torch import nn
 
@@ -21,7 +24,7 @@ from mmorepa.engine import (
 )
 from mmorepa.engine.checkpoint import load_strictly, load_training_form
 from mmorepa.layers import OREPAConv2d
-from mmorepa.utils.errors import CheckpointError
+from mmorepa.utils.errors import CheckpointError, OutputError
 
 
 @pytest.fixture(scope='module')
@@ -89,8 +92,8 @@ class TestSafeLoading:
         import numpy as np
 
         values = [np.float64(1.5), np.int64(3), np.bool_(True), np.arange(4.0)]
-        torch.save({'state_dict': {}, 'meta': values}, tmp_path / 'a.pth')
-        found = read_checkpoint(str(tmp_path / 'a.pth'))['meta']
+        torch.save({'state_dict': {}, 'values': values}, tmp_path / 'a.pth')
+        found = read_checkpoint(str(tmp_path / 'a.pth'))['values']
         assert [str(v) for v in found] == [str(v) for v in values]
         assert [v.dtype for v in found] == [v.dtype for v in values]
 
@@ -116,7 +119,7 @@ class TestSafeLoading:
         torch.save(state, path)
         with pytest.raises(pickle.UnpicklingError):
             torch.load(path, weights_only=True)
-        with pytest.raises(ValueError, match='cannot be read as a checkpoint') as info:
+        with pytest.raises(CheckpointError, match='cannot be read') as info:
             read_checkpoint(path)
         assert repr(path) in str(info.value)
         # PyTorch's own words propose to trust the file.
@@ -175,7 +178,7 @@ class TestRead:
         ],
     )
     def test_something_else(self, tmp_path, content, words):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(CheckpointError, match=words):
             read_checkpoint(self.write(tmp_path, content))
 
     @pytest.mark.parametrize(
@@ -183,7 +186,7 @@ class TestRead:
     )
     def test_no_checkpoint_at_all(self, tmp_path, content):
         (tmp_path / 'a.pth').write_bytes(content)
-        with pytest.raises(ValueError, match='cannot be read as a checkpoint'):
+        with pytest.raises(CheckpointError, match='cannot be read'):
             read_checkpoint(str(tmp_path / 'a.pth'))
 
     @pytest.mark.filterwarnings('ignore')
@@ -204,13 +207,113 @@ class TestRead:
             path.write_bytes(whole[:at] + bytes([value]) + whole[at + 1 :])
             try:
                 read_checkpoint(str(path))
-            except ValueError:
+            except CheckpointError:
                 refused += 1
         for end in range(0, len(whole), len(whole) // 20):
             path.write_bytes(whole[:end])
-            with pytest.raises(ValueError):
+            with pytest.raises(CheckpointError):
                 read_checkpoint(str(path))
         assert refused > 10
+
+    def test_zeros_in_an_archive(self, tmp_path):
+        """As a disk leaves them that lost a block: the archive's checksums tell."""
+        path = tmp_path / 'a.pth'
+        torch.save({'a': torch.ones(10000), 'b': torch.ones(10000)}, path)
+        whole = path.read_bytes()
+        at = whole.index(torch.ones(1000).numpy().tobytes()) + 4000
+        path.write_bytes(whole[:at] + bytes(4096) + whole[at + 4096 :])
+        assert not torch.load(path)['a'].all()
+        with pytest.raises(CheckpointError, match="'a/data/0' does not have its check"):
+            read_checkpoint(str(path))
+
+    def test_larger_than_its_file(self, tmp_path):
+        path = tmp_path / 'a.pth'
+        torch.save({'a': torch.zeros(100000)}, path)
+        with zipfile.ZipFile(path) as archive:
+            content = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+            for name, data in content.items():
+                archive.writestr(name, data)
+        with pytest.raises(CheckpointError, match='larger than its file'):
+            read_checkpoint(str(path))
+        huge = torch.zeros(1).expand(1 << 40)
+        path = self.write(tmp_path, {'a': huge})
+        with pytest.raises(CheckpointError, match="'a', .* is larger than the file"):
+            read_checkpoint(path)
+
+    @pytest.mark.parametrize(
+        'key, value, words',
+        [
+            (3, torch.ones(2), 'the key 3 is no string'),
+            ('a.weight', torch.tensor([1.0, float('nan')]), "'a.weight' holds NaN"),
+            ('a.weight', torch.tensor([1.0, -float('inf')]), "'a.weight' holds Inf"),
+            ('a', torch.tensor(float('nan')).half(), "'a' holds NaN"),
+            ('a.running_var', torch.tensor([1.0, -1e-9]), 'holds a negative variance'),
+            ('a.bias', torch.ones(2, dtype=torch.int8), 'holds torch.int8, where'),
+            ('a.weight_origin', torch.ones(2, dtype=torch.cfloat), 'holds torch.compl'),
+            ('a.weight', torch.ones(2).to_sparse(), "'a.weight' is sparse, quant"),
+            ('a.weight', torch.ones(2, device='meta'), "'a.weight' is sparse, quant"),
+        ],
+    )
+    def test_impossible_entries(self, tmp_path, key, value, words):
+        """Named by file and entry, by MMEngine's loading as well."""
+        path = self.write(tmp_path, {'state_dict': {'good': torch.ones(2), key: value}})
+        for read in (read_checkpoint, CheckpointLoader.load_checkpoint):
+            with pytest.raises(CheckpointError, match=words) as info:
+                read(path)
+            assert repr(path) in str(info.value)
+
+    def test_unusual_entries(self, tmp_path):
+        """All of these are found in sound checkpoints."""
+        state = {
+            'half.weight': torch.ones(2, dtype=torch.float16),
+            'bfloat.weight': torch.ones(2, dtype=torch.bfloat16),
+            'double.weight': torch.ones(2, dtype=torch.float64),
+            'transposed.weight': torch.ones(2, 3).T,
+            'zero.running_var': torch.zeros(2),
+            'num_batches_tracked': torch.tensor(3),
+            'relative_position_index': torch.arange(3),
+            'attn_mask': torch.tensor([0.0, -float('inf')]),
+            'empty.weight': torch.ones(0, 3),
+            # A sixth row that the published code leaves as the memory was.
+            'stage1.0.rbr_dense.vector': torch.tensor([[1.0]] * 5 + [[float('nan')]]),
+        }
+        found = read_checkpoint(self.write(tmp_path, state))['state_dict']
+        for key, value in state.items():
+            assert found[key].dtype == value.dtype
+            assert torch.equal(found[key].nan_to_num(), value.nan_to_num())
+
+    def test_state_under_another_name(self, tmp_path):
+        """As other toolboxes have it: MMEngine's affair, and none of our tools'."""
+        path = self.write(tmp_path, {'model': {'a': torch.ones(2)}})
+        assert set(CheckpointLoader.load_checkpoint(path)) == {'model'}
+
+    def test_leaves_what_is_allowed_in_the_process(self, saved, nothing_allowed):
+        """OneDL's loading opens such a scope, too."""
+        torch.serialization.add_safe_globals([HistoryBuffer, Call])
+        with torch.serialization.safe_globals([collections.Counter]):
+            read_checkpoint(saved)
+            allowed = torch.serialization.get_safe_globals()
+            assert set(allowed) == {HistoryBuffer, Call, collections.Counter}
+        allowed = torch.serialization.get_safe_globals()
+        assert set(allowed) == {HistoryBuffer, Call}
+        torch.serialization.clear_safe_globals()
+        assert isinstance(
+            read_checkpoint(saved)['message_hub']['log_scalars']['train/loss'],
+            HistoryBuffer,
+        )
+        assert torch.serialization.get_safe_globals() == []
+
+    def test_no_code_by_the_way_of_mmengine(self, tmp_path, monkeypatch):
+        """Even where PyTorch would run it."""
+        monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
+        trace = tmp_path / 'trace'
+        path = self.write(tmp_path, {'state_dict': {}, 'a': Call(os.mkdir, str(trace))})
+        torch.load(path)
+        trace.rmdir()
+        with pytest.raises(CheckpointError, match='for safety'):
+            load_checkpoint(TinyClassifier(), path)
+        assert not trace.exists()
 
     def test_missing(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"no checkpoint at '.*none\.pth'"):
@@ -255,9 +358,57 @@ class TestWrite:
         assert [p.name for p in tmp_path.iterdir()] == ['a.pth']
 
     def test_folder_in_the_way(self, tmp_path):
-        with pytest.raises(IsADirectoryError, match='is a folder'):
+        with pytest.raises(OutputError, match='is a folder'):
             write_checkpoint({}, f'{tmp_path}/')
         assert list(tmp_path.iterdir()) == []
+
+
+class TestSafetensors:
+    @pytest.fixture(autouse=True)
+    def library(self):
+        pytest.importorskip('safetensors')
+
+    def test_round_trip(self, tmp_path):
+        """Weights by the bit, and the meta data as text."""
+        state = dict(trained_like(TinyClassifier()).state_dict())
+        state['tied'] = state['turned'] = state['head.weight'].T
+        meta = dict(epoch=3, rows=dict(a=torch.ones(2)), path=tmp_path)
+        path = str(tmp_path / 'a.safetensors')
+        write_checkpoint(dict(state_dict=state, meta=meta, optimizer={}), path)
+        found = read_checkpoint(path)
+        assert found['meta'] == dict(epoch=3, rows=dict(a=[1, 1]), path=str(tmp_path))
+        assert found.keys() == {'state_dict', 'meta'}
+        assert found['state_dict'].keys() == state.keys()
+        assert all(torch.equal(found['state_dict'][k], v) for k, v in state.items())
+
+    def test_of_others(self, tmp_path):
+        """Without meta data; MMEngine loads it by the same reader."""
+        from safetensors.torch import save_file
+
+        model, path = trained_like(TinyClassifier()), str(tmp_path / 'a.safetensors')
+        save_file(model.state_dict(), path)
+        assert list(read_checkpoint(path)) == ['state_dict']
+        fresh = TinyClassifier()
+        load_checkpoint(fresh, path)
+        assert_near(logits_of(fresh), logits_of(model))
+
+    @pytest.mark.parametrize('end', [0, 7, 100, -1])
+    def test_cut(self, tmp_path, end):
+        path = tmp_path / 'a.safetensors'
+        write_checkpoint(TinyClassifier().state_dict(), path)
+        path.write_bytes(path.read_bytes()[:end])
+        with pytest.raises(CheckpointError, match='cannot be read'):
+            read_checkpoint(str(path))
+
+    def test_not_installed(self, tmp_path, monkeypatch):
+        path = tmp_path / 'a.safetensors'
+        path.write_text('old')
+        monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
+        with pytest.raises(CheckpointError, match='pip install safetensors'):
+            read_checkpoint(str(path))
+        with pytest.raises(ImportError, match='pip install safetensors'):
+            write_checkpoint({'a': torch.ones(1)}, path)
+        assert path.read_text() == 'old' and os.listdir(tmp_path) == [path.name]
 
 
 class TestDeploy:

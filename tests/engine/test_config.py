@@ -9,7 +9,7 @@ from helpers import counted_folds, import_models
 from mmengine.config import Config, ConfigDict
 from mmengine.model.wrappers import MMDistributedDataParallel
 from mmengine.registry import DefaultScope
-from runners import TinyClassifier
+from runners import Probe, TinyClassifier
 from torch import distributed
 
 import mmorepa.engine.config as config_module
@@ -25,7 +25,7 @@ from mmorepa.engine.config import (
     use_tta,
     use_visualization,
 )
-from mmorepa.utils.errors import CheckpointError
+from mmorepa.utils.errors import CheckpointError, OutputError
 
 DIGITS = (
     Path(__file__).parents[2] / 'configs/digits/resnet18-slim-orepa_1xb64_digits.py'
@@ -93,7 +93,7 @@ class TestLoadConfig:
     def test_images_are_stacked_for_classifiers_only(self, tmp_path, scope):
         config = tmp_path / 'own.py'
         config.write_text(
-            f'default_scope = {scope!r}\n'
+            f'default_scope = {scope!r}\nmodel = dict()\n'
             'train_dataloader = dict(dataset=dict(type="X"))\n'
             'val_dataloader = None\n'
         )
@@ -260,7 +260,7 @@ class TestOneLineErrors:
     @pytest.mark.parametrize(
         'error, text',
         [
-            (ValueError('bad'), 'error: bad'),
+            (ValueError('is bad'), 'error: is bad'),
             (FileNotFoundError('no file'), 'error: no file'),
             (FileNotFoundError(2, 'No such file', 'a'), "[Errno 2] No such file: 'a'"),
             (KeyError('X is not in the registry'), 'error: X is not in the registry'),
@@ -273,11 +273,15 @@ class TestOneLineErrors:
         assert str(info.value).startswith('error: ') and '\n' not in str(info.value)
         assert str(info.value).endswith(text)
 
-    def test_other_errors_keep_their_traceback(self):
-        with pytest.raises(TypeError), one_line_errors():
-            raise TypeError('a mistake of ours')
-        with pytest.raises(ValueError), one_line_errors((CheckpointError,)):
-            raise ValueError('a mistake of ours')
+    @pytest.mark.parametrize(
+        'error', [TypeError('a mistake of ours'), KeyError('model'), AssertionError()]
+    )
+    def test_says_more_where_the_text_says_little(self, error):
+        with pytest.raises(SystemExit) as info, one_line_errors():
+            raise error
+        start = f'error: {type(error).__name__}: '
+        assert str(info.value).startswith(start)
+        assert str(info.value).endswith('(MMOREPA_TRACEBACK=1 shows where)')
 
     def test_traceback(self, monkeypatch):
         monkeypatch.setenv('MMOREPA_TRACEBACK', '1')
@@ -521,6 +525,54 @@ class TestBuildRunner:
         (tmp_path / 'last_checkpoint').write_text('/elsewhere/epoch_1.pth')
         with pytest.raises(FileNotFoundError, match='/elsewhere/epoch_1.pth'):
             build_runner(tiny_config(tmp_path, resume=True), ('train',))
+
+    @pytest.mark.parametrize('phase', ['train', 'test'])
+    def test_errors_in_a_loop(self, tmp_path, phase):
+        """What breaks in the midst of it is nothing that a line explains."""
+
+        def fail(runner):
+            raise error
+
+        runner = build_runner(tiny_config(tmp_path), (phase,))
+        runner.register_hook(Probe(**{f'before_{phase}_epoch': fail}))
+        for error, expected in (
+            (ValueError('a mistake of theirs'), ValueError),
+            (CheckpointError('a checkpoint'), SystemExit),
+            (OutputError('an output'), SystemExit),
+        ):
+            with pytest.raises(expected, match=str(error)), one_line_errors():
+                getattr(runner, phase)()
+
+    @pytest.mark.parametrize(
+        'options',
+        [
+            dict(optim_wrapper=dict(optimizer=dict(type='SGD', rate=0.1))),
+            dict(param_scheduler=dict(type='Nothing')),
+        ],
+    )
+    def test_errors_before_a_loop(self, tmp_path, options):
+        """MMEngine builds optimizers and schedulers when the training starts."""
+        cfg = tiny_config(tmp_path, **options)
+        words = 'error: .*(rate|Nothing)'
+        with pytest.raises(SystemExit, match=words), one_line_errors():
+            build_runner(cfg, ('train',)).train()
+
+    @pytest.mark.parametrize('pretty', [False, True])
+    def test_config_in_the_work_folder(self, tmp_path, pretty):
+        """A copy of MMEngine's may be replaced by the next, all else is kept."""
+        config = tmp_path / DIGITS.name
+        if pretty:
+            Config.fromfile(DIGITS).dump(config)
+        else:
+            config.write_text(f'_base_ = {str(DIGITS)!r}  # mine\n')
+        (tmp_path / 'link').symlink_to(tmp_path)
+        for folder in (tmp_path, tmp_path / 'link'):
+            args = arguments('--work-dir', folder, config=config)
+            if pretty:
+                load_config(args)
+                continue
+            with pytest.raises(OutputError, match='give another --work-dir'):
+                load_config(args)
 
     def test_runner_type(self, tmp_path, monkeypatch):
         from mmengine.registry import RUNNERS

@@ -26,6 +26,7 @@ from published_layout import (
 from tool_runs import ROOT, command, run_apart, run_here
 
 from mmorepa.converters import from_published
+from mmorepa.engine import read_checkpoint
 from mmorepa.engine.comparison import network_outputs
 from mmorepa.utils.errors import CheckpointError
 
@@ -129,6 +130,34 @@ class TestTraining:
         run_here(TOOL, source, out)
         run_here(TOOL, out, tmp_path / 'back', '--reverse')
         assert_same_bits(read(tmp_path / 'back')['state_dict'], state)
+
+    @pytest.mark.parametrize('backbone_only', [False, True])
+    def test_safetensors(self, files, tmp_path, backbone_only):
+        """The same weights, and all that the way back needs."""
+        pytest.importorskip('safetensors')
+        state = trained_state(repvgg(*VGG, 'orepa', classes=7))
+        source, out = files(published_file(state))
+        flags = ['--backbone-only'] if backbone_only else []
+        run_here(TOOL, source, out, *flags)
+        other = tmp_path / 'ours.safetensors'
+        run_here(TOOL, source, other, *flags)
+        expected = read(out)['state_dict']
+        assert_same_bits(read_checkpoint(str(other))['state_dict'], expected)
+        if not backbone_only:
+            run_here(TOOL, other, tmp_path / 'back', '--reverse')
+            theirs = read(tmp_path / 'back')
+            assert_same_bits(theirs['state_dict'], state)
+            assert (theirs['epoch'], theirs['arch']) == (119, 'ResNet-18')
+
+    @pytest.mark.parametrize('value', [float('nan'), float('inf')])
+    def test_damaged_values(self, files, value):
+        state = small()
+        key = 'module.stage2.0.conv1.weight_orepa_origin'
+        state[key][1, 1] = value
+        source, out = files(published_file(state))
+        message = fails(source, out)
+        assert repr(key) in message and str(source) in message
+        assert not out.exists()
 
     def test_network_that_is_named(self, files, tmp_path, capsys):
         """The name decides, and is needed back from what a runner saved."""
@@ -241,7 +270,7 @@ class TestErrors:
     def test_source_is_kept(self, files):
         source, _ = files(published_file(small()))
         before = source.read_bytes()
-        assert 'is the checkpoint to read' in fails(source, source)
+        assert 'would take the place of' in fails(source, source)
         assert source.read_bytes() == before
 
     def test_folder_in_the_way(self, files, tmp_path):

@@ -82,7 +82,7 @@ def test_curves(work_dir):
 @pytest.mark.parametrize('name', ['test.json', 'switch.json', 'train'])
 def test_something_is_missing(work_dir, name):
     (work_dir / name).rename(work_dir / 'gone')
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(SystemExit, match=f'^error: .*{name}'):
         summarize(work_dir)
     assert not (work_dir / 'summary.json').exists()
     assert not (work_dir / 'curves.png').exists()

@@ -38,7 +38,7 @@ def test_appends(tmp_path, capsys):
 
 def test_nothing_is_written_without_all_results(tmp_path):
     (tmp_path / 'summary.json').write_text('{}')
-    with pytest.raises(FileNotFoundError, match='det'):
+    with pytest.raises(SystemExit, match='^error: .*det'):
         run_here(SUMMARY, tmp_path, '--det-seconds=10', '--seg-seconds=20')
     assert (tmp_path / 'summary.json').read_text() == '{}'
 

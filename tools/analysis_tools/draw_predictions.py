@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import mmcv
 import numpy as np
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
 from torch import nn
@@ -23,8 +23,14 @@ from torch.utils.data import Dataset
 from mmorepa import switch_to_deploy
 from mmorepa.engine import read_checkpoint
 from mmorepa.engine.checkpoint import load_strictly, load_training_form
-from mmorepa.engine.config import check_data_folders, one_line_errors
-from mmorepa.utils.files import written_whole
+from mmorepa.engine.config import (
+    add_config_options,
+    check_data_folders,
+    one_line_errors,
+    positive,
+    read_config,
+)
+from mmorepa.utils.files import atomic_write, check_outputs
 
 COLUMNS = ('ground truth', 'training form', 'deployed')
 
@@ -39,22 +45,13 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('deployed', help='the deployed checkpoint')
     parser.add_argument('out', type=Path, help='the PNG to write')
     parser.add_argument(
-        '--images', type=int, default=4, help='how many test images (default: 4)'
+        '--images', type=positive, default=4, help='how many test images (default: 4)'
     )
     parser.add_argument(
         '--score', type=float, default=0.5, help='lowest score of a box (default: 0.5)'
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='settings that override the config',
-    )
-    args = parser.parse_args(argv)
-    if args.images < 1:
-        parser.error('--images is at least 1')
-    return args
+    add_config_options(parser)
+    return parser.parse_args(argv)
 
 
 def load_models(cfg: Config, checkpoint: str, deployed: str) -> tuple[nn.Module, ...]:
@@ -125,32 +122,26 @@ def write(rows: list[list[np.ndarray]], path: Path) -> None:
             axes[i][j].axis('off')
             if i == 0:
                 axes[i][j].set_title(COLUMNS[j])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, dpi=100, format='png')
     plt.close(figure)
 
 
+@one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    with one_line_errors():
-        if not Path(args.config).is_file():
-            raise FileNotFoundError(f'no config at {args.config!r}')
-        cfg = Config.fromfile(args.config)
-        if args.cfg_options is not None:
-            cfg.merge_from_dict(args.cfg_options)
-        if cfg.get('default_scope') not in ('mmdet', 'mmseg'):
-            raise ValueError(
-                'this draws detectors and segmenters (default_scope mmdet or mmseg), '
-                f'found default_scope={cfg.get("default_scope")!r}'
-            )
-        check_data_folders(cfg, ('test',))
-        init_default_scope(cfg.default_scope)
-        models = load_models(cfg, args.checkpoint, args.deployed)
-        dataset = DATASETS.build(cfg.test_dataloader.dataset)
-    rows = draw_rows(cfg, models, dataset, args.images, args.score)
-    with one_line_errors((OSError,)):
-        write(rows, args.out)
+    check_outputs([args.out], [args.config, args.checkpoint, args.deployed])
+    cfg = read_config(args.config, args.cfg_options)
+    if cfg.get('default_scope') not in ('mmdet', 'mmseg'):
+        raise ValueError(
+            'this draws detectors and segmenters (default_scope mmdet or mmseg), '
+            f'found default_scope={cfg.get("default_scope")!r}'
+        )
+    check_data_folders(cfg, ('test',))
+    init_default_scope(cfg.default_scope)
+    models = load_models(cfg, args.checkpoint, args.deployed)
+    dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    write(draw_rows(cfg, models, dataset, args.images, args.score), args.out)
     print(f'Wrote {args.out}.')
 
 

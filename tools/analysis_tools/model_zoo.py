@@ -17,7 +17,8 @@ from mmengine.registry import MODELS, init_default_scope
 
 from mmorepa import switch_to_deploy
 from mmorepa.engine.complexity import count_bytes, count_gflops, count_parameters
-from mmorepa.utils.files import written_whole
+from mmorepa.engine.config import one_line_errors
+from mmorepa.utils.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / 'configs' / 'imagenet'
@@ -206,13 +207,14 @@ def to_metafile(entries: Sequence[Entry]) -> str:
     )
 
 
+@one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     paths = sorted(CONFIGS.glob('*.py'))
     if args.only:
         unknown = set(args.only) - {name_of(path) for path in paths}
         if unknown:
-            sys.exit(f'error: no config of the name {", ".join(sorted(unknown))}')
+            raise ValueError(f'no config of the name {", ".join(sorted(unknown))}')
         paths = [path for path in paths if name_of(path) in args.only]
     entries = []
     for i, path in enumerate(paths, 1):
@@ -225,7 +227,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         (DOCUMENT, to_document(entries)),
         (METAFILE, to_metafile(entries)),
     ):
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             file.write_text(text, encoding='utf-8')
         print(f'Wrote {path.relative_to(ROOT)}.')
 

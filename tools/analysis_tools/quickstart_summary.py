@@ -11,10 +11,12 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-from mmorepa.utils.files import written_whole
+from mmorepa.engine.config import one_line_errors
+from mmorepa.utils.files import atomic_write, check_outputs
 from mmorepa.utils.tables import format_table
 
 ACCURACY = 'accuracy/top1'
+INPUTS = ('switch.json', 'test.json', 'test_deploy.json')
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -27,11 +29,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def summarize(work_dir: Path, seconds: int, training_seconds: int) -> dict:
     """Collects the figures from the files that the tools have written."""
-    switch = _read(work_dir / 'switch.json')
+    switch, test, test_deploy = (_read(work_dir / name) for name in INPUTS)
     before, after = switch['training_form'], switch['deployed']
     return dict(
-        train_top1=_read(work_dir / 'test.json')[ACCURACY],
-        deploy_top1=_read(work_dir / 'test_deploy.json')[ACCURACY],
+        train_top1=test[ACCURACY],
+        deploy_top1=test_deploy[ACCURACY],
         max_abs_logit_diff=switch['differences']['test images']['absolute'],
         params_train=before['params'],
         params_deploy=after['params'],
@@ -74,17 +76,19 @@ def plot(losses: list, accuracies: list, summary: dict, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.set_xlim(left=0)
     figure.suptitle('OREPA-ResNet-18 (slim) on handwritten digits')
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, dpi=120, format='png')
 
 
+@one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
+    curves, target = args.work_dir / 'curves.png', args.work_dir / 'summary.json'
+    inputs = [args.work_dir / name for name in INPUTS]
+    check_outputs([curves, target], inputs)
     summary = summarize(args.work_dir, args.seconds, args.training_seconds)
-    curves = args.work_dir / 'curves.png'
     plot(*read_curves(args.work_dir / 'train'), summary, curves)
-    target = args.work_dir / 'summary.json'
-    with written_whole(target) as file:
+    with atomic_write(target) as file:
         file.write_text(json.dumps(summary, indent=2) + '\n')
 
     headers = ('', 'training form', 'deployed')

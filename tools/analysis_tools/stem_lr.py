@@ -22,7 +22,7 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch import Tensor, nn
@@ -37,10 +37,16 @@ from mmorepa.engine.amplification import (
     kernel_gradients,
 )
 from mmorepa.engine.checkpoint import load_training_form
-from mmorepa.engine.config import check_data_folders, one_line_errors
+from mmorepa.engine.config import (
+    add_config_options,
+    check_data_folders,
+    one_line_errors,
+    positive,
+    read_config,
+)
 from mmorepa.layers import DeepLinearKernel, PlainKernel
 from mmorepa.utils.errors import CheckpointError
-from mmorepa.utils.files import written_whole
+from mmorepa.utils.files import atomic_write, check_outputs
 from mmorepa.utils.tables import format_table
 
 
@@ -60,7 +66,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     parser.add_argument(
         '--draws',
-        type=int,
+        type=positive,
         default=4,
         help='random gradients for each conv (default: 4)',
     )
@@ -75,16 +81,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         '--out', type=Path, default=Path('stem_lr.png'), help='the PNG to write'
     )
     parser.add_argument('--json', type=Path, help='a file for the figures')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='settings that override the config',
-    )
+    add_config_options(parser)
     args = parser.parse_args(argv)
-    if args.draws < 1 or args.batches < 0:
-        parser.error('--draws is at least 1, --batches at least 0')
+    if args.batches < 0:
+        parser.error('--batches is at least 0')
     return args
 
 
@@ -226,8 +226,7 @@ def plot(
     right.legend(fontsize='small')
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, dpi=120, format='png')
     plt.close(figure)
 
@@ -268,40 +267,36 @@ def show(figures: dict) -> None:
 
 def write_json(figures: dict, path: Path) -> None:
     """Writes the file, and the folder that it is in."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.write_text(json.dumps(figures, indent=2) + '\n')
 
 
+@one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> dict:
     args = parse_args(argv)
-    with one_line_errors():
-        if not Path(args.config).is_file():
-            raise FileNotFoundError(f'no config at {args.config!r}')
-        cfg = Config.fromfile(args.config)
-        if args.cfg_options is not None:
-            cfg.merge_from_dict(args.cfg_options)
-        model = build(cfg, args.checkpoint, whole=args.batches > 0)
-        stem = next(
-            conv
-            for name, conv in folded_convs(model.backbone)
-            if name.split('.')[0] == 'stem'
-        )
-        gradients = None
-        if args.batches:
-            gradients = kernel_gradients(model, training_batches(cfg, args.batches))
-        layers = backbone_amplifications(model.backbone, args.draws, gradients)
-        kernels = kernels_to_compare(stem, plain_stem(cfg, stem, args.plain_checkpoint))
+    inputs = [args.config, args.checkpoint, args.plain_checkpoint]
+    check_outputs([args.out, args.json], inputs)
+    cfg = read_config(args.config, args.cfg_options)
+    model = build(cfg, args.checkpoint, whole=args.batches > 0)
+    stem = next(
+        conv
+        for name, conv in folded_convs(model.backbone)
+        if name.split('.')[0] == 'stem'
+    )
+    gradients = None
+    if args.batches:
+        gradients = kernel_gradients(model, training_batches(cfg, args.batches))
+    layers = backbone_amplifications(model.backbone, args.draws, gradients)
+    kernels = kernels_to_compare(stem, plain_stem(cfg, stem, args.plain_checkpoint))
     figures = summarize(layers)
     figures['weights'] = {
         name: distribution(kernel)._asdict() for name, kernel in kernels.items()
     }
     figures['layers'] = [layer._asdict() for layer in layers]
     show(figures)
-    with one_line_errors((OSError,)):
-        plot(layers, kernels, args.out)
-        if args.json:
-            write_json(figures, args.json)
+    plot(layers, kernels, args.out)
+    if args.json:
+        write_json(figures, args.json)
     print(f'Wrote {args.out}.')
     return figures
 

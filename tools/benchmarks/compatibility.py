@@ -36,9 +36,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import mmorepa
 from mmorepa.engine.comparison import largest_difference, raw_outputs
-from mmorepa.engine.config import one_line_errors
+from mmorepa.engine.config import one_line_errors, positive
 from mmorepa.layers import ReparamConv2d
-from mmorepa.utils.files import written_whole
+from mmorepa.utils.files import atomic_write, check_outputs
 
 ROOT = Path(__file__).resolve().parents[2]
 CONV = dict(type='OREPAConv2d')
@@ -108,7 +108,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         help="models whose name matches, such as 'mmdet:retinanet*'",
     )
     parser.add_argument(
-        '--steps', type=int, default=50, help='of the table fresh (default: 50)'
+        '--steps', type=positive, default=50, help='of the table fresh (default: 50)'
     )
     parser.add_argument(
         '--out',
@@ -347,8 +347,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def write_rows(path: Path, rows: Iterable[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary, temporary.open('w', newline='') as file:
+    with atomic_write(path) as temporary, temporary.open('w', newline='') as file:
         writer = csv.DictWriter(file, FIELDS, restval='')
         writer.writeheader()
         writer.writerows(rows)
@@ -406,10 +405,12 @@ def to_markdown(rows: list[dict], steps: int) -> str:
     return '\n'.join(lines) + '\n'
 
 
+@one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     MMLogger.get_instance('mmorepa', log_level='ERROR')
     path = args.out.with_suffix('.csv')
+    check_outputs([args.out, path])
     rows = read_rows(path)
     done = {(row['table'], row['model']) for row in rows}
     todo = [
@@ -418,24 +419,23 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         for name in TABLES[table]
         if fnmatch.fnmatchcase(name, args.only) and (table, name) not in done
     ]
-    with one_line_errors():
-        if not todo and not rows:
-            raise ValueError(f'no model has a name like {args.only!r}')
-        for i, (table, name) in enumerate(todo, 1):
-            began = time.perf_counter()
-            try:
-                row = ROWS[table](name, args.steps)
-            except Exception as error:  # A row says what fails; the others go on.
-                text = ' '.join(str(error).split())
-                row = dict(note=f'{type(error).__name__}: {text[:160]}')
-            rows.append({**dict.fromkeys(FIELDS, ''), 'table': table, 'model': name})
-            rows[-1].update({key: str(value) for key, value in row.items()})
-            write_rows(path, rows)
-            seconds = time.perf_counter() - began
-            values = [v for k, v in rows[-1].items() if v and k != 'table']
-            print(f'{i} of {len(todo)} ({seconds:.0f} s)', *values, sep='  ')
-        with written_whole(args.out) as temporary:
-            temporary.write_text(to_markdown(rows, args.steps))
+    if not todo and not rows:
+        raise ValueError(f'no model has a name like {args.only!r}')
+    for i, (table, name) in enumerate(todo, 1):
+        began = time.perf_counter()
+        try:
+            row = ROWS[table](name, args.steps)
+        except Exception as error:  # A row says what fails; the others go on.
+            text = ' '.join(str(error).split())
+            row = dict(note=f'{type(error).__name__}: {text[:160]}')
+        rows.append({**dict.fromkeys(FIELDS, ''), 'table': table, 'model': name})
+        rows[-1].update({key: str(value) for key, value in row.items()})
+        write_rows(path, rows)
+        seconds = time.perf_counter() - began
+        values = [v for k, v in rows[-1].items() if v and k != 'table']
+        print(f'{i} of {len(todo)} ({seconds:.0f} s)', *values, sep='  ')
+    with atomic_write(args.out) as temporary:
+        temporary.write_text(to_markdown(rows, args.steps))
     failed = [row['model'] for row in rows if row['note']]
     print(f'{len(rows)} rows, {len(failed)} with a note. Wrote {args.out} and {path}.')
     if failed:

@@ -35,8 +35,8 @@ from studies import (
     train,
 )
 
-from mmorepa.engine.config import USER_ERRORS, check_data_folders, one_line_errors
-from mmorepa.utils.files import written_whole
+from mmorepa.engine.config import check_data_folders, one_line_errors, positive
+from mmorepa.utils.files import atomic_write, check_outputs
 
 KEY = ('task', 'name', 'seed', 'epochs')
 VALUES = ('value', 'seconds')
@@ -172,7 +172,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     parser.add_argument('--tasks', nargs='+', choices=TASKS, default=[*TASKS])
     parser.add_argument(
-        '--seeds', type=int, default=5, help='how many of them (default: 5)'
+        '--seeds', type=positive, default=5, help='how many of them (default: 5)'
     )
     parser.add_argument(
         '--out',
@@ -322,7 +322,7 @@ def plot(results: Results, path: Path) -> None:
         axes.set(title=spec.text, ylabel='difference to plain, within a seed')
         axes.grid(alpha=0.3, axis='y')
     figure.suptitle('Each seed, and the mean with its 95 % interval', fontsize='medium')
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, dpi=120, format='png')
     plt.close(figure)
 
@@ -333,25 +333,26 @@ def check_data(task: Task) -> None:
         check_data_folders(merged(config, options), ('train', 'val'))
 
 
+@one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    with one_line_errors((*USER_ERRORS, RuntimeError)):
-        results = Results(args.out / 'results.csv', KEY, VALUES)
-        if not args.report_only:
-            for task in args.tasks:
-                check_data(TASKS[task])
-            # Seed by seed, so that a part of the study is one of fewer seeds.
-            jobs = [
-                job
-                for seed in range(args.seeds)
-                for task in args.tasks
-                for job in jobs_of(task, seed, args.out / 'runs')
-            ]
-            run_jobs(jobs, results)
-        if not results.rows:
-            raise ValueError(f"no rows in '{results.path}'; run without --report-only")
+    check_outputs(args.out / f'results.{suffix}' for suffix in ('csv', 'md', 'png'))
+    results = Results(args.out / 'results.csv', KEY, VALUES)
+    if not args.report_only:
+        for task in args.tasks:
+            check_data(TASKS[task])
+        # Seed by seed, so that a part of the study is one of fewer seeds.
+        jobs = [
+            job
+            for seed in range(args.seeds)
+            for task in args.tasks
+            for job in jobs_of(task, seed, args.out / 'runs')
+        ]
+        run_jobs(jobs, results)
+    if not results.rows:
+        raise ValueError(f"no rows in '{results.path}'; run without --report-only")
     tables = to_markdown(results)
-    with written_whole(args.out / 'results.md') as file:
+    with atomic_write(args.out / 'results.md') as file:
         file.write_text(tables + '\n')
     plot(results, args.out / 'results.png')
     print(f'{tables}\n\nWrote results.md and results.png beside {results.path}.')

@@ -22,7 +22,7 @@ from typing import NamedTuple, Optional
 from mmengine.config import Config
 from scipy import stats
 
-from mmorepa.utils.files import written_whole
+from mmorepa.utils.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -173,8 +173,7 @@ class Results:
     def add(self, row: Mapping[str, str]) -> None:
         """Appends a row, and writes the file."""
         self.rows.append({name: row[name] for name in self.fields})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(self.path) as path, path.open('w', newline='') as file:
+        with atomic_write(self.path) as path, path.open('w', newline='') as file:
             writer = csv.DictWriter(file, self.fields, lineterminator='\n')
             writer.writeheader()
             writer.writerows(self.rows)

@@ -43,6 +43,7 @@ import matplotlib.pyplot as plt
 
 from mmorepa import switch_to_deploy
 from mmorepa.engine import FoldedDistributedDataParallel, FoldedOptimWrapper
+from mmorepa.engine.config import one_line_errors, positive, read_config
 from mmorepa.functional import compiled, compose_deep_linear
 from mmorepa.layers import (
     FoldedKernel,
@@ -53,7 +54,7 @@ from mmorepa.layers import (
     held,
     pull_back,
 )
-from mmorepa.utils.files import written_whole
+from mmorepa.utils.files import atomic_write, check_outputs
 from mmorepa.utils.tables import format_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +92,15 @@ VARIANTS = {
 OREPA = 'OREPA, folded'
 
 
+def device(text: str) -> str:
+    """A device that is there, as the type of an argument."""
+    try:
+        torch.empty(0, device=text)
+    except Exception as error:
+        raise argparse.ArgumentTypeError(f'{text!r} cannot be used: {error}') from error
+    return text
+
+
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description='Measures what training a re-parameterised network costs.'
@@ -102,16 +112,16 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     parser.add_argument(
         '--batch-size',
-        type=int,
+        type=positive,
         nargs='+',
         help='images a step: one figure, or one for each config; default 16, but 8 '
         'for the default ResNet-50',
     )
-    parser.add_argument('--size', type=int, default=224, help='of the images')
-    parser.add_argument('--rounds', type=int, default=15)
-    parser.add_argument('--threads', type=int, default=2, help='of the CPU')
+    parser.add_argument('--size', type=positive, default=224, help='of the images')
+    parser.add_argument('--rounds', type=positive, default=15)
+    parser.add_argument('--threads', type=positive, default=2, help='of the CPU')
     parser.add_argument(
-        '--device', default='cuda' if torch.cuda.is_available() else 'cpu'
+        '--device', type=device, default='cuda' if torch.cuda.is_available() else 'cpu'
     )
     parser.add_argument('--out', type=Path, default=Path('work_dirs/train_cost'))
     args = parser.parse_args(argv)
@@ -597,12 +607,12 @@ def onnx_session(model: nn.Module, images: Tensor) -> Optional[object]:
 
 
 def load(path: str) -> Config:
-    cfg = Config.fromfile(ROOT / path)
+    cfg = read_config(str(ROOT / path))
     if (
-        cfg.model.type != 'ImageClassifier'
+        cfg.model.get('type') != 'ImageClassifier'
         or cfg.model.backbone.get('block') != 'orepa'
     ):
-        raise SystemExit(
+        raise ValueError(
             f"{path}: this takes classifiers whose backbone has block='orepa'"
         )
     return cfg
@@ -761,13 +771,16 @@ def plot(results: list[dict], path: Path) -> None:
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=5
     )
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, dpi=130, format='png')
     plt.close(figure)
 
 
+@one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
+    figures, chart = args.out / 'train_cost.json', args.out / 'train_cost.png'
+    check_outputs([figures, chart], [ROOT / path for path, _ in args.runs])
     configs = {path: load(path) for path, _ in args.runs}
     torch.set_num_threads(args.threads)
     # Without the tables of parameter groups.
@@ -777,13 +790,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         for path, batch_size in args.runs:
             results.append(measure(path, configs[path], batch_size, args))
             print_tables(results[-1])
-    args.out.mkdir(parents=True, exist_ok=True)
     document = dict(machine=machine(args), results=results)
-    with written_whole(args.out / 'train_cost.json') as file:
+    with atomic_write(figures) as file:
         file.write_text(json.dumps(document, indent=2) + '\n')
-    plot(results, args.out / 'train_cost.png')
+    plot(results, chart)
     print(f'\n{document["machine"]}')
-    print(f'Figures: {args.out}/train_cost.json   Chart: {args.out}/train_cost.png')
+    print(f'Figures: {figures}   Chart: {chart}')
 
 
 if __name__ == '__main__':

@@ -15,7 +15,6 @@ OUT/digits.json says that the folders are this tool's, which may replace them.
 import argparse
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +24,10 @@ import cv2
 import mmcv
 import numpy as np
 from sklearn.datasets import load_digits
+
+from mmorepa.engine.config import one_line_errors
+from mmorepa.utils.errors import OutputError
+from mmorepa.utils.files import atomic_write, check_outputs
 
 SPLITS = ('train', 'val')
 FOLDERS = (*SPLITS, 'coco', 'cityscapes')
@@ -204,14 +207,20 @@ def write_all(out: Path) -> dict[str, int]:
         dict[str, int]: Single digits by split.
 
     Raises:
-        FileExistsError: If a folder is there that this tool has not written.
+        OutputError: If a folder is there that this tool has not written, or a link.
     """
     foreign = [f for f in FOLDERS if (out / f).exists()]
     if foreign and not (out / MARKER).exists():
-        raise FileExistsError(
+        raise OutputError(
             f"'{out / foreign[0]}' is there and was not written by this tool (there "
             f'is no {MARKER}); choose another folder'
         )
+    for folder in FOLDERS:
+        if (out / folder).is_symlink():
+            raise OutputError(
+                f"'{out / folder}' is a link, and what it points to would be lost"
+            )
+    check_outputs([out / MARKER])
     splits = split_digits()
     counts = {split: len(digits) for split, digits in splits.items()}
     out.mkdir(parents=True, exist_ok=True)
@@ -220,19 +229,18 @@ def write_all(out: Path) -> dict[str, int]:
         write_coco(splits, Path(temporary, 'coco'))
         write_cityscapes(splits, Path(temporary, 'cityscapes'))
         # Before the folders, so that an interrupted run can be repeated.
-        (out / MARKER).write_text(json.dumps(counts) + '\n')
+        with atomic_write(out / MARKER) as file:
+            file.write_text(json.dumps(counts) + '\n')
         for folder in FOLDERS:
             shutil.rmtree(out / folder, ignore_errors=True)
             Path(temporary, folder).rename(out / folder)
     return counts
 
 
+@one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    try:
-        counts = write_all(args.out)
-    except OSError as error:
-        sys.exit(f'error: {error}')
+    counts = write_all(args.out)
     print(
         f'Wrote {counts["train"]} training and {counts["val"]} validation images of '
         f'handwritten digits to {args.out}/train and {args.out}/val,\n'

@@ -15,13 +15,13 @@ import argparse
 import gzip
 import math
 import struct
-import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-from mmorepa.utils.files import written_whole
+from mmorepa.engine.config import one_line_errors
+from mmorepa.utils.files import atomic_write, check_outputs
 
 # The images of each split, and their labels.
 PAIRS = (
@@ -135,19 +135,18 @@ def convert(folder: Path, out: Path) -> list[int]:
     """
     files = {name: read_idx(folder, name) for pair in PAIRS for name in pair}
     counts = [check_pair(files[pair[0]], files[pair[1]], pair) for pair in PAIRS]
-    out.mkdir(parents=True, exist_ok=True)
+    # It may be the folder that was read: what is written then is the same.
+    check_outputs(out / name for name in files)
     for name, data in files.items():
-        with written_whole(out / name) as file:
+        with atomic_write(out / name) as file:
             file.write_bytes(data)
     return counts
 
 
+@one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    try:
-        train, test = convert(args.folder, args.out)
-    except (OSError, ValueError) as error:
-        sys.exit(f'error: {error}')
+    train, test = convert(args.folder, args.out)
     print(f'Wrote {train} training and {test} test images to {args.out}.')
 
 

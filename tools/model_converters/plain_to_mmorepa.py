@@ -2,11 +2,9 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Optional
 
 import torch
-from mmengine.config import Config, DictAction
 
 from mmorepa import __version__
 from mmorepa.backbones.staged_backbone import check_style
@@ -14,9 +12,16 @@ from mmorepa.converters import plain_twin, start_from_plain, twin_entries
 from mmorepa.engine import read_checkpoint, write_checkpoint
 from mmorepa.engine.checkpoint import load_strictly
 from mmorepa.engine.comparison import largest_difference, network_outputs
-from mmorepa.engine.config import build_model, one_line_errors
+from mmorepa.engine.config import (
+    add_config_options,
+    build_model,
+    one_line_errors,
+    positive,
+    read_config,
+)
 from mmorepa.layers import is_switchable
 from mmorepa.layers.reparam_conv import STARTS
+from mmorepa.utils.files import check_outputs
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -48,7 +53,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--shape',
         nargs=2,
-        type=int,
+        type=positive,
         default=(224, 224),
         metavar=('HEIGHT', 'WIDTH'),
         help='image size of the check with random input (default: 224 224)',
@@ -59,37 +64,23 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         default=1e-4,
         help='largest difference, relative to the largest output (default: 1e-4)',
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='settings that override the config',
-    )
+    add_config_options(parser)
     return parser.parse_args(argv)
 
 
+@one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    with one_line_errors():
-        if not Path(args.config).is_file():
-            raise FileNotFoundError(f'no config at {args.config!r}')
-        cfg = Config.fromfile(args.config)
-        if args.cfg_options is not None:
-            cfg.merge_from_dict(args.cfg_options)
-        checkpoint = read_checkpoint(args.source)
-        if Path(args.out).is_file() and Path(args.out).samefile(args.source):
-            raise FileExistsError(
-                f'{args.out!r} is the plain checkpoint, which cannot be made again '
-                'from what would take its place; write to another file'
-            )
-        model = build_model(cfg)
-        count = start_from_plain(model, checkpoint['state_dict'], args.start)
-        check_style(model.backbone, args.source)
-        cfg.model = plain_twin(cfg.model)
-        twin = build_model(cfg)
-        entries = twin_entries(twin, model.backbone, checkpoint['state_dict'])
-        load_strictly(twin, entries)
+    check_outputs([args.out], [args.source, args.config])
+    cfg = read_config(args.config, args.cfg_options)
+    checkpoint = read_checkpoint(args.source)
+    model = build_model(cfg)
+    count = start_from_plain(model, checkpoint['state_dict'], args.start)
+    check_style(model.backbone, args.source)
+    cfg.model = plain_twin(cfg.model)
+    twin = build_model(cfg)
+    entries = twin_entries(twin, model.backbone, checkpoint['state_dict'])
+    load_strictly(twin, entries)
 
     channels = cfg.model.backbone.get('in_channels', 3)
     image = torch.randn(2, channels, *args.shape)
@@ -108,8 +99,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     deployed = not is_switchable(model)
     meta.update(mmorepa_version=__version__, deployed=deployed)
     result = dict(meta=meta, state_dict=model.state_dict())
-    with one_line_errors((OSError,)):
-        write_checkpoint(result, args.out)
+    write_checkpoint(result, args.out)
     if deployed:
         print(f'{count} convs took plain kernels, BatchNorm folded in.')
     else:

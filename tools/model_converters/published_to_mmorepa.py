@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Optional
 
 from mmorepa.converters import (
@@ -13,6 +12,7 @@ from mmorepa.converters import (
 )
 from mmorepa.engine import read_checkpoint, write_checkpoint
 from mmorepa.engine.config import one_line_errors
+from mmorepa.utils.files import check_outputs
 
 BLOCKS = ('none', 'dbb', 'orepa', 'repvgg')
 
@@ -92,22 +92,17 @@ def translate_back(checkpoint: dict, backbone: Optional[dict]) -> dict:
     return dict(kept, arch=arch, state_dict=state_dict)
 
 
+@one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    with one_line_errors():
-        backbone = None if args.arch is None else backbone_of(args.arch, args.block)
-        checkpoint = read_checkpoint(args.source, keep_prefix=True)
-        if Path(args.out).is_file() and Path(args.out).samefile(args.source):
-            raise FileExistsError(
-                f'{args.out!r} is the checkpoint to read, and the translation leaves '
-                "the optimizer's state out; write to another file"
-            )
-        if args.reverse:
-            result = translate_back(checkpoint, backbone)
-        else:
-            result = translate(checkpoint, backbone, args.backbone_only)
-    with one_line_errors((OSError,)):
-        write_checkpoint(result, args.out)
+    check_outputs([args.out], [args.source])
+    backbone = None if args.arch is None else backbone_of(args.arch, args.block)
+    checkpoint = read_checkpoint(args.source, keep_prefix=True)
+    if args.reverse:
+        result = translate_back(checkpoint, backbone)
+    else:
+        result = translate(checkpoint, backbone, args.backbone_only)
+    write_checkpoint(result, args.out)
     if args.reverse:
         print(f'Wrote the published layout to {args.out}.')
         return

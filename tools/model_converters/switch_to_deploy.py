@@ -4,11 +4,10 @@ import argparse
 import copy
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Optional
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
@@ -27,7 +26,15 @@ from mmorepa.engine.complexity import (
     count_parameters,
     median_seconds,
 )
-from mmorepa.engine.config import build_model, check_data_folders, one_line_errors
+from mmorepa.engine.config import (
+    add_config_options,
+    build_model,
+    check_data_folders,
+    one_line_errors,
+    positive,
+    read_config,
+)
+from mmorepa.utils.files import atomic_write, check_outputs
 from mmorepa.utils.tables import format_table
 
 DEFAULT_SIZE = 224
@@ -43,7 +50,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--shape',
         nargs=2,
-        type=int,
+        type=positive,
         metavar=('HEIGHT', 'WIDTH'),
         help='image size of the check with random input and of the figures; by default '
         f'that of the test images, or {DEFAULT_SIZE} {DEFAULT_SIZE} without data',
@@ -55,13 +62,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         help='largest difference, relative to the largest output (default: 1e-4)',
     )
     parser.add_argument('--json', help='a file for the figures of the table')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='settings that override the config',
-    )
+    add_config_options(parser)
     return parser.parse_args(argv)
 
 
@@ -111,23 +112,15 @@ def measure(training: nn.Module, deployed: nn.Module, image: Tensor) -> list[dic
     ]
 
 
+@one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> dict:
     args = parse_args(argv)
-    with one_line_errors():
-        if not Path(args.config).is_file():
-            raise FileNotFoundError(f'no config at {args.config!r}')
-        cfg = Config.fromfile(args.config)
-        if args.cfg_options is not None:
-            cfg.merge_from_dict(args.cfg_options)
-        checkpoint = read_checkpoint(args.checkpoint)
-        if Path(args.out).is_file() and Path(args.out).samefile(args.checkpoint):
-            raise FileExistsError(
-                f'{args.out!r} is the training checkpoint, whose branches cannot be '
-                'made again from the deployed form; write to another file'
-            )
-        training = build_model(cfg)
-        load_training_form(training, checkpoint['state_dict'])
-        result = deploy_checkpoint(training, checkpoint)
+    check_outputs([args.out, args.json], [args.config, args.checkpoint])
+    cfg = read_config(args.config, args.cfg_options)
+    checkpoint = read_checkpoint(args.checkpoint)
+    training = build_model(cfg)
+    load_training_form(training, checkpoint['state_dict'])
+    result = deploy_checkpoint(training, checkpoint)
 
     deployed = switch_to_deploy(copy.deepcopy(training))
     deployed.load_state_dict(result['state_dict'])
@@ -152,10 +145,10 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
         deployed=after,
         differences={k: d._asdict() for k, d in differences.items()},
     )
-    with one_line_errors((OSError,)):
-        write_checkpoint(result, args.out)
-        if args.json:
-            Path(args.json).write_text(json.dumps(figures, indent=2) + '\n')
+    write_checkpoint(result, args.out)
+    if args.json is not None:
+        with atomic_write(args.json) as file:
+            file.write_text(json.dumps(figures, indent=2) + '\n')
 
     rows = [
         (

@@ -1,0 +1,71 @@
+"""What weights can never be, whatever network they belong to."""
+
+import logging
+from collections.abc import Mapping
+from typing import Optional
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+_WEIGHTS = ('weight', 'bias', 'running_mean', 'running_var', 'scale', 'vector')
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# The list of errors that is passed on through one load_state_dict: the last in which
+# a warning was given, so that each gives one.
+_warned: Optional[list] = None
+
+
+def flaw(key: str, value: Tensor) -> str:
+    """What is wrong with an entry of a state dict.
+
+    Args:
+        key (str): Its key, which tells weights and variances.
+        value (Tensor): Its value, of any shape.
+
+    Returns:
+        str: Words that go on after the key, empty if nothing is wrong.
+    """
+    if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        return 'is sparse, quantised or without values'
+    entry = key.rpartition('.')[-1]
+    if value.dtype not in _FLOATS:
+        is_weight = entry in _WEIGHTS or entry.startswith('weight_')
+        return f'holds {value.dtype}, where weights are' if is_weight else ''
+    if key.endswith('rbr_dense.vector'):
+        # The published code leaves a sixth row as the memory was.
+        value = value[:5]
+    # Masks of attention are made of -Inf.
+    if 'mask' not in key and not value.isfinite().all():
+        return 'holds NaN' if value.isnan().any() else 'holds Inf'
+    if entry == 'running_var' and (value < 0).any():
+        return 'holds a negative variance'
+    return ''
+
+
+def warn_of_flaws(
+    state_dict: Mapping[str, Tensor], prefix: str, error_msgs: list[str]
+) -> None:
+    """Warns of values that no training can go on from, once a ``load_state_dict``.
+
+    Args:
+        state_dict (Mapping[str, Tensor]): What is loaded.
+        prefix (str): Only of keys that start with it.
+        error_msgs (list[str]): The list that all modules of one load are given.
+    """
+    global _warned
+    if _warned is error_msgs:
+        return
+    for key, value in state_dict.items():
+        # Not of parts of tensors on other devices and processes.
+        if not key.startswith(prefix) or type(value) not in (Tensor, nn.Parameter):
+            continue
+        words = '' if value.is_meta else flaw(key, value)
+        if words:
+            _warned = error_msgs
+            print_log(
+                f'The weights that are loaded are damaged, or the training has '
+                f"diverged: '{key}' {words}",
+                logger='current',
+                level=logging.WARNING,
+            )
+            return
