@@ -12,6 +12,7 @@ from mmengine.evaluator import DumpResults
 
 from mmorepa.engine.config import (
     add_common_arguments,
+    add_hook,
     build_runner,
     load_config,
     one_line_errors,
@@ -86,9 +87,7 @@ def prepare(args: argparse.Namespace) -> Config:
     if args.tta:
         use_tta(cfg)
     if args.deploy:
-        hooks = cfg.get('custom_hooks') or []
-        if not any(hook['type'] == 'SwitchToDeployHook' for hook in hooks):
-            cfg.custom_hooks = [*hooks, dict(type='SwitchToDeployHook')]
+        add_hook(cfg, 'SwitchToDeployHook')
     return cfg
 
 
