@@ -283,6 +283,53 @@ class TestFiles:
         assert 'best_accuracy_epoch_2.pth' in names
         assert 'best_accuracy_epoch_1.pth' not in names
 
+    @pytest.mark.parametrize('by_epoch', [True, False])
+    def test_killed_before_validation(self, tmp_path, monkeypatch, by_epoch):
+        """What was the best, and when a learning rate falls, depends on it."""
+        scores = dict(zip((3, 6, 9, 12), (0.3, 0.2, 0.4, 0.1)))
+        seen = []
+
+        class Cut(Exception):
+            pass
+
+        def cut(runner):
+            if runner.iter == 9 and not runner._resume:
+                raise Cut
+
+        def options(**more):
+            hooks = [HOOK, Probe(before_val_iter=cut)]
+            keep = dict(type='CheckpointHook', interval=1, save_best='accuracy')
+            cfg = dict(by_epoch=by_epoch, val_interval=1 if by_epoch else 3)
+            cfg['max_epochs' if by_epoch else 'max_iters'] = 4 if by_epoch else 12
+            return dict(
+                default_hooks=dict(checkpoint=dict(keep, by_epoch=by_epoch)),
+                train_cfg=cfg,
+                custom_hooks=hooks,
+                **more,
+            )
+
+        def compute_metrics(self, results):
+            seen.append(runner.iter)
+            return dict(accuracy=scores[runner.iter])
+
+        monkeypatch.setattr(Logits, 'compute_metrics', compute_metrics)
+        runner = make_runner(tmp_path, **options())
+        with pytest.raises(Cut):
+            runner.train()
+        last = (tmp_path / 'last_checkpoint').read_text()
+        runner = make_runner(tmp_path, **options(resume=True, load_from=last))
+        runner.train()
+        assert seen == [3, 6, 9, 12]
+        (best,) = tmp_path.glob('best_*')
+        assert best.stem == f'best_accuracy_{"epoch_3" if by_epoch else "iter_9"}'
+        # The best one was saved when its validation was done, which need not be again.
+        seen.clear()
+        step = 1 if by_epoch else 3
+        path = str(tmp_path / f'{"epoch" if by_epoch else "iter"}_{step}.pth')
+        runner = make_runner(tmp_path, **options(resume=True, load_from=path))
+        runner.train()
+        assert seen == [6, 9, 12]
+
     def test_error_while_saving(self, tmp_path, monkeypatch):
         """As when the disk is full."""
         write = Path.write_bytes

@@ -25,8 +25,10 @@ class CrashSafeHook(Hook):
     - Every random number, the workers' too, is a function of the seed, the rank and
       the iteration. So losses are those of a training without interruption, and no
       matter how many workers there are.
-    - An iteration-based loop resumes at the batch where it was, and loads none of
-      those before, as MMEngine 0.10 does.
+    - A validation that the kill has cut short or prevented, and with it the best
+      checkpoint, is made up for.
+    - An iteration-based loop with an ``InfiniteSampler`` resumes at the batch where it
+      was, and does not load those before, as MMEngine 0.10 does.
 
     ``tools/train.py`` adds this hook to every config. What it cannot bring back: the
     part of a window of accumulated gradients that was there already, and caches of
@@ -39,6 +41,8 @@ class CrashSafeHook(Hook):
     # After CheckpointHook, whose removals it puts off.
     priority = 'LOWEST'
 
+    _is_validated = True
+
     def before_run(self, runner: Runner) -> None:
         """Has MMEngine write local files as a whole or not at all."""
         register_backend('local', _WholeFileBackend, force=True, prefixes='')
@@ -49,11 +53,37 @@ class CrashSafeHook(Hook):
         for hook in self._savers:
             hook.file_backend = _PostponedRemovals(hook.file_backend)
         self._seed_data(runner)
+        # MMEngine saves, validates, and saves again only what is better than before.
+        if not self._is_validated and self._is_validation_due(runner):
+            runner.val_loop.run()
+
+    def _is_validation_due(self, runner: Runner) -> bool:
+        loop = runner.train_loop
+        done, end = loop.iter, loop.max_iters
+        if self._by_epoch:
+            done, end = loop.epoch, loop.max_epochs
+        return (
+            runner.val_loop is not None
+            and done >= max(loop.val_begin, 1)
+            and (done % loop.val_interval == 0 or done == end)
+        )
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Notes whether these weights are validated."""
+        checkpoint.setdefault('meta', {})['is_validated'] = self._is_validated
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Reads what was noted."""
+        self._is_validated = checkpoint.get('meta', {}).get('is_validated', True)
+
+    def after_val_iter(self, runner: Runner, **kwargs) -> None:
+        """For the checkpoint that is saved after the last of them."""
+        self._is_validated = True
 
     def _seed_data(self, runner: Runner) -> None:
         loop = runner.train_loop
         loader, batches = loop.dataloader, loop.dataloader.batch_sampler
-        self._restarts = not hasattr(loop, 'dataloader_iterator')
+        self._by_epoch = not hasattr(loop, 'dataloader_iterator')
         if isinstance(batches, SeededBatches):  # A second training of this runner.
             batches = batches.batches
         sampler = getattr(batches, 'sampler', None)
@@ -61,7 +91,7 @@ class CrashSafeHook(Hook):
         can_start_anew = type(batches) is BatchSampler and isinstance(
             sampler, (DefaultSampler, InfiniteSampler)
         )
-        if batches is None or not (self._restarts or can_start_anew):
+        if batches is None or not (self._by_epoch or can_start_anew):
             self._batches = None
             runner.logger.warning(
                 f'{type(batches).__name__} of {type(sampler).__name__} cannot be set '
@@ -71,17 +101,18 @@ class CrashSafeHook(Hook):
         self._batches = SeededBatches(batches, runner.seed, get_rank(), 0)
         # DataLoader refuses this by its setter; a new one would start the same way.
         vars(loader).update(batch_sampler=self._batches, _iterator=None)
-        if not self._restarts:
+        if not self._by_epoch:
+            iterator = type(loop.dataloader_iterator)
             if isinstance(sampler, InfiniteSampler):
                 sampler.indices = sampler._indices_of_rank()
-            self._batches.first = runner.iter
-            loop.dataloader_iterator = _Advanced(
-                type(loop.dataloader_iterator)(loader), runner.iter
-            )
+                self._batches.first = runner.iter
+                loop.dataloader_iterator = _Advanced(iterator(loader), runner.iter)
+            else:
+                loop.dataloader_iterator = iterator(loader)
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Numbers the batches of this epoch."""
-        if self._batches is not None and self._restarts:
+        if self._batches is not None and self._by_epoch:
             self._batches.number = self._batches.first = runner.iter
         self.before_train_iter(runner, 0)  # For samplers without a seed.
 
@@ -89,6 +120,7 @@ class CrashSafeHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None
     ) -> None:
         """Seeds what the model draws."""
+        self._is_validated = False
         set_random_seed(seed_of(runner.seed, get_rank(), 1, runner.iter))
 
     def after_train_epoch(self, runner: Runner, **kwargs) -> None:
