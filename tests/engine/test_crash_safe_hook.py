@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from mmorepa.engine import read_checkpoint
 from mmorepa.engine.seeding import SeededBatches, seed_of, seeded
+from mmorepa.utils.errors import OutputError
 
 HOOK = dict(type='CrashSafeHook')
 CHECKPOINTS = dict(type='CheckpointHook', interval=1)
@@ -241,7 +242,7 @@ class TestFiles:
 
         def write_bytes(path, data):
             whole = sorted(p.name for p in path.parent.glob('[a-z]*.pth'))
-            states.append((path.name, whole))
+            states.append((path.name.split('.', 2)[2], whole))
             return write(path, data)
 
         monkeypatch.setattr(Path, 'write_bytes', write_bytes)
@@ -253,7 +254,7 @@ class TestFiles:
         trained(tmp_path, by_epoch=by_epoch, keep=1)
         name, last = ('epoch', 3) if by_epoch else ('iter', 12)
         assert states == [
-            (f'.{name}_{n}.pth', [f'{name}_{n - 1}.pth'] if n > 1 else [])
+            (f'{name}_{n}.pth', [f'{name}_{n - 1}.pth'] if n > 1 else [])
             for n in range(1, last + 1)
         ]
         assert [p.name for p in tmp_path.glob('*.pth')] == [f'{name}_{last}.pth']
@@ -277,11 +278,19 @@ class TestFiles:
             custom_hooks=[HOOK],
         )
         runner.train()
-        best = [whole for name, whole in states if name.startswith('.best_')]
+        best = [whole for name, whole in states if name.startswith('best_')]
         assert ['best_accuracy_epoch_1.pth' in whole for whole in best] == [False, True]
         names = {p.name for p in tmp_path.glob('*.pth')}
         assert 'best_accuracy_epoch_2.pth' in names
         assert 'best_accuracy_epoch_1.pth' not in names
+
+    def test_leftovers(self, tmp_path):
+        """Of a kill while saving."""
+        left, other = tmp_path / '.123.epoch_2.pth', tmp_path / '.notes.pth'
+        for path in (left, other):
+            path.touch()
+        trained(tmp_path, train_cfg=dict(by_epoch=True, max_epochs=1))
+        assert other.exists() and not left.exists()
 
     @pytest.mark.parametrize('by_epoch', [True, False])
     def test_killed_before_validation(self, tmp_path, monkeypatch, by_epoch):
@@ -341,7 +350,7 @@ class TestFiles:
             return write(path, data)
 
         monkeypatch.setattr(Path, 'write_bytes', write_bytes)
-        with pytest.raises(OSError, match='No space'):
+        with pytest.raises(OutputError, match='epoch_2.*No space left'):
             trained(tmp_path, keep=1)
         assert [p.name for p in tmp_path.glob('*epoch*')] == ['epoch_1.pth']
         assert read_checkpoint(str(tmp_path / 'epoch_1.pth'))['meta']['epoch'] == 1

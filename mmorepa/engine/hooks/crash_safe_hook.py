@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Union
 
 from mmengine.dataset import DefaultSampler, InfiniteSampler
-from mmengine.dist import get_rank
+from mmengine.dist import get_rank, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
@@ -52,6 +52,10 @@ class CrashSafeHook(Hook):
         self._savers = [h for h in runner.hooks if isinstance(h, CheckpointHook)]
         for hook in self._savers:
             hook.file_backend = _PostponedRemovals(hook.file_backend)
+            if is_main_process():
+                # What atomic_write has begun, and a kill has not let it finish.
+                for path in Path(hook.out_dir).glob('.[0-9]*.pth'):
+                    path.unlink()
         self._seed_data(runner)
         # MMEngine saves, validates, and saves again only what is better than before.
         if not self._is_validated and self._is_validation_due(runner):
@@ -140,9 +144,7 @@ class _WholeFileBackend(LocalBackend):
     """Files that are either whole or not there."""
 
     def put(self, obj: Union[bytes, memoryview], filepath: Union[str, Path]) -> None:
-        path = Path(filepath)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
+        with atomic_write(filepath) as file:
             file.write_bytes(obj)
 
 
