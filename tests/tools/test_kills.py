@@ -139,8 +139,8 @@ def test_kills(start, tmp_path):
         while True:
             before = newest(work_dir)
             if kills < KILLS and draw.random() < 0.5:
-                # Four operations an epoch, and two more for a better one.
-                fatal = draw.randint(1, 4 * (EPOCHS - before))
+                # Three operations an epoch, and six more for a better one.
+                fatal = draw.randint(1, 4 * (EPOCHS - before) + 2)
                 process = start(work_dir, fatal=fatal, seed=draw.random())
                 process.join()
             else:
