@@ -14,7 +14,9 @@ def save(folder, name, time=None, **content):
     folder.mkdir(exist_ok=True)
     path = folder / name
     state = dict(state_dict=dict(a=torch.ones(3)), message_hub={}, optimizer={})
-    torch.save(dict(meta=dict(name=name, epoch=1, iter=1), **{**state, **content}), path)
+    torch.save(
+        dict(meta=dict(name=name, epoch=1, iter=1), **{**state, **content}), path
+    )
     if time is not None:
         os.utime(path, (time, time))
     return path
