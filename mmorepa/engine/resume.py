@@ -85,8 +85,8 @@ def _candidates(folder: Path) -> list[Path]:
         # A crash of the machine may leave zeros.
         text = pointer.read_text(errors='replace').strip('\0 \n')
         named = Path(text).resolve() if text else None
-    if named and not named.exists() and (folder / named.name).exists():
-        named = folder / named.name  # The folder has moved.
+    if named and (folder / named.name).exists():
+        named = folder / named.name  # The folder may have been moved, or copied.
     found = {
         path
         for place in {folder, named.parent if named else folder}

@@ -1,6 +1,7 @@
 """Which checkpoint a training goes on from."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -101,6 +102,14 @@ def test_moved_folder(folder, log):
     point_to(folder, '/elsewhere/epoch_3.pth')
     assert chosen(folder) == 'epoch_3.pth'
     assert log == []
+
+
+def test_copied_folder(folder, tmp_path_factory):
+    """Not that of which it is a copy."""
+    copy = tmp_path_factory.mktemp('copies') / 'copy'
+    shutil.copytree(folder, copy)
+    spoil(copy / 'epoch_3.pth', 'empty')
+    assert chosen(copy) == 'epoch_2.pth'
 
 
 def test_relative_folder(folder, monkeypatch):
