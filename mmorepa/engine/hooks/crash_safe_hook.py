@@ -25,8 +25,8 @@ class CrashSafeHook(Hook):
     - Every random number, the workers' too, is a function of the seed, the rank and
       the iteration. So losses are those of a training without interruption, and no
       matter how many workers there are.
-    - A validation that the kill has cut short or prevented, and with it the best
-      checkpoint, is made up for.
+    - It begins with the validation of what it resumes from: the checkpoint was saved
+      before that, and knows nothing of a best score or of a plateau.
     - An iteration-based loop with an ``InfiniteSampler`` resumes at the batch where it
       was, and does not load those before, as MMEngine 0.10 does.
 
