@@ -5,6 +5,9 @@ import os
 from collections.abc import Sequence
 from typing import Optional
 
+# Before PyTorch is loaded: see tools/train.py.
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+
 import mmengine
 from mmengine.config import Config
 from mmengine.dist import is_main_process

@@ -1,8 +1,13 @@
 """Trains a classifier, a detector or a segmenter from its config."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from typing import Optional
+
+# Before PyTorch is loaded. Threads that wait for others shall sleep: on a machine that
+# is busy with other work, they would take the time of those that they wait for.
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 from mmorepa.engine.config import (
     add_common_arguments,
