@@ -5,6 +5,9 @@ import os
 from collections.abc import Sequence
 from typing import Optional
 
+# Before PyTorch is loaded: see tools/train.py.
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+
 import mmengine
 from mmengine.config import Config
 from mmengine.dist import is_main_process
@@ -12,6 +15,7 @@ from mmengine.evaluator import DumpResults
 
 from mmorepa.engine.config import (
     add_common_arguments,
+    add_hook,
     build_runner,
     load_config,
     one_line_errors,
@@ -86,9 +90,7 @@ def prepare(args: argparse.Namespace) -> Config:
     if args.tta:
         use_tta(cfg)
     if args.deploy:
-        hooks = cfg.get('custom_hooks') or []
-        if not any(hook['type'] == 'SwitchToDeployHook' for hook in hooks):
-            cfg.custom_hooks = [*hooks, dict(type='SwitchToDeployHook')]
+        add_hook(cfg, 'SwitchToDeployHook')
     return cfg
 
 

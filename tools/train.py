@@ -1,11 +1,17 @@
 """Trains a classifier, a detector or a segmenter from its config."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from typing import Optional
 
+# Before PyTorch is loaded. Threads that wait for others shall sleep: on a machine that
+# is busy with other work, they would take the time of those that they wait for.
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+
 from mmorepa.engine.config import (
     add_common_arguments,
+    add_hook,
     build_runner,
     load_config,
     one_line_errors,
@@ -23,8 +29,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         nargs='?',
         const='auto',
         metavar='CHECKPOINT',
-        help='go on from this checkpoint, or, without one, from the last in the work '
-        'folder',
+        help='go on from this checkpoint, or, without one, from the last whole one in '
+        'the work folder',
     )
     parser.add_argument('--amp', action='store_true', help='train in mixed precision')
     parser.add_argument(
@@ -66,6 +72,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
             if cfg.get(name):
                 cfg[name].persistent_workers = False
+    add_hook(cfg, 'CrashSafeHook')
     phases = ('train',) if cfg.get('val_cfg') is None else ('train', 'val')
     runner = build_runner(cfg, phases)
     runner.train()

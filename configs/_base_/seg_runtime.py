@@ -13,6 +13,8 @@ default_hooks = dict(
     visualization=dict(type='SegVisualizationHook'),
     # Validates and tests at the speed of the deployed form.
     folded_evaluation=dict(type='FoldedEvaluationHook'),
+    # A killed training, resumed, goes on as if nothing had happened.
+    crash_safe=dict(type='CrashSafeHook'),
 )
 
 env_cfg = dict(

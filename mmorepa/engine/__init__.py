@@ -8,6 +8,7 @@ from .checkpoint import (
 )
 from .distributed import FoldedDistributedDataParallel
 from .hooks import (
+    CrashSafeHook,
     EquivalentKernelDecayHook,
     FoldedEvaluationHook,
     SwitchToDeployHook,
@@ -24,6 +25,7 @@ allow_mmengine_checkpoints()
 
 __all__ = [
     'BFloat16OptimWrapper',
+    'CrashSafeHook',
     'EquivalentKernelDecayHook',
     'FoldedAmpOptimWrapper',
     'FoldedBFloat16OptimWrapper',

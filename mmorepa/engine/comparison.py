@@ -1,13 +1,17 @@
 """Whether two forms of a model say the same."""
 
 import copy
+import functools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.structures import BaseDataElement, InstanceData
 from torch import Tensor, nn
+
+from ..layers import ReparamConv2d
 
 
 class Difference(NamedTuple):
@@ -133,6 +137,42 @@ def largest_difference(expected: list[Tensor], found: list[Tensor]) -> Differenc
     )
     # max() of a tensor, unlike Python's, lets a NaN through.
     return Difference(*differences.max(dim=0).values.tolist())
+
+
+@contextmanager
+def watched_convs(model: nn.Module) -> Iterator[dict[str, float]]:
+    """Holds each re-parameterised conv against its plain form, whenever it runs.
+
+    Both see the same input, so that what one layer does wrong is not blamed on those
+    that come after it.
+
+    Args:
+        model (nn.Module): In eval mode.
+
+    Yields:
+        dict[str, float]: The largest relative difference by the name of the conv, in
+        the order in which they ran first; filled while the model runs in the block.
+    """
+    differences: dict[str, float] = {}
+
+    def compare(name: str, conv: ReparamConv2d, inputs: tuple, output: Tensor) -> None:
+        plain = copy.deepcopy(conv)
+        plain.switch_to_deploy()
+        # Not plain(): hooks, this one for instance, came along.
+        found = largest_difference([output], [plain.forward(*inputs)]).relative
+        known = differences.get(name, 0.0)
+        differences[name] = found if not found <= known else known  # NaN, too.
+
+    handles = [
+        module.register_forward_hook(functools.partial(compare, name))
+        for name, module in model.named_modules()
+        if isinstance(module, ReparamConv2d) and not module.deployed
+    ]
+    try:
+        yield differences
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _difference(a: Tensor, b: Tensor) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device, is_cuda_available
 from mmengine.logging import print_log
 from mmengine.registry import MODELS, RUNNERS, init_default_scope
-from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
+from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
 from ..backbones import StagedBackbone
@@ -24,6 +24,7 @@ from ..utils.errors import CheckpointError, OutputError
 from ..utils.files import check_outputs
 from .checkpoint import load_strictly, read_checkpoint
 from .comparison import unwrapped
+from .resume import newest_resumable, read_resumable
 
 _LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
@@ -183,9 +184,7 @@ def use_amp(cfg: Config) -> None:
         ValueError: If the config has an optimizer wrapper that is neither plain nor
             already one for mixed precision.
     """
-    kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
-    # Some configs hold the class itself, others a name with a scope.
-    name = kind.__name__ if isinstance(kind, type) else kind.rpartition('.')[-1]
+    name = _type_name({'type': 'OptimWrapper', **cfg.optim_wrapper})
     folded = 'Folded' if name.startswith('Folded') else ''
     if name in (f'{folded}AmpOptimWrapper', f'{folded}BFloat16OptimWrapper'):
         return
@@ -232,11 +231,21 @@ def build_runner(cfg: Config, phases: tuple[str, ...]) -> Runner:
         raise FileNotFoundError(f'no checkpoint at {start!r}')
     if cfg.launcher != 'none' and not _has_accelerator():
         _prepare_distributed_cpu(cfg)
-    runner = Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+    checkpoint = None
     if cfg.get('resume') and not start:
-        start = find_latest_checkpoint(runner.work_dir)
-    if start and (cfg.get('resume') or 'test' in phases):
-        _check_checkpoint(runner.model, start, cfg.get('resume'))
+        start, checkpoint = newest_resumable(cfg.work_dir)
+        # Not MMEngine's choice, which is what last_checkpoint says.
+        cfg.load_from, cfg.resume = start, start is not None
+    elif start and '://' not in start:  # Or else, the runner fetches it when it starts.
+        if cfg.get('resume'):
+            checkpoint = read_resumable(start)
+        elif 'test' in phases:
+            checkpoint = read_checkpoint(start)
+    if cfg.get('resume') and checkpoint:
+        _keep_seed(cfg, checkpoint['meta'])
+    runner = Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+    if checkpoint and isinstance(runner.model, nn.Module):
+        load_strictly(unwrapped(runner.model), checkpoint['state_dict'])
     elif start and isinstance(runner.model, nn.Module):
         for module in runner.model.modules():
             if isinstance(module, StagedBackbone):
@@ -244,21 +253,30 @@ def build_runner(cfg: Config, phases: tuple[str, ...]) -> Runner:
     return runner
 
 
-def _check_checkpoint(model: object, path: str, resumes: bool) -> None:
-    if '://' in path or not isinstance(model, nn.Module):
-        return  # Fetched, or built, by the runner when it starts.
-    checkpoint = read_checkpoint(path)
-    load_strictly(unwrapped(model), checkpoint['state_dict'])
-    parts = ('message_hub', 'meta', 'optimizer')
-    missing = [part for part in parts if not isinstance(checkpoint.get(part), dict)]
-    if 'meta' not in missing and not {'epoch', 'iter'} <= checkpoint['meta'].keys():
-        missing.append('meta')
-    if resumes and missing:
-        raise CheckpointError(
-            f'{path!r} holds weights but not the state of a training run to resume '
-            f'({", ".join(missing)} missing); to start a new run from these '
-            'weights: --cfg-options load_from=...'
-        )
+def _keep_seed(cfg: Config, meta: dict) -> None:
+    """The seed that was drawn, where none is set: the samplers are built with it."""
+    randomness = cfg.get('randomness') or {}
+    if randomness.get('seed') is None:
+        cfg.randomness = dict(randomness, seed=meta.get('seed'))
+
+
+def add_hook(cfg: Config, name: str) -> None:
+    """Adds a hook with its defaults to a config that has none of the kind.
+
+    Args:
+        cfg (Config): Changed in place.
+        name (str): The type of the hook.
+    """
+    custom = cfg.get('custom_hooks') or []
+    hooks = [*custom, *(cfg.get('default_hooks') or {}).values()]
+    if not any(_type_name(hook) == name for hook in hooks if hook):
+        cfg.custom_hooks = [*custom, dict(type=name)]
+
+
+def _type_name(node: dict) -> str:
+    """The type in a config, which may be a class or a name with a scope."""
+    kind = node['type']
+    return kind.__name__ if isinstance(kind, type) else kind.rpartition('.')[-1]
 
 
 def check_data_folders(cfg: Config, phases: tuple[str, ...]) -> None:

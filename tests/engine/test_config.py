@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import counted_folds, import_models
 from mmengine.config import Config, ConfigDict
+from mmengine.hooks import EMAHook
 from mmengine.model.wrappers import MMDistributedDataParallel
 from mmengine.registry import DefaultScope
 from runners import Probe, TinyClassifier
@@ -17,6 +18,7 @@ from mmorepa import switch_to_deploy
 from mmorepa.engine import BFloat16OptimWrapper, write_checkpoint
 from mmorepa.engine.config import (
     add_common_arguments,
+    add_hook,
     build_runner,
     check_data_folders,
     load_config,
@@ -421,6 +423,26 @@ def tiny_config(tmp_path, **options):
     return Config({**base, **options})
 
 
+class TestAddHook:
+    def test_adds(self):
+        cfg = Config(dict())
+        add_hook(cfg, 'EMAHook')
+        add_hook(cfg, 'EMAHook')
+        assert cfg.custom_hooks == [dict(type='EMAHook')]
+
+    @pytest.mark.parametrize('kind', ['EMAHook', 'mmengine.EMAHook', EMAHook])
+    @pytest.mark.parametrize('place', ['custom', 'default'])
+    def test_there_already(self, kind, place):
+        hook = dict(type=kind, momentum=0.5)
+        hooks = dict(
+            custom_hooks=[hook] if place == 'custom' else None,
+            default_hooks=dict(logger=None, own=hook) if place == 'default' else None,
+        )
+        cfg = Config(hooks)
+        add_hook(cfg, 'EMAHook')
+        assert cfg.to_dict() == Config(hooks).to_dict()
+
+
 class TestBuildRunner:
     @pytest.fixture(autouse=True)
     def dataset(self, monkeypatch):
@@ -521,9 +543,19 @@ class TestBuildRunner:
         with pytest.raises(CheckpointError, match=words):
             build_runner(cfg, ('train',))
 
-    def test_resume_when_the_folder_has_moved(self, tmp_path):
-        (tmp_path / 'last_checkpoint').write_text('/elsewhere/epoch_1.pth')
-        with pytest.raises(FileNotFoundError, match='/elsewhere/epoch_1.pth'):
+    def test_resume_leaves_out_what_is_damaged(self, tmp_path):
+        build_runner(tiny_config(tmp_path), ('train',)).train()
+        (tmp_path / 'epoch_2.pth').write_bytes(b'')
+        cfg = tiny_config(tmp_path, resume=True)
+        cfg.experiment_name += '-resumed'
+        seen = []
+        runner = build_runner(cfg, ('train',))
+        runner.register_hook(Probe(before_train=lambda r: seen.append(r.iter)))
+        runner.train()
+        assert seen == [3] and runner.iter == 6
+        for path in tmp_path.glob('*.pth'):
+            path.write_bytes(b'')
+        with pytest.raises(CheckpointError, match='can be resumed from'):
             build_runner(tiny_config(tmp_path, resume=True), ('train',))
 
     @pytest.mark.parametrize('phase', ['train', 'test'])
@@ -573,6 +605,25 @@ class TestBuildRunner:
                 continue
             with pytest.raises(OutputError, match='give another --work-dir'):
                 load_config(args)
+
+    def test_resume_with_an_empty_pointer(self, tmp_path):
+        (tmp_path / 'last_checkpoint').write_text('')
+        runner = build_runner(tiny_config(tmp_path, resume=True), ('train',))
+        runner.train()
+        assert runner.iter == 6
+
+    def test_resume_takes_the_seed_along(self, tmp_path):
+        cfg = tiny_config(tmp_path, randomness=dict(seed=None))
+        drawn = build_runner(cfg, ('train',))
+        drawn.train()
+        cfg = tiny_config(tmp_path, resume=True, randomness=dict(seed=None))
+        cfg.experiment_name += '-resumed'
+        assert build_runner(cfg, ('train',)).seed == drawn.seed
+        path = str(tmp_path / 'epoch_1.pth')
+        cfg = tiny_config(tmp_path, resume=True, load_from=path, randomness=None)
+        assert build_runner(cfg, ('train',)).seed == drawn.seed
+        cfg = tiny_config(tmp_path, resume=True, randomness=dict(seed=7))
+        assert build_runner(cfg, ('train',)).seed == 7
 
     def test_runner_type(self, tmp_path, monkeypatch):
         from mmengine.registry import RUNNERS

@@ -281,6 +281,38 @@ class TestTolerance:
         with pytest.raises(RuntimeError, match='differs from the training form'):
             runner.test()
 
+    @pytest.mark.parametrize('name', ['conv1', 'conv2'])
+    def test_names_the_first_layer(self, tmp_path, monkeypatch, name):
+        """What comes after it sees another input, and is not to blame."""
+        model = trained_like(TinyClassifier())
+        wrong_size = getattr(model, name).kernel_size
+        right = OREPAConv2d.equivalent_kernel_bias
+
+        def wrong(self):
+            kernel, bias = right(self)
+            return kernel * (1.01 if self.kernel_size == wrong_size else 1), bias
+
+        monkeypatch.setattr(OREPAConv2d, 'equivalent_kernel_bias', wrong)
+        runner = make_test_runner(tmp_path, model, custom_hooks=[HOOK])
+        with pytest.raises(RuntimeError, match=f"beyond it is '{name}', with [0-9]"):
+            runner.test()
+
+    def test_no_layer_is_to_blame(self, tmp_path, monkeypatch):
+        model = trained_like(TinyClassifier())
+        with torch.no_grad():
+            model.head.bias[0] = float('inf')
+        runner = make_test_runner(tmp_path, model, custom_hooks=[HOOK])
+        with pytest.raises(RuntimeError, match='no re-parameterised conv is beyond'):
+            runner.test()
+
+    def test_not_a_number_in_a_layer(self, tmp_path):
+        model = trained_like(TinyClassifier())
+        with torch.no_grad():
+            model.conv2.branches.weight_origin[0] = float('nan')
+        runner = make_test_runner(tmp_path, model, custom_hooks=[HOOK])
+        with pytest.raises(RuntimeError, match="is 'conv2', with nan"):
+            runner.test()
+
     def test_larger_tolerance(self, tmp_path, wrong_fold):
         hook = dict(HOOK, tolerance=0.5)
         make_test_runner(

@@ -25,10 +25,7 @@ def digits(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def config(digits, tmp_path_factory):
-    """A config to train within seconds, on a part of the digits.
-
-    Without random augmentation, since a resumed training draws other numbers.
-    """
+    """A config to train within seconds, on a part of the digits."""
     import_models('mmpretrain')
     base = ROOT / 'configs/digits/resnet18-slim-orepa_1xb64_digits.py'
     path = tmp_path_factory.mktemp('config') / 'small.py'
@@ -43,6 +40,7 @@ model = dict(
 pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=32, interpolation='bicubic'),
+    dict(type='RandomCrop', crop_size=32, padding=1),
     dict(type='PackInputs'),
 ]
 train_dataloader = dict(

@@ -143,14 +143,15 @@ class TestTraining:
             epoch + 1,
             epoch * ITERATIONS + 1,
         )
-        assert [r['step'] for r in validation] == list(range(epoch + 1, EPOCHS + 1))
+        # What was saved is not validated yet, as far as the checkpoint knows.
+        assert [r['step'] for r in validation] == list(range(epoch, EPOCHS + 1))
         expected, expected_validation = records(trained)
         assert [r['lr'] for r in training] == [
             r['lr'] for r in expected[epoch * ITERATIONS :]
         ]
-        assert [r['loss'] for r in training] == pytest.approx(
-            [r['loss'] for r in expected[epoch * ITERATIONS :]], rel=1e-5
-        )
+        assert [r['loss'] for r in training] == [
+            r['loss'] for r in expected[epoch * ITERATIONS :]
+        ]
         assert validation[-1]['accuracy/top1'] == pytest.approx(
             expected_validation[-1]['accuracy/top1'], abs=CLOSE
         )
@@ -588,6 +589,7 @@ class TestLaunchers:
             'train_cfg.max_epochs=1',
             f'load_from={checkpoint}',
             'model.backbone.norm_eval=True',
+            'train_dataloader.dataset.pipeline.2.padding=0',  # Crops nothing.
             'model.backbone.norm_cfg.type=SyncBN',
         ]
         done = run_apart(

@@ -1,7 +1,13 @@
 """Hooks for MMEngine's runner."""
 
+from .crash_safe_hook import CrashSafeHook
 from .equivalent_kernel_decay_hook import EquivalentKernelDecayHook
 from .folded_evaluation_hook import FoldedEvaluationHook
 from .switch_to_deploy_hook import SwitchToDeployHook
 
-__all__ = ['EquivalentKernelDecayHook', 'FoldedEvaluationHook', 'SwitchToDeployHook']
+__all__ = [
+    'CrashSafeHook',
+    'EquivalentKernelDecayHook',
+    'FoldedEvaluationHook',
+    'SwitchToDeployHook',
+]

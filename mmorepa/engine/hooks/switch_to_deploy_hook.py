@@ -11,7 +11,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 
 from ...layers import is_switchable, switch_to_deploy
 from ..checkpoint import deploy_checkpoint, read_checkpoint, write_checkpoint
-from ..comparison import largest_difference, raw_outputs
+from ..comparison import largest_difference, raw_outputs, unwrapped, watched_convs
 
 
 @HOOKS.register_module()
@@ -67,7 +67,8 @@ class SwitchToDeployHook(Hook):
             return
         compare = self.tolerance is not None
         if compare:
-            before = raw_outputs(runner.model, data_batch)
+            with watched_convs(unwrapped(runner.model)) as layers:
+                before = raw_outputs(runner.model, data_batch)
         switch_to_deploy(runner.model)
         for hook in runner.hooks:
             ema_model = getattr(hook, 'ema_model', None)
@@ -87,10 +88,18 @@ class SwitchToDeployHook(Hook):
             raise RuntimeError(
                 'the deployed form differs from the training form: '
                 f'{difference.relative:.2e} of the largest output, tolerance '
-                f'{self.tolerance:.0e}. In float32 this should not happen; with '
-                'weights in half precision, or running variances near zero, raise '
-                "the hook's tolerance, or set it to None to skip the comparison"
+                f'{self.tolerance:.0e}; {self._blame(layers)}. In float32 this should '
+                'not happen; with weights in half precision, or running variances near '
+                "zero, raise the hook's tolerance, or set it to None to skip the "
+                'comparison'
             )
+
+    def _blame(self, layers: dict[str, float]) -> str:
+        """The first conv that differs from its plain form by itself."""
+        for name, found in layers.items():
+            if not found <= self.tolerance:
+                return f'the first layer beyond it is {name!r}, with {found:.2e}'
+        return 'no re-parameterised conv is beyond it by itself'
 
     @master_only
     def after_train(self, runner: Runner) -> None:

@@ -1,0 +1,194 @@
+"""Training that may be killed at any moment."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Union
+
+from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.dist import get_rank, is_main_process
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner, set_random_seed
+from torch.utils.data import BatchSampler
+
+from ...utils.files import atomic_write
+from ..seeding import SeededBatches, seed_of
+
+
+@HOOKS.register_module()
+class CrashSafeHook(Hook):
+    """Lets a killed training, once resumed, go on as if nothing had happened.
+
+    - Checkpoints are written under another name and renamed when whole. Only then the
+      ``CheckpointHook`` removes those that are one too many; alone, it does so first.
+    - Every random number, the workers' too, is a function of the seed, the rank and
+      the iteration. So losses are those of a training without interruption, and no
+      matter how many workers there are.
+    - It begins with the validation of what it resumes from: the checkpoint was saved
+      before that, and knows nothing of a best score or of a plateau.
+    - An iteration-based loop with an ``InfiniteSampler`` resumes at the batch where it
+      was, and does not load those before, as MMEngine 0.10 does.
+
+    ``tools/train.py`` adds this hook to every config. What it cannot bring back: the
+    part of a window of accumulated gradients that was there already, and caches of
+    transforms (mmdet's ``CachedMosaic``).
+
+    Examples:
+        >>> custom_hooks = [dict(type='CrashSafeHook')]
+    """
+
+    # After CheckpointHook, whose removals it puts off.
+    priority = 'LOWEST'
+
+    _is_validated = True
+
+    def before_run(self, runner: Runner) -> None:
+        """Has MMEngine write local files as a whole or not at all."""
+        register_backend('local', _WholeFileBackend, force=True, prefixes='')
+
+    def before_train(self, runner: Runner) -> None:
+        """Puts removals off, and seeds the data."""
+        self._savers = [h for h in runner.hooks if isinstance(h, CheckpointHook)]
+        for hook in self._savers:
+            hook.file_backend = _PostponedRemovals(hook.file_backend)
+            if is_main_process():
+                # What atomic_write has begun, and a kill has not let it finish.
+                for path in Path(hook.out_dir).glob('.[0-9]*.pth'):
+                    path.unlink()
+        self._seed_data(runner)
+        # MMEngine saves, validates, and saves again only what is better than before.
+        if not self._is_validated and self._is_validation_due(runner):
+            runner.val_loop.run()
+
+    def _is_validation_due(self, runner: Runner) -> bool:
+        loop = runner.train_loop
+        done, end = loop.iter, loop.max_iters
+        if self._by_epoch:
+            done, end = loop.epoch, loop.max_epochs
+        return (
+            runner.val_loop is not None
+            and done >= max(loop.val_begin, 1)
+            and (done % loop.val_interval == 0 or done == end)
+        )
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Notes whether these weights are validated."""
+        checkpoint.setdefault('meta', {})['is_validated'] = self._is_validated
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Reads what was noted."""
+        self._is_validated = checkpoint.get('meta', {}).get('is_validated', True)
+
+    def after_val_iter(self, runner: Runner, **kwargs) -> None:
+        """For the checkpoint that is saved after the last of them."""
+        self._is_validated = True
+
+    def _seed_data(self, runner: Runner) -> None:
+        loop = runner.train_loop
+        loader, batches = loop.dataloader, loop.dataloader.batch_sampler
+        self._by_epoch = not hasattr(loop, 'dataloader_iterator')
+        if isinstance(batches, SeededBatches):  # A second training of this runner.
+            batches = batches.batches
+        sampler = getattr(batches, 'sampler', None)
+        # An iteration-based loop has begun to load already. These can start anew.
+        can_start_anew = type(batches) is BatchSampler and isinstance(
+            sampler, (DefaultSampler, InfiniteSampler)
+        )
+        if batches is None or not (self._by_epoch or can_start_anew):
+            self._batches = None
+            runner.logger.warning(
+                f'{type(batches).__name__} of {type(sampler).__name__} cannot be set '
+                'back: a resumed training will see other data'
+            )
+            return
+        self._batches = SeededBatches(batches, runner.seed, get_rank(), 0)
+        # DataLoader refuses this by its setter; a new one would start the same way.
+        vars(loader).update(batch_sampler=self._batches, _iterator=None)
+        if not self._by_epoch:
+            iterator = type(loop.dataloader_iterator)
+            if isinstance(sampler, InfiniteSampler):
+                sampler.indices = sampler._indices_of_rank()
+                self._batches.first = runner.iter
+                loop.dataloader_iterator = _Advanced(iterator(loader), runner.iter)
+            else:
+                loop.dataloader_iterator = iterator(loader)
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Numbers the batches of this epoch."""
+        if self._batches is not None and self._by_epoch:
+            self._batches.number = self._batches.first = runner.iter
+        self.before_train_iter(runner, 0)  # For samplers without a seed.
+
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None
+    ) -> None:
+        """Seeds what the model draws."""
+        self._is_validated = False
+        set_random_seed(seed_of(runner.seed, get_rank(), 1, runner.iter))
+
+    def after_train_epoch(self, runner: Runner, **kwargs) -> None:
+        """Removes outdated checkpoints, now that the new one is there."""
+        for hook in self._savers:
+            kept = {
+                hook.last_ckpt,
+                getattr(hook, 'best_ckpt_path', None),
+                *getattr(hook, 'best_ckpt_path_dict', {}).values(),
+            }
+            hook.file_backend.carry_out(kept)
+
+    after_train_iter = after_val_epoch = after_train_epoch
+
+
+class _WholeFileBackend(LocalBackend):
+    """Files that are either whole or not there."""
+
+    def put(self, obj: Union[bytes, memoryview], filepath: Union[str, Path]) -> None:
+        with atomic_write(filepath) as file:
+            file.write_bytes(obj)
+
+
+class _PostponedRemovals:
+    """A file backend that removes when told to, not when asked to."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+        self.removals = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def remove(self, path: str) -> None:
+        self.removals.append((self.backend.remove, path))
+
+    def rmtree(self, path: str) -> None:
+        self.removals.append((self.backend.rmtree, path))
+
+    def carry_out(self, kept: Collection[str]) -> None:
+        for remove, path in self.removals:
+            if path not in kept:
+                remove(path)
+        self.removals.clear()
+
+
+class _Advanced:
+    """MMEngine's endless iterator, of a sampler that is where the loop wants it.
+
+    Args:
+        iterator (Any): MMEngine's.
+        steps (int): How many the sampler leaves out.
+    """
+
+    def __init__(self, iterator: Any, steps: int) -> None:
+        self.iterator = iterator
+        # MMEngine calls next() for each of them, OneDL's skip_iter() for all.
+        self.left = 0 if hasattr(iterator, 'skip_iter') else steps
+
+    def __next__(self) -> Any:
+        if self.left:
+            self.left -= 1
+            return None
+        return next(self.iterator)
+
+    def skip_iter(self, steps: int) -> None:
+        pass

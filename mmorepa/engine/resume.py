@@ -1,0 +1,117 @@
+"""Which checkpoint a training goes on from."""
+
+import logging
+import re
+from pathlib import Path
+from typing import Optional
+
+from mmengine.logging import print_log
+
+from ..utils.errors import CheckpointError
+from .checkpoint import read_checkpoint
+
+_STEP = re.compile(r'_(\d+)\.pth$')
+
+
+def read_resumable(path: str) -> dict:
+    """Reads a checkpoint that has to hold the whole state of a training.
+
+    Args:
+        path (str): The file.
+
+    Returns:
+        dict: As :func:`read_checkpoint`.
+
+    Raises:
+        CheckpointError: If it holds weights alone, or see :func:`read_checkpoint`.
+        FileNotFoundError: If there is no such file.
+    """
+    checkpoint = read_checkpoint(path)
+    parts = ('message_hub', 'meta', 'optimizer')
+    missing = [part for part in parts if not isinstance(checkpoint.get(part), dict)]
+    if 'meta' not in missing and not {'epoch', 'iter'} <= checkpoint['meta'].keys():
+        missing.append('meta')
+    if missing:
+        raise CheckpointError(
+            f'{path!r} holds weights but not the state of a training run to resume '
+            f'({", ".join(missing)} missing); to start a new run from these '
+            'weights: --cfg-options load_from=...'
+        )
+    return checkpoint
+
+
+def newest_resumable(folder: str) -> tuple[Optional[str], Optional[dict]]:
+    """The last checkpoint of a training that can be read to its end.
+
+    It is the one that ``last_checkpoint`` names, unless that is damaged, or one of a
+    later step was written since: a kill may come between the two files. A warning names
+    those that are left out, and says so if there is none at all.
+
+    Args:
+        folder (str): The work folder. It need not exist.
+
+    Returns:
+        tuple[str, dict]: Its path, and what it holds; None and None if there are no
+        checkpoints.
+
+    Raises:
+        CheckpointError: If there are, but none can be resumed from.
+    """
+    skipped = ''
+    for path in _candidates(Path(folder).resolve()):
+        try:
+            checkpoint = read_resumable(str(path))
+        except (CheckpointError, FileNotFoundError) as error:
+            skipped += f'\n  {error}'
+            continue
+        if skipped:
+            _warn(
+                f'Resuming from {str(path)!r}, since newer ones are no good:{skipped}'
+            )
+        return str(path), checkpoint
+    if skipped:
+        raise CheckpointError(
+            f'no checkpoint in {folder!r} can be resumed from; to start anew, choose '
+            f'another --work-dir:{skipped}'
+        )
+    _warn(f'No checkpoint in {folder!r} to resume from: training starts anew.')
+    return None, None
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Checkpoints, the one to try first first."""
+    pointer, named = folder / 'last_checkpoint', None
+    if pointer.is_file():
+        # A crash of the machine may leave zeros.
+        text = pointer.read_text(errors='replace').strip('\0 \n')
+        named = Path(text).resolve() if text else None
+    if named and (folder / named.name).exists():
+        named = folder / named.name  # The folder may have been moved, or copied.
+    found = {
+        path
+        for place in {folder, named.parent if named else folder}
+        for path in place.glob('*.pth')
+        if _STEP.search(path.name) and not path.name.startswith(('best_', '.'))
+    }
+    if named:
+        found.add(named)
+    # Neither time nor step alone tells: files of an earlier training in this folder may
+    # be of later steps, and copies are as old as their copying.
+    time, step = _age(named) if named else (0, 0)
+
+    def order(path: Path) -> tuple:
+        later = _age(path)[0] >= time and _age(path)[1] > step
+        return bool(named) and later, path == named, *_age(path)
+
+    return sorted(found, key=order, reverse=True)
+
+
+def _age(path: Path) -> tuple[int, int]:
+    """When it was written, and of which step it is."""
+    step = _STEP.search(path.name)
+    time = path.stat().st_mtime_ns if path.exists() else 0
+    return time, int(step[1]) if step else -1
+
+
+def _warn(text: str) -> None:
+    print_log(text, logger='current', level=logging.WARNING)

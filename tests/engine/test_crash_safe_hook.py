@@ -1,0 +1,369 @@
+"""A killed training, resumed, goes on as if nothing had happened."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.registry import DATA_SAMPLERS
+from mmengine.runner import Runner
+from runners import Colours, Logits, Probe, TinyClassifier, make_runner
+from torch.nn import functional as F
+
+from mmorepa.engine import read_checkpoint
+from mmorepa.engine.seeding import SeededBatches, seed_of, seeded
+from mmorepa.utils.errors import OutputError
+
+HOOK = dict(type='CrashSafeHook')
+CHECKPOINTS = dict(type='CheckpointHook', interval=1)
+
+
+@pytest.fixture(autouse=True)
+def backend():
+    """The hook has MMEngine write files in another way, in this process."""
+    yield
+    register_backend('local', LocalBackend, force=True, prefixes='')
+
+
+class Augmented(Colours):
+    """Draws from every generator for every item; keeps which items it gave."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.given = []
+
+    def __getitem__(self, i):
+        self.given.append(i)
+        image, label = super().__getitem__(i)
+        noise = torch.randn(image.shape) + np.random.randn() + random.gauss(0, 1)
+        return image + 0.3 * noise, label
+
+
+class RandomClassifier(TinyClassifier):
+    """Draws while it trains; keeps its losses."""
+
+    def __init__(self):
+        super().__init__()
+        self.losses = []
+
+    def forward(self, inputs, labels=None, mode='tensor'):
+        if mode == 'loss':
+            inputs = F.dropout(inputs, 0.2) * random.uniform(0.5, 2) + np.random.rand()
+        outputs = super().forward(inputs, labels, mode)
+        if mode == 'loss':
+            self.losses.append(outputs['loss'].item())
+        return outputs
+
+
+class RandomSampler(torch.utils.data.RandomSampler):
+    """PyTorch's, with the numbers of the process."""
+
+    def __init__(self, dataset, seed):
+        super().__init__(dataset)
+
+
+def trained(folder, sampler='DefaultSampler', workers=0, by_epoch=True, **options):
+    """The losses of a training of 3 epochs of 4 batches, or of 12 iterations."""
+    loader = dict(
+        batch_size=6,
+        num_workers=workers,
+        persistent_workers=options.pop('persistent', workers > 0),
+        dataset=Augmented(24),
+        sampler=dict(type=sampler),
+        batch_sampler=options.pop('batch_sampler', None),
+        collate_fn=dict(type='default_collate'),
+    )
+    if not by_epoch:
+        options['train_cfg'] = dict(by_epoch=False, max_iters=12, val_interval=5)
+    options.setdefault('train_cfg', dict(by_epoch=True, max_epochs=3))
+    torch.manual_seed(0)
+    saving = dict(
+        CHECKPOINTS, by_epoch=by_epoch, max_keep_ckpts=options.pop('keep', -1)
+    )
+    runner = make_runner(
+        folder,
+        RandomClassifier(),
+        train_dataloader=loader,
+        default_hooks=dict(checkpoint=saving),
+        **{'custom_hooks': [HOOK], **options},
+    )
+    runner.train()
+    return runner
+
+
+def losses(*args, **options):
+    return trained(*args, **options).model.losses
+
+
+@pytest.fixture(autouse=True, scope='module')
+def samplers():
+    DATA_SAMPLERS.register_module(name='GlobalSampler', module=RandomSampler)
+    yield
+    DATA_SAMPLERS.module_dict.pop('GlobalSampler')
+
+
+class TestLosses:
+    @pytest.mark.parametrize('persistent', [False, True])
+    def test_epochs(self, tmp_path, persistent):
+        expected = losses(tmp_path / 'whole')
+        assert len(set(expected)) == 12
+        for workers in (0, 2):
+            rest = losses(
+                tmp_path / 'rest',
+                workers=workers,
+                persistent=persistent and workers > 0,
+                load_from=str(tmp_path / 'whole/epoch_1.pth'),
+                resume=True,
+            )
+            assert rest == expected[4:]
+
+    @pytest.mark.parametrize('sampler', ['InfiniteSampler', 'DefaultSampler'])
+    def test_iterations(self, tmp_path, sampler, monkeypatch):
+        """From the middle of an epoch, and from the first batch of the second."""
+        monkeypatch.setattr('time.sleep', lambda seconds: None)  # MMEngine's, of 2 s.
+        options = dict(sampler=sampler, by_epoch=False)
+        expected = losses(tmp_path / 'whole', **options)
+        assert len(set(expected)) == 12
+        for workers, done in ((0, 3), (0, 4), (2, 7)):
+            rest = losses(
+                tmp_path / 'rest',
+                workers=workers,
+                load_from=str(tmp_path / f'whole/iter_{done}.pth'),
+                resume=True,
+                **options,
+            )
+            assert rest == expected[done:]
+
+    def test_sampler_without_a_seed(self, tmp_path):
+        expected = losses(tmp_path / 'whole', sampler='GlobalSampler')
+        path = str(tmp_path / 'whole/epoch_2.pth')
+        options = dict(sampler='GlobalSampler', load_from=path, resume=True)
+        assert losses(tmp_path / 'rest', **options) == expected[8:]
+
+    def test_without_the_hook(self, tmp_path):
+        """Where these tests see a difference."""
+        options = dict(custom_hooks=[])
+        expected = losses(tmp_path / 'whole', **options)
+        path = str(tmp_path / 'whole/epoch_2.pth')
+        rest = losses(tmp_path / 'rest', load_from=path, resume=True, **options)
+        assert not set(rest) & set(expected)
+
+    def test_seeds_differ(self, tmp_path):
+        """Between runs, epochs, images; and the process draws what the data do not."""
+        first = losses(tmp_path / 'a')
+        assert losses(tmp_path / 'b') == first
+        assert not set(losses(tmp_path / 'c', randomness=dict(seed=1))) & set(first)
+        noise = []
+        for key in ((0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0), (0, 1, 0, 0)):
+            with seeded(seed_of(*key)):
+                noise += [random.random(), np.random.rand(), torch.rand(()).item()]
+        assert len(set(noise)) == 12
+
+    def test_loads_nothing_twice(self, tmp_path):
+        """MMEngine loads whatever was seen before, to pass over it."""
+        options = dict(sampler='InfiniteSampler', by_epoch=False)
+        trained(tmp_path / 'whole', **options)
+        path = str(tmp_path / 'whole/iter_9.pth')
+        rest = trained(tmp_path / 'rest', load_from=path, resume=True, **options)
+        assert len(rest.train_dataloader.dataset.given) == 3 * 6
+        runner = trained(
+            tmp_path / 'rest',
+            load_from=path,
+            resume=True,
+            **{**options, 'custom_hooks': []},
+        )
+        assert len(runner.train_dataloader.dataset.given) > 3 * 6 or hasattr(
+            runner.train_loop.dataloader_iterator, 'skip_iter'
+        )
+
+    def test_what_cannot_be_set_back(self, tmp_path):
+        """An iteration-based loop has begun with a sampler that nobody knows."""
+
+        class OwnBatches(torch.utils.data.BatchSampler):
+            pass
+
+        texts = []
+        trained(
+            tmp_path,
+            by_epoch=False,
+            batch_sampler=dict(type=OwnBatches, drop_last=True),
+            custom_hooks=[
+                HOOK,
+                Probe(before_run=lambda r: setattr(r.logger, 'warning', texts.append)),
+            ],
+        )
+        words = 'OwnBatches of DefaultSampler cannot be set back'
+        assert len([text for text in texts if text.startswith(words)]) == 1
+
+    def test_trained_twice(self, tmp_path):
+        runner = trained(tmp_path, train_cfg=dict(by_epoch=True, max_epochs=1))
+        runner.train_loop._epoch = runner.train_loop._iter = 0
+        runner.train()
+        assert not isinstance(
+            runner.train_dataloader.batch_sampler.batches, SeededBatches
+        )
+
+
+class TestSeeding:
+    def test_puts_the_generators_back(self):
+        def draw():
+            return random.random(), np.random.rand(), torch.rand(()).item()
+
+        random.seed(3), np.random.seed(3), torch.manual_seed(3)
+        expected = [draw(), draw()]
+        random.seed(3), np.random.seed(3), torch.manual_seed(3)
+        found = [draw()]
+        with pytest.raises(ZeroDivisionError), seeded(5):
+            inside = draw()
+            raise ZeroDivisionError
+        assert [*found, draw()] == expected
+        with seeded(5):
+            assert draw() == inside
+
+    def test_batches(self):
+        batches = SeededBatches(torch.utils.data.BatchSampler(range(6), 2, False), 1)
+        assert len(batches) == 3 and batches.batch_size == 2
+        first = [(list(batch), len(batch), batch.seed) for batch in batches]
+        assert [indices for indices, *_ in first] == [[0, 1], [2, 3], [4, 5]]
+        more = [batch.seed for batch in batches]
+        assert len({*more, *(seed for *_, seed in first)}) == 6
+        batches.number, batches.first = 0, 4
+        assert [list(batch) for batch in batches] == []
+        assert [batch.seed for batch in batches] == more[1:]
+
+
+class TestFiles:
+    def watch(self, monkeypatch):
+        """What is written, and which checkpoints are whole at that moment."""
+        states = []
+        write = Path.write_bytes
+
+        def write_bytes(path, data):
+            whole = sorted(p.name for p in path.parent.glob('[a-z]*.pth'))
+            states.append((path.name.split('.', 2)[2], whole))
+            return write(path, data)
+
+        monkeypatch.setattr(Path, 'write_bytes', write_bytes)
+        return states
+
+    @pytest.mark.parametrize('by_epoch', [True, False])
+    def test_removes_after_saving(self, tmp_path, monkeypatch, by_epoch):
+        states = self.watch(monkeypatch)
+        trained(tmp_path, by_epoch=by_epoch, keep=1)
+        name, last = ('epoch', 3) if by_epoch else ('iter', 12)
+        assert states == [
+            (f'{name}_{n}.pth', [f'{name}_{n - 1}.pth'] if n > 1 else [])
+            for n in range(1, last + 1)
+        ]
+        assert [p.name for p in tmp_path.glob('*.pth')] == [f'{name}_{last}.pth']
+
+    def test_best(self, tmp_path, monkeypatch):
+        """The better one is there before the best of up to now goes."""
+        states = self.watch(monkeypatch)
+        scores = iter([0.1, 0.3, 0.2])
+        monkeypatch.setattr(
+            Logits, 'compute_metrics', lambda *_: dict(accuracy=next(scores))
+        )
+        hooks = dict(
+            checkpoint=dict(
+                type='CheckpointHook', save_best='accuracy', max_keep_ckpts=1
+            )
+        )
+        runner = make_runner(
+            tmp_path,
+            default_hooks=hooks,
+            train_cfg=dict(by_epoch=True, max_epochs=3, val_interval=1),
+            custom_hooks=[HOOK],
+        )
+        runner.train()
+        best = [whole for name, whole in states if name.startswith('best_')]
+        assert ['best_accuracy_epoch_1.pth' in whole for whole in best] == [False, True]
+        names = {p.name for p in tmp_path.glob('*.pth')}
+        assert 'best_accuracy_epoch_2.pth' in names
+        assert 'best_accuracy_epoch_1.pth' not in names
+
+    def test_leftovers(self, tmp_path):
+        """Of a kill while saving."""
+        left, other = tmp_path / '.123.epoch_2.pth', tmp_path / '.notes.pth'
+        for path in (left, other):
+            path.touch()
+        trained(tmp_path, train_cfg=dict(by_epoch=True, max_epochs=1))
+        assert other.exists() and not left.exists()
+
+    @pytest.mark.parametrize('by_epoch', [True, False])
+    def test_killed_before_validation(self, tmp_path, monkeypatch, by_epoch):
+        """What was the best, and when a learning rate falls, depends on it."""
+        scores = dict(zip((3, 6, 9, 12), (0.3, 0.2, 0.4, 0.1)))
+        seen = []
+
+        class Cut(Exception):
+            pass
+
+        def cut(runner):
+            if runner.iter == 9 and not runner._resume:
+                raise Cut
+
+        def options(**more):
+            hooks = [HOOK, Probe(before_val_iter=cut)]
+            keep = dict(type='CheckpointHook', interval=1, save_best='accuracy')
+            cfg = dict(by_epoch=by_epoch, val_interval=1 if by_epoch else 3)
+            cfg['max_epochs' if by_epoch else 'max_iters'] = 4 if by_epoch else 12
+            return dict(
+                default_hooks=dict(checkpoint=dict(keep, by_epoch=by_epoch)),
+                train_cfg=cfg,
+                custom_hooks=hooks,
+                **more,
+            )
+
+        def compute_metrics(self, results):
+            seen.append(runner.iter)
+            return dict(accuracy=scores[runner.iter])
+
+        monkeypatch.setattr(Logits, 'compute_metrics', compute_metrics)
+        runner = make_runner(tmp_path, **options())
+        with pytest.raises(Cut):
+            runner.train()
+        last = (tmp_path / 'last_checkpoint').read_text()
+        runner = make_runner(tmp_path, **options(resume=True, load_from=last))
+        runner.train()
+        assert seen == [3, 6, 9, 12]
+        (best,) = tmp_path.glob('best_*')
+        assert best.stem == f'best_accuracy_{"epoch_3" if by_epoch else "iter_9"}'
+        # The best one was saved when its validation was done, which need not be again.
+        seen.clear()
+        step = 1 if by_epoch else 3
+        path = str(tmp_path / f'{"epoch" if by_epoch else "iter"}_{step}.pth')
+        runner = make_runner(tmp_path, **options(resume=True, load_from=path))
+        runner.train()
+        assert seen == [6, 9, 12]
+
+    def test_error_while_saving(self, tmp_path, monkeypatch):
+        """As when the disk is full."""
+        write = Path.write_bytes
+
+        def write_bytes(path, data):
+            if 'epoch_2' in path.name:
+                write(path, data[: len(data) // 2])
+                raise OSError(28, 'No space left on device')
+            return write(path, data)
+
+        monkeypatch.setattr(Path, 'write_bytes', write_bytes)
+        with pytest.raises(OutputError, match='epoch_2.*No space left'):
+            trained(tmp_path, keep=1)
+        assert [p.name for p in tmp_path.glob('*epoch*')] == ['epoch_1.pth']
+        assert read_checkpoint(str(tmp_path / 'epoch_1.pth'))['meta']['epoch'] == 1
+
+    def test_without_the_hook(self, tmp_path, monkeypatch):
+        """MMEngine removes first: should it stop to, half of this hook can go."""
+        seen = []
+        save = Runner.save_checkpoint
+
+        def save_checkpoint(self, *args, **kwargs):
+            seen.append([p.name for p in tmp_path.glob('*.pth')])
+            save(self, *args, **kwargs)
+
+        monkeypatch.setattr(Runner, 'save_checkpoint', save_checkpoint)
+        trained(tmp_path, keep=1, custom_hooks=[])
+        assert seen == [[], [], []]

@@ -1,0 +1,36 @@
+"""How threads wait."""
+
+import sys
+
+import pytest
+from tool_runs import TOOLS, run_apart, run_here
+
+STOP_AT_TORCH = """
+import os, runpy, sys
+class Finder:
+    def find_spec(name, *_):
+        if name == 'torch':
+            print(os.environ['OMP_WAIT_POLICY'])
+            sys.exit()
+sys.meta_path.insert(0, Finder)
+runpy.run_path(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize('name', ['train.py', 'test.py'])
+def test_policy_is_set_before_torch_is_loaded(name, monkeypatch):
+    monkeypatch.delenv('OMP_WAIT_POLICY', raising=False)
+    line = sys.executable, '-c', STOP_AT_TORCH, TOOLS / name
+    assert run_apart(*line).stdout.split() == ['PASSIVE']
+    assert run_apart(*line, OMP_WAIT_POLICY='ACTIVE').stdout.split() == ['ACTIVE']
+
+
+@pytest.mark.slow
+def test_measures(capsys):
+    options = ['--settings', 'PASSIVE', '--busy', 0, 1, '--steps', 2, '--rounds', 1]
+    times = run_here('benchmarks/busy_machine.py', *options, '--threads', 1)
+    assert list(times) == [('PASSIVE', 0), ('PASSIVE', 1)]
+    assert all(len(found) == 2 and min(found) > 0 for found in times.values())
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split() == ['1', 'threads', '0', 'busy', '1', 'busy']
+    assert printed[1].startswith('PASSIVE')
