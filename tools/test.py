@@ -7,6 +7,7 @@ from typing import Optional
 
 import mmengine
 from mmengine.config import Config
+from mmengine.dist import is_main_process
 from mmengine.evaluator import DumpResults
 
 from mmorepa.engine.config import (
@@ -88,7 +89,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
     with one_line_errors((CheckpointError,)):
         metrics = runner.test()
-    if args.out and args.out_item == 'metrics':
+    if args.out and args.out_item == 'metrics' and is_main_process():
         mmengine.dump(metrics, args.out)
     return metrics
 
