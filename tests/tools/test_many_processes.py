@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers import assert_near
-from tool_runs import ROOT, run_apart
+from tool_runs import ROOT, environment, run_apart
 
 from mmorepa.engine import read_checkpoint
 
@@ -165,3 +165,32 @@ def test_a_dead_process_ends_the_run(config, tmp_path, rank, at, how):
     while processes_of(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not processes_of(tmp_path)
+
+
+SRUN = """#!/bin/bash
+for word; do case $word in --ntasks=*) export SLURM_NTASKS=${word#*=} ;; esac; done
+while [[ $1 != python ]]; do shift; done
+for ((i = 0; i < SLURM_NTASKS; i++)); do
+  SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_JOB_NODELIST=node "$@" &
+done
+for job in $(jobs -p); do wait "$job" || exit 1; done
+"""
+
+
+def test_slurm(config, single, tmp_path):
+    """As torchrun does it, by what Slurm sets."""
+    for name, script in dict(srun=SRUN, scontrol='#!/bin/sh\necho 127.0.0.1').items():
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    done = launch(
+        'slurm_train.sh',
+        'partition',
+        'job',
+        config,
+        tmp_path / 'work',
+        GPUS='2',
+        PATH=f'{tmp_path}:{environment()["PATH"]}',
+        MASTER_PORT=free_port(),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_near_all(weights(tmp_path / 'work' / 'epoch_2.pth'), single, 1e-4)
