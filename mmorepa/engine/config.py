@@ -4,6 +4,7 @@ import argparse
 import atexit
 import copy
 import os
+import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
@@ -354,6 +355,7 @@ def _in_loop(error: Exception) -> bool:
 def _prepare_distributed_cpu(cfg: Config) -> None:
     """Makes up for what MMEngine takes for granted: a GPU per process."""
     if not torch.distributed.is_initialized():
+        _name_ranks_as_torchrun(cfg.launcher)
         # MMEngine's own launcher would call torch.cuda.set_device.
         torch.distributed.init_process_group('gloo')
         # Threads of gloo's that still run when Python ends abort the process.
@@ -367,6 +369,27 @@ def _prepare_distributed_cpu(cfg: Config) -> None:
     }
     if _replace_sync_bn(cfg.model):
         print_log('SyncBN needs GPUs: training with BN, statistics per process.')
+
+
+_RANKS = {
+    'slurm': ('SLURM_PROCID', 'SLURM_LOCALID', 'SLURM_NTASKS'),
+    'mpi': tuple(f'OMPI_COMM_WORLD_{name}' for name in ('RANK', 'LOCAL_RANK', 'SIZE')),
+}
+
+
+def _name_ranks_as_torchrun(launcher: str) -> None:
+    if launcher not in _RANKS:
+        return
+    environment = os.environ
+    for name, theirs in zip(('RANK', 'LOCAL_RANK', 'WORLD_SIZE'), _RANKS[launcher]):
+        if theirs not in environment:
+            raise ValueError(f'--launcher {launcher}, and {theirs} is not set')
+        environment[name] = environment[theirs]
+    environment.setdefault('MASTER_PORT', '29500')
+    if 'MASTER_ADDR' not in environment and launcher == 'slurm':
+        line = ['scontrol', 'show', 'hostnames', environment['SLURM_JOB_NODELIST']]
+        hosts = subprocess.run(line, check=True, capture_output=True, text=True).stdout
+        environment['MASTER_ADDR'] = hosts.split()[0]
 
 
 def _leave_process_group() -> None:

@@ -7,7 +7,7 @@ import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel, BaseTTAModel
-from mmengine.registry import HOOKS, METRICS, MODELS
+from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS
 from mmengine.runner import Runner
 from torch import nn
 from torch.nn import functional as F
@@ -21,16 +21,32 @@ _numbers = itertools.count()
 
 @MODELS.register_module(force=True)
 class TinyClassifier(BaseModel):
-    """Two OREPA convs and a linear layer."""
+    """Two OREPA convs and a linear layer.
 
-    def __init__(self, width=8, deploy=False, **kwargs):
+    Args:
+        width (int): Channels.
+        deploy (bool): Whether it is built in deployed form.
+        norm_eval (bool): Whether training normalises by fixed statistics, so that a
+            batch may be split.
+    """
+
+    def __init__(self, width=8, deploy=False, norm_eval=False, **kwargs):
         super().__init__(**kwargs)
+        self.norm_eval = norm_eval
         options = dict(bias=False, norm_cfg=dict(type='BN'), deploy=deploy)
         self.conv1 = OREPAConv2d(
             3, width, 3, stride=2, padding=1, act_cfg=dict(type='ReLU'), **options
         )
         self.conv2 = OREPAConv2d(width, width, 1, **options)
         self.head = nn.Linear(width, CLASSES)
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
 
     def forward(self, inputs, labels=None, mode='tensor'):
         logits = self.head(F.relu(self.conv2(self.conv1(inputs))).mean(dim=(2, 3)))
@@ -55,6 +71,7 @@ class TinyTTA(BaseTTAModel):
         ]
 
 
+@DATASETS.register_module(force=True)
 class Colours(Dataset):
     """Noise about one of four colours, the same at every start.
 
@@ -106,7 +123,7 @@ class Probe(Hook):
             setattr(self, name, lambda runner, *_, f=function, **__: f(runner))
 
 
-def make_runner(work_dir, model=None, **options):
+def make_runner(work_dir, model=None, kind=Runner, **options):
     """A runner of a :class:`TinyClassifier`; ``options`` are the Runner's own."""
     torch.manual_seed(0)
     loader = dict(
@@ -136,7 +153,7 @@ def make_runner(work_dir, model=None, **options):
         experiment_name=f'test-{next(_numbers)}',
     )
     arguments.update(options)
-    return Runner(**arguments)
+    return kind(**arguments)
 
 
 def make_test_runner(work_dir, model=None, **options):

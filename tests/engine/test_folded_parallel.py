@@ -1,9 +1,11 @@
-"""Folded training on two processes, where convs come and go: the ranks stay equal."""
+"""Training on several processes has the weights of one with the whole batch.
+
+Also where convs are frozen, trained again and pruned on the way.
+"""
 
 import copy
 import os
 import socket
-from functools import partial
 
 import pytest
 import torch
@@ -18,19 +20,26 @@ from torch.nn.utils import prune
 from mmorepa.engine import FoldedDistributedDataParallel
 from mmorepa.layers import OREPAConv2d
 
-pytestmark = pytest.mark.slow
-
-STEPS = 8
+STEPS, BATCH = 8, 4
 FOLDED, ONLINE = 'FoldedOptimWrapper', 'OptimWrapper'
+WRAPPERS = {FOLDED: FoldedDistributedDataParallel, ONLINE: MMDistributedDataParallel}
 
 
 class Network(BaseModel):
+    """Normalises by fixed statistics, so that a batch may be split."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.a = OREPAConv2d(3, 4, 7, padding=3)
-        self.b = OREPAConv2d(4, 4, 3, padding=1)
+        self.a = OREPAConv2d(3, 4, 7, padding=3, norm_cfg=dict(type='BN'))
+        self.b = OREPAConv2d(4, 4, 3, padding=1, norm_cfg=dict(type='BN'))
         self.c = OREPAConv2d(4, 4, 1)
         self.head = nn.Conv2d(4, 2, 1)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.a.norm.eval()
+        self.b.norm.eval()
+        return self
 
     def forward(self, x, mode='tensor'):
         y = self.head(self.c(self.b(self.a(x).tanh()).tanh()))
@@ -58,36 +67,61 @@ def prune_at_once(model, step):
         prune.remove(weight, 'weight_origin')
 
 
-def train(rank, folder, port, kind, change, options):
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', rank=rank, world_size=2)
-    # Different at the start, so that the wrapper has to make them equal.
-    model = trained_like(Network().double(), seed=rank if rank else 7)
-    wrapped = dict(
-        FoldedOptimWrapper=FoldedDistributedDataParallel,
-        OptimWrapper=MMDistributedDataParallel,
-    )[kind]
-    calls = []
-    parallel = wrapped(model, broadcast_buffers=False, **options)
-    parallel.register_forward_hook(lambda *_: calls.append(1))
+COMES_AND_GOES = dict(find_unused_parameters=True)
+# What happens before a step, options of the model's wrapper and of the optimizer's.
+SCENARIOS = dict(
+    nothing=(nothing, {}, {}),
+    unfreeze=(unfreeze, COMES_AND_GOES, {}),
+    alternate=(alternate, COMES_AND_GOES, {}),
+    prune=(prune_at_once, {}, {}),
+    accumulate=(nothing, {}, dict(accumulative_counts=2)),
+    clip=(nothing, {}, dict(clip_grad=dict(max_norm=0.1))),
+)
+
+
+def start():
+    return trained_like(Network().double())
+
+
+def train(scenario, kind, rank=0, world=1):
+    """Trains on a part of every batch; gives the state and the gradients' norms."""
+    change, parallel_options, optim_options = SCENARIOS[scenario]
+    model = start().train()
+    parallel = model
+    if world > 1:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += rank  # The wrapper has to make them equal.
+        parallel = WRAPPERS[kind](model, broadcast_buffers=False, **parallel_options)
     sgd = dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-3)
     all_of_it = copy.deepcopy(model).requires_grad_(True)
-    wrapper = build_optim_wrapper(all_of_it, dict(type=kind, optimizer=sgd))
-    # An optimizer of all parameters, those too that are frozen at the start.
-    wrapper.optimizer.param_groups[0]['params'] = list(model.parameters())
+    wrapper = build_optim_wrapper(
+        all_of_it, dict(type=kind, optimizer=sgd, **optim_options)
+    )
     images = torch.randn(
-        STEPS, 4, 3, 9, 9, generator=torch.Generator().manual_seed(0)
+        STEPS, BATCH, 3, 9, 9, generator=torch.Generator().manual_seed(0)
     ).double()
     for step, batch in enumerate(images):
         change(model, step)
-        # Pruning puts another tensor in a parameter's place.
+        # All parameters, those too that are frozen at the start; pruning puts another
+        # tensor in a parameter's place.
         wrapper.optimizer.param_groups[0]['params'] = list(model.parameters())
         with wrapper.optim_context(parallel):
-            loss = parallel(batch.chunk(2)[rank], mode='loss')['loss']
+            loss = parallel(batch.chunk(world)[rank], mode='loss')['loss']
         wrapper.update_params(loss)
-    assert len(calls) == STEPS
-    torch.save(model.state_dict(), f'{folder}/{kind}{rank}.pt')
+    return model.state_dict()
+
+
+def worker(rank, world, port, folder):
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', rank=rank, world_size=world)
+    results = {
+        (scenario, kind): train(scenario, kind, rank, world)
+        for scenario in SCENARIOS
+        for kind in WRAPPERS
+    }
+    torch.save(results, f'{folder}/{rank}.pt')
     dist.destroy_process_group()
 
 
@@ -97,119 +131,71 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-@pytest.mark.parametrize(
-    ('change', 'options'),
-    [
-        (nothing, {}),
-        (unfreeze, dict(find_unused_parameters=True)),
-        (alternate, dict(find_unused_parameters=True)),
-        (prune_at_once, {}),
-    ],
-    ids=['nothing', 'unfreeze', 'alternate', 'prune'],
-)
-def test_ranks_stay_equal(tmp_path, change, options):
-    """Both ranks have the weights of online folding under PyTorch's own wrapper."""
-    for kind in (FOLDED, ONLINE):
-        if kind == ONLINE and change is prune_at_once:
-            # PyTorch's wrapper does not know the parameter that pruning makes.
-            continue
-        arguments = (tmp_path, free_port(), kind, change, options)
-        mp.spawn(train, arguments, nprocs=2)
-    one, two = (torch.load(tmp_path / f'{FOLDED}{rank}.pt') for rank in (0, 1))
-    for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=1e-12, atol=1e-12, msg=key)
-    start = trained_like(Network().double(), seed=7).state_dict()
-    moved = {key for key in start if not torch.allclose(start[key], one[key])}
-    assert moved == set(start), 'all is trained'
-    if change is prune_at_once:
-        return
-    online = torch.load(tmp_path / f'{ONLINE}0.pt')
-    for key, value in online.items():
-        torch.testing.assert_close(one[key], value, rtol=1e-9, atol=1e-10, msg=key)
+@pytest.fixture(scope='module', params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def ranks(request, tmp_path_factory):
+    """The states that each process has after every scenario."""
+    folder = tmp_path_factory.mktemp('ranks')
+    world = request.param
+    mp.spawn(worker, (world, free_port(), folder), nprocs=world)
+    return [torch.load(folder / f'{rank}.pt') for rank in range(world)]
 
 
-def _in_one_process(rank, run, port):
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    dist.init_process_group('gloo', rank=0, world_size=1)
-    run()
+@pytest.mark.parametrize('scenario', SCENARIOS)
+def test_equals_one_process(ranks, scenario):
+    expected = train(scenario, ONLINE)
+    assert not any(torch.equal(p, expected[k]) for k, p in start().named_parameters())
+    for kind in WRAPPERS:
+        for state in (rank[scenario, kind] for rank in ranks):
+            for key, value in expected.items():
+                torch.testing.assert_close(
+                    state[key], value, rtol=1e-9, atol=1e-10, msg=f'{kind} {key}'
+                )
+
+
+@pytest.fixture
+def alone():
+    """The only process of a group."""
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    yield
     dist.destroy_process_group()
 
 
-def _unfrozen_too_late():
-    model = Network()
-    model.b.requires_grad_(False)
-    parallel = FoldedDistributedDataParallel(model)
-    model.b.requires_grad_(True)
-    with pytest.raises(RuntimeError, match='b was frozen when .* Freeze it after'):
-        parallel(torch.randn(1, 3, 9, 9), mode='loss')
+@pytest.mark.usefixtures('alone')
+class TestOneProcess:
+    def test_unfrozen_too_late(self):
+        model = Network()
+        model.b.requires_grad_(False)
+        parallel = FoldedDistributedDataParallel(model)
+        model.b.requires_grad_(True)
+        with pytest.raises(RuntimeError, match='b was frozen when .* Freeze it after'):
+            parallel(torch.randn(1, 3, 9, 9), mode='loss')
 
+    def test_keeps_what_it_was_given(self):
+        """One wrapper, made once: sizes of buckets are those that PyTorch chooses."""
+        plain = MMDistributedDataParallel(nn.Conv2d(1, 1, 1))
+        parallel = FoldedDistributedDataParallel(Network(), bucket_cap_mb=3)
+        assert parallel.bucket_bytes_cap == 3 * 2**20
+        names = {name for name, _ in parallel.module.named_parameters()}
+        assert not any('held_kernel' in name for name in names)
+        assert type(plain.reducer) is type(parallel.reducer)
+        state = parallel.module.state_dict()
+        Network().load_state_dict(state)
 
-def _keeps_what_it_was_given():
-    """One wrapper, made once: sizes of buckets are those that PyTorch chooses."""
-    plain = MMDistributedDataParallel(nn.Conv2d(1, 1, 1))
-    parallel = FoldedDistributedDataParallel(Network(), bucket_cap_mb=3)
-    assert parallel.bucket_bytes_cap == 3 * 2**20
-    names = {name for name, _ in parallel.module.named_parameters()}
-    assert not any('held_kernel' in name for name in names)
-    assert type(plain.reducer) is type(parallel.reducer)
-    state = parallel.module.state_dict()
-    Network().load_state_dict(state)
+    def test_by_hand(self):
+        parallel = FoldedDistributedDataParallel(Network())
+        loss = parallel(torch.randn(1, 3, 9, 9), mode='loss')['loss']
+        with pytest.raises(RuntimeError, match=r'update_params\(loss\)'):
+            loss.backward()
 
-
-def _by_hand():
-    parallel = FoldedDistributedDataParallel(Network())
-    loss = parallel(torch.randn(1, 3, 9, 9), mode='loss')['loss']
-    with pytest.raises(RuntimeError, match=r'update_params\(loss\)'):
-        loss.backward()
-
-
-def _accumulates():
-    """Without reduction in between, gradients wait for the last pass."""
-    model = trained_like(Network().double())
-    twin = copy.deepcopy(model)
-    parallel = FoldedDistributedDataParallel(model)
-    options = dict(optimizer=dict(type='SGD', lr=0.1), accumulative_counts=2)
-    wrappers = [
-        build_optim_wrapper(m, dict(type=kind, **options))
-        for m, kind in ((parallel, FOLDED), (twin, ONLINE))
-    ]
-    for _ in range(4):
-        image = torch.randn(2, 3, 9, 9).double()
-        for net, wrapper in zip((parallel, twin), wrappers):
-            with wrapper.optim_context(net):
-                loss = net(image, mode='loss')['loss']
+    def test_another_wrapper_trains_online_and_says_so(self, log):
+        model = Network()
+        parallel = MMDistributedDataParallel(model)
+        wrapper = build_optim_wrapper(
+            parallel, dict(type=FOLDED, optimizer=dict(type='SGD', lr=0.1))
+        )
+        for _ in range(2):
+            with wrapper.optim_context(parallel):
+                loss = parallel(torch.randn(1, 3, 9, 9), mode='loss')['loss']
+                assert model.b.held is None
             wrapper.update_params(loss)
-    for one, other in zip(model.parameters(), twin.parameters()):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
-
-
-def _online_and_says_so(path):
-    from mmengine.logging import MMLogger
-
-    logger = MMLogger.get_instance('parallel', log_file=str(path))
-    model = Network()
-    parallel = MMDistributedDataParallel(model)
-    wrapper = build_optim_wrapper(
-        parallel, dict(type=FOLDED, optimizer=dict(type='SGD', lr=0.1))
-    )
-    for _ in range(2):
-        with wrapper.optim_context(parallel):
-            loss = parallel(torch.randn(1, 3, 9, 9), mode='loss')['loss']
-            assert model.b.held is None
-        wrapper.update_params(loss)
-    logger.handlers[-1].flush()
-    assert path.read_text().count('trains with online folding') == 1
-
-
-@pytest.mark.parametrize(
-    'run',
-    [_unfrozen_too_late, _keeps_what_it_was_given, _by_hand, _accumulates],
-    ids=lambda run: run.__name__.strip('_'),
-)
-def test_one_process(run):
-    mp.spawn(_in_one_process, (run, free_port()), nprocs=1)
-
-
-def test_another_wrapper_trains_online_and_says_so(tmp_path):
-    run = partial(_online_and_says_so, tmp_path / 'log.txt')
-    mp.spawn(_in_one_process, (run, free_port()), nprocs=1)
+        assert sum('trains with online folding' in text for text in log) == 1

@@ -28,21 +28,43 @@ def test_here():
     check_requirements()
 
 
+TESTED = [
+    ('mmengine', '0.10.7'),
+    ('mmengine', '0.10.12'),
+    ('mmcv', '2.1.0'),
+    ('mmcv', '2.3.6'),
+    ('torch', '2.6.0+cpu'),
+    ('torch', '2.14.1+cu130'),
+]
+
+
+@pytest.mark.parametrize('name, value', TESTED)
+def test_tested(version, name, value, recwarn):
+    version(name, value)
+    check_requirements()
+    assert not recwarn
+
+
 @pytest.mark.parametrize(
     'name, value',
     [
         ('mmengine', '0.10.0'),
-        ('mmengine', '0.10.12'),
+        ('mmengine', '0.10.13'),
         ('mmcv', '2.0.0'),
-        ('mmcv', '2.1.0'),
-        ('mmcv', '2.3.6'),
-        ('torch', '2.6.0+cpu'),
-        ('torch', '2.14.1+cu130'),
+        ('mmcv', '2.4.0'),
+        ('torch', '2.15.0+cu130'),
     ],
 )
-def test_fits(version, name, value):
+def test_fits_and_is_not_tested(version, name, value):
     version(name, value)
-    check_requirements()
+    with pytest.warns(UserWarning, match=re.escape(f'with {name} {value} (tested: ')):
+        check_requirements()
+
+
+def test_python_that_is_not_tested(monkeypatch):
+    monkeypatch.setattr(requirements.platform, 'python_version', lambda: '3.14.0')
+    with pytest.warns(UserWarning, match=r'with Python 3.14.0 \(tested: >=3.10'):
+        check_requirements()
 
 
 @pytest.mark.parametrize(
