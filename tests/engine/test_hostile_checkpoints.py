@@ -26,7 +26,8 @@ from mmorepa.backbones import OREPAResNet
 from mmorepa.converters import from_published
 from mmorepa.engine import deploy_checkpoint, read_checkpoint, write_checkpoint
 from mmorepa.engine.checkpoint import load_strictly
-from mmorepa.engine.config import _check_checkpoint, one_line_errors
+from mmorepa.engine.config import one_line_errors
+from mmorepa.engine.resume import read_resumable
 
 MUTATIONS = int(os.environ.get('MMOREPA_MUTATIONS', 60))
 SMALL = dict(depth=18, base_channels=4, num_stages=1, out_indices=(0,))
@@ -103,7 +104,7 @@ def ways(runner, tmp_path_factory):
         return runner.model.backbone
 
     def resume(path):
-        _check_checkpoint(runner.model, path, True)
+        load_strictly(runner.model, read_resumable(path)['state_dict'])
         runner.resume(path)
         return runner.model
 
