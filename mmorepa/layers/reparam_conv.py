@@ -424,6 +424,7 @@ class ReparamConv2d(nn.Conv2d):
             raise ValueError(f'{type(self).__name__} has a fixed kernel')
         if like is None or like.is_meta:
             return
+        _check_is_whole(self.branches.parameters())
         with torch.inference_mode(False), torch.no_grad():
             kernel = kernel.to(like.device, torch.float64)
             try:

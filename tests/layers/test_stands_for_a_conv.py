@@ -258,6 +258,8 @@ def sharding_worker(rank, meeting):
             model.reshard()  # The root stays whole after a forward pass.
             with pytest.raises(RuntimeError, match='gather them by'):
                 _ = model[0].weight
+            with pytest.raises(RuntimeError, match='gather them by'):
+                model[0].start_from(torch.ones(4, 3, 3, 3))
         with pytest.raises(RuntimeError, match='gather them by'):
             switch_to_deploy(model)
         state = get_model_state_dict(model, options=full)
