@@ -113,25 +113,26 @@ class _Factors(nn.ModuleList):
 
 @MODELS.register_module()
 class DeepLinearConv2d(ReparamConv2d, nn.Conv2d):
-    """A large conv of plain 3×3 factors.
+    """A large conv of plain 3×3 factors; a 1×1 conv has none and is plain.
 
     Args:
         inner_mult (float): Inner channels of the chain by output channels, see
             :class:`DeepLinearKernel`. Defaults to 1.
-        *args, **kwargs: See :class:`ReparamConv2d`; the kernel is 3×3 or larger.
+        *args, **kwargs: See :class:`ReparamConv2d`.
     """
 
     def __init__(self, *args, inner_mult: float = 1.0, **kwargs) -> None:
         self._inner_mult = inner_mult  # Before the base class builds the branches.
         super().__init__(*args, **kwargs)
 
-    def build_branches(self) -> DeepLinearKernel:
-        if self.kernel_size[0] < 3:
-            raise ValueError(
-                'DeepLinearConv2d takes a kernel of 3x3 or more, found 1x1'
-            )
+    def build_branches(self) -> nn.Module:
+        def plain(outputs: int, inputs: int, size: int = 3) -> PlainKernel:
+            return PlainKernel(outputs, inputs // self.groups, size)
+
+        if self.kernel_size[0] == 1:
+            return plain(self.out_channels, self.in_channels, 1)
         return DeepLinearKernel(
-            lambda outputs, inputs: PlainKernel(outputs, inputs // self.groups, 3),
+            plain,
             self.out_channels,
             self.in_channels,
             self.kernel_size[0],

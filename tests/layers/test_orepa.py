@@ -276,8 +276,14 @@ def test_other_kernels_have_no_inner_channels():
 
 
 def test_deep_linear_conv_of_no_factor():
-    with pytest.raises(ValueError, match='a kernel of 3x3 or more, found 1x1'):
-        DeepLinearConv2d(4, 6, 1)
+    """By conv_cfg, a network builds its 1x1 convs of the same class."""
+    conv = DeepLinearConv2d(4, 6, 1, groups=2)
+    plain = torch.nn.Conv2d(4, 6, 1, groups=2)
+    conv.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 4, 5, 5)
+    assert_near(conv(x), plain(x), 1e-6)
+    conv.switch_to_deploy()
+    assert_near(conv(x), plain(x), 1e-6)
 
 
 def test_fixed_filters_are_not_saved():

@@ -181,12 +181,15 @@ def make_trained_like(model: nn.Module) -> nn.Module:
     return model
 
 
-def make_batch(toolbox: str, model: dict, size: int = 128) -> dict:
+def make_batch(toolbox: str, model: dict) -> dict:
     """Two noise images with labels, as a dataloader of the toolbox yields them."""
+    # SSD's has its size by definition.
+    size = 300 if model['backbone']['type'] == 'SSDVGG' else 128
     if toolbox == 'mmdet':
         from mmdet.testing import demo_mm_inputs
 
-        return demo_mm_inputs(2, (3, size, size), [4, 6], 80, with_mask=True)
+        with_mask = 'mask_head' in model.get('roi_head', {})
+        return demo_mm_inputs(2, (3, size, size), [4, 6], 80, with_mask=with_mask)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (2, 3, size, size), generator=generator)
     if toolbox == 'mmpretrain':
@@ -373,8 +376,8 @@ def to_markdown(rows: list[dict], steps: int) -> str:
         '# Compatibility',
         '',
         'Stock models with `OREPAConv2d`, measured by '
-        '`python tools/benchmarks/compatibility.py` on two images of 128x128 pixels, '
-        'in float32. No weights are downloaded: kernels are random, BatchNorm '
+        '`python tools/benchmarks/compatibility.py` on two images of 128x128 pixels '
+        '(SSD: 300x300), in float32. No weights are downloaded: kernels are random, BatchNorm '
         'statistics are like trained ones. Differences are relative to the largest '
         'output.',
         '',
