@@ -377,9 +377,9 @@ def to_markdown(rows: list[dict], steps: int) -> str:
         '',
         'Stock models with `OREPAConv2d`, measured by '
         '`python tools/benchmarks/compatibility.py` on two images of 128x128 pixels '
-        '(SSD: 300x300), in float32. No weights are downloaded: kernels are random, BatchNorm '
-        'statistics are like trained ones. Differences are relative to the largest '
-        'output.',
+        '(SSD: 300x300), in float32. No weights are downloaded: kernels are random, '
+        'BatchNorm statistics are like trained ones. Differences are relative to the '
+        'largest output.',
         '',
         '*At the start*: the training form has loaded the state dict of the plain '
         'model. *Deployed*: it has trained three steps and is switched, and the plain '
