@@ -195,7 +195,9 @@ def make_batch(toolbox: str, model: dict) -> dict:
     if toolbox == 'mmpretrain':
         from mmpretrain.structures import DataSample
 
-        labels = torch.randint(model['head']['num_classes'], (2,), generator=generator)
+        # VGG has its classifier in the backbone.
+        classes = {**model['backbone'], **model['head']}['num_classes']
+        labels = torch.randint(classes, (2,), generator=generator)
         samples = [DataSample().set_gt_label(label) for label in labels]
         return dict(inputs=images.to(torch.uint8), data_samples=samples)
     from mmengine.structures import PixelData
