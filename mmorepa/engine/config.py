@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import copy
+import gc
 import os
 import subprocess
 import sys
@@ -395,6 +396,9 @@ def _name_ranks_as_torchrun(launcher: str) -> None:
 def _leave_process_group() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    # The threads end with the last object that holds the group: a wrapped model, in the
+    # cycle of a runner and its loops.
+    gc.collect()
 
 
 def _replace_sync_bn(node: object) -> bool:

@@ -652,6 +652,10 @@ def launched(monkeypatch, tmp_path):
         distributed.destroy_process_group()
 
 
+def threads():
+    return {path.read_text().strip() for path in Path('/proc/self/task').glob('*/comm')}
+
+
 class TestDistributedWithoutGPU:
     def norms(self):
         return dict(
@@ -687,6 +691,10 @@ class TestDistributedWithoutGPU:
         assert not runner.model.find_unused_parameters
         runner.train()
         assert runner.iter == 6
+        assert 'pt_gloo_runloop' in threads()
+        del runner
+        config_module._leave_process_group()
+        assert 'pt_gloo_runloop' not in threads(), 'they abort a process that ends'
 
     @pytest.mark.parametrize('device', ['cuda', 'npu', 'mlu', 'musa'])
     def test_accelerators_are_left_to_mmengine(self, monkeypatch, tmp_path, device):
@@ -697,12 +705,22 @@ class TestDistributedWithoutGPU:
         assert not distributed.is_initialized()
         assert 'model_wrapper_cfg' not in cfg and 'SyncBN' in cfg.pretty_text
 
+    def test_ranks_of_open_mpi(self, monkeypatch):
+        monkeypatch.setattr(os, 'environ', {'MASTER_ADDR': 'here'})
+        with pytest.raises(ValueError, match='OMPI_COMM_WORLD_RANK is not set'):
+            config_module._name_ranks_as_torchrun('mpi')
+        theirs = dict(RANK='3', LOCAL_RANK='1', SIZE='4')
+        os.environ.update({f'OMPI_COMM_WORLD_{k}': v for k, v in theirs.items()})
+        config_module._name_ranks_as_torchrun('mpi')
+        expected = dict(RANK='3', LOCAL_RANK='1', WORLD_SIZE='4', MASTER_ADDR='here')
+        assert os.environ.items() > expected.items()
+
     def test_find_unused_parameters(self, launched, tmp_path):
         cfg = tiny_config(tmp_path, launcher='pytorch', find_unused_parameters=True)
         assert build_runner(cfg, ()).model.find_unused_parameters
 
     def test_says_so(self, launched, capsys):
-        cfg = Config(dict(model=self.norms()))
+        cfg = Config(dict(model=self.norms(), launcher='pytorch'))
         config_module._prepare_distributed_cpu(cfg)
         assert 'SyncBN needs GPUs' in capsys.readouterr().out
         assert 'SyncBN' not in cfg.pretty_text
