@@ -30,7 +30,9 @@ from mmorepa.engine.config import one_line_errors
 from mmorepa.engine.resume import read_resumable
 
 MUTATIONS = int(os.environ.get('MMOREPA_MUTATIONS', 60))
+# As few entries as show everything, since files are read by the thousand.
 SMALL = dict(depth=18, base_channels=4, num_stages=1, out_indices=(0,))
+SMALL['block_cfg'] = dict(branches=('origin', 'pointwise_kxk'))
 HAS_SAFETENSORS = importlib.util.find_spec('safetensors') is not None
 ran = []
 
@@ -290,7 +292,7 @@ def names(state, rng):
 
 def other_network(state, rng):
     options = rng.choice(
-        [dict(depth=34), dict(depth=50), dict(base_channels=8), dict(block='dbb')]
+        [dict(depth=34), dict(depth=50), dict(base_channels=8), dict(block_cfg=None)]
     )
     other = OREPAResNet(**{**SMALL, **options})
     return {f'backbone.{key}': value for key, value in other.state_dict().items()}

@@ -346,7 +346,7 @@ def test_caffe_by_name(files):
 def test_other_paths(files, tmp_path):
     source, config, out = files(torchvision_names(resnet18()))
     before = source.read_bytes()
-    assert 'is the plain checkpoint, which cannot be' in fails(source, config, source)
+    assert 'would take the place of' in fails(source, config, source)
     assert source.read_bytes() == before
     assert 'no checkpoint at' in fails(tmp_path / 'gone', config, out)
     assert 'no config at' in fails(source, tmp_path / 'gone', out)
