@@ -402,6 +402,7 @@ class TestErrors:
         flags = ['--work-dir', work]
         words = 'Build the model with deploy=True'
         self.assert_error(words, 'test.py', config, deployed[0], *flags)
+        words = 'holds weights but not the state of a training run'
         self.assert_error(words, 'train.py', config, '--resume', deployed[0], *flags)
         assert not list(work.glob('**/*.pth'))
         self.assert_error(
