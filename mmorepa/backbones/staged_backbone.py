@@ -208,7 +208,7 @@ class StagedBackbone(BaseModule):
             if key.startswith(parts) and not key.endswith('num_batches_tracked'):
                 found[key.removeprefix(prefix)] = tuple(value.shape)
         for name, module in self.named_modules():
-            if not isinstance(module, ReparamConv2d) or '.branches' in name:
+            if not isinstance(module, ReparamConv2d):
                 continue
             entries = {k for k in found if k.startswith(f'{name}.')}
             kinds = {key[len(name) + 1 :].split('.')[0] for key in entries}

@@ -310,7 +310,14 @@ def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     }
     # Left out, since PyTorch would stop at them, in words that name every one.
     rest = {k: value for k, value in state_dict.items() if k not in misshapen}
-    loaded = model.load_state_dict(rest, strict=False)
+    try:
+        loaded = model.load_state_dict(rest, strict=False)
+    except RuntimeError as error:  # Of a plain kernel that a training form is to take.
+        _, *details = str(error).split('\n')
+        raise CheckpointError(
+            f'the checkpoint does not fit the config: {details[0].strip()}'
+            + (f', and {len(details) - 1} more' if details[1:] else '')
+        ) from error
     problems = [
         name_keys(
             'missing from the checkpoint', set(loaded.missing_keys) - misshapen.keys()

@@ -555,9 +555,9 @@ model = dict(
     )
 )
 """)
-        options = ['train_cfg.max_epochs=2']
+        options = ['train_cfg.max_epochs=3']
         run_runner('train.py', own, '--work-dir', tmp_path / 'a', options=options)
-        checkpoint = tmp_path / 'a' / 'epoch_2.pth'
+        checkpoint = tmp_path / 'a' / 'epoch_3.pth'
         state = weights(checkpoint)
         assert 'backbone.layer4.1.conv2.branches.weight_pointwise_kxk_2' in state
         # The norms stay modules of the ResNet.
