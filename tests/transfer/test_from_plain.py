@@ -108,10 +108,7 @@ def test_plain_classifier_to_detector(digits, tmp_path):
         coco = f'{digits}/coco'
         options = {
             'model.backbone.block': block,
-            # A stem of 16 channels is too narrow a chain for any kernel of RGB images.
-            'model.backbone.block_cfg': dict(inner_mult=4)
-            if block == 'orepa'
-            else None,
+            'model.backbone.block_cfg': cfg,
             'model.backbone.init_cfg.checkpoint': checkpoint,
             'optim_wrapper.paramwise_cfg.stem_lr_mult': multiplier,
             'train_cfg.max_epochs': 3,
