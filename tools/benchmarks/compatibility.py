@@ -183,8 +183,8 @@ def make_trained_like(model: nn.Module) -> nn.Module:
 
 def make_batch(toolbox: str, model: dict) -> dict:
     """Two noise images with labels, as a dataloader of the toolbox yields them."""
-    # SSD's has its size by definition.
-    size = 300 if model['backbone']['type'] == 'SSDVGG' else 128
+    # These have a size by definition.
+    size = dict(SSDVGG=300, VGG=224).get(model['backbone']['type'], 128)
     if toolbox == 'mmdet':
         from mmdet.testing import demo_mm_inputs
 
@@ -379,9 +379,9 @@ def to_markdown(rows: list[dict], steps: int) -> str:
         '',
         'Stock models with `OREPAConv2d`, measured by '
         '`python tools/benchmarks/compatibility.py` on two images of 128x128 pixels '
-        '(SSD: 300x300), in float32. No weights are downloaded: kernels are random, '
-        'BatchNorm statistics are like trained ones. Differences are relative to the '
-        'largest output.',
+        '(SSD: 300x300, VGG: 224x224), in float32. No weights are downloaded: kernels '
+        'are random, BatchNorm statistics are like trained ones. Differences are '
+        'relative to the largest output.',
         '',
         '*At the start*: the training form has loaded the state dict of the plain '
         'model. *Deployed*: it has trained three steps and is switched, and the plain '
