@@ -21,6 +21,10 @@ class MultiBranchConv2d(ReparamConv2d):
     subclasses list their names in :attr:`BRANCHES` and make each in
     ``build_branch``.
 
+    By ``conv_cfg``, in a network that has a norm after the conv, that norm follows
+    theirs: :attr:`has_second_norm`. Deployed, the conv has theirs folded in, and the
+    network keeps its own.
+
     Args:
         branches (Sequence[str], optional): The names of the branches to build.
             Defaults to all.
@@ -57,6 +61,8 @@ class MultiBranchConv2d(ReparamConv2d):
             scales = dict.fromkeys(self.BRANCHES, 0.0)
             self._initial_scales = {**scales, 'origin': 1.0, **self._initial_scales}
         super().__init__(*args, norm_cfg=norm_cfg or dict(type='BN'), **kwargs)
+        # Whether a norm of the network's follows, for whose sake there is no bias.
+        self.has_second_norm = norm_cfg is None and not self.conv_bias
         size, dilation = self.kernel_size[0], self.dilation[0]
         reach = dilation * (size // 2)
         if self.padding != (reach, reach) or self.dilation != (dilation, dilation):

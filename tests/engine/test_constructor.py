@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_near
+from mmcv.cnn import ConvModule
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
@@ -14,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmorepa.backbones import OREPAResNet
 from mmorepa.engine import OREPAOptimWrapperConstructor
-from mmorepa.layers import DBBConv2d, OREPAConv2d
+from mmorepa.layers import DBBConv2d, OREPAConv2d, build_conv
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 RECIPE = dict(
@@ -250,6 +251,20 @@ def test_says_how_it_trains(log, model, options, expected):
     build_optim_wrapper(model(), cfg)
     assert log[-1].startswith(expected)
     assert 'SGD fused' in log[-1]
+
+
+@pytest.mark.parametrize(('norm_cfg', 'count'), [(None, 0), (dict(type='BN'), 1)])
+def test_says_where_norms_follow_norms(log, norm_cfg, count):
+    conv_cfg = dict(type='DBBConv2d')
+    model = nn.Sequential(
+        ConvModule(3, 4, 3, padding=1, conv_cfg=conv_cfg, norm_cfg=norm_cfg),
+        # This one is the norm that the network has here.
+        build_conv('dbb', 4, 4, 3, padding=1, bias=False, norm_cfg=dict(type='BN')),
+    )
+    wrapper_of(model)
+    assert ('the norms of 1 are followed by another one' in log[-1]) is bool(count)
+    assert model[0].conv.has_second_norm is bool(count)
+    assert not model[1].has_second_norm
 
 
 def test_other_lines_are_logged_again():

@@ -153,10 +153,12 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         update = 'fused' if wrapper.optimizer.defaults.get('fused') else 'not fused'
         convs = [conv for _, conv in outermost(model, _ConvNd)]
         turned = sum(_is_reparameterized(conv) for conv in convs)
+        twice = sum(getattr(conv, 'has_second_norm', False) for conv in convs)
+        second = f'; the norms of {twice} are followed by another one' if twice else ''
         MMLogger.get_current_instance().info(
             f'{type(wrapper).__name__}: {way} (folds {folds}; '
             f'{type(wrapper.optimizer).__name__} {update}); {turned} convs of the '
-            f'model are re-parameterised, {len(convs) - turned} are not'
+            f'model are re-parameterised, {len(convs) - turned} are not{second}'
         )
 
     def add_params(
