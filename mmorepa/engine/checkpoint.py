@@ -312,11 +312,13 @@ def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     rest = {k: value for k, value in state_dict.items() if k not in misshapen}
     try:
         loaded = model.load_state_dict(rest, strict=False)
-    except RuntimeError as error:  # Of a plain kernel that a training form is to take.
-        _, *details = str(error).split('\n')
+    except CheckpointError:
+        raise
+    except RuntimeError as error:  # Entries that have other names in the model.
+        first, *more = str(error).splitlines()[1:] or [str(error)]
         raise CheckpointError(
-            f'the checkpoint does not fit the config: {details[0].strip()}'
-            + (f', and {len(details) - 1} more' if details[1:] else '')
+            f'the checkpoint does not fit the config: {first.strip()}'
+            + (f', and {len(more)} more' if more else '')
         ) from error
     problems = [
         name_keys(

@@ -23,7 +23,7 @@ from mmorepa.engine import (
     write_checkpoint,
 )
 from mmorepa.engine.checkpoint import load_strictly, load_training_form
-from mmorepa.layers import OREPAConv2d
+from mmorepa.layers import OREPAConv2d, build_conv
 from mmorepa.utils.errors import CheckpointError, OutputError
 
 
@@ -504,6 +504,16 @@ class TestLoadStrictly:
         state = TinyClassifier(width=4).state_dict()
         with pytest.raises(CheckpointError, match=r'conv1|shape'):
             load_strictly(TinyClassifier(deploy=deploy), state)
+
+    def test_another_shape_under_another_name(self):
+        """A plain conv's kernel, in training form, for a conv of branches."""
+        models = []
+        for block, width in (('none', 4), ('orepa', 8)):
+            convs = (build_conv(block, width, width, 3, bias=False) for _ in range(2))
+            models.append(nn.Sequential(*convs))
+        words = 'does not fit the config: size mismatch for 0.weight.*, and 1 more'
+        with pytest.raises(CheckpointError, match=words):
+            load_strictly(models[1], models[0].state_dict())
 
     def test_more_than_the_model_has(self):
         """A deeper network's checkpoint holds all that a flatter one asks for."""
