@@ -341,9 +341,10 @@ def train_fresh(
     model = build(cfg)
     model.init_weights()
     wrapper = build_optim_wrapper(model, dict(cfg.optim_wrapper, type='OptimWrapper'))
+    found = cfg.param_scheduler
     schedulers = [
         PARAM_SCHEDULERS.build(dict(scheduler, optimizer=wrapper.optimizer))
-        for scheduler in cfg.param_scheduler
+        for scheduler in ([found] if isinstance(found, dict) else found)
         if warm_up and scheduler['type'] == 'LinearLR'
     ]
     torch.manual_seed(0)
