@@ -315,11 +315,13 @@ def fresh_row(name: str, steps: int) -> dict:
             set_conv_cfg(cfg.model)
         model, losses = train_fresh(cfg, batch, steps)
         first[form], texts[form] = losses[0], _ends(losses)
-        if _diverges(losses):
-            _, losses = train_fresh(cfg, batch, steps, warm_up=True)
-            texts[form] += f'; with warm-up {_ends(losses)}'
-            if form == 'orepa' and _diverges(losses):
-                fails.append('diverges')
+        scale = 2 / cfg.auto_scale_lr.base_batch_size
+        for way, lr_mult in (('with warm-up', 1), ('for two images', scale)):
+            if _diverges(losses):
+                model, losses = train_fresh(cfg, batch, steps, True, lr_mult)
+                texts[form] += f'; {way} {_ends(losses)}'
+        if form == 'orepa' and _diverges(losses):
+            fails.append('diverges')
     if not abs(first['orepa'] / first['plain'] - 1) <= 0.1:
         fails.append('first losses differ')
     convs = sum(isinstance(m, ReparamConv2d) for m in model.modules())
@@ -327,7 +329,7 @@ def fresh_row(name: str, steps: int) -> dict:
 
 
 def train_fresh(
-    cfg: Config, batch: dict, steps: int, warm_up: bool = False
+    cfg: Config, batch: dict, steps: int, warm_up: bool = False, lr_mult: float = 1
 ) -> tuple[nn.Module, list[float]]:
     """A model from its own initialisation, and the losses of its steps.
 
@@ -337,10 +339,13 @@ def train_fresh(
         steps (int): How often; a loss that is not finite is the last.
         warm_up (bool): Whether the learning rate grows as the config has it. Defaults
             to False, that of the config from the first step on.
+        lr_mult (float): Multiplies the learning rate. Defaults to 1.
     """
     model = build(cfg)
     model.init_weights()
-    wrapper = build_optim_wrapper(model, dict(cfg.optim_wrapper, type='OptimWrapper'))
+    options = copy.deepcopy(dict(cfg.optim_wrapper, type='OptimWrapper'))
+    options['optimizer']['lr'] *= lr_mult
+    wrapper = build_optim_wrapper(model, options)
     found = cfg.param_scheduler
     schedulers = [
         PARAM_SCHEDULERS.build(dict(scheduler, optimizer=wrapper.optimizer))
@@ -429,9 +434,9 @@ def to_markdown(rows: list[dict], steps: int) -> str:
             lines += [
                 'Each form from its own initialisation, at the learning rate of the '
                 'config without warm-up, on one batch of two images; what diverges '
-                'like that, in either form, also with the warm-up of the config. '
-                'BatchNorm trains and no stage is frozen, since no trained weights are '
-                'there.',
+                'like that, in either form, also with the warm-up of the config, and '
+                'then with a learning rate for two images (`auto_scale_lr`). BatchNorm '
+                'trains and no stage is frozen, since no trained weights are there.',
                 '',
             ]
         lines.append('| ' + ' | '.join(columns[key] for key in shown) + ' |')
