@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..backbones import OREPARepVGG, OREPAResNet
 from ..backbones.staged_backbone import StagedBackbone
-from ..layers import ReparamConv2d
+from ..layers import ReparamConv2d, outermost
 from ..utils.errors import CheckpointError, name_keys
 
 _HEAD = ('head.fc.weight', 'head.fc.bias')
@@ -82,11 +82,7 @@ def start_from_plain(
             'deploy=True, and no training form starts from it'
         )
     _check_head(model, entries)
-    convs = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, ReparamConv2d) and '.branches' not in name
-    ]
+    convs = list(outermost(model))
     for module in model.modules():
         if isinstance(module, ReparamConv2d) and start is not None:
             module.start = start
