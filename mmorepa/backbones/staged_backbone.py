@@ -179,10 +179,18 @@ class StagedBackbone(BaseModule):
             if isinstance(module, (nn.Conv2d, ConvAct2d))
         )
         names = [k.removeprefix(prefix) for k in state_dict if k.startswith(prefix)]
-        if names and not any(name.startswith(convs) for name in names):
+        if (names or self.must_fit) and not any(n.startswith(convs) for n in names):
+            advice = (
+                ''
+                if names
+                else (
+                    f". It has nothing under '{prefix}': weights of a backbone alone go "
+                    "into its init_cfg=dict(type='Pretrained', checkpoint=...)"
+                )
+            )
             raise CheckpointError(
                 f'nothing in the checkpoint belongs to a {type(self).__name__}: it has '
-                f'{", ".join(names[:3])}, …'
+                f'{", ".join(names[:3] or [*state_dict][:3])}, …{advice}'
             )
         if self.must_fit:
             self._check_fits(state_dict, prefix)

@@ -396,3 +396,15 @@ def test_resnet_into_repvgg(load, tmp_path):
     state = without(kind='ResNet', depth=18, **SLIM)
     with pytest.raises(CheckpointError, match='nothing in the checkpoint belongs to'):
         load(OREPARepVGG('A0'), state, tmp_path)
+
+
+def test_a_backbone_alone_as_the_start_of_a_model(tmp_path):
+    """Its names lack the prefix, so that MMEngine would leave all weights at random."""
+    path = str(tmp_path / 'backbone.pth')
+    torch.save(without(kind='ResNet', depth=18, **SLIM), path)
+    net = OREPAResNet(18, base_channels=8)
+    model = nn.ModuleDict(dict(backbone=net))
+    load_checkpoint(model, path)  # As in a model that holds another network, too.
+    net.must_fit = True
+    with pytest.raises(CheckpointError, match="nothing under 'backbone.*init_cfg"):
+        load_checkpoint(model, path)

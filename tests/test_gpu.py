@@ -1,0 +1,242 @@
+"""What runs on a GPU gives what runs on a CPU. Skipped where there is none."""
+
+import copy
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_near, assert_same_gradients, deployed_twin, trained_like
+from mmengine.model import BaseModel
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS
+from torch import nn
+from torch.nn import functional as F
+
+from mmorepa import folded
+from mmorepa.engine import FoldedDistributedDataParallel
+from mmorepa.layers import ReparamConv2d, build_conv, held
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKS = ['none', 'deep_linear', 'dbb', 'orepa', 'repvgg', 'orepa_repvgg']
+NETWORKS = {
+    'resnet': dict(type='OREPAResNet', depth=18, base_channels=16),
+    'resnext': dict(
+        type='OREPAResNet', depth=50, base_channels=16, groups=4, width_per_group=4
+    ),
+    'dbb': dict(type='OREPAResNet', depth=18, base_channels=16, block='dbb'),
+    'repvgg': dict(type='OREPARepVGG', arch='A0', base_channels=8),
+}
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+
+
+class Classifier(BaseModel):
+    def __init__(self, backbone: dict) -> None:
+        super().__init__()
+        self.backbone = MODELS.build(backbone)
+        self.fc = nn.Linear(self.backbone.feat_dim, 10)
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        logits = self.fc(self.backbone(inputs)[-1].mean(dim=(2, 3)))
+        if mode == 'loss':
+            return dict(loss=F.cross_entropy(logits, data_samples))
+        return logits
+
+
+def build(name: str, dtype: torch.dtype = torch.float64) -> Classifier:
+    torch.manual_seed(0)
+    return trained_like(Classifier(NETWORKS[name])).to(dtype).train()
+
+
+def batch(dtype: torch.dtype = torch.float64, device: str = 'cpu') -> dict:
+    generator = torch.Generator().manual_seed(1)
+    return dict(
+        inputs=torch.rand(8, 3, 64, 64, generator=generator).to(device, dtype),
+        data_samples=torch.randint(10, (8,), generator=generator).to(device),
+    )
+
+
+def wrap(model: nn.Module, kind: str, device: str, **options):
+    optimizer = dict(type='SGD', lr=0.005, momentum=0.9, weight_decay=1e-3)
+    model.to(device)
+    wrapper = build_optim_wrapper(
+        model, dict(type=kind, optimizer=optimizer, **options)
+    )
+    wrapper.initialize_count_status(model, 0, 100)
+    return wrapper
+
+
+def on_cpu(tensors: dict) -> dict:
+    return {key: tensor.cpu() for key, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize('groups', [1, 4])
+@pytest.mark.parametrize('kernel_size', [1, 3, 7])
+@pytest.mark.parametrize('block', BLOCKS)
+def test_convs(block, kernel_size, groups):
+    conv = build_conv(
+        block, 16, 16, kernel_size, padding=kernel_size // 2, groups=groups
+    )
+    conv = trained_like(conv).double().train()
+    twin = copy.deepcopy(conv).cuda()
+    inputs = torch.rand(4, 16, 9, 9, dtype=torch.float64)
+
+    def outputs_and_gradients(conv, inputs):
+        outputs = conv(inputs)
+        weights = torch.linspace(-1, 1, outputs.numel(), dtype=torch.float64)
+        loss = (outputs * weights.view(outputs.shape).to(outputs.device)).sum()
+        found = torch.autograd.grad(loss, list(conv.parameters()))
+        return outputs, dict(zip((n for n, _ in conv.named_parameters()), found))
+
+    expected, gradients = outputs_and_gradients(conv, inputs)
+    found, others = outputs_and_gradients(twin, inputs.cuda())
+    assert_near(found.cpu(), expected, 1e-10)
+    assert_same_gradients(on_cpu(others), gradients, 1e-9)
+    conv.eval(), twin.eval()
+    assert_near(deployed_twin(twin)(inputs.cuda()).cpu(), conv(inputs), 1e-10)
+    with torch.no_grad(), folded(twin):
+        assert_near(twin(inputs.cuda()).cpu(), conv(inputs), 1e-10)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(kind='OptimWrapper'),
+        dict(kind='FoldedOptimWrapper'),
+        # Few parameter groups, and PyTorch's fused update.
+        dict(kind='OptimWrapper', constructor='OREPAOptimWrapperConstructor'),
+    ],
+    ids=['online', 'folded', 'constructor'],
+)
+@pytest.mark.parametrize('name', NETWORKS)
+def test_training_steps(name, options):
+    model = build(name)
+    twin = copy.deepcopy(model)
+    wrapper = wrap(model, 'OptimWrapper', 'cpu')
+    twin_wrapper = wrap(twin, device='cuda', **options)
+    for _ in range(3):
+        expected = model.train_step(batch(), wrapper)['loss']
+        found = twin.train_step(batch(device='cuda'), twin_wrapper)['loss']
+        assert_near(found.cpu(), expected, 1e-9)
+    states = model.state_dict(), on_cpu(twin.state_dict())
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=1e-7, atol=1e-8)
+    model.eval(), twin.eval()
+    inputs = batch()['inputs']
+    with torch.no_grad():
+        assert_near(deployed_twin(twin)(inputs.cuda()).cpu(), model(inputs), 1e-7)
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+@pytest.mark.parametrize('kind', ['AmpOptimWrapper', 'FoldedAmpOptimWrapper'])
+@pytest.mark.parametrize('name', NETWORKS)
+def test_mixed_precision(name, kind, dtype):
+    torch.manual_seed(0)
+    model = Classifier(NETWORKS[name]).train()
+    wrapper = wrap(model, kind, 'cuda', dtype=dtype, loss_scale='dynamic')
+    data = batch(torch.float32, 'cuda')
+    losses = [model.train_step(data, wrapper)['loss'].item() for _ in range(30)]
+    assert losses[-1] < 0.7 * losses[0]
+    if name == 'dbb':  # convolves by each branch
+        return
+    # The fold itself is not in half precision.
+    exact = copy.deepcopy(model).double()
+    with torch.autocast('cuda', getattr(torch, dtype)), held(model), held(exact):
+        for conv, twin in zip(model.modules(), exact.modules()):
+            if isinstance(conv, ReparamConv2d):
+                assert conv.weight.dtype == torch.float32
+                assert_near(conv.weight, twin.weight, 1e-5)
+
+
+@pytest.mark.parametrize('kind', ['OptimWrapper', 'FoldedOptimWrapper'])
+@pytest.mark.parametrize('name', NETWORKS)
+def test_a_step_waits_for_nothing(name, kind):
+    # A read on the host would leave the GPU idle.
+    model = build(name, torch.float32)
+    wrapper = wrap(model, kind, 'cuda')
+    data = batch(torch.float32, 'cuda')
+    model.train_step(data, wrapper)
+
+    def step():
+        with wrapper.optim_context(model):
+            loss = model(**data, mode='loss')['loss']
+        wrapper.update_params(loss)
+
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
+def test_folded_training_keeps_its_memory():
+    model = build('resnet', torch.float32)
+    wrapper = wrap(model, 'FoldedOptimWrapper', 'cuda')
+    data = batch(torch.float32, 'cuda')
+    used = []
+    for _ in range(6):
+        model.train_step(data, wrapper)
+        used.append(torch.cuda.memory_allocated())
+    assert used[2] == used[-1]
+
+
+@pytest.fixture
+def nccl():
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    torch.distributed.init_process_group(
+        'nccl', init_method=f'tcp://127.0.0.1:{port}', rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_data_parallel_by_nccl(nccl):
+    model = build('resnet')
+    twin = copy.deepcopy(model).cuda()
+    wrapper = wrap(model, 'OptimWrapper', 'cpu')
+    parallel = FoldedDistributedDataParallel(twin, device_ids=[0])
+    twin_wrapper = wrap(twin, 'FoldedOptimWrapper', 'cuda')
+    for _ in range(3):
+        expected = model.train_step(batch(), wrapper)['loss']
+        found = parallel.train_step(batch(device='cuda'), twin_wrapper)['loss']
+        assert_near(found.cpu(), expected, 1e-9)
+    for key, value in on_cpu(twin.state_dict()).items():
+        torch.testing.assert_close(value, model.state_dict()[key], rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('options', [[], ['--amp']], ids=['float32', 'amp'])
+def test_tools(tmp_path, options):
+    def run(*line):
+        env = dict(os.environ, PYTHONPATH=str(ROOT))
+        done = subprocess.run(
+            [sys.executable, *map(str, line)],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return done.stdout + done.stderr
+
+    tools = ROOT / 'tools'
+    run(tools / 'dataset_converters/digits.py', '--out', 'data/digits')
+    config = ROOT / 'configs/digits/resnet18-slim-orepa_1xb64_digits.py'
+    changes = ['train_cfg.max_epochs=2', 'train_cfg.val_interval=1']
+    run(tools / 'train.py', config, '--work-dir', 'run', *options,
+        '--cfg-options', *changes)  # fmt: skip
+    checkpoint = tmp_path / 'run/epoch_2.pth'
+    run(tools / 'model_converters/switch_to_deploy.py', config, checkpoint, 'out.pth')
+    tested = run(tools / 'test.py', config, 'out.pth', '--cfg-options',
+                 'model.backbone.deploy=True')  # fmt: skip
+    trained = run(tools / 'test.py', config, checkpoint)
+    assert accuracy(tested) == pytest.approx(accuracy(trained), abs=0.3)
+
+
+def accuracy(output: str) -> float:
+    return float(output.rpartition('accuracy/top1: ')[2].split()[0])
