@@ -42,8 +42,9 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
 from mmorepa import switch_to_deploy
+from mmorepa.cli import one_line_errors, positive
 from mmorepa.engine import FoldedDistributedDataParallel, FoldedOptimWrapper
-from mmorepa.engine.config import one_line_errors, positive, read_config
+from mmorepa.engine.config import read_config
 from mmorepa.functional import compiled, compose_deep_linear
 from mmorepa.layers import (
     FoldedKernel,
