@@ -9,7 +9,14 @@ from .utils.requirements import check_requirements
 
 check_requirements()
 
-from . import backbones, engine, functional, layers  # noqa: E402
+from . import (  # noqa: E402
+    analysis,
+    backbones,
+    converters,
+    engine,
+    functional,
+    layers,
+)
 from .layers import (  # noqa: E402
     folded,
     is_switchable,
@@ -20,7 +27,9 @@ from .version import __version__  # noqa: E402
 
 __all__ = [
     '__version__',
+    'analysis',
     'backbones',
+    'converters',
     'engine',
     'folded',
     'functional',

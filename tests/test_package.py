@@ -1,3 +1,4 @@
+import ast
 import os
 import subprocess
 import sys
@@ -7,17 +8,80 @@ from pathlib import Path
 import pytest
 
 import mmorepa
-from mmorepa import backbones, engine, functional, layers
+from mmorepa import analysis, backbones, cli, converters, engine, functional, layers
 
 ROOT = Path(__file__).parents[1]
+# Rooms of one rank import nothing of each other.
+RANKS = [
+    {'version'},
+    {'utils'},
+    {'functional'},
+    {'layers'},
+    {'backbones'},
+    {'analysis', 'converters'},
+    {'engine'},
+    {'cli'},
+    {'__init__'},
+]
 
 
-@pytest.mark.parametrize('module', [mmorepa, backbones, engine, functional, layers])
+@pytest.mark.parametrize(
+    'module',
+    [
+        mmorepa,
+        analysis,
+        backbones,
+        cli,
+        converters,
+        engine,
+        engine.hooks,
+        engine.optimizers,
+        functional,
+        layers,
+    ],
+)
 def test_exports(module):
     assert module.__doc__
     assert len(set(module.__all__)) == len(module.__all__)
     for name in module.__all__:
         assert getattr(module, name) is not None
+
+
+def test_names_that_moved():
+    """Checkpoints were read and written by the engine once."""
+    for name in (
+        'allow_mmengine_checkpoints',
+        'deploy_checkpoint',
+        'read_checkpoint',
+        'write_checkpoint',
+    ):
+        assert getattr(engine, name) is getattr(converters, name)
+
+
+def imported_rooms(path):
+    """The rooms of the package that a module in it imports."""
+    parents = path.relative_to(ROOT).with_suffix('').parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name.split('.') for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = list(parents[: len(parents) + 1 - node.level] if node.level else ())
+            start += node.module.split('.') if node.module else []
+            names = [[*start, alias.name] for alias in node.names]
+        else:
+            continue
+        yield from (name[1] for name in names if name[0] == 'mmorepa' and name[1:])
+
+
+def test_imports_point_one_way():
+    ranks = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
+    found = set()
+    for path in (ROOT / 'mmorepa').rglob('*.py'):
+        room = path.relative_to(ROOT / 'mmorepa').parts[0].removesuffix('.py')
+        if room not in ('.mim', '__main__'):
+            found |= {(room, other) for other in imported_rooms(path) if other != room}
+    assert ('layers', 'functional') in found
+    assert not {(a, b) for a, b in found if ranks[a] <= ranks[b]}
 
 
 def test_version():
@@ -30,7 +94,8 @@ def test_import_is_light_and_silent(tmp_path):
     code = (
         'import sys, mmorepa; from mmengine.registry import MODELS\n'
         'print(sorted({"mmpretrain", "mmdet", "mmseg", "mmpose", "sklearn", '
-        '"matplotlib.pyplot", "torchvision"} & set(sys.modules)))\n'
+        '"matplotlib.pyplot", "torchvision", "torch.utils.cpp_extension"} '
+        '& set(sys.modules)))\n'
         'print("OREPAConv2d" in MODELS, "OREPAResNet" in MODELS)'
     )
     done = subprocess.run(

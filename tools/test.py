@@ -13,16 +13,8 @@ from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.evaluator import DumpResults
 
-from mmorepa.engine.config import (
-    add_common_arguments,
-    add_hook,
-    build_runner,
-    load_config,
-    one_line_errors,
-    positive,
-    use_tta,
-    use_visualization,
-)
+from mmorepa.cli import add_common_arguments, load_config, one_line_errors, positive
+from mmorepa.engine.config import add_hook, build_runner, use_tta, use_visualization
 from mmorepa.utils.files import atomic_write, check_outputs
 
 

@@ -9,14 +9,8 @@ from typing import Optional
 # is busy with other work, they would take the time of those that they wait for.
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-from mmorepa.engine.config import (
-    add_common_arguments,
-    add_hook,
-    build_runner,
-    load_config,
-    one_line_errors,
-    use_amp,
-)
+from mmorepa.cli import add_common_arguments, load_config, one_line_errors
+from mmorepa.engine.config import add_hook, build_runner, use_amp
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

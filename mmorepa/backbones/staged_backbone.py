@@ -12,7 +12,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers import ConvAct2d, ReparamConv2d, switch_to_deploy, tell_plain_starts
+from ..layers import ConvAct2d, ReparamConv2d, log_plain_starts, switch_to_deploy
 from ..utils.errors import CheckpointError, name_keys
 
 
@@ -362,7 +362,7 @@ def _strip(state_dict: dict[str, Tensor], start: str) -> None:
 
 
 def _after_loading(module: nn.Module, incompatible_keys: object) -> None:
-    tell_plain_starts(module)
+    log_plain_starts(module)
 
 
 def _check_is_there(checkpoint: str) -> None:

@@ -1,6 +1,6 @@
-"""What plugs into MMEngine's runner: hooks, optimizers, checkpoints."""
+"""What plugs into MMEngine's runner: hooks, optimizers, set-up."""
 
-from .checkpoint import (
+from ..converters import (
     allow_mmengine_checkpoints,
     deploy_checkpoint,
     read_checkpoint,

@@ -1,85 +1,26 @@
-"""From a config and a command line to a runner, for all toolboxes alike."""
+"""From a config to a runner, for all toolboxes alike."""
 
-import argparse
 import atexit
 import copy
 import gc
 import os
 import subprocess
-import sys
-import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Optional
 
 import torch
-from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.device import get_device, is_cuda_available
+from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.registry import MODELS, RUNNERS, init_default_scope
-from mmengine.runner import BaseLoop, Runner
+from mmengine.runner import Runner
 from torch import nn
 
+from ..analysis import unwrapped
 from ..backbones import StagedBackbone
-from ..utils.errors import CheckpointError, OutputError
-from ..utils.files import check_outputs
-from .checkpoint import load_strictly, read_checkpoint
-from .comparison import unwrapped
+from ..converters import load_strictly, read_checkpoint
 from .resume import newest_resumable, read_resumable
-
-_LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
-
-
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that training and testing share, named as mmpretrain's."""
-    parser.add_argument('--work-dir', help='the folder for logs and checkpoints')
-    parser.add_argument(
-        '--no-pin-memory',
-        action='store_true',
-        help='do not pin memory in dataloaders',
-    )
-    add_config_options(parser)
-    parser.add_argument(
-        '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none',
-        help='how the processes of a distributed run were started',
-    )
-    # torch.distributed.launch passes it with a hyphen since PyTorch 2.
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
-
-
-class _Settings(DictAction):
-    """MMEngine's own, with an error of the parser for what it cannot read."""
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        for value in values:
-            try:
-                super().__call__(parser, namespace, [value], option_string)
-            except Exception as error:
-                parser.error(
-                    f'{option_string} takes KEY=VALUE, found {value!r} ({error})'
-                )
-
-
-def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--cfg-options``, as all tools have it that read a config."""
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=_Settings,
-        metavar='KEY=VALUE',
-        help='settings that override the config, for example '
-        'train_cfg.max_epochs=10 model.backbone.strides="(1,2,2,1)"',
-    )
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on, as the type of an argument."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text} is not at least 1')
-    return int(text)
 
 
 def read_config(path: str, options: Optional[dict] = None) -> Config:
@@ -106,54 +47,6 @@ def read_config(path: str, options: Optional[dict] = None) -> Config:
     if not isinstance(cfg.get('model'), dict):
         raise ValueError(f"{path!r} has no 'model', which is what a config describes")
     return cfg
-
-
-def load_config(args: argparse.Namespace) -> Config:
-    """Reads the config and applies the common flags.
-
-    Args:
-        args (argparse.Namespace): With ``config`` and the flags of
-            :func:`add_common_arguments`.
-
-    Returns:
-        Config: ``--cfg-options`` come last and so win.
-
-    Raises:
-        OutputError: If the runner would write its copy of the config in the place of
-            the config.
-        Exception: As :func:`read_config`.
-    """
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = read_config(args.config)
-    cfg.launcher = args.launcher
-    if args.work_dir is not None:
-        cfg.work_dir = args.work_dir
-    elif cfg.get('work_dir') is None:
-        cfg.work_dir = os.path.join('work_dirs', Path(args.config).stem)
-    for name in _LOADERS:
-        if cfg.get(name) is not None:
-            cfg[name].setdefault('pin_memory', is_cuda_available())
-            if args.no_pin_memory:
-                cfg[name].pin_memory = False
-            if cfg.get('default_scope') == 'mmpretrain':
-                # mmpretrain's preprocessor wants stacked images; its own tools set
-                # this default, which is not the runner's.
-                cfg[name].setdefault('collate_fn', dict(type='default_collate'))
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
-    _check_copy(args.config, os.path.join(cfg.work_dir, os.path.basename(args.config)))
-    return cfg
-
-
-def _check_copy(path: str, copy: str) -> None:
-    """Whether the runner may write its copy of the config, with all settings."""
-    if not os.path.exists(copy) or not os.path.samefile(copy, path):
-        check_outputs([copy])
-    elif Config.fromfile(path).dump() != Path(path).read_text():
-        raise OutputError(
-            f'{path!r} is in the work folder, where its copy with all settings goes, '
-            'and would be lost; give another --work-dir'
-        )
 
 
 def build_model(cfg: Config) -> nn.Module:
@@ -312,45 +205,6 @@ def _datasets(node: object) -> Iterator[dict]:
             if isinstance(item, dict):
                 yield item
             yield from _datasets(item)
-
-
-_USER_ERRORS = (KeyError, OSError, SyntaxError, ValueError, CheckpointError)
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Ends the program with one line for errors that are the user's to mend.
-
-    These are all that come before the first batch, from arguments, configs and files;
-    in the midst of a loop, those of checkpoints and outputs. Set
-    ``MMOREPA_TRACEBACK=1`` to see where they come from.
-
-    Examples:
-        >>> @one_line_errors()
-        ... def main(argv=None): ...
-    """
-    try:
-        yield
-    except Exception as error:
-        is_ours = isinstance(error, (CheckpointError, OutputError))
-        if os.environ.get('MMOREPA_TRACEBACK') or (not is_ours and _in_loop(error)):
-            raise
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        text = ' '.join(str(text).split())
-        # A bare key, for one, says nothing on its own.
-        if ' ' not in text or not isinstance(error, _USER_ERRORS):
-            text = f'{type(error).__name__}: {text} (MMOREPA_TRACEBACK=1 shows where)'
-        # MMEngine quotes whole configs.
-        sys.exit(f'error: {text if is_ours or len(text) < 1000 else text[:999] + "…"}')
-
-
-def _in_loop(error: Exception) -> bool:
-    """Whether a runner's loop was under way."""
-    return any(
-        frame.f_code.co_name == 'run'
-        and isinstance(frame.f_locals.get('self'), BaseLoop)
-        for frame, _ in traceback.walk_tb(error.__traceback__)
-    )
 
 
 def _prepare_distributed_cpu(cfg: Config) -> None:

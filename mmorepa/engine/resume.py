@@ -7,8 +7,8 @@ from typing import Optional
 
 from mmengine.logging import print_log
 
+from ..converters import read_checkpoint
 from ..utils.errors import CheckpointError
-from .checkpoint import read_checkpoint
 
 _STEP = re.compile(r'_(\d+)\.pth$')
 

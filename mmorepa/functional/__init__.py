@@ -1,7 +1,7 @@
 """The algebra of re-parameterisation: pure functions on tensors."""
 
+from .branch_sum import BranchSum
 from .closed_forms import fold_kernel, fold_kernels, is_followed, recomputed
-from .fold import Fold
 from .fusion import fuse_bn
 from .inverses import solve_deep_linear, solve_scaled_sum
 from .kernels import (
@@ -19,7 +19,7 @@ from .kernels import (
 )
 
 __all__ = [
-    'Fold',
+    'BranchSum',
     'average_kernel',
     'compose_1x1_kxk',
     'compose_deep_linear',

@@ -26,7 +26,7 @@ from torch.fx import _symbolic_trace
 from torch.utils.checkpoint import checkpoint
 
 from . import compiled
-from .fold import Fold
+from .branch_sum import BranchSum
 
 # By its newer name where there is one: the older then warns.
 _is_traced_by_fx = getattr(
@@ -34,24 +34,24 @@ _is_traced_by_fx = getattr(
 )
 
 
-def fold_kernel(fold: Fold, *tensors: Tensor) -> Tensor:
+def fold_kernel(spec: BranchSum, *tensors: Tensor) -> Tensor:
     """Folds branches into one kernel, with a gradient.
 
     Args:
-        fold (Fold): What is folded, and how.
-        *tensors (Tensor): The parameters, in the order of ``fold.roles``.
+        spec (BranchSum): What is folded, and how.
+        *tensors (Tensor): The parameters, in the order of ``spec.roles``.
 
     Returns:
         Tensor: Shape (O, Ig, k, k).
     """
-    return fold_kernels(fold, [tensors])[0]
+    return fold_kernels(spec, [tensors])[0]
 
 
-def fold_kernels(fold: Fold, sets: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+def fold_kernels(spec: BranchSum, sets: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """:func:`fold_kernel` for several sets of parameters of the same shapes.
 
     Args:
-        fold (Fold): What is folded, and how.
+        spec (BranchSum): What is folded, and how.
         sets (Sequence[Sequence[Tensor]]): The parameters of each kernel. They have one
             dtype and device.
 
@@ -59,10 +59,10 @@ def fold_kernels(fold: Fold, sets: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         list[Tensor]: Each of shape (O, Ig, k, k).
     """
     if is_followed():
-        return [fold.kernel(*tensors) for tensors in sets]
-    if fold.groups != 1:
-        return [recomputed(fold.kernel, *tensors) for tensors in sets]
-    return list(_ClosedForm.apply(fold, len(sets), *_flat(sets)))
+        return [spec.kernel(*tensors) for tensors in sets]
+    if spec.groups != 1:
+        return [recomputed(spec.kernel, *tensors) for tensors in sets]
+    return list(_ClosedForm.apply(spec, len(sets), *_flat(sets)))
 
 
 def is_followed() -> bool:
@@ -92,13 +92,13 @@ class _ClosedForm(torch.autograd.Function):
     """The kernels of a batch, one after another, and their derivative."""
 
     @staticmethod
-    def forward(fold: Fold, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        kernels = compiled.call('fold', fold, tensors)
-        return tuple(kernels or _fold_batch(fold, _split(tensors, count)))
+    def forward(spec: BranchSum, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        kernels = compiled.call('fold', spec, tensors)
+        return tuple(kernels or _fold_batch(spec, _split(tensors, count)))
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
-        ctx.fold, ctx.count, *tensors = inputs
+        ctx.spec, ctx.count, *tensors = inputs
         ctx.save_for_backward(*tensors)
         # What a kernel that is not used does not depend on has no gradient.
         ctx.set_materialize_grads(False)
@@ -108,8 +108,8 @@ class _ClosedForm(torch.autograd.Function):
         used = [grad for grad in grads if grad is not None]
         sets = _split(ctx.saved_tensors, ctx.count)
         own = [t for t, grad in zip(sets, grads) if grad is not None]
-        rest = iter(_gradients(ctx.fold, own, used) if used else ())
-        unused = [None] * len(ctx.fold.roles)
+        rest = iter(_gradients(ctx.spec, own, used) if used else ())
+        unused = [None] * len(ctx.spec.roles)
         found = _flat(
             unused if g is None else [next(rest) for _ in unused] for g in grads
         )
@@ -118,20 +118,20 @@ class _ClosedForm(torch.autograd.Function):
 
 
 def _gradients(
-    fold: Fold, sets: Sequence[Sequence[Tensor]], grads: Sequence[Tensor]
+    spec: BranchSum, sets: Sequence[Sequence[Tensor]], grads: Sequence[Tensor]
 ) -> list[Optional[Tensor]]:
     if torch.is_grad_enabled():
         # Where a graph of the derivative is asked for, it is that of the formulas.
-        return _formula_gradients(fold, sets, grads)
-    found = compiled.call('fold_gradients', fold, grads, _flat(sets))
-    return found or _batch_gradients(fold, sets, grads)
+        return _formula_gradients(spec, sets, grads)
+    found = compiled.call('fold_gradients', spec, grads, _flat(sets))
+    return found or _batch_gradients(spec, sets, grads)
 
 
 def _formula_gradients(
-    fold: Fold, sets: Sequence[Sequence[Tensor]], grads: Sequence[Tensor]
+    spec: BranchSum, sets: Sequence[Sequence[Tensor]], grads: Sequence[Tensor]
 ) -> list[Optional[Tensor]]:
     trained = [t for t in _flat(sets) if t.requires_grad]
-    kernels = [fold.kernel(*tensors) for tensors in sets]
+    kernels = [spec.kernel(*tensors) for tensors in sets]
     found = iter(torch.autograd.grad(kernels, trained, grads, create_graph=True))
     return [next(found) if t.requires_grad else None for t in _flat(sets)]
 
@@ -168,8 +168,8 @@ class _Batch:
         filter_scales (Tensor): Shape (n, O, F).
     """
 
-    def __init__(self, fold: Fold, sets: Sequence[Sequence[Tensor]]) -> None:
-        outputs, inputs, size, _ = fold.shape
+    def __init__(self, spec: BranchSum, sets: Sequence[Sequence[Tensor]]) -> None:
+        outputs, inputs, size, _ = spec.shape
         n, taps = len(sets), size * size
         shapes = {
             'origin': (outputs, inputs, taps),
@@ -178,19 +178,19 @@ class _Batch:
             'separable': (outputs, inputs, -1),
             'depthwise': (inputs, -1, taps),
         }
-        columns = dict(zip(fold.roles.values(), zip(*sets)))
+        columns = dict(zip(spec.roles.values(), zip(*sets)))
         for role in shapes.keys() & columns.keys():
             setattr(self, role, _stack(columns[role]).reshape(n, *shapes[role]))
         scale = _stack(columns['scale']).view(n, -1, outputs, 1, 1)
-        self.scale = {part: scale[:, row] for part, row in fold.rows.items()}
-        self.has_identity = fold.has_identity
-        if fold.filtered:
-            own = zip(*(columns[name] for name in fold.filtered))
+        self.scale = {part: scale[:, row] for part, row in spec.rows.items()}
+        self.has_identity = spec.has_identity
+        if spec.filtered:
+            own = zip(*(columns[name] for name in spec.filtered))
             weights = _stack([weight for kernel in own for weight in kernel])
-            weights = weights.view(n, len(fold.filtered), outputs, inputs)
+            weights = weights.view(n, len(spec.filtered), outputs, inputs)
             self.weights = weights.transpose(1, 2)
-            self.filters = fold.filters(like=scale, count=n)
-            scales = [self.scale[name].flatten(1) for name in fold.filtered]
+            self.filters = spec.filters(like=scale, count=n)
+            scales = [self.scale[name].flatten(1) for name in spec.filtered]
             self.filter_scales = torch.stack(scales, dim=2)
 
     def composed(self, by_tap: Tensor, matrix: Tensor) -> Tensor:
@@ -209,30 +209,30 @@ def _by_input(tensor: Tensor, scale: Optional[Tensor] = None) -> Tensor:
     return moved.reshape(-1, *moved.shape[2:])
 
 
-def _fold_batch(fold: Fold, sets: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    b = _Batch(fold, sets)
-    outputs, inputs, size, _ = fold.shape
+def _fold_batch(spec: BranchSum, sets: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    b = _Batch(spec, sets)
+    outputs, inputs, size, _ = spec.shape
     n, taps = len(sets), size * size
-    if 'origin' in fold.rows:
+    if 'origin' in spec.rows:
         kernel = b.origin * b.scale['origin']
     else:
         kernel = sets[0][0].new_zeros(n, outputs, inputs, taps)
-    if 'composed' in fold.rows:
+    if 'composed' in spec.rows:
         composed = b.composed(b.second, b.first).view(n, outputs, taps, inputs)
         kernel.addcmul_(composed.transpose(2, 3), b.scale['composed'])
-    if 'separable' in fold.rows:
+    if 'separable' in spec.rows:
         product = torch.bmm(_by_input(b.separable), b.depthwise.flatten(0, 1))
         product = product.view(n, inputs, outputs, taps).transpose(1, 2)
         kernel.addcmul_(product, b.scale['separable'])
-    if fold.filtered:
+    if spec.filtered:
         filters = b.filters * b.filter_scales.reshape(n * outputs, -1, 1)
         weights = b.weights.reshape(n * outputs, -1, inputs).transpose(1, 2)
         kernel.view(n * outputs, inputs, taps).baddbmm_(weights, filters)
-    return list(kernel.view(n, *fold.shape).unbind())
+    return list(kernel.view(n, *spec.shape).unbind())
 
 
 def _batch_gradients(
-    fold: Fold, sets: Sequence[Sequence[Tensor]], grads: Sequence[Tensor]
+    spec: BranchSum, sets: Sequence[Sequence[Tensor]], grads: Sequence[Tensor]
 ) -> list[Tensor]:
     """``Jᵀ·G`` for every parameter.
 
@@ -240,8 +240,8 @@ def _batch_gradients(
     times the other one, and that of ``s`` is the inner product of ``G`` and the
     branch's kernel, taken where it is cheap: ``⟨G, W₂·C⟩ = ⟨W₂, G·Cᵀ⟩``.
     """
-    b = _Batch(fold, sets)
-    outputs, inputs, size, _ = fold.shape
+    b = _Batch(spec, sets)
+    outputs, inputs, size, _ = spec.shape
     n, taps = len(sets), size * size
     grad = _stack([g.reshape(outputs, inputs, taps) for g in grads])
     d, d_scale = {}, {}
@@ -251,17 +251,17 @@ def _batch_gradients(
         rows = one.reshape(n * outputs, 1, -1)
         return torch.bmm(rows, other.reshape(n * outputs, -1, 1)).view(n, outputs)
 
-    if 'origin' in fold.rows:
+    if 'origin' in spec.rows:
         d['origin'] = grad * b.scale['origin']
         d_scale['origin'] = inner(b.origin, grad)
-    if 'composed' in fold.rows:
+    if 'composed' in spec.rows:
         by_tap = grad.transpose(2, 3).reshape(n, outputs * taps, inputs)
         product = b.composed(by_tap, b.first.transpose(1, 2))
         d_scale['composed'] = inner(b.second, product)
         d['second'] = product.view(n, outputs, taps, -1) * b.scale['composed']
         scaled = by_tap.view(n, outputs, taps, -1) * b.scale['composed']
         d['first'] = torch.bmm(b.second.transpose(1, 2), scaled.view_as(by_tap))
-    if 'separable' in fold.rows:
+    if 'separable' in spec.rows:
         scale, by_input = b.scale['separable'], _by_input(grad)
         product = torch.bmm(by_input, b.depthwise.flatten(0, 1).transpose(1, 2))
         product = product.view(n, inputs, outputs, -1).transpose(1, 2)
@@ -270,18 +270,18 @@ def _batch_gradients(
         scaled = _by_input(b.separable, scale)
         d['depthwise'] = torch.bmm(scaled.transpose(1, 2), by_input)
         d['depthwise'] = d['depthwise'].view_as(b.depthwise)
-    if fold.filtered:
+    if spec.filtered:
         products = torch.bmm(b.filters, grad.flatten(0, 1).transpose(1, 2))
         products = products.view(n, outputs, -1, inputs)
         sums = (products * b.weights).sum(dim=3)
         d_weights = torch.empty_like(b.weights.transpose(1, 2)).transpose(1, 2)
         torch.mul(products, b.filter_scales[..., None], out=d_weights)
-        for i, branch in enumerate(fold.filtered):
+        for i, branch in enumerate(spec.filtered):
             d_scale[branch], d[branch] = sums[:, :, i], d_weights[:, :, i]
-    rows = sorted(fold.rows, key=fold.rows.__getitem__)
+    rows = sorted(spec.rows, key=spec.rows.__getitem__)
     d['scale'] = torch.stack([d_scale[part] for part in rows], dim=1)
     return [
         d[role][i].reshape(t.shape)
         for i, own in enumerate(sets)
-        for role, t in zip(fold.roles.values(), own)
+        for role, t in zip(spec.roles.values(), own)
     ]

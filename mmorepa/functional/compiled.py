@@ -19,7 +19,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from .fold import Fold
+from .branch_sum import BranchSum
 
 _SOURCE = Path(__file__).with_name('csrc') / 'fold.cpp'
 _NAME = 'mmorepa_fold'
@@ -118,13 +118,13 @@ def _flags() -> list[str]:
     return [*_FLAGS, *_INSTRUCTIONS.get(capability, [])]
 
 
-def call(name: str, fold: Fold, *lists: Sequence[Tensor]) -> list[Tensor]:
+def call(name: str, spec: BranchSum, *lists: Sequence[Tensor]) -> list[Tensor]:
     """Does the work of a fold or of its derivative, if there is compiled code for that.
 
     Args:
         name (str): ``'fold'`` or ``'fold_gradients'``.
-        fold (Fold): What is folded, and how.
-        *lists (Sequence[Tensor]): The parameters in the order of ``fold.roles``, of
+        spec (BranchSum): What is folded, and how.
+        *lists (Sequence[Tensor]): The parameters in the order of ``spec.roles``, of
             one kernel after another; for the derivative, the gradients of the kernels
             before them, each of shape (O, I, k, k).
 
@@ -134,23 +134,23 @@ def call(name: str, fold: Fold, *lists: Sequence[Tensor]) -> list[Tensor]:
         it takes.
     """
     like = lists[0][0]
-    if not takes(fold, like):
+    if not takes(spec, like):
         return []
-    rows, filters = list(fold.rows.values()), fold.filters(like)
-    return getattr(_library(), name)(*lists, rows, fold.has_identity, filters)
+    rows, filters = list(spec.rows.values()), spec.filters(like)
+    return getattr(_library(), name)(*lists, rows, spec.has_identity, filters)
 
 
-def takes(fold: Fold, like: Tensor) -> bool:
+def takes(spec: BranchSum, like: Tensor) -> bool:
     """Whether there is compiled code for such a fold, layouts and sizes apart.
 
     Args:
-        fold (Fold): What is folded, and how.
+        spec (BranchSum): What is folded, and how.
         like (Tensor): A parameter, or the gradient of a kernel.
     """
     return (
         # A subclass might stand for something else than memory.
         type(like) in (Tensor, nn.Parameter)
         and like.device.type == 'cpu'
-        and {'origin', 'composed'} <= fold.rows.keys()
+        and {'origin', 'composed'} <= spec.rows.keys()
         and _library() is not None
     )

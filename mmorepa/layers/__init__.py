@@ -4,7 +4,7 @@ from .blocks import BLOCKS, BlockType, build_conv
 from .dbb import DBBConv2d
 from .deep_linear import DeepLinearConv2d, DeepLinearKernel
 from .folded_kernel import FoldedKernel
-from .holding import HeldKernel, folded, held, pull_back
+from .holding import HeldKernel, backward_to_branches, folded, held
 from .multi_branch import MultiBranchConv2d
 from .orepa import (
     OREPAConv2d,
@@ -13,7 +13,7 @@ from .orepa import (
     OREPAPointwiseKernel,
 )
 from .plain import PlainConv2d, PlainKernel
-from .plain_start import build_reparameterized, reparameterize, tell_plain_starts
+from .plain_start import build_reparameterized, log_plain_starts, reparameterize
 from .reparam_conv import ReparamConv2d
 from .repvgg import OREPARepVGGConv2d, RepVGGConv2d
 from .switch import ConvAct2d, is_switchable, outermost, switch_to_deploy
@@ -43,8 +43,8 @@ __all__ = [
     'held',
     'is_switchable',
     'outermost',
-    'pull_back',
+    'backward_to_branches',
     'reparameterize',
     'switch_to_deploy',
-    'tell_plain_starts',
+    'log_plain_starts',
 ]

@@ -32,7 +32,7 @@ class DBBConv2d(MultiBranchConv2d):
         *args, **kwargs: See :class:`MultiBranchConv2d`.
     """
 
-    BRANCHES = ('origin', 'pointwise', 'average', 'pointwise_kxk')
+    BRANCH_NAMES = ('origin', 'pointwise', 'average', 'pointwise_kxk')
 
     def build_branch(self, name: str) -> nn.Module:
         inputs, outputs = self.in_channels, self.out_channels
@@ -83,7 +83,7 @@ class PointwiseThenConv2d(nn.Module):
         """Maps (N, I, H, W) to (N, O, H', W')."""
         x = self.first(x)
         # After the conv, so that these are the statistics it has just updated.
-        value = _answer_to_zero(self.first.norm).to(x.dtype)[:, None, None]
+        value = _padding_value(self.first.norm).to(x.dtype)[:, None, None]
         border = F.pad(x.new_zeros(1, 1, *x.shape[-2:]), [self.padding] * 4, value=1)
         return self.second(F.pad(x, [self.padding] * 4) + border * value)
 
@@ -159,10 +159,10 @@ class _AverageKernel(nn.Module):
         return average_kernel(self.ones, self.kernel_size)
 
 
-def _answer_to_zero(norm: nn.Module) -> Tensor:
-    """What a BatchNorm with its running statistics makes of a map of zeros.
+def _padding_value(norm: nn.Module) -> Tensor:
+    """The output of a BatchNorm in eval mode for a map of zeros.
 
-    Without a gradient, as published: the border is a constant.
+    It has no gradient, as published: the border is a constant.
     """
     value = -norm.running_mean * norm_scale(norm)
     return value + norm.bias.detach() if norm.affine else value

@@ -9,7 +9,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from ..functional import (
-    Fold,
+    BranchSum,
     fold_kernel,
     fold_kernels,
     is_followed,
@@ -22,34 +22,34 @@ torch.fx.wrap('fold_kernel')
 
 
 class FoldedKernel(nn.Module):
-    """A kernel that is a :class:`mmorepa.functional.Fold` of its parameters.
+    """A kernel that is a :class:`mmorepa.functional.BranchSum` of its parameters.
 
-    A subclass sets :attr:`branch_fold` and has a parameter of each of its names.
+    A subclass sets :attr:`branch_sum` and has a parameter of each of its names.
     """
 
-    branch_fold: Fold
-    branches: tuple[str, ...]  # Their names, in the order of the rows of ``scale``.
+    branch_sum: BranchSum
+    branch_names: tuple[str, ...]  # Their names, in the order of the rows of ``scale``.
     _folded: Optional[Tensor] = None  # In folded_together() alone.
 
     def forward(self) -> Tensor:
         """Returns the kernel, shape (O, Ig, k, k)."""
         if self._folded is not None:
             return self._folded
-        return fold_kernel(self.branch_fold, *self.tensors())
+        return fold_kernel(self.branch_sum, *self.tensors())
 
     @property
     def groups(self) -> int:
         """g."""
-        return self.branch_fold.groups
+        return self.branch_sum.groups
 
     @property
     def kernel_size(self) -> int:
         """k."""
-        return self.branch_fold.shape[-1]
+        return self.branch_sum.shape[-1]
 
     def tensors(self) -> list[Tensor]:
         """What is folded, in the order of the fold's names."""
-        return [getattr(self, name) for name in self.branch_fold.roles]
+        return [getattr(self, name) for name in self.branch_sum.roles]
 
     @torch.no_grad()
     def start_from(self, kernel: Tensor, start: str) -> None:
@@ -64,19 +64,19 @@ class FoldedKernel(nn.Module):
             ValueError: If there is no such branch, its scale is zero, or its weight is
                 computed from others.
         """
-        if 'origin' not in self.branches:
+        if 'origin' not in self.branch_names:
             raise ValueError(
                 "only the branch 'origin' can make up for the others, and there are "
                 f'only {", ".join(self.branches)}'
             )
-        row = self.branches.index('origin')
+        row = self.branch_names.index('origin')
         origin = own_parameter(self, 'weight_origin')
         if start == 'quiet':
             self.scale.zero_()
             self.scale[row] = 1
-        named = {name: getattr(self, name).double() for name in self.branch_fold.roles}
+        named = {name: getattr(self, name).double() for name in self.branch_sum.roles}
         named['weight_origin'] = torch.zeros_like(named['weight_origin'])
-        rest = fold_kernel(self.branch_fold, *named.values())
+        rest = fold_kernel(self.branch_sum, *named.values())
         if not rest.isfinite().all():
             raise ValueError(
                 'the other branches have weights that are not finite, or were never '
@@ -127,13 +127,13 @@ def folded_together(kernels: Iterable[nn.Module]) -> Iterator[None]:
         ):
             continue
         tensors = kernel.tensors()
-        key = kernel.branch_fold, tensors[0].dtype, tensors[0].device
+        key = kernel.branch_sum, tensors[0].dtype, tensors[0].device
         if tensors[0].dtype not in HALF_DTYPES:
             groups.setdefault(key, []).append(kernel)
     try:
-        for (fold, _, device), group in groups.items():
+        for (branch_sum, _, device), group in groups.items():
             with no_autocast(device.type):
-                found = fold_kernels(fold, [kernel.tensors() for kernel in group])
+                found = fold_kernels(branch_sum, [kernel.tensors() for kernel in group])
             for kernel, tensor in zip(group, found):
                 kernel._folded = tensor
         yield

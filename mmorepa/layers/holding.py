@@ -52,7 +52,7 @@ def held(model: nn.Module) -> Iterator[list['HeldKernel']]:
 
     Inside of the block, passes with gradients see each kernel as a leaf, an ordinary
     plain weight. Its gradient goes on to the branches in the same backward pass or, if
-    :attr:`KernelGraph.is_deferred`, when :func:`pull_back` is called.
+    :attr:`KernelGraph.is_deferred`, when :func:`backward_to_branches` is called.
 
     The fold is that of the branches at the beginning of the block. A block inside of
     another one serves what that one holds.
@@ -91,8 +91,8 @@ def _hold(model: nn.Module) -> list['HeldKernel']:
 
 
 @torch.compiler.disable
-def pull_back(kernels: list['HeldKernel']) -> None:
-    """Turns gradients of held kernels into gradients of the branches.
+def backward_to_branches(kernels: list['HeldKernel']) -> None:
+    """Backpropagates the gradients of held kernels to the branches.
 
     ``dL/dθ += Jᵀ · dL/dW`` with ``J = dW/dθ``; the kernels' gradients are consumed.
 
@@ -117,8 +117,8 @@ class KernelGraph:
 
     Attributes:
         kernel (Tensor): The leaf's numbers, as a function of the branches.
-        is_deferred (bool): Whether somebody calls :func:`pull_back` after the backward
-            pass.
+        is_deferred (bool): Whether somebody calls :func:`backward_to_branches` after
+            the backward pass.
         is_reduced (bool): Whether data parallelism averages the leaf's gradient,
             which is done at the end of a backward pass only.
     """

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..functional import embed_1x1
 from .plain import PlainConv2d
-from .reparam_conv import ReparamConv2d, is_foldable
+from .reparam_conv import ReparamConv2d, is_fusible
 
 
 class MultiBranchConv2d(ReparamConv2d):
@@ -18,7 +18,7 @@ class MultiBranchConv2d(ReparamConv2d):
     them run on the feature map: the price that online folding saves. A branch is a
     :class:`ReparamConv2d` or any other module with an ``equivalent_kernel_bias``, a
     ``kernel`` (before the last norm; None if it has no weights) and a ``norm``;
-    subclasses list their names in :attr:`BRANCHES` and make each in
+    subclasses list their names in :attr:`BRANCH_NAMES` and make each in
     ``build_branch``.
 
     By ``conv_cfg``, in a network that has a norm after the conv, that norm follows
@@ -40,7 +40,7 @@ class MultiBranchConv2d(ReparamConv2d):
             between the branches' centres, or the norm has no fold.
     """
 
-    BRANCHES: tuple[str, ...] = ()
+    BRANCH_NAMES: tuple[str, ...] = ()
     folds_online = False
     has_own_start = True  # Each branch has a norm.
 
@@ -54,11 +54,11 @@ class MultiBranchConv2d(ReparamConv2d):
         **kwargs,
     ) -> None:
         # Before the base class, which builds the branches.
-        self._branches = self._choose(branches)
+        self._branch_names = self._choose(branches)
         self._initial_scales = dict(initial_scales or {})
         self._choose(self._initial_scales or None)  # Names known?
         if single_init:
-            scales = dict.fromkeys(self.BRANCHES, 0.0)
+            scales = dict.fromkeys(self.BRANCH_NAMES, 0.0)
             self._initial_scales = {**scales, 'origin': 1.0, **self._initial_scales}
         super().__init__(*args, norm_cfg=norm_cfg or dict(type='BN'), **kwargs)
         # Whether a norm of the network's follows, for whose sake there is no bias.
@@ -77,7 +77,7 @@ class MultiBranchConv2d(ReparamConv2d):
         """Makes the branch of this name.
 
         Args:
-            name (str): One of :attr:`BRANCHES`.
+            name (str): One of :attr:`BRANCH_NAMES`.
 
         Returns:
             nn.Module | None: None where this conv has no such branch.
@@ -105,11 +105,11 @@ class MultiBranchConv2d(ReparamConv2d):
 
     def build_branches(self) -> nn.ModuleDict:
         branches = nn.ModuleDict()
-        for name in self._branches:
+        for name in self._branch_names:
             branch = self.build_branch(name)
             if branch is None:
                 continue
-            if not is_foldable(branch.norm):
+            if not is_fusible(branch.norm):
                 raise ValueError(
                     f'{type(self).__name__} needs a BatchNorm, which folds, in every '
                     f'branch; found norm_cfg={self.norm_cfg}'
@@ -121,7 +121,7 @@ class MultiBranchConv2d(ReparamConv2d):
             raise ValueError(
                 f'no branch is left: a {type(self).__name__} of {self.in_channels} to '
                 f'{self.out_channels} channels and stride {self.stride[0]} has no '
-                f'{" or ".join(self._branches)} branch'
+                f'{" or ".join(self._branch_names)} branch'
             )
         return branches
 
@@ -213,11 +213,11 @@ class MultiBranchConv2d(ReparamConv2d):
         total = sum(branch(x) for branch in self.branches.values())
         return total if self.bias is None else total + self.bias[:, None, None]
 
-    def fold(self, bias: Optional[Tensor]) -> tuple[Tensor, Tensor]:
-        folds = [b.equivalent_kernel_bias() for b in self.branches.values()]
+    def branches_kernel_bias(self, bias: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+        found = [b.equivalent_kernel_bias() for b in self.branches.values()]
         size = self.kernel_size[0]
-        kernel = sum(k if k.shape[-1] == size else embed_1x1(k, size) for k, _ in folds)
-        return kernel, sum(b for _, b in folds) + (0 if bias is None else bias)
+        kernel = sum(k if k.shape[-1] == size else embed_1x1(k, size) for k, _ in found)
+        return kernel, sum(b for _, b in found) + (0 if bias is None else bias)
 
     @property
     def last_norms(self) -> list[nn.Module]:
@@ -230,23 +230,24 @@ class MultiBranchConv2d(ReparamConv2d):
     @classmethod
     def _choose(cls, names: Optional[Sequence[str]]) -> tuple[str, ...]:
         for name in names or ():
-            if name not in cls.BRANCHES:
+            if name not in cls.BRANCH_NAMES:
                 raise ValueError(
                     f'unknown branch {name!r}; the branches of {cls.__name__} are '
-                    f'{", ".join(cls.BRANCHES)}'
+                    f'{", ".join(cls.BRANCH_NAMES)}'
                 )
         if names is not None and not names:
             raise ValueError(
-                f'no branch is left; choose at least one of {", ".join(cls.BRANCHES)}'
+                'no branch is left; choose at least one of '
+                f'{", ".join(cls.BRANCH_NAMES)}'
             )
-        return tuple(n for n in cls.BRANCHES if names is None or n in names)
+        return tuple(n for n in cls.BRANCH_NAMES if names is None or n in names)
 
 
 def norm_scale(norm: nn.Module) -> Tensor:
     """``γ/√(σ²+ε)`` of a BatchNorm with its running statistics, held constant.
 
     Args:
-        norm (nn.Module): A layer that :func:`is_foldable`.
+        norm (nn.Module): A layer that :func:`is_fusible`.
 
     Returns:
         Tensor: Shape (O,).

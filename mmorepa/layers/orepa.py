@@ -7,7 +7,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import nn
 
-from ..functional import Fold, identity_1x1
+from ..functional import BranchSum, identity_1x1
 from .deep_linear import DeepLinearKernel
 from .folded_kernel import FoldedKernel
 from .reparam_conv import ReparamConv2d
@@ -70,10 +70,10 @@ class OREPAKernel(FoldedKernel):
     ) -> None:
         super().__init__()
         scales = _initial_scales(self.INITIAL_SCALES, branches, initial_scales)
-        self.branches = tuple(scales)
+        self.branch_names = tuple(scales)
         inputs = in_channels // groups
         shape = (out_channels, inputs, kernel_size, kernel_size)
-        self.branch_fold = Fold(self.branches, shape, groups, self.EXPANSION)
+        self.branch_sum = BranchSum(self.branch_names, shape, groups, self.EXPANSION)
 
         def weight(rows: int, columns: int, size: int = 1) -> nn.Parameter:
             return _kaiming_uniform((rows, columns, size, size), kaiming_a)
@@ -135,9 +135,11 @@ class OREPAPointwiseKernel(FoldedKernel):
     ) -> None:
         super().__init__()
         scales = _initial_scales(self.INITIAL_SCALES, branches, initial_scales)
-        self.branches = tuple(scales)
+        self.branch_names = tuple(scales)
         inputs = in_channels // groups
-        self.branch_fold = Fold(self.branches, (out_channels, inputs, 1, 1), groups)
+        self.branch_sum = BranchSum(
+            self.branch_names, (out_channels, inputs, 1, 1), groups
+        )
         if 'origin' in scales:
             self.weight_origin = _kaiming_uniform(
                 (out_channels, inputs, 1, 1), kaiming_a
@@ -230,7 +232,7 @@ class OREPAConv2d(ReparamConv2d, nn.Conv2d):
         **kwargs,
     ) -> None:
         # Before the base class, which builds the branches.
-        self._branches = branches
+        self._branch_names = branches
         self._initial_scales = initial_scales or {}
         self._single_init = single_init
         self._kaiming_a = kaiming_a
@@ -255,14 +257,14 @@ class OREPAConv2d(ReparamConv2d, nn.Conv2d):
         """The arguments for one kind of kernel, out of those for all kinds."""
         own = kernel.INITIAL_SCALES
         known = {**OREPAKernel.INITIAL_SCALES, **OREPAPointwiseKernel.INITIAL_SCALES}
-        for name in (*(self._branches or ()), *self._initial_scales):
+        for name in (*(self._branch_names or ()), *self._initial_scales):
             _check_branch(name, known)
         scales = {k: v for k, v in self._initial_scales.items() if k in own}
         if self._single_init:
             scales = {**dict.fromkeys(own, 0.0), 'origin': 1.0, **scales}
         options = dict(groups=self.groups, initial_scales=scales)
-        if self._branches is not None:
-            options['branches'] = [name for name in self._branches if name in own]
+        if self._branch_names is not None:
+            options['branches'] = [name for name in self._branch_names if name in own]
         if self._kaiming_a is not None:
             options['kaiming_a'] = self._kaiming_a
         return options

@@ -1,4 +1,4 @@
-"""The plain conv in the same dress: the baseline of every comparison."""
+"""Plain convs with the interface of the others: the baseline of every comparison."""
 
 import torch
 from mmengine.registry import MODELS

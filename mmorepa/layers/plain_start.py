@@ -133,7 +133,7 @@ def build_reparameterized(module: dict, **kwargs) -> nn.Module:
     return reparameterize(MODELS.build(module), **kwargs)
 
 
-def tell_plain_starts(model: nn.Module) -> None:
+def log_plain_starts(model: nn.Module) -> None:
     """Says in a line how many convs the last state dict had plain kernels for.
 
     Args:

@@ -38,7 +38,7 @@ class ReparamConv2d(nn.Conv2d):
     whose ``state_dict`` keys it shares.
 
     A new block is a subclass with a ``build_branches`` that returns a module
-    whose ``forward()`` maps its parameters to the kernel. Fold, convolution,
+    whose ``forward()`` maps its parameters to the kernel. BranchSum, convolution,
     normalisation, activation, deployment and loading follow from it.
 
     Args:
@@ -69,7 +69,7 @@ class ReparamConv2d(nn.Conv2d):
     # What open scopes serve, for each conv alone: see mmorepa.layers.holding.
     held: Optional['HeldKernel'] = None
     reduced_kernel: Optional['HeldKernel'] = None
-    _folds: Optional[dict] = None
+    _served: Optional[dict] = None
     # Whether the last state dict held a plain kernel.
     is_plain_start = False
 
@@ -152,14 +152,14 @@ class ReparamConv2d(nn.Conv2d):
                 self.branches.parameters()
             ):
                 return self.held.leaf
-        if self._folds is None or is_followed():
+        if self._served is None or is_followed():
             return self.folded_kernel()
         key = 'trained kernel' if with_grad else 'kernel'
-        if key not in self._folds:
+        if key not in self._served:
             # Outside of inference mode, whose tensors could serve nothing else.
             with torch.inference_mode(False), torch.set_grad_enabled(with_grad):
-                self._folds[key] = self.folded_kernel()
-        return self._folds[key]
+                self._served[key] = self.folded_kernel()
+        return self._served[key]
 
     def folded_kernel(self) -> Tensor:
         """The kernel, folded now.
@@ -195,15 +195,15 @@ class ReparamConv2d(nn.Conv2d):
     @contextmanager
     def serve_folds(self) -> Iterator[None]:
         """Folds once inside of the block: see :func:`mmorepa.folded`."""
-        if self._folds is not None:
+        if self._served is not None:
             yield
             return
-        self._folds = {}
+        self._served = {}
         try:
             yield
         finally:
             # As it was before, or compiled code would be compiled again.
-            del self._folds
+            del self._served
 
     def regularized_kernel(self) -> Tensor:
         """The kernel whose L2 norm a weight decay should look at.
@@ -227,7 +227,7 @@ class ReparamConv2d(nn.Conv2d):
         Returns:
             Tensor: Shape (N, O, H', W').
         """
-        folds = self._folds
+        folds = self._served
         if folds is not None and not (
             self.training or torch.is_grad_enabled() or is_followed()
         ):
@@ -276,7 +276,7 @@ class ReparamConv2d(nn.Conv2d):
         bias = None if self.bias is None else _double(self.bias)
         if self.deployed:
             return _double(self.weight), bias
-        return self._with_norm(*self.fold(bias))
+        return self._with_norm(*self.branches_kernel_bias(bias))
 
     def _plain_conv(self) -> Optional[tuple]:
         """Kernel, bias, norm if it is not folded, and activation of eval mode."""
@@ -285,7 +285,7 @@ class ReparamConv2d(nn.Conv2d):
         if self.deployed or any(map(_must_run, list(self.modules())[1:])):
             return None
         with torch.inference_mode(False), torch.no_grad():
-            return (*self._fused(), None if self._folds_norm else self.norm, self.act)
+            return (*self._fused(), None if self._fuses_norm else self.norm, self.act)
 
     def _fused(self) -> tuple[Tensor, Optional[Tensor]]:
         bias = None if self.bias is None else _double(self.bias)
@@ -294,7 +294,7 @@ class ReparamConv2d(nn.Conv2d):
             like = self.folded_kernel()
             kernel = _double(like)
         else:
-            kernel, bias = self.fold(bias)
+            kernel, bias = self.branches_kernel_bias(bias)
             # A branch may have no parameter (an average), or those of norms.
             like = next(
                 t for t in _named_tensors(self.branches).values() if t.dim() == 4
@@ -305,11 +305,13 @@ class ReparamConv2d(nn.Conv2d):
     def _with_norm(
         self, kernel: Tensor, bias: Optional[Tensor]
     ) -> tuple[Tensor, Optional[Tensor]]:
-        if not self._folds_norm:
+        if not self._fuses_norm:
             return kernel, bias
-        return fold_norm(kernel, bias, self.norm)
+        return fuse_norm(kernel, bias, self.norm)
 
-    def fold(self, bias: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
+    def branches_kernel_bias(
+        self, bias: Optional[Tensor]
+    ) -> tuple[Tensor, Optional[Tensor]]:
         """The kernel and bias of the branches, before :attr:`norm`, in float64.
 
         Args:
@@ -471,12 +473,12 @@ class ReparamConv2d(nn.Conv2d):
         return [] if self.norm is None else [self.norm]
 
     @property
-    def _folds_norm(self) -> bool:
-        return is_foldable(self.norm)
+    def _fuses_norm(self) -> bool:
+        return is_fusible(self.norm)
 
     @property
     def _deployed_with_bias(self) -> bool:
-        return self.conv_bias or self._folds_norm
+        return self.conv_bias or self._fuses_norm
 
     def build_norm(self) -> Optional[nn.Module]:
         """Makes :attr:`norm` from ``norm_cfg``, or none."""
@@ -502,7 +504,7 @@ class ReparamConv2d(nn.Conv2d):
         """
         self.deployed = True
         del self.branches
-        if self._folds_norm:
+        if self._fuses_norm:
             self.norm = None
         shape = (self.in_channels, self.out_channels, self.kernel_size)
         options = dict(groups=self.groups, bias=with_bias)
@@ -520,12 +522,12 @@ class ReparamConv2d(nn.Conv2d):
     def _forget(self) -> None:
         """Drops what open scopes serve: it has changed, and we are told."""
         self.held = None
-        if self._folds is not None:
-            self._folds.clear()
+        if self._served is not None:
+            self._served.clear()
 
     def __getstate__(self) -> dict:
         # A copy belongs to no scope.
-        scopes = ('held', 'reduced_kernel', '_folds')
+        scopes = ('held', 'reduced_kernel', '_served')
         return {k: v for k, v in super().__getstate__().items() if k not in scopes}
 
     def __getattr__(self, name: str) -> Any:
@@ -575,7 +577,7 @@ class ReparamConv2d(nn.Conv2d):
         has_branches = any(k.startswith(f'{prefix}branches.') for k in state_dict)
         self.is_plain_start = False
         if self.deployed and has_branches:
-            self._fold_state_dict(state_dict, prefix)
+            self._deploy_state_dict(state_dict, prefix)
         elif f'{prefix}weight' in state_dict and not has_branches:
             try:
                 self._take_plain(state_dict, prefix, error_msgs)
@@ -611,7 +613,7 @@ class ReparamConv2d(nn.Conv2d):
                 own = build_norm_layer(self.norm_cfg, self.out_channels)[1]
                 _load_norm(own, norm)
                 bias = None if bias is None else _double(bias)
-                kernel, bias = fold_norm(_double(weight), bias, own)
+                kernel, bias = fuse_norm(_double(weight), bias, own)
                 state_dict[f'{prefix}weight'] = kernel
                 state_dict[f'{prefix}bias'] = bias
             return
@@ -649,7 +651,7 @@ class ReparamConv2d(nn.Conv2d):
             if not is_left and (norm or not name.startswith(start)):
                 state_dict[name] = value
 
-    def _fold_state_dict(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+    def _deploy_state_dict(self, state_dict: dict[str, Tensor], prefix: str) -> None:
         """Replaces this module's entries, a training form, by the deployed form."""
         own = {k: state_dict.pop(k) for k in list(state_dict) if k.startswith(prefix)}
         twin = copy.deepcopy(self)
@@ -712,13 +714,13 @@ def _must_run(module: nn.Module) -> bool:
     return module.training or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def is_foldable(norm: Optional[nn.Module]) -> bool:
+def is_fusible(norm: Optional[nn.Module]) -> bool:
     """Whether a normalisation layer is linear in eval mode: BatchNorm, as a rule."""
     # Without running statistics the normalisation depends on the batch.
     return isinstance(norm, _BatchNorm) and norm.track_running_stats
 
 
-def fold_norm(
+def fuse_norm(
     kernel: Tensor, bias: Optional[Tensor], norm: _BatchNorm
 ) -> tuple[Tensor, Tensor]:
     """A BatchNorm layer folded into the float64 conv before it.
@@ -726,7 +728,7 @@ def fold_norm(
     Args:
         kernel (Tensor): Shape (O, Ig, k, k), float64.
         bias (Tensor, optional): Shape (O,), float64.
-        norm (nn.Module): A layer that :func:`is_foldable`.
+        norm (nn.Module): A layer that :func:`is_fusible`.
 
     Returns:
         tuple[Tensor, Tensor]: Kernel and bias, in float64.

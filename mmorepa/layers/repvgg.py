@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..functional import identity_1x1
 from .multi_branch import MultiBranchConv2d
 from .orepa import OREPAConv2d, OREPAKernel
-from .reparam_conv import ReparamConv2d, fold_norm
+from .reparam_conv import ReparamConv2d, fuse_norm
 
 
 @MODELS.register_module()
@@ -20,7 +20,7 @@ class RepVGGConv2d(MultiBranchConv2d):
         *args, **kwargs: See :class:`MultiBranchConv2d`.
     """
 
-    BRANCHES = ('origin', 'pointwise', 'identity')
+    BRANCH_NAMES = ('origin', 'pointwise', 'identity')
 
     def build_branch(self, name: str) -> Optional[nn.Module]:
         if name == 'origin':
@@ -79,4 +79,4 @@ class IdentityBranch(nn.Module):
         channels = self.norm.num_features
         identity = identity_1x1(channels, channels // self.groups)
         kernel = identity.to(self.norm.running_mean.device).double()
-        return fold_norm(kernel, None, self.norm)
+        return fuse_norm(kernel, None, self.norm)

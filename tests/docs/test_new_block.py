@@ -150,6 +150,8 @@ def test_what_it_names_exists():
     """In the text, beside what test_documents.py looks for."""
     for name in re.findall(r'`(\w+Conv2d)`', TEXT):
         assert name in vars(mmorepa.layers), name
-    assert {'BRANCHES', 'build_branch'} <= vars(mmorepa.layers.MultiBranchConv2d).keys()
-    for word in ('BRANCHES', 'build_branch', 'MultiBranchConv2d'):
+    assert {'BRANCH_NAMES', 'build_branch'} <= vars(
+        mmorepa.layers.MultiBranchConv2d
+    ).keys()
+    for word in ('BRANCH_NAMES', 'build_branch', 'MultiBranchConv2d'):
         assert f'`{word}`' in TEXT

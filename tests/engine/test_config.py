@@ -1,4 +1,3 @@
-import argparse
 import importlib
 import os
 from pathlib import Path
@@ -15,103 +14,18 @@ from torch import distributed
 
 import mmorepa.engine.config as config_module
 from mmorepa import switch_to_deploy
-from mmorepa.engine import BFloat16OptimWrapper, write_checkpoint
+from mmorepa.cli import one_line_errors
+from mmorepa.converters import write_checkpoint
+from mmorepa.engine import BFloat16OptimWrapper
 from mmorepa.engine.config import (
-    add_common_arguments,
     add_hook,
     build_runner,
     check_data_folders,
-    load_config,
-    one_line_errors,
     use_amp,
     use_tta,
     use_visualization,
 )
 from mmorepa.utils.errors import CheckpointError, OutputError
-
-DIGITS = (
-    Path(__file__).parents[2] / 'configs/digits/resnet18-slim-orepa_1xb64_digits.py'
-)
-
-
-def arguments(*flags, config=DIGITS):
-    parser = argparse.ArgumentParser()
-    parser.add_argument('config')
-    add_common_arguments(parser)
-    return parser.parse_args([str(config), *map(str, flags)])
-
-
-@pytest.fixture(autouse=True)
-def local_rank(monkeypatch):
-    """Set by load_config, and restored after the test."""
-    monkeypatch.setenv('LOCAL_RANK', '0')
-
-
-class TestLoadConfig:
-    def test_missing(self):
-        with pytest.raises(FileNotFoundError, match="no config at 'none.py'"):
-            load_config(arguments(config='none.py'))
-
-    def test_folder(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match='no config at'):
-            load_config(arguments(config=tmp_path))
-
-    def test_work_dir(self, tmp_path):
-        assert load_config(arguments()).work_dir == f'work_dirs/{DIGITS.stem}'
-        config = tmp_path / 'own.py'
-        config.write_text(f'_base_ = {str(DIGITS)!r}\nwork_dir = "own"\n')
-        assert load_config(arguments(config=config)).work_dir == 'own'
-        args = arguments('--work-dir', 'flag', config=config)
-        assert load_config(args).work_dir == 'flag'
-
-    def test_options_win(self):
-        args = arguments(
-            '--work-dir',
-            'flag',
-            '--no-pin-memory',
-            '--cfg-options',
-            'work_dir=option',
-            'val_dataloader.pin_memory=True',
-            'model.backbone.strides=(1,2,2,1)',
-            'train_cfg.max_epochs=3',
-        )
-        cfg = load_config(args)
-        assert cfg.work_dir == 'option'
-        assert cfg.val_dataloader.pin_memory is True
-        assert cfg.test_dataloader.pin_memory is False
-        assert tuple(cfg.model.backbone.strides) == (1, 2, 2, 1)
-        assert cfg.train_cfg.max_epochs == 3
-
-    @pytest.mark.parametrize('cuda', [False, True])
-    def test_memory_is_pinned_for_gpus(self, monkeypatch, cuda):
-        monkeypatch.setattr(config_module, 'is_cuda_available', lambda: cuda)
-        cfg = load_config(arguments())
-        loaders = cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader
-        assert [loader.pin_memory for loader in loaders] == [cuda] * 3
-        cfg = load_config(arguments('--no-pin-memory'))
-        assert cfg.train_dataloader.pin_memory is False
-
-    @pytest.mark.parametrize('scope', ['mmpretrain', 'mmdet'])
-    def test_images_are_stacked_for_classifiers_only(self, tmp_path, scope):
-        config = tmp_path / 'own.py'
-        config.write_text(
-            f'default_scope = {scope!r}\nmodel = dict()\n'
-            'train_dataloader = dict(dataset=dict(type="X"))\n'
-            'val_dataloader = None\n'
-        )
-        cfg = load_config(arguments(config=config))
-        found = cfg.train_dataloader.get('collate_fn')
-        assert found == (dict(type='default_collate') if 'pre' in scope else None)
-        assert cfg.val_dataloader is None
-
-    def test_launcher(self, monkeypatch):
-        assert load_config(arguments()).launcher == 'none'
-        monkeypatch.delenv('LOCAL_RANK')
-        cfg = load_config(arguments('--launcher', 'pytorch', '--local-rank', 3))
-        assert cfg.launcher == 'pytorch'
-        assert os.environ['LOCAL_RANK'] == '3'
-        load_config(arguments('--local_rank', 5))
-        assert os.environ['LOCAL_RANK'] == '3'  # torchrun's word counts.
 
 
 class TestAmp:
@@ -256,39 +170,6 @@ class TestDataFolders:
             self.check(
                 train_dataloader=dict(dataset=self.NONE), data_preparation='run: it'
             )
-
-
-class TestOneLineErrors:
-    @pytest.mark.parametrize(
-        'error, text',
-        [
-            (ValueError('is bad'), 'error: is bad'),
-            (FileNotFoundError('no file'), 'error: no file'),
-            (FileNotFoundError(2, 'No such file', 'a'), "[Errno 2] No such file: 'a'"),
-            (KeyError('X is not in the registry'), 'error: X is not in the registry'),
-            (CheckpointError('several\n\tlines\n'), 'error: several lines'),
-        ],
-    )
-    def test_exits(self, error, text):
-        with pytest.raises(SystemExit) as info, one_line_errors():
-            raise error
-        assert str(info.value).startswith('error: ') and '\n' not in str(info.value)
-        assert str(info.value).endswith(text)
-
-    @pytest.mark.parametrize(
-        'error', [TypeError('a mistake of ours'), KeyError('model'), AssertionError()]
-    )
-    def test_says_more_where_the_text_says_little(self, error):
-        with pytest.raises(SystemExit) as info, one_line_errors():
-            raise error
-        start = f'error: {type(error).__name__}: '
-        assert str(info.value).startswith(start)
-        assert str(info.value).endswith('(MMOREPA_TRACEBACK=1 shows where)')
-
-    def test_traceback(self, monkeypatch):
-        monkeypatch.setenv('MMOREPA_TRACEBACK', '1')
-        with pytest.raises(ValueError), one_line_errors():
-            raise ValueError('bad')
 
 
 class TestTTA:
@@ -589,23 +470,6 @@ class TestBuildRunner:
         with pytest.raises(SystemExit, match=words), one_line_errors():
             build_runner(cfg, ('train',)).train()
 
-    @pytest.mark.parametrize('pretty', [False, True])
-    def test_config_in_the_work_folder(self, tmp_path, pretty):
-        """A copy of MMEngine's may be replaced by the next, all else is kept."""
-        config = tmp_path / DIGITS.name
-        if pretty:
-            Config.fromfile(DIGITS).dump(config)
-        else:
-            config.write_text(f'_base_ = {str(DIGITS)!r}  # mine\n')
-        (tmp_path / 'link').symlink_to(tmp_path)
-        for folder in (tmp_path, tmp_path / 'link'):
-            args = arguments('--work-dir', folder, config=config)
-            if pretty:
-                load_config(args)
-                continue
-            with pytest.raises(OutputError, match='give another --work-dir'):
-                load_config(args)
-
     def test_resume_with_an_empty_pointer(self, tmp_path):
         (tmp_path / 'last_checkpoint').write_text('')
         runner = build_runner(tiny_config(tmp_path, resume=True), ('train',))
@@ -642,7 +506,11 @@ def launched(monkeypatch, tmp_path):
     """As a process of torchrun, the only one, on a machine without a GPU."""
     monkeypatch.setattr(config_module, 'get_device', lambda: 'cpu')
     for name, value in dict(
-        RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0'
+        RANK='0',
+        LOCAL_RANK='0',
+        WORLD_SIZE='1',
+        MASTER_ADDR='127.0.0.1',
+        MASTER_PORT='0',
     ).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv('OMP_NUM_THREADS', '1')

@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 from runners import Colours, Logits, Probe, TinyClassifier, make_runner
 from torch.nn import functional as F
 
-from mmorepa.engine import read_checkpoint
+from mmorepa.converters import read_checkpoint
 from mmorepa.engine.seeding import SeededBatches, seed_of, seeded
 from mmorepa.utils.errors import OutputError
 

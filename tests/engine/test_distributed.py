@@ -7,7 +7,7 @@ from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmorepa.backbones import OREPAResNet
-from mmorepa.engine import read_checkpoint
+from mmorepa.converters import read_checkpoint
 from mmorepa.layers import OREPAConv2d
 
 STEPS, BATCH = 3, 4

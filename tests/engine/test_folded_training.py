@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import mmorepa
 from mmorepa.engine import FoldedDistributedDataParallel
-from mmorepa.layers import OREPAConv2d, ReparamConv2d, held, pull_back
+from mmorepa.layers import OREPAConv2d, ReparamConv2d, backward_to_branches, held
 
 SLIM = dict(type='OREPAResNet', depth=18, base_channels=8)
 SGD = dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-3)
@@ -286,7 +286,7 @@ def test_conv_that_is_compiled():
         kernel.graph.is_deferred = True
         compiled(image).sum().backward()
     assert kernel.leaf.grad is not None
-    pull_back([kernel])
+    backward_to_branches([kernel])
     assert conv.branches.weight_origin.grad is not None
     assert kernel.leaf.grad is None
 

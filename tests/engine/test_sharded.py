@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from mmorepa import folded, switch_to_deploy
-from mmorepa.engine import deploy_checkpoint, read_checkpoint
+from mmorepa.converters import deploy_checkpoint, read_checkpoint
 from mmorepa.layers import ReparamConv2d
 
 pytestmark = pytest.mark.slow

@@ -19,7 +19,8 @@ from runners import (
 from torch import distributed
 
 from mmorepa import is_switchable
-from mmorepa.engine import SwitchToDeployHook, read_checkpoint
+from mmorepa.converters import read_checkpoint
+from mmorepa.engine import SwitchToDeployHook
 from mmorepa.layers import OREPAConv2d
 
 HOOK = dict(type='SwitchToDeployHook')

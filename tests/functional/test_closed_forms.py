@@ -8,7 +8,13 @@ import torch
 from helpers import assert_near, gradcheck, trained_like
 from torch import nn
 
-from mmorepa.functional import Fold, closed_forms, compiled, fold_kernel, fold_kernels
+from mmorepa.functional import (
+    BranchSum,
+    closed_forms,
+    compiled,
+    fold_kernel,
+    fold_kernels,
+)
 from mmorepa.layers import OREPAConv2d
 from mmorepa.layers.orepa import OREPAKernel, OREPAPointwiseKernel
 
@@ -51,7 +57,7 @@ def kernel(request):
 
 def formulas(kernel):
     """What autograd makes of the sum of the branches, tensor by tensor."""
-    return kernel.branch_fold.kernel(*kernel.tensors())
+    return kernel.branch_sum.kernel(*kernel.tensors())
 
 
 @pytest.mark.parametrize('contiguous', [True, False])
@@ -84,7 +90,7 @@ def test_numerical_derivatives(kernel):
     tensors = kernel.tensors()
 
     def fold(*tensors):
-        return fold_kernel(kernel.branch_fold, *tensors)
+        return fold_kernel(kernel.branch_sum, *tensors)
 
     assert gradcheck(fold, tensors)
     assert torch.autograd.gradgradcheck(fold, tensors, fast_mode=True)
@@ -92,7 +98,7 @@ def test_numerical_derivatives(kernel):
 
 def test_batch(kernel):
     """Kernels of one shape; one of them is not used, one is trained in part."""
-    fold, sets = kernel.branch_fold, []
+    fold, sets = kernel.branch_sum, []
     for seed in range(3):
         twin = trained_like(
             nn.ParameterDict({n: torch.empty_like(t) for n, t in named(kernel)}), seed
@@ -117,7 +123,7 @@ def test_batch(kernel):
 
 
 def named(kernel):
-    return zip(kernel.branch_fold.roles, kernel.tensors())
+    return zip(kernel.branch_sum.roles, kernel.tensors())
 
 
 def test_scales_of_zero():
@@ -204,7 +210,7 @@ def test_subclasses_fold_as_they_say():
 def test_it_is_what_a_conv_runs_with(k, monkeypatch):
     """Neither a fold nor its gradient goes through the plain formulas."""
     conv = OREPAConv2d(4, 4, k, padding=k // 2)
-    monkeypatch.setattr(Fold, 'kernel', None)
+    monkeypatch.setattr(BranchSum, 'kernel', None)
     conv(torch.randn(1, 4, 8, 8)).sum().backward()
     assert all(p.grad is not None for p in conv.branches.parameters())
 

@@ -36,7 +36,7 @@ def calls(monkeypatch):
     return results
 
 
-def fold_and_pull_back(kernel):
+def fold_and_backward(kernel):
     folded = kernel()
     names, parameters = zip(*kernel.named_parameters())
     grads = torch.autograd.grad(folded, parameters, torch.ones_like(folded))
@@ -55,7 +55,7 @@ def fold_and_pull_back(kernel):
     ],
 )
 def test_it_is_used(kernel, calls):
-    fold_and_pull_back(kernel)
+    fold_and_backward(kernel)
     assert calls == [True, True]
 
 
@@ -71,9 +71,9 @@ def test_it_is_used(kernel, calls):
     ],
 )
 def test_it_declines(kernel, calls):
-    folded, found = fold_and_pull_back(kernel)
+    folded, found = fold_and_backward(kernel)
     assert not any(calls)
-    assert folded.shape == kernel.branch_fold.shape
+    assert folded.shape == kernel.branch_sum.shape
     assert all(g.shape == kernel.get_parameter(n).shape for n, g in found.items())
 
 
@@ -84,14 +84,14 @@ def test_it_declines_what_is_not_in_one_piece(calls):
     for t in kernel.parameters():
         if t.dim() > 1:
             t.data = t.data.transpose(0, 1).contiguous().transpose(0, 1)
-    assert_near(fold_and_pull_back(kernel)[0], expected)
+    assert_near(fold_and_backward(kernel)[0], expected)
     assert not any(calls)
 
 
 def test_it_declines_what_is_not_in_memory(calls):
     """Estimates of memory, and compilers, run models on tensors without contents."""
     with FakeTensorMode():
-        folded, _ = fold_and_pull_back(OREPAKernel(4, 5, 3))
+        folded, _ = fold_and_backward(OREPAKernel(4, 5, 3))
     assert folded.shape == (4, 5, 3, 3) and not any(calls)
 
 
@@ -110,8 +110,8 @@ def test_it_declines_other_sizes(name, calls):
 def test_another_expansion(monkeypatch, calls):
     monkeypatch.setattr(OREPAKernel, 'EXPANSION', 4)
     kernel = trained_like(OREPAKernel(4, 5, 3))
-    expected = kernel.branch_fold.kernel(*kernel.tensors())
-    assert_near(fold_and_pull_back(kernel)[0], expected)
+    expected = kernel.branch_sum.kernel(*kernel.tensors())
+    assert_near(fold_and_backward(kernel)[0], expected)
     assert not any(calls)
 
 
@@ -147,9 +147,9 @@ def test_build_beside_another(monkeypatch, tmp_path):
 @needs_compiled
 @pytest.mark.parametrize('kernel', [OREPAKernel(4, 5, 3), OREPAPointwiseKernel(4, 5)])
 def test_autocast_changes_nothing(kernel, calls):
-    expected = fold_and_pull_back(trained_like(kernel))
+    expected = fold_and_backward(trained_like(kernel))
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        found = fold_and_pull_back(kernel)
+        found = fold_and_backward(kernel)
     assert all(calls)
     assert torch.equal(found[0], expected[0])
     assert all(torch.equal(found[1][name], g) for name, g in expected[1].items())

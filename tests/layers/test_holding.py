@@ -25,10 +25,10 @@ from mmorepa.layers import (
     OREPAConv2d,
     OREPARepVGGConv2d,
     ReparamConv2d,
+    backward_to_branches,
     held,
-    pull_back,
 )
-from mmorepa.layers.reparam_conv import is_foldable
+from mmorepa.layers.reparam_conv import is_fusible
 
 BN = dict(type='BN')
 RELU = dict(type='ReLU')
@@ -122,7 +122,7 @@ class TestFolded:
                     tensor.data.mul_(1.5)
                 inside = conv(x)
             after = conv(x)
-        if is_foldable(conv.norm) or not conv.folds_online:
+        if is_fusible(conv.norm) or not conv.folds_online:
             assert_near(inside, before, 1e-15)
         assert not torch.allclose(after, before)
         assert_near(after, deployed_twin(conv)(x), 1e-12)
@@ -283,7 +283,7 @@ class TestHeld:
                 kernel.graph.is_deferred = is_deferred
             loss.backward()
             if is_deferred:
-                pull_back(kernels)
+                backward_to_branches(kernels)
             losses(online, x).backward()
         self.check(twins)
 

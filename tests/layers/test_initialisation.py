@@ -332,9 +332,9 @@ class TestBranches:
     @pytest.mark.parametrize(
         ('kind', 'names'),
         [
-            *((DBBConv2d, [name]) for name in DBBConv2d.BRANCHES),
+            *((DBBConv2d, [name]) for name in DBBConv2d.BRANCH_NAMES),
             (DBBConv2d, ['average', 'origin']),
-            *((RepVGGConv2d, [name]) for name in RepVGGConv2d.BRANCHES),
+            *((RepVGGConv2d, [name]) for name in RepVGGConv2d.BRANCH_NAMES),
             (RepVGGConv2d, ['identity', 'origin']),
             (OREPARepVGGConv2d, ['origin']),
             (OREPARepVGGConv2d, ['pointwise', 'origin']),

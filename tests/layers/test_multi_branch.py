@@ -196,7 +196,7 @@ def test_autocast(kind):
     assert_near(y.float(), twin(x), 5e-2)
 
 
-@pytest.mark.parametrize('name', DBBConv2d.BRANCHES)
+@pytest.mark.parametrize('name', DBBConv2d.BRANCH_NAMES)
 def test_branches_of_dbb_by_name(name):
     full = make(DBBConv2d, 4, 6, 3).eval()
     part = DBBConv2d(4, 6, 3, padding=1, bias=False, branches=[name]).eval()
@@ -223,14 +223,14 @@ def last_norms(conv):
 def test_initial_scales_and_single_init(kind):
     options = dict(padding=1)
     conv = kind(4, 4, 3, **options)
-    assert last_norms(conv) == {name: [1.0] for name in kind.BRANCHES}
+    assert last_norms(conv) == {name: [1.0] for name in kind.BRANCH_NAMES}
     conv = kind(4, 4, 3, initial_scales=dict(pointwise=0.25), **options)
     assert last_norms(conv)['pointwise'] == [0.25]
     assert last_norms(conv)['origin'] == [1.0]
     conv = kind(
         4, 4, 3, single_init=True, initial_scales=dict(pointwise=0.5), **options
     )
-    expected = dict.fromkeys(kind.BRANCHES, [0.0])
+    expected = dict.fromkeys(kind.BRANCH_NAMES, [0.0])
     assert last_norms(conv) == {**expected, 'origin': [1.0], 'pointwise': [0.5]}
     conv = kind(4, 4, 3, single_init=True, initial_scales=dict(origin=2.0), **options)
     assert last_norms(conv) == {**expected, 'origin': [2.0]}
@@ -250,7 +250,7 @@ def test_single_init_is_the_plain_conv():
 def test_main_branch_of_the_orepa_repvgg_block():
     conv = OREPARepVGGConv2d(16, 32, 3, padding=1, bias=False)
     kernel = conv.branches.origin.branches
-    assert kernel.branches == tuple(
+    assert kernel.branch_names == tuple(
         name for name in OREPAKernel.INITIAL_SCALES if name != 'pointwise'
     )
     rows = torch.tensor([0.25, 0.25, 0.0, 0.5, 0.5])
@@ -396,7 +396,7 @@ def test_plain_branches_are_not_switched_one_by_one():
 
 def test_a_block_of_ones_own():
     class Twins(MultiBranchConv2d):
-        BRANCHES = ('origin', 'other')
+        BRANCH_NAMES = ('origin', 'other')
 
         def build_branch(self, name):
             options = dict(padding=self.padding, bias=False, norm_cfg=self.norm_cfg)

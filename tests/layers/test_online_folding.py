@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import mmorepa
-from mmorepa.functional import Fold, compiled
+from mmorepa.functional import BranchSum, compiled
 from mmorepa.layers import (
     DBBConv2d,
     DeepLinearConv2d,
@@ -65,8 +65,8 @@ def by_formulas(monkeypatch):
 
     def turn(conv):
         for module in conv.modules():
-            if isinstance(getattr(module, 'branch_fold', None), Fold):
-                module.forward = lambda m=module: m.branch_fold.kernel(*m.tensors())
+            if isinstance(getattr(module, 'branch_sum', None), BranchSum):
+                module.forward = lambda m=module: m.branch_sum.kernel(*m.tensors())
         return conv
 
     return turn

@@ -325,7 +325,7 @@ def test_branches_by_name(branches):
 
 def test_branches_reach_all_factors_of_a_large_conv():
     conv = OREPAConv2d(3, 4, 7, branches=['origin', 'pointwise'])
-    assert [factor.branches for factor in conv.branches.factors] == [
+    assert [factor.branch_names for factor in conv.branches.factors] == [
         ('origin', 'pointwise')
     ] * 3
 

@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from tool_runs import run_here
 
-from mmorepa.engine import write_checkpoint
+from mmorepa.converters import write_checkpoint
 
 LINES = int(os.environ.get('MMOREPA_COMMAND_LINES', 40))
 SWITCH = 'model_converters/switch_to_deploy.py'

@@ -17,7 +17,7 @@ import pytest
 from helpers import import_models
 from tool_runs import ROOT
 
-from mmorepa.engine import read_checkpoint
+from mmorepa.converters import read_checkpoint
 
 pytestmark = pytest.mark.slow
 

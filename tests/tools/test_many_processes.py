@@ -11,7 +11,7 @@ import pytest
 from helpers import assert_near
 from tool_runs import ROOT, environment, run_apart
 
-from mmorepa.engine import read_checkpoint
+from mmorepa.converters import read_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +56,7 @@ def free_port():
 
 def launch(script, *args, options=(), **variables):
     """Runs one of the shell scripts."""
-    places = [ROOT, *(ROOT / 'tests' / name for name in ('', 'engine', 'tools'))]
+    places = [ROOT, *(ROOT / 'tests' / name for name in ('', 'tools'))]
     options = ['--cfg-options', *options] if options else []
     return run_apart(
         'bash',

@@ -25,9 +25,8 @@ from published_layout import (
 )
 from tool_runs import ROOT, command, run_apart, run_here
 
-from mmorepa.converters import from_published
-from mmorepa.engine import read_checkpoint
-from mmorepa.engine.comparison import network_outputs
+from mmorepa.analysis import network_outputs
+from mmorepa.converters import from_published, read_checkpoint
 from mmorepa.utils.errors import CheckpointError
 
 TOOL = 'model_converters/published_to_mmorepa.py'

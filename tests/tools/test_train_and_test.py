@@ -14,7 +14,7 @@ from helpers import assert_near, import_models
 from mmengine.config import Config
 from tool_runs import ROOT, command, environment, run_apart, run_here, run_runner
 
-from mmorepa.engine import read_checkpoint
+from mmorepa.converters import read_checkpoint
 
 pytestmark = pytest.mark.slow
 

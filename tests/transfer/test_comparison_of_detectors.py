@@ -7,7 +7,7 @@ import torch
 from scenes import batch, build, load, shrink
 
 from mmorepa import switch_to_deploy
-from mmorepa.engine.comparison import largest_difference, network_outputs, raw_outputs
+from mmorepa.analysis import largest_difference, network_outputs, raw_outputs
 
 
 def detector(name='digits/faster-rcnn_r18-slim-orepa_fpn_1xb2-10e_digits.py'):

@@ -11,7 +11,7 @@ from scenes import batch
 
 import mmorepa
 from mmorepa import is_switchable, switch_to_deploy
-from mmorepa.engine.comparison import raw_outputs
+from mmorepa.analysis import raw_outputs
 from mmorepa.layers import OREPAConv2d, ReparamConv2d
 
 OREPA = dict(type='OREPAConv2d')

@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 from scenes import CONFIGS, NAMES, ROOT, batch, load
 
 from mmorepa import is_switchable, switch_to_deploy
-from mmorepa.engine.comparison import raw_outputs
+from mmorepa.analysis import raw_outputs
 
 FROM_PLAIN = [name for name in NAMES if 'from-plain' in name]
 _numbers = itertools.count()

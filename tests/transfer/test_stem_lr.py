@@ -7,14 +7,14 @@ import torch
 from scenes import ROOT
 
 from mmorepa import switch_to_deploy
-from mmorepa.backbones import OREPARepVGG, OREPAResNet
-from mmorepa.engine.amplification import (
+from mmorepa.analysis import (
     amplification,
     backbone_amplifications,
     distribution,
     folded_convs,
-    is_plain,
 )
+from mmorepa.analysis.amplification import is_plain
+from mmorepa.backbones import OREPARepVGG, OREPAResNet
 from mmorepa.layers import DeepLinearConv2d, OREPAConv2d, PlainConv2d
 
 

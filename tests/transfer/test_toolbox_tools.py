@@ -15,7 +15,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from scenes import CONFIGS, ROOT
 
-from mmorepa.engine import deploy_checkpoint, read_checkpoint, write_checkpoint
+from mmorepa.converters import deploy_checkpoint, read_checkpoint, write_checkpoint
 
 pytestmark = pytest.mark.slow
 TOOLBOXES = {

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from mmorepa.engine import write_checkpoint
+from mmorepa.converters import write_checkpoint
 from mmorepa.utils.errors import OutputError
 from mmorepa.utils.files import atomic_write, check_outputs
 

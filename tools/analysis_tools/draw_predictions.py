@@ -21,15 +21,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from mmorepa import switch_to_deploy
-from mmorepa.engine import read_checkpoint
-from mmorepa.engine.checkpoint import load_strictly, load_training_form
-from mmorepa.engine.config import (
-    add_config_options,
-    check_data_folders,
-    one_line_errors,
-    positive,
-    read_config,
-)
+from mmorepa.cli import add_config_options, one_line_errors, positive
+from mmorepa.converters import load_strictly, load_training_form, read_checkpoint
+from mmorepa.engine.config import check_data_folders, read_config
 from mmorepa.utils.files import atomic_write, check_outputs
 
 COLUMNS = ('ground truth', 'training form', 'deployed')

@@ -16,8 +16,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from mmorepa import switch_to_deploy
-from mmorepa.engine.complexity import count_bytes, count_gflops, count_parameters
-from mmorepa.engine.config import one_line_errors
+from mmorepa.analysis.complexity import count_bytes, count_gflops, count_parameters
+from mmorepa.cli import one_line_errors
 from mmorepa.utils.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]

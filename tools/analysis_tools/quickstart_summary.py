@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-from mmorepa.engine.config import one_line_errors
+from mmorepa.cli import one_line_errors
 from mmorepa.utils.files import atomic_write, check_outputs
 from mmorepa.utils.tables import format_table
 

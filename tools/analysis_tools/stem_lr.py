@@ -27,23 +27,17 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmorepa.backbones import StagedBackbone
-from mmorepa.engine import read_checkpoint
-from mmorepa.engine.amplification import (
+from mmorepa.analysis import (
     LayerAmplification,
     backbone_amplifications,
     distribution,
     folded_convs,
     kernel_gradients,
 )
-from mmorepa.engine.checkpoint import load_training_form
-from mmorepa.engine.config import (
-    add_config_options,
-    check_data_folders,
-    one_line_errors,
-    positive,
-    read_config,
-)
+from mmorepa.backbones import StagedBackbone
+from mmorepa.cli import add_config_options, one_line_errors, positive
+from mmorepa.converters import load_training_form, read_checkpoint
+from mmorepa.engine.config import check_data_folders, read_config
 from mmorepa.layers import DeepLinearKernel, PlainKernel
 from mmorepa.utils.errors import CheckpointError
 from mmorepa.utils.files import atomic_write, check_outputs

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-from mmorepa.engine.config import one_line_errors
+from mmorepa.cli import one_line_errors
 from mmorepa.utils.files import atomic_write, check_outputs
 from mmorepa.utils.tables import format_table
 

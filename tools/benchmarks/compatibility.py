@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import mmorepa
-from mmorepa.engine.comparison import largest_difference, raw_outputs
-from mmorepa.engine.config import one_line_errors, positive
+from mmorepa.analysis import largest_difference, raw_outputs
+from mmorepa.cli import one_line_errors, positive
 from mmorepa.layers import ReparamConv2d
 from mmorepa.utils.files import atomic_write, check_outputs
 

@@ -42,17 +42,18 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
 from mmorepa import switch_to_deploy
+from mmorepa.cli import one_line_errors, positive
 from mmorepa.engine import FoldedDistributedDataParallel, FoldedOptimWrapper
-from mmorepa.engine.config import one_line_errors, positive, read_config
+from mmorepa.engine.config import read_config
 from mmorepa.functional import compiled, compose_deep_linear
 from mmorepa.layers import (
     FoldedKernel,
     OREPAConv2d,
     OREPAKernel,
     OREPAPointwiseKernel,
+    backward_to_branches,
     folded,
     held,
-    pull_back,
 )
 from mmorepa.utils.files import atomic_write, check_outputs
 from mmorepa.utils.tables import format_table
@@ -207,7 +208,7 @@ def folded_convs(network: nn.Module) -> list[OREPAConv2d]:
 def naive_kernel(branches: nn.Module) -> Tensor:
     """The fold by the plain formulas, whose every term autograd keeps."""
     if isinstance(branches, FoldedKernel):
-        return branches.branch_fold.kernel(*branches.tensors())
+        return branches.branch_sum.kernel(*branches.tensors())
     kernel, *others = (naive_kernel(factor) for factor in branches.factors)
     for other in others:
         kernel = compose_deep_linear(kernel, other, branches.groups)
@@ -473,17 +474,17 @@ def measure_fold(network: nn.Module, rounds: int, clock: Clock) -> dict[str, dic
     def online() -> None:
         torch.autograd.backward([conv.kernel() for conv in convs], grads)
 
-    def fold_and_pull_back() -> None:
+    def fold_and_backward() -> None:
         with held(network) as kernels:
             for kernel, grad in zip(kernels, grads):
                 kernel.leaf.grad = grad
-            pull_back(kernels)
+            backward_to_branches(kernels)
 
     def profiled() -> dict[str, float]:
         with profile() as profiler:
             for _ in range(3):
                 network.zero_grad()
-                fold_and_pull_back()
+                fold_and_backward()
         parts = dict.fromkeys([*PARTS, REST], 0.0)
         for event in profiler.key_averages():
             names = [n for n, operators in PARTS.items() if event.key in operators]
@@ -493,7 +494,7 @@ def measure_fold(network: nn.Module, rounds: int, clock: Clock) -> dict[str, dic
         return {name: part / total for name, part in parts.items()}
 
     functions = {'floor': floor, 'naive': naive, 'online': online}
-    functions['folded'] = fold_and_pull_back
+    functions['folded'] = fold_and_backward
     figures = measure_seconds(
         functions, 'floor', rounds, 'folds', clock, before=network.zero_grad
     )

@@ -25,7 +25,7 @@ import mmcv
 import numpy as np
 from sklearn.datasets import load_digits
 
-from mmorepa.engine.config import one_line_errors
+from mmorepa.cli import one_line_errors
 from mmorepa.utils.errors import OutputError
 from mmorepa.utils.files import atomic_write, check_outputs
 

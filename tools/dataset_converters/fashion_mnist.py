@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-from mmorepa.engine.config import one_line_errors
+from mmorepa.cli import one_line_errors
 from mmorepa.utils.files import atomic_write, check_outputs
 
 # The images of each split, and their labels.

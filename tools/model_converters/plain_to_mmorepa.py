@@ -7,18 +7,18 @@ from typing import Optional
 import torch
 
 from mmorepa import __version__
+from mmorepa.analysis import largest_difference, network_outputs
 from mmorepa.backbones.staged_backbone import check_style
-from mmorepa.converters import plain_twin, start_from_plain, twin_entries
-from mmorepa.engine import read_checkpoint, write_checkpoint
-from mmorepa.engine.checkpoint import load_strictly
-from mmorepa.engine.comparison import largest_difference, network_outputs
-from mmorepa.engine.config import (
-    add_config_options,
-    build_model,
-    one_line_errors,
-    positive,
-    read_config,
+from mmorepa.cli import add_config_options, one_line_errors, positive
+from mmorepa.converters import (
+    load_strictly,
+    plain_twin,
+    read_checkpoint,
+    start_from_plain,
+    twin_entries,
+    write_checkpoint,
 )
+from mmorepa.engine.config import build_model, read_config
 from mmorepa.layers import is_switchable
 from mmorepa.layers.reparam_conv import STARTS
 from mmorepa.utils.files import check_outputs

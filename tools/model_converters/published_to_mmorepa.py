@@ -4,14 +4,15 @@ import argparse
 from collections.abc import Sequence
 from typing import Optional
 
+from mmorepa.cli import one_line_errors
 from mmorepa.converters import (
     ARCHITECTURES,
     backbone_of,
     from_published,
+    read_checkpoint,
     to_published,
+    write_checkpoint,
 )
-from mmorepa.engine import read_checkpoint, write_checkpoint
-from mmorepa.engine.config import one_line_errors
 from mmorepa.utils.files import check_outputs
 
 BLOCKS = ('none', 'dbb', 'orepa', 'repvgg')

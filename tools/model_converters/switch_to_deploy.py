@@ -12,28 +12,26 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmorepa import switch_to_deploy
-from mmorepa.engine import deploy_checkpoint, read_checkpoint, write_checkpoint
-from mmorepa.engine.checkpoint import load_training_form
-from mmorepa.engine.comparison import (
+from mmorepa.analysis import (
     Difference,
     largest_difference,
     network_outputs,
     raw_outputs,
 )
-from mmorepa.engine.complexity import (
+from mmorepa.analysis.complexity import (
     count_bytes,
     count_gflops,
     count_parameters,
     median_seconds,
 )
-from mmorepa.engine.config import (
-    add_config_options,
-    build_model,
-    check_data_folders,
-    one_line_errors,
-    positive,
-    read_config,
+from mmorepa.cli import add_config_options, one_line_errors, positive
+from mmorepa.converters import (
+    deploy_checkpoint,
+    load_training_form,
+    read_checkpoint,
+    write_checkpoint,
 )
+from mmorepa.engine.config import build_model, check_data_folders, read_config
 from mmorepa.utils.files import atomic_write, check_outputs
 from mmorepa.utils.tables import format_table
 

@@ -6,7 +6,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from ...layers import folded, tell_plain_starts
+from ...layers import folded, log_plain_starts
 
 
 @HOOKS.register_module()
@@ -47,11 +47,11 @@ class FoldedEvaluationHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Closes what an exception left open, and says which start was taken."""
         self._close()
-        tell_plain_starts(runner.model)
+        log_plain_starts(runner.model)
 
     def before_test(self, runner: Runner) -> None:
         """Says which start was taken."""
-        tell_plain_starts(runner.model)
+        log_plain_starts(runner.model)
 
     def _close(self) -> None:
         if self._scope is not None:

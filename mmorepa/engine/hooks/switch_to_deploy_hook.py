@@ -9,9 +9,9 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner, find_latest_checkpoint
 
+from ...analysis import largest_difference, raw_outputs, unwrapped, watched_convs
+from ...converters import deploy_checkpoint, read_checkpoint, write_checkpoint
 from ...layers import is_switchable, switch_to_deploy
-from ..checkpoint import deploy_checkpoint, read_checkpoint, write_checkpoint
-from ..comparison import largest_difference, raw_outputs, unwrapped, watched_convs
 
 
 @HOOKS.register_module()

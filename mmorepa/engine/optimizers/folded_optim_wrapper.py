@@ -12,7 +12,7 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
 
-from ...layers import HeldKernel, held, pull_back
+from ...layers import HeldKernel, backward_to_branches, held
 from ..distributed import FoldedDistributedDataParallel
 from .bfloat16_optim_wrapper import BFloat16OptimWrapper
 
@@ -74,7 +74,7 @@ class _FoldedTraining:
             for kernel in kernels:
                 kernel.graph.is_deferred = False
         # Those that data parallelism has not averaged yet wait for the others.
-        pull_back([kernel for kernel in kernels if kernel.is_complete()])
+        backward_to_branches([kernel for kernel in kernels if kernel.is_complete()])
 
     def zero_grad(self, **kwargs) -> None:
         """Clears the gradients that wait as well."""

@@ -1,4 +1,4 @@
-"""Checkpoints: read without trust, fold, write without leaving halves behind."""
+"""Reads checkpoints without trust, folds them, and writes them atomically."""
 
 import copy
 import json

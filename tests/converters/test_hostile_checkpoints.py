@@ -1,6 +1,7 @@
 """Checkpoints that are broken by chance or by intent, by every way they are read.
 
-``MMOREPA_MUTATIONS=10000 pytest tests/engine/test_hostile_checkpoints.py`` for many.
+``MMOREPA_MUTATIONS=10000 pytest tests/converters/test_hostile_checkpoints.py`` for
+many.
 """
 
 import collections
@@ -23,10 +24,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmorepa.backbones import OREPAResNet
-from mmorepa.converters import from_published
-from mmorepa.engine import deploy_checkpoint, read_checkpoint, write_checkpoint
-from mmorepa.engine.checkpoint import load_strictly
-from mmorepa.engine.config import one_line_errors
+from mmorepa.cli import one_line_errors
+from mmorepa.converters import (
+    deploy_checkpoint,
+    from_published,
+    load_strictly,
+    read_checkpoint,
+    write_checkpoint,
+)
 from mmorepa.engine.resume import read_resumable
 
 MUTATIONS = int(os.environ.get('MMOREPA_MUTATIONS', 60))

@@ -10,7 +10,7 @@ from mmengine.registry import MODELS, DefaultScope
 from runners import TinyClassifier
 
 from mmorepa import switch_to_deploy
-from mmorepa.engine.complexity import (
+from mmorepa.analysis.complexity import (
     count_bytes,
     count_gflops,
     count_parameters,

@@ -1,4 +1,4 @@
-"""Whether two forms of a model say the same."""
+"""Differences between the outputs of two forms of a model."""
 
 import copy
 import functools

@@ -16,13 +16,14 @@ from runners import TinyClassifier, logits_of, make_runner
 from torch import nn
 
 from mmorepa import is_switchable, switch_to_deploy
-from mmorepa.engine import (
+from mmorepa.converters import (
     allow_mmengine_checkpoints,
     deploy_checkpoint,
+    load_strictly,
+    load_training_form,
     read_checkpoint,
     write_checkpoint,
 )
-from mmorepa.engine.checkpoint import load_strictly, load_training_form
 from mmorepa.layers import OREPAConv2d, build_conv
 from mmorepa.utils.errors import CheckpointError, OutputError
 

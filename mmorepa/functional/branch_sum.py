@@ -1,4 +1,4 @@
-"""What is folded: a sum of branches, and its plain formulas."""
+"""The sum of branches that a kernel is folded from, and its plain formulas."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ from .kernels import (
 class _Branch(NamedTuple):
     """A branch of the sum.
 
-    ``part`` is what it plays in the closed form, ``roles`` what each of its parameters
-    does there. ``kernel`` takes the fold and these parameters.
+    ``part`` is its part in the closed form, ``roles`` are those of its parameters
+    there. ``kernel`` takes the sum and these parameters.
     """
 
     part: str
@@ -32,20 +32,20 @@ class _Branch(NamedTuple):
     kernel: Callable[..., Tensor]
 
 
-def _filtered(fold: 'Fold', weight: Tensor) -> Tensor:
-    outputs, _, size, _ = fold.shape
+def _filtered(spec: 'BranchSum', weight: Tensor) -> Tensor:
+    outputs, _, size, _ = spec.shape
     filters = constant(frequency_prior, outputs, size, like=weight)
     return filtered_kernel(weight, filters)
 
 
-def _composed(fold: 'Fold', first: Tensor, second: Tensor) -> Tensor:
+def _composed(spec: 'BranchSum', first: Tensor, second: Tensor) -> Tensor:
     identity = constant(identity_1x1, *first.shape[:2], like=first)
-    return compose_1x1_kxk(first + identity, second.permute(0, 3, 1, 2), fold.groups)
+    return compose_1x1_kxk(first + identity, second.permute(0, 3, 1, 2), spec.groups)
 
 
 # In the order in which the compiled code takes the parameters.
 _BRANCHES = {
-    'origin': _Branch('origin', {'weight_origin': 'origin'}, lambda fold, w: w),
+    'origin': _Branch('origin', {'weight_origin': 'origin'}, lambda spec, w: w),
     'pointwise_kxk': _Branch(
         'composed',
         {'weight_pointwise_kxk_1': 'first', 'weight_pointwise_kxk_2': 'second'},
@@ -54,24 +54,24 @@ _BRANCHES = {
     'pointwise_pointwise': _Branch(
         'composed',
         {'weight_first': 'first', 'weight_second': 'second'},
-        lambda fold, first, second: compose_1x1_kxk(first, second, fold.groups),
+        lambda spec, first, second: compose_1x1_kxk(first, second, spec.groups),
     ),
     'average': _Branch(
         'average',
         {'weight_average': 'average'},
-        lambda fold, w: average_kernel(w, fold.shape[-1]),
+        lambda spec, w: average_kernel(w, spec.shape[-1]),
     ),
     'frequency': _Branch('frequency', {'weight_frequency': 'frequency'}, _filtered),
     'pointwise': _Branch(
         'pointwise',
         {'weight_pointwise': 'pointwise'},
-        lambda fold, w: embed_1x1(w, fold.shape[-1]),
+        lambda spec, w: embed_1x1(w, spec.shape[-1]),
     ),
     'depthwise_separable': _Branch(
         'separable',
         {'weight_separable': 'separable', 'weight_depthwise': 'depthwise'},
-        lambda fold, pointwise, depthwise: depthwise_separable_kernel(
-            depthwise, pointwise, fold.groups, fold.expansion
+        lambda spec, pointwise, depthwise: depthwise_separable_kernel(
+            depthwise, pointwise, spec.groups, spec.expansion
         ),
     ),
 }
@@ -79,11 +79,11 @@ _FILTERED = ('average', 'frequency', 'pointwise')
 
 
 @dataclass(frozen=True)
-class Fold:
+class BranchSum:
     """A sum of branches, ``K = Σ_b s_b · K_b`` (paper, section 3.2).
 
     Args:
-        branches (tuple[str, ...]): In the order of the rows of ``scale``.
+        names (tuple[str, ...]): The branches, in the order of the rows of ``scale``.
         shape (tuple[int, ...]): Of the kernel, (O, Ig, k, k).
         groups (int): g. Defaults to 1.
         expansion (int): m. Defaults to 8.
@@ -96,24 +96,24 @@ class Fold:
             input times a filter.
     """
 
-    branches: tuple[str, ...]
+    names: tuple[str, ...]
     shape: tuple[int, ...]
     groups: int = 1
     expansion: int = 8
 
     def __post_init__(self) -> None:
-        own = {name: _BRANCHES[name] for name in _BRANCHES if name in self.branches}
+        own = {name: _BRANCHES[name] for name in _BRANCHES if name in self.names}
         roles = {'scale': 'scale'}
         for branch in own.values():
             roles.update(branch.roles)
-        rows = {branch.part: self.branches.index(name) for name, branch in own.items()}
+        rows = {branch.part: self.names.index(name) for name, branch in own.items()}
         filtered = tuple(part for part in rows if part in _FILTERED)
         vars(self).update(roles=roles, rows=rows, filtered=filtered)
 
     @property
     def has_identity(self) -> bool:
         """Whether the identity is added to ``first``."""
-        return 'pointwise_kxk' in self.branches
+        return 'pointwise_kxk' in self.names
 
     def filters(self, like: Tensor, count: int = 1) -> Optional[Tensor]:
         """The filters of :attr:`filtered`, if there are any.
@@ -137,15 +137,15 @@ class Fold:
             Tensor: Shape (O, Ig, k, k).
         """
         p = dict(zip(self.roles, tensors))
-        own = [_BRANCHES[name] for name in self.branches]
+        own = [_BRANCHES[name] for name in self.names]
         kernels = [b.kernel(self, *(p[name] for name in b.roles)) for b in own]
         return scaled_sum(kernels, p['scale'])
 
 
 def _filters(
-    fold: Fold, count: int, dtype: torch.dtype, device: torch.device
+    spec: BranchSum, count: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """What the filtered branches make of weights of one."""
-    ones = torch.ones(fold.shape[0], 1, 1, 1, dtype=dtype, device=device)
-    filters = [_BRANCHES[part].kernel(fold, ones).flatten(1) for part in fold.filtered]
+    ones = torch.ones(spec.shape[0], 1, 1, 1, dtype=dtype, device=device)
+    filters = [_BRANCHES[part].kernel(spec, ones).flatten(1) for part in spec.filtered]
     return torch.stack(filters, dim=1).repeat(count, 1, 1)

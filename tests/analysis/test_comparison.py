@@ -8,12 +8,7 @@ from mmengine.model import BaseDataPreprocessor, BaseModel
 from runners import Colours, TinyClassifier, TinyTTA
 from torch import nn
 
-from mmorepa.engine.comparison import (
-    largest_difference,
-    network_outputs,
-    raw_outputs,
-    unwrapped,
-)
+from mmorepa.analysis import largest_difference, network_outputs, raw_outputs, unwrapped
 
 NAN, INF = math.nan, math.inf
 

@@ -1,0 +1,113 @@
+"""Arguments that several tools take."""
+
+import argparse
+import os
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
+from mmengine.device import is_cuda_available
+
+from ..engine.config import read_config
+from ..utils.errors import OutputError
+from ..utils.files import check_outputs
+
+_LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that training and testing share, named as mmpretrain's."""
+    parser.add_argument('--work-dir', help='the folder for logs and checkpoints')
+    parser.add_argument(
+        '--no-pin-memory',
+        action='store_true',
+        help='do not pin memory in dataloaders',
+    )
+    add_config_options(parser)
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='how the processes of a distributed run were started',
+    )
+    # torch.distributed.launch passes it with a hyphen since PyTorch 2.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+class _Settings(DictAction):
+    """MMEngine's own, with an error of the parser for what it cannot read."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        for value in values:
+            try:
+                super().__call__(parser, namespace, [value], option_string)
+            except Exception as error:
+                parser.error(
+                    f'{option_string} takes KEY=VALUE, found {value!r} ({error})'
+                )
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--cfg-options``, as all tools have it that read a config."""
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=_Settings,
+        metavar='KEY=VALUE',
+        help='settings that override the config, for example '
+        'train_cfg.max_epochs=10 model.backbone.strides="(1,2,2,1)"',
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, as the type of an argument."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text} is not at least 1')
+    return int(text)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Reads the config and applies the common flags.
+
+    Args:
+        args (argparse.Namespace): With ``config`` and the flags of
+            :func:`add_common_arguments`.
+
+    Returns:
+        Config: ``--cfg-options`` come last and so win.
+
+    Raises:
+        OutputError: If the runner would write its copy of the config in the place of
+            the config.
+        Exception: As :func:`read_config`.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = read_config(args.config)
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = os.path.join('work_dirs', Path(args.config).stem)
+    for name in _LOADERS:
+        if cfg.get(name) is not None:
+            cfg[name].setdefault('pin_memory', is_cuda_available())
+            if args.no_pin_memory:
+                cfg[name].pin_memory = False
+            if cfg.get('default_scope') == 'mmpretrain':
+                # mmpretrain's preprocessor wants stacked images; its own tools set
+                # this default, which is not the runner's.
+                cfg[name].setdefault('collate_fn', dict(type='default_collate'))
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    _check_copy(args.config, os.path.join(cfg.work_dir, os.path.basename(args.config)))
+    return cfg
+
+
+def _check_copy(path: str, copy: str) -> None:
+    """Whether the runner may write its copy of the config, with all settings."""
+    if not os.path.exists(copy) or not os.path.samefile(copy, path):
+        check_outputs([copy])
+    elif Config.fromfile(path).dump() != Path(path).read_text():
+        raise OutputError(
+            f'{path!r} is in the work folder, where its copy with all settings goes, '
+            'and would be lost; give another --work-dir'
+        )
