@@ -180,14 +180,12 @@ class StagedBackbone(BaseModule):
         )
         names = [k.removeprefix(prefix) for k in state_dict if k.startswith(prefix)]
         if (names or self.must_fit) and not any(n.startswith(convs) for n in names):
-            advice = (
-                ''
-                if names
-                else (
-                    f". It has nothing under '{prefix}': weights of a backbone alone go "
-                    "into its init_cfg=dict(type='Pretrained', checkpoint=...)"
+            advice = ''
+            if not names:
+                advice = (
+                    f". It has nothing under '{prefix}': weights of a backbone alone "
+                    "go into its init_cfg=dict(type='Pretrained', checkpoint=...)"
                 )
-            )
             raise CheckpointError(
                 f'nothing in the checkpoint belongs to a {type(self).__name__}: it has '
                 f'{", ".join(names[:3] or [*state_dict][:3])}, …{advice}'

@@ -34,15 +34,16 @@ def constant(make: Callable[..., Tensor], *args, like: Tensor) -> Tensor:
     Returns:
         Tensor: Not to be written to.
     """
-    if type(like) not in (Tensor, nn.Parameter):  # A fake one has fake constants.
+    # A fake one has fake constants. A compiler traces how they are made: PyTorch 2.6
+    # cannot look them up.
+    if type(like) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
         return make(*args, like.dtype, like.device)
     key = (make, args, like.dtype, like.device)
     found = _constants.get(key)
     if found is None:
         with torch.inference_mode(False), torch.no_grad():
             found = make(*args, like.dtype, like.device)
-        # Not what a compiler or a fake mode makes of it.
-        if type(found) is Tensor and not torch.compiler.is_compiling():
+        if type(found) is Tensor:  # Not what a fake mode makes of it.
             _constants[key] = found
     return found
 

@@ -9,6 +9,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.hooks import EMAHook
 from mmengine.model.wrappers import MMDistributedDataParallel
 from mmengine.registry import DefaultScope
+from mmengine.utils import digit_version
 from runners import Probe, TinyClassifier
 from torch import distributed
 
@@ -559,7 +560,8 @@ class TestDistributedWithoutGPU:
         assert not runner.model.find_unused_parameters
         runner.train()
         assert runner.iter == 6
-        assert 'pt_gloo_runloop' in threads()
+        if digit_version(torch.__version__) > digit_version('2.6'):  # It has no names.
+            assert 'pt_gloo_runloop' in threads()
         del runner
         config_module._leave_process_group()
         assert 'pt_gloo_runloop' not in threads(), 'they abort a process that ends'
