@@ -37,6 +37,7 @@ BLOCKS: dict[str, BlockType] = {
     'deep_linear': BlockType(PlainConv2d, large=DeepLinearConv2d),
     'dbb': BlockType(DBBConv2d),
     'orepa': BlockType(OREPAConv2d, OREPAConv2d, OREPAConv2d),
+    'orepa_plain_stem': BlockType(OREPAConv2d, OREPAConv2d),
     'repvgg': BlockType(RepVGGConv2d),
     'orepa_repvgg': BlockType(OREPARepVGGConv2d),
 }

@@ -21,6 +21,7 @@ KINDS = {
     'deep_linear': (PlainConv2d, PlainConv2d, DeepLinearConv2d),
     'dbb': (PlainConv2d, DBBConv2d, PlainConv2d),
     'orepa': (OREPAConv2d, OREPAConv2d, OREPAConv2d),
+    'orepa_plain_stem': (OREPAConv2d, OREPAConv2d, PlainConv2d),
     'repvgg': (PlainConv2d, RepVGGConv2d, PlainConv2d),
     'orepa_repvgg': (PlainConv2d, OREPARepVGGConv2d, PlainConv2d),
 }

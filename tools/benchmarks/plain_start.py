@@ -31,6 +31,7 @@ from studies import (
     mean_and_deviation,
     merged,
     paired_difference,
+    raise_failures,
     run_jobs,
     train,
 )
@@ -349,7 +350,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             for task in args.tasks
             for job in jobs_of(task, seed, args.out / 'runs')
         ]
-        run_jobs(jobs, results)
+        raise_failures(run_jobs(jobs, results))
     if not results.rows:
         raise ValueError(f"no rows in '{results.path}'; run without --report-only")
     tables = to_markdown(results)

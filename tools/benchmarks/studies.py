@@ -5,23 +5,38 @@ of a CSV file, which is written whole after every job: a study that was killed g
 with the jobs whose rows are missing.
 """
 
+import copy
 import csv
 import importlib
 import json
 import multiprocessing
 import os
+import resource
 import runpy
 import shutil
+import signal
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
+# Before PyTorch is loaded. It would otherwise look for GPUs by starting CUDA, which the
+# processes forked from this one then cannot use.
+os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')
+
+import torch
 from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
 from scipy import stats
 
+from mmorepa import switch_to_deploy
+from mmorepa.engine.complexity import count_parameters
 from mmorepa.utils.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,20 +48,99 @@ class Training(NamedTuple):
     Args:
         metric (float): What the last validation measured.
         seconds (float): How long the whole process took.
-        checkpoint (Path): The weights after the last epoch.
+        cpu_seconds (float): Of all cores, by the process and those that it started.
+        checkpoint (Path, optional): The weights after the last epoch, if saved.
+        device (str): What it ran on.
+        deployed_parameters (int): Of the network in its deployed form.
+        curve (list[Point]): All validations.
     """
 
     metric: float
     seconds: float
-    checkpoint: Path
+    cpu_seconds: float
+    checkpoint: Optional[Path]
+    device: str
+    deployed_parameters: int
+    curve: list['Point']
 
 
-def epochs_options(epochs: int) -> dict:
+class Point(NamedTuple):
+    """A validation, and what the epochs before it took, without those validations.
+
+    Args:
+        epoch (int): How many there were.
+        metric (float): What was measured.
+        seconds (float): By the clock.
+        cpu_seconds (float): Of all cores, by the process itself.
+    """
+
+    epoch: int
+    metric: float
+    seconds: float
+    cpu_seconds: float
+
+
+@HOOKS.register_module(force=True)  # Tests load this module under several names.
+class RecordHook(Hook):
+    """Writes what :class:`Training` has to tell, as ``record.json``."""
+
+    # The end of an epoch comes before its checkpoint.
+    priority = 'VERY_HIGH'
+
+    def before_train(self, runner: Runner) -> None:
+        self._spent = (0.0, 0.0)
+        self._curve: list[dict] = []
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        self._began = self._now()
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        parts = zip(self._spent, self._began, self._now())
+        self._spent = tuple(spent + now - began for spent, began, now in parts)
+
+    def after_val_epoch(
+        self, runner: Runner, metrics: Optional[dict[str, float]] = None
+    ) -> None:
+        times = zip(('seconds', 'cpu_seconds'), self._spent)
+        self._curve.append(dict(epoch=runner.epoch, metrics=metrics, **dict(times)))
+
+    def after_train(self, runner: Runner) -> None:
+        is_gpu = next(runner.model.parameters()).is_cuda
+        deployed = switch_to_deploy(copy.deepcopy(runner.model))
+        record = dict(
+            device=torch.cuda.get_device_name() if is_gpu else 'cpu',
+            deployed_parameters=count_parameters(deployed),
+            curve=self._curve,
+        )
+        (Path(runner.work_dir) / 'record.json').write_text(json.dumps(record))
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        if torch.cuda.is_available():  # Which may still be at work.
+            torch.cuda.synchronize()
+        return time.perf_counter(), time.process_time()
+
+
+def is_gpu_there() -> bool:
+    """Whether trainings run on a GPU; see the top of this module."""
+    return torch.cuda.is_available()
+
+
+def epochs_options(epochs: int, workers: int = 0) -> dict:
     """The options that give the recipes of ``configs/`` another length.
 
-    They have a warm-up and then a cosine. The one validation comes after the last epoch
-    and the data come from the process itself, so that a training keeps to one core.
+    They have a warm-up and then a cosine. The one validation comes after the last
+    epoch.
+
+    Args:
+        epochs (int): How many.
+        workers (int): Processes that load data, for each split. Defaults to 0: the
+            process itself, so that a training keeps to one core.
+
+    Returns:
+        dict: By dotted key.
     """
+    loading = dict(num_workers=workers, persistent_workers=workers > 0)
     return {
         'train_cfg.max_epochs': epochs,
         'train_cfg.val_interval': epochs,
@@ -57,7 +151,7 @@ def epochs_options(epochs: int) -> dict:
         **{
             f'{split}_dataloader.{key}': value
             for split in ('train', 'val')
-            for key, value in dict(num_workers=0, persistent_workers=False).items()
+            for key, value in loading.items()
         },
     }
 
@@ -87,6 +181,7 @@ def train(config: Path, options: Mapping, work_dir: Path, metric: str) -> Traini
     shutil.rmtree(work_dir, ignore_errors=True)
     work_dir.mkdir(parents=True)
     cfg = merged(config, options)
+    cfg.custom_hooks = [*cfg.get('custom_hooks', ()), dict(type='RecordHook')]
     file, log = work_dir / 'run.py', work_dir / 'output.log'
     cfg.dump(file)
     _import_toolbox(cfg.default_scope)
@@ -95,14 +190,36 @@ def train(config: Path, options: Mapping, work_dir: Path, metric: str) -> Traini
     process = multiprocessing.get_context('fork').Process(
         target=_run_script, args=(line, log)
     )
-    began = time.perf_counter()
+    began, used = time.perf_counter(), _seconds_of_children()
     process.start()
     process.join()
-    seconds = time.perf_counter() - began
+    seconds, used = time.perf_counter() - began, _seconds_of_children() - used
     if process.exitcode:
         *_, last = log.read_text().split('\n')[:-1] or ['no output']
         raise RuntimeError(f'a training of {config.name} failed ({log}): {last}')
-    return Training(_last_value(work_dir, metric), seconds, last_checkpoint(work_dir))
+    record = json.loads((work_dir / 'record.json').read_text())
+    curve = [
+        Point(at['epoch'], at['metrics'][metric], at['seconds'], at['cpu_seconds'])
+        for at in record['curve']
+        if metric in at['metrics']
+    ]
+    if not curve:
+        raise RuntimeError(f'no {metric!r} was measured, see {log}')
+    return Training(
+        metric=curve[-1].metric,
+        seconds=seconds,
+        cpu_seconds=used,
+        checkpoint=last_checkpoint(work_dir),
+        device=record['device'],
+        deployed_parameters=record['deployed_parameters'],
+        curve=curve,
+    )
+
+
+def _seconds_of_children() -> float:
+    """What all processes that this one has waited for have used, of all cores."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _import_toolbox(scope: str) -> None:
@@ -112,6 +229,7 @@ def _import_toolbox(scope: str) -> None:
 
 def _run_script(line: Sequence[str], log: Path) -> None:
     """Runs a script of this repository, all that it prints in a file."""
+    _end_with_parent()
     # Of this process and of those that it starts.
     sys.stdout = sys.stderr = log.open('w', buffering=1)
     for descriptor in (1, 2):
@@ -120,13 +238,14 @@ def _run_script(line: Sequence[str], log: Path) -> None:
     runpy.run_path(str(ROOT / line[0]), run_name='__main__')
 
 
-def _last_value(work_dir: Path, metric: str) -> float:
-    (path,) = work_dir.glob('*/vis_data/scalars.json')
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    found = [record[metric] for record in records if metric in record]
-    if not found:
-        raise RuntimeError(f'no {metric!r} was measured, see {path}')
-    return found[-1]
+def _end_with_parent() -> None:
+    """Lets a forked process end when the one that forked it does, even if killed."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def last_checkpoint(work_dir: Path) -> Optional[Path]:
@@ -170,9 +289,16 @@ class Results:
         """Whether there is a row of this key."""
         return any(self._key_of(row) == self._key_of(key) for row in self.rows)
 
-    def add(self, row: Mapping[str, str]) -> None:
-        """Appends a row, and writes the file."""
-        self.rows.append({name: row[name] for name in self.fields})
+    def merge(self, path: Path) -> int:
+        """Takes the rows of another file that are not here; returns how many."""
+        rows = Results(path, self.key, self.fields[len(self.key) :]).rows
+        new = [row for row in rows if not self.has(row)]
+        self.add(*new)
+        return len(new)
+
+    def add(self, *rows: Mapping[str, str]) -> None:
+        """Appends rows, and writes the file."""
+        self.rows += [{name: row[name] for name in self.fields} for row in rows]
         with atomic_write(self.path) as path, path.open('w', newline='') as file:
             writer = csv.DictWriter(file, self.fields, lineterminator='\n')
             writer.writeheader()
@@ -194,20 +320,107 @@ class Job(NamedTuple):
     run: Callable[[], dict[str, str]]
 
 
-def run_jobs(jobs: Sequence[Job], results: Results) -> None:
-    """Runs the jobs that have no row yet, and says how long the rest will take."""
+def run_jobs(
+    jobs: Sequence[Job],
+    results: Results,
+    processes: int = 1,
+    shown: Optional[Sequence[str]] = None,
+) -> list[str]:
+    """Runs the jobs that have no row yet, and says how long the rest will take.
+
+    Args:
+        jobs (Sequence[Job]): In the order in which they begin.
+        results (Results): Gets the rows.
+        processes (int): How many run side by side. Defaults to 1.
+        shown (Sequence[str], optional): The columns to print beside the key. Defaults
+            to all.
+
+    Returns:
+        list[str]: A line for each job that failed; the others ran.
+    """
     left = [job for job in jobs if not results.has(job.key)]
     began = time.perf_counter()
+    failures = []
     print(f'{len(left)} of {len(jobs)} jobs to do.', flush=True)
-    for i, job in enumerate(left, 1):
-        values = job.run()
-        results.add({**job.key, **values})
+    for i, (job, values) in enumerate(_outcomes(left, processes), 1):
+        texts = [*job.key.values()]
+        if isinstance(values, RuntimeError):
+            failures.append(f'{", ".join(texts)}: {values}')
+            texts.append('FAILED')
+        else:
+            results.add({**job.key, **values})
+            texts += [f'{k} {v}' for k, v in values.items() if k in (shown or values)]
         minutes = (time.perf_counter() - began) / i * (len(left) - i) / 60
-        texts = [*job.key.values(), *(f'{k} {v}' for k, v in values.items())]
         print(
             f'{i} of {len(left)}: {", ".join(texts)}. About {minutes:.0f} min left',
             flush=True,
         )
+    return failures
+
+
+def raise_failures(failures: Sequence[str]) -> None:
+    """Raises at the end of a study of which some jobs failed.
+
+    Args:
+        failures (Sequence[str]): What :func:`run_jobs` returned.
+
+    Raises:
+        ValueError: With all of them, if there are any.
+    """
+    if failures:
+        raise ValueError(
+            f'{len(failures)} jobs failed, run the same line again to repeat them: '
+            + '; '.join(failures)
+        )
+
+
+_Outcome = tuple[Job, Union[dict[str, str], RuntimeError]]
+
+
+def _outcomes(jobs: Sequence[Job], processes: int) -> Iterator[_Outcome]:
+    """What each job gives, in the order in which they end."""
+    if processes > 1:
+        yield from _outcomes_side_by_side(jobs, processes)
+        return
+    for job in jobs:
+        try:
+            yield job, job.run()
+        except RuntimeError as error:
+            yield job, error
+
+
+def _outcomes_side_by_side(jobs: Sequence[Job], processes: int) -> Iterator[_Outcome]:
+    context = multiprocessing.get_context('fork')
+    waiting, running = list(jobs), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < processes:
+                receiver, sender = context.Pipe(duplex=False)
+                job = waiting.pop(0)
+                process = context.Process(target=_run_and_send, args=(job, sender))
+                process.start()
+                sender.close()  # So that the end of the process is that of the pipe.
+                running[receiver] = job, process
+            for receiver in wait(list(running)):
+                job, process = running.pop(receiver)
+                try:
+                    values = receiver.recv()
+                except EOFError:
+                    values = RuntimeError('its process was killed')
+                process.join()
+                yield job, values
+    finally:
+        for _, process in running.values():
+            process.kill()
+
+
+def _run_and_send(job: Job, sender: Connection) -> None:
+    _end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # That is for the parent to take.
+    try:
+        sender.send(job.run())
+    except Exception as error:
+        sender.send(RuntimeError(str(error)))
 
 
 class Difference(NamedTuple):
