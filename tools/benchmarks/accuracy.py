@@ -39,7 +39,8 @@ from studies import (
     train,
 )
 
-from mmorepa.engine.config import check_data_folders, one_line_errors, positive
+from mmorepa.cli import one_line_errors, positive
+from mmorepa.engine.config import check_data_folders
 from mmorepa.layers import OREPAKernel
 from mmorepa.utils.files import atomic_write, check_outputs
 

@@ -36,7 +36,7 @@ from mmengine.runner import Runner
 from scipy import stats
 
 from mmorepa import switch_to_deploy
-from mmorepa.engine.complexity import count_parameters
+from mmorepa.analysis.complexity import count_parameters
 from mmorepa.utils.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]
