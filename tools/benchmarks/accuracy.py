@@ -54,7 +54,7 @@ METRIC = 'accuracy/top1'
 EPOCHS = 20
 # Without those of every epoch, which would take a fifth of the time on a CPU:
 # 1, 2, 4, 6, 8, 12, 16, 20.
-VALIDATIONS = [(2, 2), (8, 4)]
+VALIDATIONS = [(3, 2), (9, 4)]
 
 DATA = {'10pct': '10 % of Fashion-MNIST', 'full': 'Fashion-MNIST'}
 _SUFFIX = {'10pct': '1xb64_fashion-mnist-10pct', 'full': '1xb256_fashion-mnist'}

@@ -1,0 +1,296 @@
+import csv
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import matplotlib.image
+import pytest
+from helpers import import_models
+from idx_files import idx, random_arrays
+from mmengine.config import Config
+from mmengine.runner import EpochBasedTrainLoop
+from tool_runs import command, environment, run_here, tool
+from torch.utils.data import DataLoader
+
+TOOL = 'benchmarks/accuracy.py'
+PART = ('--data', 'full', '--networks', 'resnet18', '--lr-factors', 1, '--epochs', 1)
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """Two steps an epoch, on noise."""
+    import_models('mmpretrain')
+    data = tmp_path / 'data/fashion_mnist'
+    data.mkdir(parents=True)
+    for name, array in random_arrays(train=300, test=20).items():
+        (data / name).write_bytes(idx(array))
+    monkeypatch.chdir(tmp_path)
+    return tool(TOOL)
+
+
+@pytest.fixture
+def study():
+    return tool(TOOL)
+
+
+def rows_of(path):
+    with Path(path).open(newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def train(*options):
+    run_here(TOOL, *PART, *options)
+
+
+@pytest.mark.slow
+def test_trains_side_by_side(toy, capsys, monkeypatch):
+    blocks = ('--blocks', 'none', 'orepa', '--seeds', '3-4')
+    train(*blocks, '--jobs', 2, '--out', 'out')
+    rows = rows_of('out/results.csv')
+    names = {(row['block'], row['seed'], row['device']) for row in rows}
+    assert names == {(b, s, 'cpu') for b in ('none', 'orepa') for s in '34'}
+    for row in rows:
+        assert row['lr'] == '0.2'
+        # Deployed, both are the same network.
+        assert row['deployed_parameters'] == rows[0]['deployed_parameters']
+        (point,) = toy.curve_of(row)
+        assert point.epoch == 1 and f'{point.metric:.2f}' == row['accuracy']
+        assert 0 <= point.seconds < float(row['seconds'])
+        assert 0 <= point.cpu_seconds < float(row['cpu_seconds'])
+    runs = list(Path('out/runs').iterdir())
+    cfgs = [Config.fromfile(run / 'run.py') for run in runs]
+    assert sorted(cfg.randomness.seed for cfg in cfgs) == [3, 3, 4, 4]
+    assert not list(Path('out').rglob('*.pth'))
+    assert matplotlib.image.imread('out/differences.png').ndim == 3
+    assert matplotlib.image.imread('out/budget.png').ndim == 3
+    assert not Path('out/ablations.png').exists()
+    assert Path('out/tables.md').read_text() in capsys.readouterr().out
+
+    # What is there stays; an ablation is new; one that fails stops no other.
+    broken = toy.Variant('broken', {'model.backbone.depth': 17})
+    monkeypatch.setattr(toy, 'VARIANTS', {'broken': broken, **toy.VARIANTS})
+    variants = ('--variants', 'broken', 'standard', 'stem_lr_0.1')
+    with pytest.raises(SystemExit, match=r'^error: 1 jobs failed.*broken.*output.log'):
+        train(*blocks[:3], '--seeds', 3, *variants, '--jobs', 2, '--out', 'out')
+    assert '2 of 4 jobs to do.' in capsys.readouterr().out
+    found = rows_of('out/results.csv')
+    assert found[:-1] == rows and found[-1]['variant'] == 'stem_lr_0.1'
+    (cfg,) = (Config.fromfile(p) for p in Path('out/runs').glob('*stem_lr*/run.py'))
+    assert cfg.optim_wrapper.paramwise_cfg.stem_lr_mult == 0.1
+    assert cfg.optim_wrapper.paramwise_cfg.norm_decay_mult == 0
+    assert Path('out/ablations.png').exists()
+
+
+def of_session(session):
+    """The processes of a session that still run."""
+    found = []
+    for path in Path('/proc').glob('[0-9]*/stat'):
+        try:
+            state, _, _, number = path.read_text().rpartition(')')[2].split()[:4]
+        except OSError:
+            continue
+        if int(number) == session and state != 'Z':
+            found.append(path)
+    return found
+
+
+@pytest.mark.slow
+def test_killed(toy):
+    """No training is left behind, and the next run goes on."""
+    line = command(TOOL, *PART, '--blocks', 'none', '--jobs', 2, '--out', 'out')
+    with subprocess.Popen(
+        [*line, '--seeds', '0-9'],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as process:
+        try:
+            path, deadline = Path('out/results.csv'), time.monotonic() + 200
+            while not path.exists() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            process.kill()
+            process.wait()
+            deadline = time.monotonic() + 30
+            while of_session(process.pid) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert not of_session(process.pid)
+        finally:
+            if of_session(process.pid):
+                os.killpg(process.pid, signal.SIGKILL)
+    before = rows_of(path)
+    assert 0 < len(before) < 10
+    train(
+        '--blocks', 'none', '--jobs', 1, '--out', 'out', '--seeds', f'0-{len(before)}'
+    )
+    assert rows_of(path)[: len(before)] == before
+    assert len(rows_of(path)) == len(before) + 1
+
+
+def row(block, seed, accuracy, factor='1', variant='standard', seconds=1.0, **other):
+    curve = ' '.join(
+        f'{epoch}:{accuracy - 20 + epoch:.2f}:{9 * seconds * epoch}:{seconds * epoch}'
+        for epoch in (1, 10, 20)
+    )
+    values = dict(
+        data='10pct',
+        network='resnet18',
+        block=block,
+        variant=variant,
+        lr_factor=factor,
+        seed=str(seed),
+        epochs='20',
+        accuracy=str(accuracy),
+        lr='0.05',
+        cpu_seconds='99',
+        seconds='99',
+        device='cpu',
+        deployed_parameters='12345',
+        curve=curve,
+    )
+    return {**values, **other}
+
+
+ROWS = [
+    *(row('none', seed, value) for seed, value in enumerate((80, 82))),
+    *(
+        row('orepa', seed, value, seconds=1.5)
+        for seed, value in enumerate((81, 85, 90))
+    ),
+    *(row('none', 0, 60, factor) for factor in ('1/3', '3')),
+    *(row('orepa', seed, 99, '3') for seed in range(2)),
+    row('orepa', 0, 50, '1/3'),
+    row('orepa', 0, 80, variant='plain_stem', seconds=3.0),
+    row('none', 0, 83, variant='longer', epochs='30', seconds=1.5),
+    # Of another length, and of another machine.
+    row('none', 2, 10, epochs='3'),
+    row('none', 0, 90, data='full', device='H100'),
+    row('orepa', 0, 91, data='full', device='H200'),
+]
+
+
+@pytest.fixture
+def out(study, tmp_path):
+    """The rows, in two files."""
+    for name, rows in (('a', ROWS[:4]), ('b', ROWS[2:])):
+        results = study.Results(tmp_path / f'{name}.csv', study.KEY, study.VALUES)
+        results.add(*rows)
+    return tmp_path / 'out'
+
+
+def report(out, *options):
+    files = [out.parent / f'{name}.csv' for name in 'ab']
+    run_here(TOOL, '--report-only', '--out', out, '--merge', *files, *options)
+
+
+def test_report(out, study, capsys):
+    report(out)
+    text = capsys.readouterr().out
+    assert "4 rows are new in '" in text and f'{len(ROWS) - 4} rows are new' in text
+    assert rows_of(out / 'results.csv') == ROWS
+    _, *parts = (out / 'tables.md').read_text().split('### ')
+    tables = {name: lines for name, *lines in map(str.splitlines, parts)}
+    assert [line for line in tables['main-10pct'] if line][2:] == [
+        '| slim ResNet-18, plain | 81.00 ± 1.41 |  | 1.00 | 12,345 | 2 |',
+        '| slim ResNet-18, OREPA | 85.33 ± 4.51 | +2.00 [-10.71, +14.71] | 1.50 | '
+        '12,345 | 3 |',
+    ]
+    assert [line for line in tables['rates-10pct'] if line][2:] == [
+        '| slim ResNet-18, plain | 60.00 | **81.00 ± 1.41** | 60.00 |  |',
+        '| slim ResNet-18, OREPA | 50.00 | 85.33 ± 4.51 | **99.00 ± 0.00** | '
+        '+18.00 [+5.29, +30.71] |',
+    ]
+    assert [line for line in tables['ablations-10pct'] if line][2:] == [
+        '| OREPA | 85.33 ± 4.51 |  | +2.00 [-10.71, +14.71] | 1.00 | 3 |',
+        '| plain stem | 80.00 | -1.00 | +0.00 | 2.00 | 1 |',
+    ]
+    assert [line for line in tables['budget-10pct'] if line][2:] == [
+        '| slim ResNet-18, plain, 20 epochs | 81.00 ± 1.41 | 1.00 | '
+        '+2.00 [-10.71, +14.71] | 2 |',
+        '| slim ResNet-18, plain, 30 epochs | 83.00 | 1.50 | -2.00 | 1 |',
+    ]
+    # Times of two devices have no ratio.
+    assert [line for line in tables['main-full'] if line][2:] == [
+        '| slim ResNet-18, plain | 90.00 |  | 1.00 | 12,345 | 1 |',
+        '| slim ResNet-18, OREPA | 91.00 | +1.00 |  | 12,345 | 1 |',
+    ]
+    for name in ('differences', 'ablations', 'budget'):
+        assert matplotlib.image.imread(out / f'{name}.png').ndim == 3
+    # Nothing is new, nothing is lost.
+    report(out)
+    assert rows_of(out / 'results.csv') == ROWS
+
+
+def test_seconds(study):
+    """Those of a core where there is no GPU, those of the clock where there is."""
+    assert study.training_seconds(ROWS[0]) == 20
+    on_gpu = dict(ROWS[0], device='H100')
+    assert study.training_seconds(on_gpu) == 180
+    first, *_ = study.curve_of(on_gpu)
+    assert study.training_seconds(on_gpu, first) == 9
+
+
+def test_document(out, study, tmp_path):
+    path = tmp_path / 'page.md'
+    path.write_text('A\n')
+    with pytest.raises(
+        SystemExit, match="error: '.*' needs one '<!-- begin main-10pct"
+    ):
+        report(out, '--document', path)
+    assert path.read_text() == 'A\n'
+    names = [f'{name}-{data}' for data in study.DATA for name in study.TABLES]
+    places = [f'<!-- begin {name} -->\nold\n<!-- end {name} -->' for name in names]
+    path.write_text('A\n' + '\nB\n'.join(places) + '\nC\n')
+    for _ in range(2):
+        report(out, '--document', path)
+        text = path.read_text()
+        assert text.startswith('A\n<!--') and text.endswith('-->\nC\n')
+        assert text.count('| slim ResNet-18, plain | 81.00 ± 1.41 |  |') == 1
+        # Of rows that are not there, it says what it said.
+        assert text.count('\nold\n') == text.count('begin') - 5
+
+
+def test_parts(study):
+    def count(*options):
+        args = study.parse_args(list(map(str, options)))
+        return len({tuple(key.values()) for key in study.keys_of(args)})
+
+    assert count('--seeds', 3, '--data', '10pct') == (4 + 3) * 3
+    assert count() == (4 + 3) * 3 * 2 * 8
+    assert count('--variants', 'longer', '--lr-factors', 1, '--seeds', '0-1') == 7 * 4
+    ablations = ('--variants', 'ablations', '--lr-factors', '1', '--data', 'full')
+    assert count(*ablations, '--seeds', '0-4') == len(study.ABLATIONS) * 5
+    assert count(*ablations, '--blocks', 'dbb') == 0
+
+
+def test_bad_input(out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match='error: no rows in .* without --report-only'):
+        run_here(TOOL, '--out', 'new', '--report-only')
+    with pytest.raises(SystemExit, match='error: the data folder .*fashion_mnist'):
+        train('--out', 'new')
+    with pytest.raises(SystemExit, match='error: these blocks and variants do not go'):
+        train('--blocks', 'dbb', '--variants', 'plain_stem')
+    with pytest.raises(SystemExit, match="error: no results at 'gone.csv'"):
+        run_here(TOOL, '--report-only', '--merge', 'gone.csv')
+    for bad in ('3-', 'a', '-1'):
+        with pytest.raises(SystemExit):
+            train(f'--seeds={bad}')
+    assert not Path('new').exists()
+
+
+def test_validations(study):
+    """The epochs that the intervals stand for."""
+
+    class Loop(EpochBasedTrainLoop):
+        def run_epoch(self):
+            self._epoch += 1
+
+    runner, found = MagicMock(), []
+    runner.val_loop.run.side_effect = lambda: found.append(loop.epoch)
+    loader = DataLoader([0], batch_size=1)
+    loop = Loop(runner, loader, 20, dynamic_intervals=study.VALIDATIONS)
+    loop.run()
+    assert found == [1, 2, 4, 6, 8, 12, 16, 20]
