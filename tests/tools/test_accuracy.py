@@ -12,7 +12,7 @@ from helpers import import_models
 from idx_files import idx, random_arrays
 from mmengine.config import Config
 from mmengine.runner import EpochBasedTrainLoop
-from tool_runs import command, environment, run_here, tool
+from tool_runs import ROOT, command, environment, run_here, tool
 from torch.utils.data import DataLoader
 
 TOOL = 'benchmarks/accuracy.py'
@@ -97,13 +97,23 @@ def of_session(session):
     return found
 
 
+WITHOUT = """
+import sys
+
+sys.modules.update(mmdet=None, mmseg=None)
+"""
+
+
 @pytest.mark.slow
 def test_killed(toy):
-    """No training is left behind, and the next run goes on."""
+    """No training is left behind, and the next run goes on; with mmpretrain alone."""
+    Path('blocker').mkdir()
+    Path('blocker/sitecustomize.py').write_text(WITHOUT)
+    paths = os.pathsep.join([str(ROOT), str(Path('blocker').resolve())])
     line = command(TOOL, *PART, '--blocks', 'none', '--jobs', 2, '--out', 'out')
     with subprocess.Popen(
         [*line, '--seeds', '0-9'],
-        env=environment(),
+        env=environment(PYTHONPATH=paths),
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     ) as process:

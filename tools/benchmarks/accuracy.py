@@ -94,10 +94,10 @@ _BLOCK_CFG = 'model.backbone.block_cfg'
 _BRANCHES = tuple(OREPAKernel.INITIAL_SCALES)
 _FROZEN = {f'{_PARAMWISE}.scale_lr_mult': 0.0}
 _ALL_BLOCKS = ('none', 'dbb', 'orepa', 'repvgg')
-STANDARD = 'standard'
+STANDARD, LONGER = 'standard', 'longer'
 VARIANTS = {
     STANDARD: Variant('', {}, tuple(NETWORKS), _ALL_BLOCKS),
-    'longer': Variant(
+    LONGER: Variant(
         '1.5 x the epochs', {}, tuple(NETWORKS), _ALL_BLOCKS, Fraction(3, 2)
     ),
     'no_scaling': Variant(
@@ -122,7 +122,7 @@ VARIANTS = {
     },
     'online': Variant('folded online', {'optim_wrapper.folded': False}),
 }
-ABLATIONS = [name for name in VARIANTS if name not in (STANDARD, 'longer')]
+ABLATIONS = [name for name in VARIANTS if name not in (STANDARD, LONGER)]
 
 
 def seeds(text: str) -> list[int]:
@@ -396,7 +396,7 @@ def main_table(study: Study) -> Optional[str]:
                 str(len(found)),
             )
         )
-    headers = ('', 'top-1 accuracy (%)', 'minus plain', 'training time')
+    headers = ('', 'top-1 accuracy (%)', 'minus plain', 'training time / plain')
     headers = (*headers, 'deployed parameters', 'seeds')
     return markdown_table(headers, rows) if rows else None
 
@@ -446,19 +446,19 @@ def ablation_table(study: Study) -> Optional[str]:
         if found
     ]
     headers = ('slim ResNet-18', 'top-1 accuracy (%)', 'minus OREPA', 'minus plain')
-    headers = (*headers, 'training time', 'seeds')
+    headers = (*headers, 'training time / OREPA', 'seeds')
     return markdown_table(headers, rows) if len(rows) > 1 else None
 
 
 def budget_table(study: Study) -> Optional[str]:
-    """Plain and others with longer trainings: less or more time than OREPA takes."""
+    """OREPA beside trainings that take longer than it, or as long."""
     rows = []
     for network, blocks in BLOCKS.items():
         orepa, plain = study.of(network, 'orepa'), study.of(network, REFERENCE)
         for block in blocks:
-            for name in (STANDARD, 'longer'):
+            for name in (STANDARD, LONGER):
                 found = study.of(network, block, name)
-                if not found or not study.of(network, block, 'longer'):
+                if not found or not study.of(network, block, LONGER):
                     continue
                 epochs = next(iter(found.values()))['epochs']
                 is_orepa = (block, name) == ('orepa', STANDARD)
@@ -471,7 +471,8 @@ def budget_table(study: Study) -> Optional[str]:
                         str(len(found)),
                     )
                 )
-    headers = ('', 'top-1 accuracy (%)', 'training time', 'OREPA minus this', 'seeds')
+    headers = ('', 'top-1 accuracy (%)', 'training time / plain', 'OREPA minus this')
+    headers = (*headers, 'seeds')
     return markdown_table(headers, rows) if rows else None
 
 
@@ -548,7 +549,7 @@ def block_lines(study: Study) -> list[Line]:
                 study.of(network, name, factor=factor)
                 for name, factor in zip((block, REFERENCE), best)
             )
-            lines.append(Line('', colour, rows, plain, is_filled=False))
+            lines.append(Line('best learning rates', colour, rows, plain, False))
     return [line for line in lines if _difference(line.rows, line.reference)]
 
 
@@ -597,12 +598,12 @@ def plot_differences(
     label: str,
     title: str,
     path: Path,
-) -> bool:
-    """A panel for each data set; whether there was anything to draw."""
+) -> None:
+    """A panel for each data set that has something to draw."""
     panels = {data: make(study) for data, study in studies.items()}
     panels = {data: lines for data, lines in panels.items() if lines}
     if not panels:
-        return False
+        return
     height = 1.6 + 0.36 * max(map(len, panels.values()))
     figure, all_axes = plt.subplots(
         1,
@@ -616,70 +617,92 @@ def plot_differences(
         axes.set(title=DATA[data], xlabel=label)
     figure.suptitle(title, fontsize='medium')
     _save(figure, path)
-    return True
 
 
-def plot_budget(studies: dict[str, Study], path: Path) -> bool:
+def plot_budget(studies: dict[str, Study], path: Path) -> None:
     """Accuracy over seconds of training, a curve for each block."""
     panels = [
-        (data, network, study)
-        for data, study in studies.items()
-        for network in NETWORKS
-        if study.of(network, REFERENCE)
+        [(network, study) for network in NETWORKS if study.of(network, REFERENCE)]
+        for study in studies.values()
     ]
+    panels = [row for row in panels if row]
     if not panels:
-        return False
+        return
+    columns = max(map(len, panels))
     figure, all_axes = plt.subplots(
-        1,
         len(panels),
-        figsize=(max(6.5, 4.6 * len(panels)), 4.0),
+        columns,
+        figsize=(max(6.5, 5.2 * columns), 0.5 + 3.6 * len(panels)),
         layout='constrained',
         squeeze=False,
     )
-    for axes, (data, network, study) in zip(all_axes[0], panels):
-        _draw_budget(axes, study, network)
-        device = next(iter(study.of(network, REFERENCE).values()))['device']
-        unit = 'core' if device == 'cpu' else f'{device}, shared'
-        axes.set(
-            title=f'{NETWORKS[network]}, {DATA[data]}',
-            xlabel=f'seconds of training ({unit})',
-            ylabel='top-1 accuracy (%)',
-        )
-    figure.suptitle(
-        'Accuracy for the time spent: mean of the seeds, and their standard deviation',
-        fontsize='medium',
-    )
+    for axes in all_axes.flat:
+        axes.set_visible(False)
+    for row, row_of_axes in zip(panels, all_axes):
+        for (network, study), axes in zip(row, row_of_axes):
+            axes.set_visible(True)
+            _draw_budget(axes, study, network)
+    title = 'Accuracy for the time spent: mean and standard deviation of the seeds.\n'
+    title += 'Dotted: where plain ends.'
+    if any(
+        row['variant'] == LONGER for study in studies.values() for row in study.rows
+    ):
+        title += ' Rings: trainings of 1.5 x the epochs.'
+    figure.suptitle(title, fontsize='medium')
     _save(figure, path)
-    return True
+
+
+def _mean_curve(rows: Sequence[dict[str, str]]) -> tuple[list, list, list]:
+    """Seconds, accuracies and deviations, means over rows of the same epochs."""
+    xs, means, deviations = [], [], []
+    for points in zip(*map(curve_of, rows)):
+        values = [point.metric for point in points]
+        xs.append(statistics.fmean(map(training_seconds, rows, points)))
+        means.append(statistics.fmean(values))
+        deviations.append(statistics.stdev(values) if len(values) > 1 else 0.0)
+    return xs, means, deviations
 
 
 def _draw_budget(axes: plt.Axes, study: Study, network: str) -> None:
-    lows = []
+    ends = []
     for block, text in BLOCKS[network].items():
-        rows = [*study.of(network, block).values()]
-        if not rows:
-            continue
-        curves = [curve_of(row) for row in rows]
-        xs, means, errors = [], [], []
-        for points in zip(*curves):
-            seconds = [training_seconds(row, p) for row, p in zip(rows, points)]
-            values = [point.metric for point in points]
-            xs.append(statistics.fmean(seconds))
-            means.append(statistics.fmean(values))
-            errors.append(statistics.stdev(values) if len(values) > 1 else 0.0)
         colour = COLOURS[block]
-        axes.plot(xs, means, marker='.', color=colour, label=text)
-        ends = [[m - e for m, e in zip(means, errors)]]
-        ends.append([m + e for m, e in zip(means, errors)])
-        axes.fill_between(xs, *ends, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(xs[-1], means[-1], marker='o', color=colour)
-        lows.append(statistics.median(means))
-    if lows:  # The first epochs would take all of the height.
-        top = axes.get_ylim()[1]
-        axes.set_ylim(min(lows) - (top - min(lows)), top)
+        rows = [*study.of(network, block).values()]
+        if rows:
+            xs, means, deviations = _mean_curve(rows)
+            axes.plot(xs, means, marker='.', color=colour, label=text)
+            axes.plot(xs[-1], means[-1], marker='o', color=colour)
+            band = (
+                [m + sign * d for m, d in zip(means, deviations)] for sign in (-1, 1)
+            )
+            axes.fill_between(xs, *band, color=colour, alpha=0.15, linewidth=0)
+            ends.append(means[-1])
+            if block == REFERENCE:
+                axes.axvline(xs[-1], color=colour, linestyle=':', linewidth=1)
+                _name_budget(axes, network, rows[0])
+        longer = [*study.of(network, block, LONGER).values()]
+        if longer:
+            xs, means, _ = _mean_curve(longer)
+            style = dict(marker='o', markersize=8, markerfacecolor='none')
+            axes.plot(xs[-1], means[-1], color=colour, **style)
+            ends.append(means[-1])
+    # The first epochs would take all of the height.
+    reach = max(max(ends) - min(ends), 1.0)
+    axes.set_ylim(min(ends) - 5 * reach, max(ends) + 0.8 * reach)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend(loc='lower right')
+
+
+def _name_budget(axes: plt.Axes, network: str, row: dict[str, str]) -> None:
+    unit = (
+        ', of one core' if row['device'] == 'cpu' else f' on a shared {row["device"]}'
+    )
+    axes.set(
+        title=f'{NETWORKS[network]}, {DATA[row["data"]]}',
+        xlabel=f'seconds of training{unit}',
+        ylabel='top-1 accuracy (%)',
+    )
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
@@ -700,7 +723,7 @@ def report(results: Results, args: argparse.Namespace) -> None:
     plot_differences(
         studies,
         block_lines,
-        'points of accuracy beyond plain',
+        '← worse     points of accuracy beyond plain     better →',
         'Each seed, and the mean with its 95 % interval: one recipe for all (dots), '
         'the best of three learning rates for each (squares)',
         args.out / 'differences.png',
@@ -708,7 +731,7 @@ def report(results: Results, args: argparse.Namespace) -> None:
     plot_differences(
         studies,
         ablation_lines,
-        'points of accuracy beyond OREPA',
+        '← worse     points of accuracy beyond OREPA     better →',
         'OREPA without its parts: each seed, and the mean with its 95 % interval',
         args.out / 'ablations.png',
     )
