@@ -16,6 +16,7 @@ from tool_runs import ROOT, command, environment, run_here, tool
 from torch.utils.data import DataLoader
 
 TOOL = 'benchmarks/accuracy.py'
+ROWS_OF_DOCUMENT = ROOT / 'docs/evidence/results.csv'
 PART = ('--data', 'full', '--networks', 'resnet18', '--lr-factors', 1, '--epochs', 1)
 
 
@@ -251,6 +252,7 @@ def test_document(out, study, tmp_path):
         report(out, '--document', path)
     assert path.read_text() == 'A\n'
     names = [f'{name}-{data}' for data in study.DATA for name in study.TABLES]
+    names += study.FIGURES
     places = [f'<!-- begin {name} -->\nold\n<!-- end {name} -->' for name in names]
     path.write_text('A\n' + '\nB\n'.join(places) + '\nC\n')
     for _ in range(2):
@@ -258,8 +260,21 @@ def test_document(out, study, tmp_path):
         text = path.read_text()
         assert text.startswith('A\n<!--') and text.endswith('-->\nC\n')
         assert text.count('| slim ResNet-18, plain | 81.00 ± 1.41 |  |') == 1
+        assert text.count('](out/budget.png)') == text.count('(out/ablations.png)') == 1
         # Of rows that are not there, it says what it said.
-        assert text.count('\nold\n') == text.count('begin') - 5
+        assert text.count('\nold\n') == text.count('begin') - 8
+
+
+@pytest.mark.skipif(not ROWS_OF_DOCUMENT.exists(), reason='the study has not been run')
+def test_document_has_these_figures(study):
+    """Of docs/evidence.md: they are made of the rows beside it."""
+    assert ROWS_OF_DOCUMENT.stat().st_size < 1e6
+    results = study.Results(ROWS_OF_DOCUMENT, study.KEY, study.VALUES)
+    tables = study.tables_of(results, study.EPOCHS)
+    text = (ROOT / 'docs/evidence.md').read_text()
+    assert {'main-10pct', 'main-full', 'ablations-10pct'} <= tables.keys()
+    for table in tables.values():
+        assert table in text
 
 
 def test_parts(study):

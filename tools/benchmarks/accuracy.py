@@ -203,8 +203,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--document',
         type=Path,
-        help='put the tables into this Markdown file, between its comments '
-        '<!-- begin NAME --> and <!-- end NAME -->',
+        help='put tables and figures into this Markdown file instead of tables.md, '
+        'between its comments <!-- begin NAME --> and <!-- end NAME -->',
     )
     parser.add_argument(
         '--report-only',
@@ -491,23 +491,23 @@ def tables_of(results: Results, epochs: int) -> dict[str, str]:
     return {name: table for name, table in found.items() if table}
 
 
-def fill_document(path: Path, tables: dict[str, str]) -> None:
-    """Replaces what is between the comments of each table.
+def fill_document(path: Path, parts: dict[str, str]) -> None:
+    """Replaces what is between the comments of each part.
 
     Args:
         path (Path): A Markdown file.
-        tables (dict[str, str]): By name.
+        parts (dict[str, str]): Tables and figures, by name.
 
     Raises:
-        ValueError: If a table has no place in it.
+        ValueError: If one has no place in it.
     """
     text = path.read_text()
-    for name, table in tables.items():
+    for name, part in parts.items():
         begin, end = f'<!-- begin {name} -->', f'<!-- end {name} -->'
         if text.count(begin) != 1 or text.count(end) != 1:
             raise ValueError(f"'{path}' needs one '{begin}' and one '{end}'")
         before, rest = text.split(begin)
-        text = f'{before}{begin}\n\n{table}\n\n{end}{rest.split(end)[1]}'
+        text = f'{before}{begin}\n\n{part}\n\n{end}{rest.split(end)[1]}'
     with atomic_write(path) as file:
         file.write_text(text)
 
@@ -711,14 +711,15 @@ def _save(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
+FIGURES = dict(
+    differences='Differences to plain, seed by seed, with their means and intervals',
+    ablations='Differences to OREPA without its parts',
+    budget='Accuracy over seconds of training',
+)
+
+
 def report(results: Results, args: argparse.Namespace) -> None:
     """Writes tables and figures of all rows."""
-    tables = tables_of(results, args.epochs)
-    text = '\n\n'.join(f'### {name}\n\n{table}' for name, table in tables.items())
-    with atomic_write(args.out / 'tables.md') as file:
-        file.write_text(text + '\n')
-    if args.document:
-        fill_document(args.document, tables)
     studies = {data: Study(results, data, args.epochs) for data in DATA}
     plot_differences(
         studies,
@@ -736,7 +737,21 @@ def report(results: Results, args: argparse.Namespace) -> None:
         args.out / 'ablations.png',
     )
     plot_budget(studies, args.out / 'budget.png')
-    print(f"{text}\n\nWrote tables.md and figures to '{args.out}'.")
+    tables = tables_of(results, args.epochs)
+    text = '\n\n'.join(f'### {name}\n\n{table}' for name, table in tables.items())
+    print(f'{text}\n')
+    if args.document is None:
+        with atomic_write(args.out / 'tables.md') as file:
+            file.write_text(text + '\n')
+    else:
+        figures = {}
+        for name, caption in FIGURES.items():
+            path = args.out / f'{name}.png'
+            if path.is_file():
+                place = os.path.relpath(path, args.document.parent)
+                figures[name] = f'![{caption}]({place})'
+        fill_document(args.document, {**tables, **figures})
+    print(f"Wrote tables to '{args.document or args.out}', figures to '{args.out}'.")
 
 
 @one_line_errors()
