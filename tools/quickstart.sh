@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # From nothing to a deployed network: sets up the environment, pretrains a slim
 # OREPA-ResNet-18 on real handwritten digits, tests it, switches it to its plain
-# form, and tests that. STACK=onedl in the environment picks the OneDL forks.
+# form, and tests that, beside a plain network that was trained as such. STACK=onedl in
+# the environment picks the OneDL forks.
 #
 #   bash tools/quickstart.sh            the above
 #   bash tools/quickstart.sh transfer   goes on from it: fine-tunes a detector and a
@@ -10,6 +11,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly CONFIG=configs/digits/resnet18-slim-orepa_1xb64_digits.py
+readonly PLAIN_CONFIG=configs/digits/resnet18-slim_1xb64_digits.py
 readonly DATA=data/digits
 readonly WORK=work_dirs/quickstart
 readonly EPOCHS=20
@@ -38,32 +40,43 @@ run() {
   fi
 }
 
+# train_and_test CONFIG FOLDER: also leaves the time of the training, in the variable
+# training_seconds.
+train_and_test() {
+  local config=$1 folder=$2 from=$SECONDS
+  run "$folder/train.log" 'Epoch\((train|val)\)' \
+    "$PYTHON" tools/train.py "$config" --work-dir "$folder/train" \
+    --cfg-options train_cfg.max_epochs="$EPOCHS"
+  training_seconds=$((SECONDS - from))
+
+  step 'Testing the training form'
+  run "$folder/test.log" 'Epoch\(test\).*accuracy' \
+    "$PYTHON" tools/test.py "$config" "$folder/train/epoch_$EPOCHS.pth" \
+    --work-dir "$folder/test" --out "$folder/test.json" --out-item metrics
+
+  step 'Switching to the deployed form'
+  "$PYTHON" tools/model_converters/switch_to_deploy.py "$config" \
+    "$folder/train/epoch_$EPOCHS.pth" "$folder/deploy.pth" --json "$folder/switch.json"
+}
+
 pretrain() {
+  local training_seconds
   SECONDS=0
   step 'Environment'
   bash tools/setup_env.sh
 
   step 'Data: handwritten digits'
-  mkdir -p "$WORK"
+  mkdir -p "$WORK/plain"
   # A run that is broken off must not leave the results of an older one behind.
-  rm -rf "$WORK"/train "$WORK"/summary.json
+  rm -rf "$WORK"/train "$WORK"/plain/train "$WORK"/summary.json
   "$PYTHON" tools/dataset_converters/digits.py --out "$DATA"
 
+  step "Training a slim plain ResNet-18 for $EPOCHS epochs, to compare with"
+  train_and_test "$PLAIN_CONFIG" "$WORK/plain"
+  local plain_seconds=$training_seconds
+
   step "Training a slim OREPA-ResNet-18 for $EPOCHS epochs (about a minute)"
-  local training_from=$SECONDS
-  run "$WORK/train.log" 'Epoch\((train|val)\)' \
-    "$PYTHON" tools/train.py "$CONFIG" --work-dir "$WORK/train" \
-    --cfg-options train_cfg.max_epochs="$EPOCHS"
-  local training_seconds=$((SECONDS - training_from))
-
-  step 'Testing the training form'
-  run "$WORK/test.log" 'Epoch\(test\).*accuracy' \
-    "$PYTHON" tools/test.py "$CONFIG" "$WORK/train/epoch_$EPOCHS.pth" \
-    --work-dir "$WORK/test" --out "$WORK/test.json" --out-item metrics
-
-  step 'Switching to the deployed form'
-  "$PYTHON" tools/model_converters/switch_to_deploy.py "$CONFIG" \
-    "$WORK/train/epoch_$EPOCHS.pth" "$WORK/deploy.pth" --json "$WORK/switch.json"
+  train_and_test "$CONFIG" "$WORK"
 
   step 'Testing the deployed form'
   run "$WORK/test_deploy.log" 'Epoch\(test\).*accuracy' \
@@ -73,7 +86,8 @@ pretrain() {
 
   step 'Summary'
   "$PYTHON" tools/analysis_tools/quickstart_summary.py "$WORK" \
-    --seconds "$SECONDS" --training-seconds "$training_seconds"
+    --seconds "$SECONDS" --training-seconds "$training_seconds" \
+    --plain-training-seconds "$plain_seconds"
 }
 
 # fine_tune TASK CONFIG: trains, tests, switches, tests again and draws, all in

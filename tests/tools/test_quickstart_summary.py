@@ -5,6 +5,7 @@ import pytest
 from tool_runs import run_here, tool
 
 TOOL = 'analysis_tools/quickstart_summary.py'
+SECONDS = ('--seconds', 90, '--training-seconds', 60, '--plain-training-seconds', 40)
 
 
 @pytest.fixture
@@ -24,24 +25,37 @@ def work_dir(tmp_path):
             },
         ),
     )
-    for time, loss in (('20260101_000000', 9.0), ('20260102_000000', 1.0)):
+    write(tmp_path / 'plain/test.json', {'accuracy/top1': 90.75})
+    write(
+        tmp_path / 'plain/switch.json',
+        dict(
+            training_form=dict(form, params=600, latency_ms=2.0),
+            deployed=dict(form, params=501, latency_ms=1.5),
+        ),
+    )
+    for folder, time, loss in (
+        ('train', '20260101_000000', 9.0),
+        ('train', '20260102_000000', 1.0),
+        ('plain/train', '20260102_000000', 2.0),
+    ):
         lines = []
         for epoch in (1, 2):
             for step in range(3 * epoch - 2, 3 * epoch + 1):
                 lines.append(dict(loss=loss / step, epoch=epoch, step=step, iter=step))
             lines.append({'accuracy/top1': 40.0 * epoch, 'step': epoch})
-        path = tmp_path / 'train' / time / 'vis_data' / 'scalars.json'
+        path = tmp_path / folder / time / 'vis_data' / 'scalars.json'
         path.parent.mkdir(parents=True)
         path.write_text('\n'.join(map(json.dumps, lines)))
     return tmp_path
 
 
 def write(path, content):
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content))
 
 
 def summarize(work_dir):
-    run_here(TOOL, work_dir, '--seconds', 90, '--training-seconds', 60)
+    run_here(TOOL, work_dir, *SECONDS)
 
 
 def test_figures(work_dir, capsys):
@@ -49,20 +63,24 @@ def test_figures(work_dir, capsys):
     assert json.loads((work_dir / 'summary.json').read_text()) == dict(
         train_top1=91.25,
         deploy_top1=91.5,
+        plain_top1=90.75,
         max_abs_logit_diff=2e-5,
         params_train=2000,
         params_deploy=500,
+        params_plain=501,
         latency_ms_train_form=3.5,
         latency_ms_deploy=1.25,
+        latency_ms_plain=1.5,
         training_seconds=60,
+        plain_training_seconds=40,
         seconds=90,
     )
     text = capsys.readouterr().out
     rows = [line.split() for line in text.splitlines()]
-    assert ['top-1', 'accuracy', '(%)', '91.25', '91.50'] in rows
-    assert ['parameters', '2,000', '500'] in rows
-    assert ['latency', '(ms)', '3.50', '1.25'] in rows
-    assert '2.0e-05' in text and 'took 60 s, everything 90 s' in text
+    assert ['top-1', 'accuracy', '(%)', '91.25', '91.50', '90.75'] in rows
+    assert ['parameters', '2,000', '500', '501'] in rows
+    assert ['latency', '(ms)', '3.50', '1.25', '1.50'] in rows
+    assert '2.0e-05' in text and 'twin 40 s, everything 90 s' in text
     assert str(work_dir / 'summary.json') in text
 
 
@@ -79,7 +97,9 @@ def test_curves(work_dir):
     assert not list(work_dir.glob('.*'))
 
 
-@pytest.mark.parametrize('name', ['test.json', 'switch.json', 'train'])
+@pytest.mark.parametrize(
+    'name', ['test.json', 'switch.json', 'train', 'plain/test.json']
+)
 def test_something_is_missing(work_dir, name):
     (work_dir / name).rename(work_dir / 'gone')
     with pytest.raises(SystemExit, match=f'^error: .*{name}'):

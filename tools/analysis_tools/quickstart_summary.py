@@ -17,6 +17,8 @@ from mmorepa.utils.tables import format_table
 
 ACCURACY = 'accuracy/top1'
 INPUTS = ('switch.json', 'test.json', 'test_deploy.json')
+# The plain twin, in its folder.
+PLAIN_INPUTS = ('plain/switch.json', 'plain/test.json')
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -24,22 +26,31 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('work_dir', type=Path, help='the folder of the quickstart')
     parser.add_argument('--seconds', type=int, required=True, help='of the whole run')
     parser.add_argument('--training-seconds', type=int, required=True)
+    parser.add_argument('--plain-training-seconds', type=int, required=True)
     return parser.parse_args(argv)
 
 
-def summarize(work_dir: Path, seconds: int, training_seconds: int) -> dict:
+def summarize(
+    work_dir: Path, seconds: int, training_seconds: int, plain_training_seconds: int
+) -> dict:
     """Collects the figures from the files that the tools have written."""
     switch, test, test_deploy = (_read(work_dir / name) for name in INPUTS)
+    plain_switch, plain_test = (_read(work_dir / name) for name in PLAIN_INPUTS)
     before, after = switch['training_form'], switch['deployed']
+    plain = plain_switch['deployed']
     return dict(
         train_top1=test[ACCURACY],
         deploy_top1=test_deploy[ACCURACY],
+        plain_top1=plain_test[ACCURACY],
         max_abs_logit_diff=switch['differences']['test images']['absolute'],
         params_train=before['params'],
         params_deploy=after['params'],
+        params_plain=plain['params'],
         latency_ms_train_form=before['latency_ms'],
         latency_ms_deploy=after['latency_ms'],
+        latency_ms_plain=plain['latency_ms'],
         training_seconds=training_seconds,
+        plain_training_seconds=plain_training_seconds,
         seconds=seconds,
     )
 
@@ -58,24 +69,30 @@ def read_curves(train_dir: Path) -> tuple[list, list]:
     )
 
 
-def plot(losses: list, accuracies: list, summary: dict, path: Path) -> None:
+def plot(
+    curves: tuple[list, list], plain: tuple[list, list], summary: dict, path: Path
+) -> None:
     """Draws loss and accuracy over the epochs, side by side."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
-    left.plot(*zip(*losses), color='tab:blue')
+    for (losses, accuracies), colour, name in (
+        (plain, 'black', 'plain'),
+        (curves, 'tab:blue', 'OREPA, training form'),
+    ):
+        left.plot(*zip(*losses), color=colour, label=name)
+        right.plot(*zip(*accuracies), marker='.', color=colour, label=name)
     left.set(title='Training loss', xlabel='epoch', yscale='log')
-    right.plot(*zip(*accuracies), marker='.', color='tab:green', label='training form')
     right.axhline(
         summary['deploy_top1'],
         color='tab:orange',
         linestyle='--',
-        label=f'deployed, after training: {summary["deploy_top1"]:.2f} %',
+        label=f'OREPA, deployed: {summary["deploy_top1"]:.2f} %',
     )
     right.set(title='Validation accuracy (top-1, %)', xlabel='epoch')
     right.legend(loc='lower right')
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.set_xlim(left=0)
-    figure.suptitle('OREPA-ResNet-18 (slim) on handwritten digits')
+    figure.suptitle('ResNet-18 (slim) on handwritten digits')
     with atomic_write(path) as file:
         figure.savefig(file, dpi=120, format='png')
 
@@ -84,31 +101,43 @@ def plot(losses: list, accuracies: list, summary: dict, path: Path) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     curves, target = args.work_dir / 'curves.png', args.work_dir / 'summary.json'
-    inputs = [args.work_dir / name for name in INPUTS]
+    inputs = [args.work_dir / name for name in (*INPUTS, *PLAIN_INPUTS)]
     check_outputs([curves, target], inputs)
-    summary = summarize(args.work_dir, args.seconds, args.training_seconds)
-    plot(*read_curves(args.work_dir / 'train'), summary, curves)
+    summary = summarize(
+        args.work_dir, args.seconds, args.training_seconds, args.plain_training_seconds
+    )
+    plot(
+        read_curves(args.work_dir / 'train'),
+        read_curves(args.work_dir / 'plain/train'),
+        summary,
+        curves,
+    )
     with atomic_write(target) as file:
         file.write_text(json.dumps(summary, indent=2) + '\n')
 
-    headers = ('', 'training form', 'deployed')
+    headers = ('', 'training form', 'deployed', 'plain twin')
     rows = [
-        ('top-1 accuracy (%)', 'train_top1', 'deploy_top1', '.2f'),
-        ('parameters', 'params_train', 'params_deploy', ',d'),
-        ('latency (ms)', 'latency_ms_train_form', 'latency_ms_deploy', '.2f'),
+        ('top-1 accuracy (%)', '.2f', 'train_top1', 'deploy_top1', 'plain_top1'),
+        ('parameters', ',d', 'params_train', 'params_deploy', 'params_plain'),
+        (
+            'latency (ms)',
+            '.2f',
+            *('latency_ms_train_form', 'latency_ms_deploy', 'latency_ms_plain'),
+        ),
     ]
     print(
         format_table(
             headers,
             [
-                (name, format(summary[a], spec), format(summary[b], spec))
-                for name, a, b, spec in rows
+                (name, *(format(summary[key], spec) for key in keys))
+                for name, spec, *keys in rows
             ],
         )
     )
     print(
         f'Largest difference of a logit: {summary["max_abs_logit_diff"]:.1e}. '
-        f'Training took {args.training_seconds} s, everything {args.seconds} s.'
+        f'Training took {args.training_seconds} s, that of the plain twin '
+        f'{args.plain_training_seconds} s, everything {args.seconds} s.'
     )
     print(f'Figures: {target}   Curves: {curves}')
 
