@@ -80,7 +80,8 @@ def test_figures(work_dir, capsys):
     assert ['top-1', 'accuracy', '(%)', '91.25', '91.50', '90.75'] in rows
     assert ['parameters', '2,000', '500', '501'] in rows
     assert ['latency', '(ms)', '3.50', '1.25', '1.50'] in rows
-    assert '2.0e-05' in text and 'twin 40 s, everything 90 s' in text
+    assert '2.0e-05' in text and 'Everything took 90 s' in text
+    assert ['training', '(s)', '60', '40'] in rows
     assert str(work_dir / 'summary.json') in text
 
 

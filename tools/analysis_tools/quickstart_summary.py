@@ -125,19 +125,15 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             *('latency_ms_train_form', 'latency_ms_deploy', 'latency_ms_plain'),
         ),
     ]
-    print(
-        format_table(
-            headers,
-            [
-                (name, *(format(summary[key], spec) for key in keys))
-                for name, spec, *keys in rows
-            ],
-        )
-    )
+    table = [
+        (name, *(format(summary[key], spec) for key in keys))
+        for name, spec, *keys in rows
+    ]
+    seconds = (str(args.training_seconds), '', str(args.plain_training_seconds))
+    print(format_table(headers, [*table, ('training (s)', *seconds)]))
     print(
         f'Largest difference of a logit: {summary["max_abs_logit_diff"]:.1e}. '
-        f'Training took {args.training_seconds} s, that of the plain twin '
-        f'{args.plain_training_seconds} s, everything {args.seconds} s.'
+        f'Everything took {args.seconds} s.'
     )
     print(f'Figures: {target}   Curves: {curves}')
 
