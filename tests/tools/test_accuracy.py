@@ -270,7 +270,7 @@ def test_document_has_these_figures(study):
     """Of docs/evidence.md: they are made of the rows beside it."""
     assert ROWS_OF_DOCUMENT.stat().st_size < 1e6
     results = study.Results(ROWS_OF_DOCUMENT, study.KEY, study.VALUES)
-    tables = study.tables_of(results, study.EPOCHS)
+    tables = study.tables_of(results)
     text = (ROOT / 'docs/evidence.md').read_text()
     assert {'main-10pct', 'main-full', 'ablations-10pct'} <= tables.keys()
     for table in tables.values():

@@ -12,6 +12,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -51,7 +52,6 @@ VALUES = (
     'curve',
 )
 METRIC = 'accuracy/top1'
-EPOCHS = 20
 # Without those of every epoch, which would take a fifth of the time on a CPU:
 # 1, 2, 4, 6, 8, 12, 16, 20.
 VALIDATIONS = [(3, 2), (9, 4)]
@@ -169,7 +169,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         '--seeds', type=seeds, default=seeds('0-7'), help='like 0-7, the default'
     )
     parser.add_argument(
-        '--epochs', type=positive, default=EPOCHS, help=f'default: {EPOCHS}'
+        '--epochs', type=positive, help='of each training (default: as in the config)'
     )
     parser.add_argument(
         '--jobs',
@@ -224,6 +224,12 @@ def config_of(data: str, network: str) -> Path:
     return ROOT / 'configs/fashion_mnist' / name
 
 
+@cache
+def standard_epochs(data: str, given: Optional[int]) -> int:
+    """How long trainings are, if nothing else is given: as the config says."""
+    return given or merged(config_of(data, 'resnet18'), {}).train_cfg.max_epochs
+
+
 def keys_of(args: argparse.Namespace) -> Iterator[dict[str, str]]:
     """Those of all rows that are asked for.
 
@@ -242,7 +248,9 @@ def keys_of(args: argparse.Namespace) -> Iterator[dict[str, str]]:
                                 and block in variant.blocks
                                 and network in variant.networks
                             ):
-                                epochs = variant.epochs(args.epochs)
+                                epochs = variant.epochs(
+                                    standard_epochs(data, args.epochs)
+                                )
                                 parts = (data, network, block, name, factor)
                                 parts = (*parts, str(seed), str(epochs))
                                 yield dict(zip(KEY, parts))
@@ -306,10 +314,13 @@ class Study:
     Args:
         results (Results): The rows.
         data (str): A key of :data:`DATA`.
-        epochs (int): Of the standard variant.
+        epochs (int, optional): Of the standard variant; None is what the config says.
     """
 
-    def __init__(self, results: Results, data: str, epochs: int) -> None:
+    def __init__(
+        self, results: Results, data: str, epochs: Optional[int] = None
+    ) -> None:
+        epochs = standard_epochs(data, epochs)
         self.rows = [
             row
             for row in results.rows
@@ -481,7 +492,7 @@ TABLES: dict[str, Callable[[Study], Optional[str]]] = dict(
 )
 
 
-def tables_of(results: Results, epochs: int) -> dict[str, str]:
+def tables_of(results: Results, epochs: Optional[int] = None) -> dict[str, str]:
     """Markdown tables by name, like ``main-10pct``; those without rows are left out."""
     found = {
         f'{name}-{data}': make(Study(results, data, epochs))
