@@ -215,7 +215,7 @@ class BasicBlock(_ResidualBlock):
     """Two 3×3 convs (ResNet-18 and 34)."""
 
     expansion = 1
-    shortcut_block = 'none'
+    shortcut_block = 'plain'
 
     def describe(self, channels: int, width_per_group: int) -> list[_Conv]:
         if self.groups != 1 or width_per_group != 64:
@@ -277,8 +277,8 @@ class OREPAResNet(StagedBackbone):
 
     Args:
         depth (int): 18, 34, 50, 101 or 152.
-        block (str): Block type, a key of :data:`mmorepa.layers.BLOCKS`: ``'orepa'``,
-            ``'dbb'`` or ``'none'``, the plain ResNet. Defaults to ``'orepa'``.
+        block (str): Block type, a name in :data:`mmorepa.layers.BLOCKS`: ``'orepa'``,
+            ``'dbb'`` or ``'plain'``, the plain ResNet. Defaults to ``'orepa'``.
         block_cfg (dict, optional): Arguments of the block type's convs, such as
             ``branches`` or ``single_init``. Defaults to None.
         in_channels (int): Channels of the image. Defaults to 3.

@@ -24,7 +24,7 @@ from ..layers import (
     RepVGGConv2d,
     outermost,
 )
-from ..layers.orepa import DEEP_LINEAR_FROM
+from ..layers.deep_linear import DEEP_LINEAR_FROM
 from ..utils.errors import CheckpointError, name_keys
 from ..version import __version__
 from .architectures import identify, name_of

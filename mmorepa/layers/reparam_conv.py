@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Optional, Union
 
@@ -64,6 +64,9 @@ class ReparamConv2d(nn.Conv2d):
         ValueError: If the arguments describe a conv that has no fold.
     """
 
+    # The kernel sizes for which networks of its block type have this conv; convs of
+    # other sizes are plain. By conv_cfg, all sizes are of one type.
+    BLOCK_SIZES: Container[int] = (3, 5)
     # Whether kernel() takes a fold, rather than a look at a parameter.
     folds_online = True
     # What open scopes serve, for each conv alone: see mmorepa.layers.holding.

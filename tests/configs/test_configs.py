@@ -120,7 +120,7 @@ def test_names_tell_the_truth(name):
     assert 'indices' not in cfg.val_dataloader.dataset
     backbone = cfg.model.backbone
     blocks = dict(orepa='orepa', dbb='dbb')
-    wanted = next((v for k, v in blocks.items() if k in network.split('-')), 'none')
+    wanted = next((v for k, v in blocks.items() if k in network.split('-')), 'plain')
     if 'repvgg' in network:
         assert backbone.arch.lower() == network.split('-')[1]
         wanted = dict(orepa='orepa_repvgg', none='repvgg')[wanted]

@@ -509,7 +509,7 @@ class TestLoadStrictly:
     def test_another_shape_under_another_name(self):
         """A plain conv's kernel, in training form, for a conv of branches."""
         models = []
-        for block, width in (('none', 4), ('orepa', 8)):
+        for block, width in (('plain', 4), ('orepa', 8)):
             convs = (build_conv(block, width, width, 3, bias=False) for _ in range(2))
             models.append(nn.Sequential(*convs))
         words = 'does not fit the config: size mismatch for 0.weight.*, and 1 more'

@@ -40,7 +40,7 @@ from mmorepa.utils.errors import CheckpointError
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / 'configs' / 'imagenet'
 SPECIFIED = [
-    *((name, block) for name in RESNETS for block in ('none', 'dbb', 'orepa')),
+    *((name, block) for name in RESNETS for block in ('plain', 'dbb', 'orepa')),
     *((name, block) for name in REPVGGS for block in ('repvgg', 'orepa')),
 ]
 LARGE = 90e6  # entries; from there on, conversions take seconds
@@ -50,7 +50,7 @@ def config_of(name, block):
     """The config of a published network, or None."""
     stem = name.lower().replace('resnet-', 'resnet').replace('resnext-', 'resnext')
     stem = stem.replace('resnext50', 'resnext50-32x4d')
-    suffix = '' if block in ('none', 'repvgg') else f'-{block}'
+    suffix = '' if block in ('plain', 'repvgg') else f'-{block}'
     path = CONFIGS / f'{stem}{suffix}_4xb64_in1k.py'
     return path if path.is_file() else None
 
@@ -158,7 +158,7 @@ SHAPES = {
     'grouped vgg': ((2, 2, 2, 1), (8, 8, 16, 24, 32), 4, False),
     'squeezed vgg': ((2, 2, 1, 1), (16, 16, 32, 32, 48), 2, True),
 }
-BLOCKS = {resnet: ('none', 'dbb', 'orepa'), repvgg: ('repvgg', 'orepa')}
+BLOCKS = {resnet: ('plain', 'dbb', 'orepa'), repvgg: ('repvgg', 'orepa')}
 FUNCTIONS = [(name, block) for name, build in SMALL.items() for block in BLOCKS[build]]
 
 
@@ -505,7 +505,7 @@ class TestErrors:
     def test_blocks_without_a_published_layout(self):
         backbone = dict(type='OREPAResNet', depth=18, block='deep_linear')
         with pytest.raises(CheckpointError, match='no layout for DeepLinearConv2d'):
-            from_published(small_state('basic', 'none'), backbone)
+            from_published(small_state('basic', 'plain'), backbone)
 
 
 def test_more_inner_channels_in_the_stem():

@@ -101,7 +101,7 @@ def check(plain, config, out):
     assert_near(started(config, out, deploy=True)(x), plain(x), 1e-4)
 
 
-@pytest.mark.parametrize('block', ['none', 'deep_linear', 'dbb', 'orepa', 'repvgg'])
+@pytest.mark.parametrize('block', ['plain', 'deep_linear', 'dbb', 'orepa', 'repvgg'])
 def test_blocks(files, block, capsys):
     plain = trained_like(torchvision.models.resnet18(num_classes=7)).eval()
     backbone = f"type='OREPAResNet', depth=18, block='{block}'"

@@ -32,7 +32,7 @@ def test_bytes(result):
     _, figures, _ = result
     cfg = Config.fromfile(CONFIG)
     init_default_scope('mmpretrain')
-    cfg.model.backbone.block = 'none'
+    cfg.model.backbone.block = 'plain'
     plain = MODELS.build(cfg.model)
     own = sum(p.nbytes for p in plain.parameters())
     kernels = sum(p.nbytes for p in plain.parameters() if p.dim() == 4)

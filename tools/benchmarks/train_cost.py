@@ -84,7 +84,7 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    'plain': Variant('none'),
+    'plain': Variant('plain'),
     'DBB': Variant('dbb'),
     'OREPA, naive': Variant('orepa', naive=True),
     'OREPA, online': Variant('orepa'),
@@ -569,8 +569,8 @@ def measure_inference(
     deployed = switch_to_deploy(build('orepa'))
     reference = 'plain, BatchNorm folded'
     networks = {
-        reference: switch_to_deploy(build('none')),
-        'plain': build('none'),
+        reference: switch_to_deploy(build('plain')),
+        'plain': build('plain'),
         'OREPA, training form': build('orepa'),
         in_a_block: build('orepa'),
         'OREPA, deployed': deployed,
