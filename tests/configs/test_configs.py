@@ -123,7 +123,7 @@ def test_names_tell_the_truth(name):
     wanted = next((v for k, v in blocks.items() if k in network.split('-')), 'plain')
     if 'repvgg' in network:
         assert backbone.arch.lower() == network.split('-')[1]
-        wanted = dict(orepa='orepa_repvgg', none='repvgg')[wanted]
+        wanted = dict(orepa='orepa_repvgg', plain='repvgg')[wanted]
         assert backbone.block in (wanted, wanted.replace('_repvgg', ''))
     else:
         assert backbone.block == wanted
