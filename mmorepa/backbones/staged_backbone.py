@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import ConvAct2d, ReparamConv2d, log_plain_starts, switch_to_deploy
-from ..utils.errors import CheckpointError, name_keys
+from ..utils.errors import CheckpointError, describe_misfit
 
 
 class StagedBackbone(BaseModule):
@@ -227,7 +227,7 @@ class StagedBackbone(BaseModule):
                 for key in [k for k in {*own, *found} if k.startswith(f'{name}.')]:
                     own.pop(key, None)
                     found.pop(key, None)
-        problems = _differences(own, found)
+        problems = describe_misfit(own, found, 3)
         if problems:
             raise CheckpointError(
                 f'the checkpoint does not fit this {type(self).__name__}: {problems}'
@@ -289,9 +289,9 @@ class StagedBackbone(BaseModule):
                 del found[name]
         # Where kernels differ, their names say it all.
         kernels = (self._kernels(expected), self._kernels(found))
-        problems = _differences(*kernels)
+        problems = describe_misfit(*kernels, 3)
         what = 'Convs' if problems else 'Entries'
-        problems = problems or _differences(expected, found)
+        problems = problems or describe_misfit(expected, found, 3)
         if problems:
             raise CheckpointError(
                 'the checkpoint is that of a plain network, and another one than this '
@@ -323,22 +323,6 @@ class StagedBackbone(BaseModule):
             return dict(weight=kernel, bias=(outputs,))
         norm = build_norm_layer(module.norm_cfg, outputs)[1]
         return dict(weight=kernel, **state_shapes(norm, 'norm.'))
-
-
-def _differences(
-    expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
-) -> str:
-    misshapen = [
-        f'{name} {found[name]}, not {shape}'
-        for name, shape in expected.items()
-        if found.get(name, shape) != shape
-    ]
-    problems = (
-        name_keys('missing', expected.keys() - found.keys(), 3),
-        name_keys('left over', found.keys() - expected.keys(), 3),
-        name_keys('of another shape', misshapen, 3),
-    )
-    return '; '.join(filter(None, problems))
 
 
 def state_shapes(module: nn.Module, prefix: str = '') -> dict[str, tuple[int, ...]]:

@@ -17,7 +17,7 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from ..layers import ReparamConv2d, is_switchable, switch_to_deploy
-from ..utils.errors import CheckpointError, name_keys
+from ..utils.errors import CheckpointError, describe_misfit
 from ..utils.files import PathLike, atomic_write
 from ..utils.weights import flaw
 from ..version import __version__
@@ -304,7 +304,7 @@ def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """
     own = model.state_dict()
     misshapen = {
-        key: value.shape
+        key: tuple(value.shape)
         for key, value in state_dict.items()
         if key in own and own[key].shape != value.shape
     }
@@ -320,24 +320,13 @@ def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
             f'the checkpoint does not fit the config: {first.strip()}'
             + (f', and {len(more)} more' if more else '')
         ) from error
-    problems = [
-        name_keys(
-            'missing from the checkpoint', set(loaded.missing_keys) - misshapen.keys()
-        ),
-        name_keys('not known to the model', loaded.unexpected_keys),
-        name_keys(
-            'of another shape',
-            [
-                f'{key} ({tuple(shape)}, not {tuple(own[key].shape)})'
-                for key, shape in misshapen.items()
-            ],
-        ),
-    ]
-    if any(problems):
-        raise CheckpointError(
-            'the checkpoint does not fit the config: '
-            + '; '.join(filter(None, problems))
-        )
+    expected = {key: tuple(own[key].shape) for key in misshapen}
+    problems = describe_misfit(
+        {**dict.fromkeys(loaded.missing_keys, ()), **expected},
+        {**dict.fromkeys(loaded.unexpected_keys, ()), **misshapen},
+    )
+    if problems:
+        raise CheckpointError(f'the checkpoint does not fit the config: {problems}')
 
 
 def deploy_checkpoint(model: nn.Module, checkpoint: dict) -> dict:

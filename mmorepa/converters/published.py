@@ -25,7 +25,7 @@ from ..layers import (
     outermost,
 )
 from ..layers.deep_linear import DEEP_LINEAR_FROM
-from ..utils.errors import CheckpointError, name_keys
+from ..utils.errors import CheckpointError, describe_misfit, name_keys
 from ..version import __version__
 from .architectures import identify, name_of
 
@@ -215,28 +215,25 @@ def _head(state: Mapping[str, Tensor]) -> list[str]:
 def _check(
     pairs: list[_Pair], found: Mapping[str, Tensor], shapes: dict[str, tuple]
 ) -> None:
-    expected = {pair.theirs: pair for pair in pairs}
-    misshapen, wrong = [], []
-    for key in expected.keys() & found.keys():
-        pair, value = expected[key], found[key]
-        fixed = None if pair.fixed is None else pair.fixed()
+    expected, wrong = {}, []
+    for pair in pairs:
+        key, fixed = pair.theirs, None if pair.fixed is None else pair.fixed()
         if fixed is None:
             like = pair.to_theirs(torch.empty(shapes[pair.ours], device='meta'))
         else:
             like = fixed
-        shape = tuple(like.shape)
-        if tuple(value.shape) != shape:
-            misshapen.append(f'{key} ({tuple(value.shape)}, not {shape})')
-        elif fixed is not None and not torch.allclose(
+        expected[key] = tuple(like.shape)
+        if fixed is None or key not in found or found[key].shape != fixed.shape:
+            continue
+        value = found[key]
+        if not torch.allclose(
             value.double(), fixed.to(value.dtype).double(), atol=1e-5
         ):
             wrong.append(key)
-    problems = [
-        name_keys('missing from the checkpoint', expected.keys() - found.keys(), None),
-        name_keys('left over', found.keys() - expected.keys(), None),
-        name_keys('of another shape', misshapen, None),
+    problems = (
+        describe_misfit(expected, {k: tuple(v.shape) for k, v in found.items()}, None),
         name_keys('fixed in the published code, with other values', wrong, None),
-    ]
+    )
     if any(problems):
         raise CheckpointError(
             f'the checkpoint does not fit: {"; ".join(filter(None, problems))}'

@@ -464,13 +464,13 @@ class TestDeploy:
             deploy_checkpoint(TinyClassifier(), {'state_dict': state})
         assert str(info.value) == (
             'the checkpoint does not fit the config: '
-            '1 key missing from the checkpoint: head.bias; '
-            '1 key not known to the model: head.extra; '
-            '1 key of another shape: head.weight ((7, 8), not (4, 8))'
+            '1 key missing: head.bias; '
+            '1 key left over: head.extra; '
+            '1 key of another shape: head.weight (7, 8), not (4, 8)'
         )
 
     def test_names_only_some_of_many_keys(self):
-        with pytest.raises(CheckpointError, match=r'\d+ keys missing .* and \d+ more'):
+        with pytest.raises(CheckpointError, match=r'\d+ keys missing: .* and \d+ more'):
             deploy_checkpoint(TinyClassifier(), {'state_dict': {}})
 
     def test_other_modules_that_are_named_branches(self):

@@ -294,7 +294,7 @@ BAD = {
     'no checkpoint': (lambda: [1, 2], 'holds a list, not a checkpoint dict'),
     'more in the head': (
         lambda: edited(lambda s: s.update({'head.layer.weight': torch.zeros(3)})),
-        '1 key not known to the model: head.layer.weight',
+        '1 key left over: head.layer.weight',
     ),
     'classes': (
         lambda: torchvision_names(resnet18(classes=1000)),
