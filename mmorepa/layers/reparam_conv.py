@@ -73,6 +73,8 @@ class ReparamConv2d(nn.Conv2d):
     held: Optional['HeldKernel'] = None
     reduced_kernel: Optional['HeldKernel'] = None
     _served: Optional[dict] = None
+    # Whether damaged weights that are loaded are told of.
+    warns_of_flaws = True
     # Whether the last state dict held a plain kernel.
     is_plain_start = False
 
@@ -572,7 +574,8 @@ class ReparamConv2d(nn.Conv2d):
 
         MMEngine's loader and PyTorch's own both call this for every module.
         """
-        warn_of_flaws(state_dict, prefix, error_msgs)
+        if self.warns_of_flaws:
+            warn_of_flaws(state_dict, prefix, error_msgs)
         own = f'{prefix}branches.weight'
         if own in state_dict and not self.deployed and not _is_plain(self.branches):
             # The training form of a PlainConv2d, whose kernel is a parameter.
@@ -660,6 +663,8 @@ class ReparamConv2d(nn.Conv2d):
         twin = copy.deepcopy(self)
         with torch.random.fork_rng(devices=[]):
             twin._become_training_form()
+        for module in twin.modules():  # A load within one that has warned.
+            module.warns_of_flaws = False
         # In the widest dtype at hand, so that the result is rounded once.
         dtypes = [v.dtype for v in own.values() if v.is_floating_point()]
         twin.to(functools.reduce(torch.promote_types, dtypes, self.weight.dtype))

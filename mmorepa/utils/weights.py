@@ -1,4 +1,4 @@
-"""What weights can never be, whatever network they belong to."""
+"""Checks of weights that hold for any network."""
 
 import logging
 from collections.abc import Mapping
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 _WEIGHTS = ('weight', 'bias', 'running_mean', 'running_var', 'scale', 'vector')
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# The list of errors that is passed on through one load_state_dict: the last in which
-# a warning was given, so that each gives one.
+# The list of errors that all modules of one load_state_dict are given, of the last load
+# with a warning, so that each load gives one. It is kept, so that no other list can be
+# taken for it; loads in several threads may at worst warn once more.
 _warned: Optional[list] = None
 
 
