@@ -20,7 +20,7 @@ _ACT_CFG = dict(type='ReLU', inplace=True)
 
 
 class _Conv(NamedTuple):
-    """What a conv of a stem or a block has for itself; the rest is the network's."""
+    """The options of one conv; all others are common to the network."""
 
     channels: int
     kernel_size: int
@@ -231,7 +231,7 @@ class BasicBlock(_ResidualBlock):
 
 
 class Bottleneck(_ResidualBlock):
-    """1×1, 3×3, 1×1 (ResNet-50 and deeper, ResNeXt); ``style`` has its stride."""
+    """1×1, 3×3, 1×1 (ResNet-50 and deeper, ResNeXt); ``style`` places the stride."""
 
     expansion = 4
 
@@ -536,7 +536,7 @@ def _rising(last: float, number: int) -> list[float]:
 def _plugins_of_stage(
     plugins: Sequence[dict], stage: int, num_stages: int
 ) -> list[dict]:
-    """Those of one stage, each as the ``cfg`` and the ``position`` of a plugin."""
+    """The plugins of one stage, each with its ``cfg`` and ``position``."""
     found = []
     for plugin in plugins:
         if not {'cfg', 'position'} <= plugin.keys() <= {'cfg', 'position', 'stages'}:

@@ -1,4 +1,4 @@
-"""What every network of a stem and stages shares."""
+"""The base class of networks with a stem and stages."""
 
 import logging
 import os
@@ -113,7 +113,7 @@ class StagedBackbone(BaseModule):
         return tuple(outputs)
 
     def forward_stem(self, x: Tensor) -> Tensor:
-        """What comes before the first stage."""
+        """Runs the stem."""
         return self.stem(x)
 
     def train(self, mode: bool = True) -> 'StagedBackbone':
@@ -137,7 +137,7 @@ class StagedBackbone(BaseModule):
         return self
 
     def freeze_stages(self) -> None:
-        """Freezes what ``frozen_stages`` says."""
+        """Freezes the stem and the stages that ``frozen_stages`` covers."""
         if self.frozen_stages < 0:
             return
         for module in [self.stem, *self.stages[: self.frozen_stages]]:
@@ -145,7 +145,7 @@ class StagedBackbone(BaseModule):
             module.requires_grad_(False)
 
     def switch_to_deploy(self) -> None:
-        """As :func:`mmorepa.switch_to_deploy`: what mmpretrain's tool calls."""
+        """Calls :func:`mmorepa.switch_to_deploy`, for mmpretrain's tool."""
         switch_to_deploy(self)
 
     def init_weights(self) -> None:
@@ -207,7 +207,7 @@ class StagedBackbone(BaseModule):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _check_fits(self, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """MMEngine only warns of what does not fit, and leaves it at random values."""
+        """Raises for weights that do not fit, which MMEngine would leave at random."""
         parts = tuple(f'{prefix}{name}.' for name in ('stem', *self.stage_names))
         own, found = state_shapes(self), {}
         for key, value in state_dict.items():
@@ -254,7 +254,7 @@ class StagedBackbone(BaseModule):
         )
 
     def plain_name(self, name: str, names: Collection[str]) -> Optional[str]:
-        """What an entry of a plain network's checkpoint is called here.
+        """The name here of an entry of a plain network's checkpoint.
 
         Args:
             name (str): Its name there.
@@ -270,7 +270,7 @@ class StagedBackbone(BaseModule):
         return None
 
     def _check_plain(self, found: dict[str, tuple[int, ...]]) -> None:
-        """Whether the network is this one, all of it, before anything is loaded."""
+        """Checks, before anything is loaded, that the network is exactly this one."""
         is_folded = not any(name.endswith('.running_var') for name in found)
         own, parts = self.state_dict(), dict(self.named_children())
         expected = {
@@ -335,7 +335,7 @@ def state_shapes(module: nn.Module, prefix: str = '') -> dict[str, tuple[int, ..
 
 
 def _strip(state_dict: dict[str, Tensor], start: str) -> None:
-    """Takes the part of a whole model."""
+    """Keeps one part of a whole model's state dict, if it has that part."""
     if any(key.startswith(start) for key in state_dict):
         for key in list(state_dict):
             value = state_dict.pop(key)
@@ -364,7 +364,7 @@ def _check_is_there(checkpoint: str) -> None:
 
 
 def check_style(backbone: nn.Module, checkpoint: str) -> None:
-    """Refuses a checkpoint of another style, of which only names tell.
+    """Refuses a checkpoint whose name says that its network has another style.
 
     Args:
         backbone (nn.Module): With a ``style``, or of the usual one.

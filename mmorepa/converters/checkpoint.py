@@ -81,7 +81,7 @@ def _history_allowed() -> Iterator[None]:
 
 
 def read_checkpoint(path: str, keep_prefix: bool = False) -> dict:
-    """Reads a checkpoint file without running code that it may hold.
+    """Reads a checkpoint file without running any code in it.
 
     Args:
         path (str): A file of ``torch.save``: a dict with a ``state_dict``, or a
@@ -115,7 +115,7 @@ def read_checkpoint(path: str, keep_prefix: bool = False) -> dict:
 # OneDL's runs what is in a file that PyTorch refuses.
 @CheckpointLoader.register_scheme(prefixes='', force=True)
 def load_from_local(filename: str, map_location: Any = 'cpu') -> dict:
-    """Reads whatever a checkpoint file holds, as long as it is harmless and whole.
+    """Reads a checkpoint file that is safe and complete, and refuses others.
 
     Args:
         filename (str): The file.
@@ -152,7 +152,7 @@ def load_from_local(filename: str, map_location: Any = 'cpu') -> dict:
 
 
 def _check_archive(path: str) -> None:
-    """Holds what a file of ``torch.save`` stores against the checksums in it."""
+    """Verifies the checksums in a file of ``torch.save``."""
     with zipfile.ZipFile(path) as archive:
         # Nothing in it is compressed, as it is in files made to fill the memory.
         if sum(i.file_size for i in archive.infolist()) > os.path.getsize(path):
@@ -166,7 +166,7 @@ _NO_STATE = "no state dict of tensors, neither under 'state_dict' nor as a whole
 
 
 def _problem(checkpoint: Any, size: int) -> str:
-    """What is wrong with the weights, by the first entry that is."""
+    """Describes the first problem of the weights; empty if there is none."""
     if not isinstance(checkpoint, dict):
         return f'holds a {type(checkpoint).__name__}, not a checkpoint dict'
     if not isinstance(checkpoint.get('meta') or {}, dict):
@@ -191,7 +191,7 @@ def _problem(checkpoint: Any, size: int) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What was wrong with a file, without the advice to trust it."""
+    """The cause of an error, without PyTorch's advice to trust the file."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith('Check the documentation')]
     if not lines:
@@ -260,7 +260,7 @@ def _to_json(value: Any) -> Any:
 
 
 def load_training_form(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
-    """Loads a training checkpoint, every key of it, into the training form.
+    """Loads a training checkpoint strictly into the training form.
 
     Args:
         model (nn.Module): In training form.
@@ -290,7 +290,7 @@ def load_training_form(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
 
 
 def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
-    """Loads a checkpoint that has to fit, in short words where it does not.
+    """Loads a checkpoint strictly, with a short error where it does not fit.
 
     A deployed model folds a training form, as whenever it is loaded.
 

@@ -1,4 +1,4 @@
-"""Re-parameterised convolutions: parameters, and the life that they share."""
+"""Re-parameterised convolutions, and what folds and deploys them."""
 
 from .blocks import BLOCKS, build_conv
 from .dbb import DBBConv2d

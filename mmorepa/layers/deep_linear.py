@@ -1,4 +1,4 @@
-"""Large kernels as a chain of small ones."""
+"""Large kernels that are composed of 3×3 kernels."""
 
 import copy
 import sys

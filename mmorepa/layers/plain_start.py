@@ -1,4 +1,4 @@
-"""Training forms in the place of plain convs, in any model."""
+"""Replaces plain convs of any model by training forms."""
 
 import logging
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def reparameterize(
     exclude: Union[str, Sequence[str]] = (),
     block_cfg: Optional[dict] = None,
 ) -> nn.Module:
-    """Puts training forms in the place of a model's convs. It computes the same.
+    """Replaces a model's convs by training forms; the model computes the same.
 
     Each starts from the kernel of the conv whose place it takes; names of modules,
     devices, dtypes, ``requires_grad`` and the mode stay. :func:`switch_to_deploy`
@@ -133,7 +133,7 @@ def build_reparameterized(module: dict, **kwargs) -> nn.Module:
 
 
 def log_plain_starts(model: nn.Module) -> None:
-    """Says in a line how many convs the last state dict had plain kernels for.
+    """Logs how many convs started from plain kernels of the last state dict.
 
     Args:
         model (nn.Module): Says nothing if there are none, or that has been said.

@@ -1,4 +1,4 @@
-"""The life of a re-parameterised conv: train, fold, load, deploy."""
+"""The base class of re-parameterised convs: train, fold, load, deploy."""
 
 import copy
 import functools
@@ -211,7 +211,7 @@ class ReparamConv2d(nn.Conv2d):
             del self._served
 
     def regularized_kernel(self) -> Tensor:
-        """The kernel whose L2 norm a weight decay should look at.
+        """The kernel whose L2 norm a weight decay should penalise.
 
         Normalisation undoes the scale of a kernel, so this is the kernel before it.
 
@@ -459,7 +459,7 @@ class ReparamConv2d(nn.Conv2d):
         """Whether the fresh branches are left as they are by a network's init_weights.
 
         They are where a norm follows, which makes the scale of the kernel irrelevant:
-        one of its own, or the one for whose sake the conv has no bias.
+        one of its own, or one of the network, where the conv has no bias.
         """
         return self.norm is not None or not self.conv_bias
 
@@ -525,7 +525,7 @@ class ReparamConv2d(nn.Conv2d):
         self._forget()
 
     def _forget(self) -> None:
-        """Drops what open scopes serve: it has changed, and we are told."""
+        """Drops what open scopes serve, since it has changed."""
         self.held = None
         if self._served is not None:
             self._served.clear()
@@ -541,7 +541,7 @@ class ReparamConv2d(nn.Conv2d):
         return super().__getattr__(name)
 
     def _weight_of_training_form(self) -> Tensor:
-        """What readers of ``conv.weight`` get: the kernel, as it is now."""
+        """The value of ``conv.weight``: the kernel, folded now."""
         kernel = self.kernel()
         return kernel if is_followed() else FoldedWeight.of(self, kernel)
 

@@ -1,4 +1,4 @@
-"""Errors that a user can mend."""
+"""Errors that a user can fix."""
 
 from collections.abc import Collection, Mapping
 from typing import Optional
@@ -16,7 +16,7 @@ def name_keys(what: str, keys: Collection[str], most: Optional[int] = 4) -> str:
     """A text for an error: '3 keys …: a, b, c', or nothing if there are none.
 
     Args:
-        what (str): What is the matter with them.
+        what (str): What is wrong with them.
         keys (Collection[str]): The keys.
         most (int, optional): How many are named; None names all. Defaults to 4.
 
@@ -37,7 +37,7 @@ def describe_misfit(
     found: Mapping[str, tuple[int, ...]],
     most: Optional[int] = 4,
 ) -> str:
-    """A text for an error: what of a state dict does not fit a model.
+    """A text for an error: which entries of a state dict do not fit a model.
 
     Args:
         expected (Mapping[str, tuple[int, ...]]): Keys of the model, with shapes.

@@ -17,7 +17,7 @@ _warned: Optional[list] = None
 
 
 def flaw(key: str, value: Tensor) -> str:
-    """What is wrong with an entry of a state dict.
+    """Describes what is wrong with an entry of a state dict.
 
     Args:
         key (str): Its key, which tells weights and variances.
@@ -46,7 +46,7 @@ def flaw(key: str, value: Tensor) -> str:
 def warn_of_flaws(
     state_dict: Mapping[str, Tensor], prefix: str, error_msgs: list[str]
 ) -> None:
-    """Warns of values that no training can go on from, once a ``load_state_dict``.
+    """Warns, once a ``load_state_dict``, of values that no training can go on from.
 
     Args:
         state_dict (Mapping[str, Tensor]): What is loaded.

@@ -1,4 +1,4 @@
-"""Tables and a chart of what :mod:`train_cost` has measured."""
+"""Tables and a chart of the figures of :mod:`train_cost`."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ PAPER_BATCH = 64
 
 
 def print_tables(result: dict) -> None:
-    """What :func:`measure` found, for people."""
+    """Prints the figures of one config as tables."""
     steps, fold = result['steps'], result['fold']
 
     def ms(spread: Spread) -> str:

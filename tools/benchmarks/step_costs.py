@@ -1,4 +1,4 @@
-"""What a step costs: seconds, bytes, operations; and its parts, one by one."""
+"""Measures seconds, bytes and operations of a training step and of its parts."""
 
 import copy
 import functools
@@ -191,7 +191,7 @@ def measure_bytes(trainer: Trainer, batch: tuple) -> dict[str, int]:
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts what a GPU would feel: launches of kernels, and reads by the host."""
+    """Counts operations that launch kernels on a GPU, and reads by the host."""
 
     # No launch: memory, and marks for a profiler.
     APART = {'empty', 'empty_like', 'new_empty', 'new_empty_strided', '_unsafe_view'}

@@ -70,7 +70,7 @@ class Spread(NamedTuple):
 
 
 def ratios(measured: Sequence[float], reference: Sequence[float]) -> Spread:
-    """Of one round each, since a machine's speed changes from round to round."""
+    """Ratios within each round, since a machine's speed changes between rounds."""
     return Spread.of([a / b for a, b in zip(measured, reference)])
 
 

@@ -1,4 +1,4 @@
-"""What a re-parameterised network costs in training, and what it costs deployed.
+"""Measures what a re-parameterised network costs in training and deployed.
 
 For each config, the plain network, DBB, and OREPA with a naive fold, with online
 folding and with folded training are trained in turn, one step each in every round, so
