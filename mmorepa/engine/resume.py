@@ -65,9 +65,7 @@ def newest_resumable(folder: str) -> tuple[Optional[str], Optional[dict]]:
             skipped += f'\n  {error}'
             continue
         if skipped:
-            _warn(
-                f'Resuming from {str(path)!r}, newer ones cannot be used:{skipped}'
-            )
+            _warn(f'Resuming from {str(path)!r}, newer ones cannot be used:{skipped}')
         return str(path), checkpoint
     if skipped:
         raise CheckpointError(
