@@ -52,8 +52,8 @@ def network(name, block, deployed=False):
 def resnet(
     depths, bottleneck, width, groups, group_width, block, deployed=False, classes=1000
 ):
-    """Keys and shapes of a ResNet of ``block`` none, dbb or orepa."""
-    conv = {'none': conv_bn, 'dbb': dbb, 'orepa': orepa}[block]
+    """Keys and shapes of a ResNet of ``block`` plain, dbb or orepa."""
+    conv = {'plain': conv_bn, 'dbb': dbb, 'orepa': orepa}[block]
     pointwise = orepa_1x1 if block == 'orepa' else conv_bn
     stem = orepa_large if block == 'orepa' else conv_bn
     shapes = stem('stage0.conv1', width, 3, 7, 1, deployed)

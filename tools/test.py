@@ -59,7 +59,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 class _DumpWhole(DumpResults):
-    """MMEngine's, which would leave half a file behind."""
+    """MMEngine's ``DumpResults``, with an atomic write."""
 
     def compute_metrics(self, results: list) -> dict:
         with atomic_write(self.out_file_path) as file:

@@ -7,6 +7,6 @@ _base_ = [
 
 pretrained = 'checkpoints/resnet50_4xb64_in1k.pth'
 
-model = dict(backbone=dict(block='none', init_cfg=dict(checkpoint=pretrained)))
+model = dict(backbone=dict(block='plain', init_cfg=dict(checkpoint=pretrained)))
 
 default_hooks = dict(checkpoint=dict(interval=8000))

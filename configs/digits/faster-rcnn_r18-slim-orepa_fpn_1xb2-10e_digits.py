@@ -1,6 +1,8 @@
 _base_ = [
-    '../coco/faster-rcnn_r50-orepa_fpn_1x_coco.py',
+    '../_base_/models/faster-rcnn_r50_fpn.py',
     '../_base_/datasets/digits_coco.py',
+    '../_base_/schedules/digits_coco_10e.py',
+    '../_base_/det_runtime.py',
 ]
 
 model = dict(
@@ -16,12 +18,4 @@ model = dict(
     ),
     test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100)),
 )
-data_preparation = _base_.digits_preparation
-train_dataloader = _base_.digits_train_dataloader
-val_dataloader = _base_.digits_val_dataloader
-test_dataloader = val_dataloader
-val_evaluator = _base_.digits_evaluator
-test_evaluator = val_evaluator
-train_cfg = _base_.digits_train_cfg
-param_scheduler = _base_.digits_param_scheduler
 randomness = dict(seed=0)

@@ -5,6 +5,6 @@ _base_ = [
     '../_base_/default_runtime.py',
 ]
 
-model = dict(backbone=dict(block='none'))
+model = dict(backbone=dict(block='plain'))
 default_hooks = dict(logger=dict(interval=10))
 randomness = dict(seed=0)

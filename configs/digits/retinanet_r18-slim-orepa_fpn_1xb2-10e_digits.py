@@ -1,6 +1,8 @@
 _base_ = [
-    '../coco/retinanet_r50-orepa_fpn_1x_coco.py',
+    '../_base_/models/retinanet_r50_fpn.py',
     '../_base_/datasets/digits_coco.py',
+    '../_base_/schedules/digits_coco_10e.py',
+    '../_base_/det_runtime.py',
 ]
 
 model = dict(
@@ -8,12 +10,5 @@ model = dict(
     # Half of the convs, of a quarter of the width.
     bbox_head=dict(in_channels=64, feat_channels=64, stacked_convs=2, num_classes=10),
 )
-data_preparation = _base_.digits_preparation
-train_dataloader = _base_.digits_train_dataloader
-val_dataloader = _base_.digits_val_dataloader
-test_dataloader = val_dataloader
-val_evaluator = _base_.digits_evaluator
-test_evaluator = val_evaluator
-train_cfg = _base_.digits_train_cfg
-param_scheduler = _base_.digits_param_scheduler
+optim_wrapper = dict(optimizer=dict(lr=0.01))
 randomness = dict(seed=0)

@@ -5,5 +5,5 @@ _base_ = [
     '../_base_/default_runtime.py',
 ]
 
-model = dict(backbone=dict(block='none'))
+model = dict(backbone=dict(block='plain'))
 randomness = dict(seed=0)

@@ -5,4 +5,4 @@ _base_ = [
     '../_base_/default_runtime.py',
 ]
 
-model = dict(backbone=dict(block='none'))
+model = dict(backbone=dict(block='plain'))

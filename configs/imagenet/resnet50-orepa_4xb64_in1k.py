@@ -1,8 +1,3 @@
-_base_ = [
-    '../_base_/models/resnet50.py',
-    '../_base_/datasets/imagenet_bs64.py',
-    '../_base_/schedules/imagenet_bs256_120e.py',
-    '../_base_/default_runtime.py',
-]
+_base_ = 'resnet50_4xb64_in1k.py'
 
 model = dict(backbone=dict(block='orepa'))

@@ -1,4 +1,4 @@
-"""How far a step on the branches moves the kernel that they make."""
+"""How much further a training step moves a folded kernel than a plain one."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
@@ -169,7 +169,7 @@ def kernel_gradients(
 
 
 class Distribution(NamedTuple):
-    """What the weights of a kernel are like.
+    """Statistics of the weights of a kernel.
 
     Args:
         std (float): Standard deviation.

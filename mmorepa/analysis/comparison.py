@@ -28,7 +28,7 @@ class Difference(NamedTuple):
 
 @torch.no_grad()
 def raw_outputs(model: nn.Module, data_batch: Any) -> list[Tensor]:
-    """What the network computes for a batch, before anything is selected from it.
+    """The raw outputs of the network for a batch, before any post-processing.
 
     Args:
         model (nn.Module): A model of mmpretrain, mmdet or mmseg, or any MMEngine
@@ -84,7 +84,7 @@ def network_outputs(model: nn.Module, *args, **kwargs) -> list[Tensor]:
 
 
 def _two_stage_outputs(model: nn.Module, inputs: Tensor) -> list[Tensor]:
-    """Outputs of both stages of a detector, the second for boxes of our choice.
+    """Outputs of both stages of a detector, the second for fixed boxes.
 
     Proposals are taken by rank, and rounding may swap two of them: what the ranks
     are made of is compared, and the second stage sees the same boxes in both forms.
@@ -141,7 +141,7 @@ def largest_difference(expected: list[Tensor], found: list[Tensor]) -> Differenc
 
 @contextmanager
 def watched_convs(model: nn.Module) -> Iterator[dict[str, float]]:
-    """Holds each re-parameterised conv against its plain form, whenever it runs.
+    """Compares each re-parameterised conv with its plain form, whenever it runs.
 
     Both see the same input, so that what one layer does wrong is not blamed on those
     that come after it.

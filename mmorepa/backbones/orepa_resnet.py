@@ -20,7 +20,7 @@ _ACT_CFG = dict(type='ReLU', inplace=True)
 
 
 class _Conv(NamedTuple):
-    """What a conv of a stem or a block has for itself; the rest is the network's."""
+    """The options of one conv; all others are common to the network."""
 
     channels: int
     kernel_size: int
@@ -215,7 +215,7 @@ class BasicBlock(_ResidualBlock):
     """Two 3×3 convs (ResNet-18 and 34)."""
 
     expansion = 1
-    shortcut_block = 'none'
+    shortcut_block = 'plain'
 
     def describe(self, channels: int, width_per_group: int) -> list[_Conv]:
         if self.groups != 1 or width_per_group != 64:
@@ -231,7 +231,7 @@ class BasicBlock(_ResidualBlock):
 
 
 class Bottleneck(_ResidualBlock):
-    """1×1, 3×3, 1×1 (ResNet-50 and deeper, ResNeXt); ``style`` has its stride."""
+    """1×1, 3×3, 1×1 (ResNet-50 and deeper, ResNeXt); ``style`` places the stride."""
 
     expansion = 4
 
@@ -277,8 +277,8 @@ class OREPAResNet(StagedBackbone):
 
     Args:
         depth (int): 18, 34, 50, 101 or 152.
-        block (str): Block type, a key of :data:`mmorepa.layers.BLOCKS`: ``'orepa'``,
-            ``'dbb'`` or ``'none'``, the plain ResNet. Defaults to ``'orepa'``.
+        block (str): Block type, a name in :data:`mmorepa.layers.BLOCKS`: ``'orepa'``,
+            ``'dbb'`` or ``'plain'``, the plain ResNet. Defaults to ``'orepa'``.
         block_cfg (dict, optional): Arguments of the block type's convs, such as
             ``branches`` or ``single_init``. Defaults to None.
         in_channels (int): Channels of the image. Defaults to 3.
@@ -536,7 +536,7 @@ def _rising(last: float, number: int) -> list[float]:
 def _plugins_of_stage(
     plugins: Sequence[dict], stage: int, num_stages: int
 ) -> list[dict]:
-    """Those of one stage, each as the ``cfg`` and the ``position`` of a plugin."""
+    """The plugins of one stage, each with its ``cfg`` and ``position``."""
     found = []
     for plugin in plugins:
         if not {'cfg', 'position'} <= plugin.keys() <= {'cfg', 'position', 'stages'}:

@@ -1,4 +1,4 @@
-"""What every network of a stem and stages shares."""
+"""The base class of networks with a stem and stages."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import ConvAct2d, ReparamConv2d, log_plain_starts, switch_to_deploy
-from ..utils.errors import CheckpointError, name_keys
+from ..utils.errors import CheckpointError, describe_misfit
 
 
 class StagedBackbone(BaseModule):
@@ -113,7 +113,7 @@ class StagedBackbone(BaseModule):
         return tuple(outputs)
 
     def forward_stem(self, x: Tensor) -> Tensor:
-        """What comes before the first stage."""
+        """Runs the stem."""
         return self.stem(x)
 
     def train(self, mode: bool = True) -> 'StagedBackbone':
@@ -137,7 +137,7 @@ class StagedBackbone(BaseModule):
         return self
 
     def freeze_stages(self) -> None:
-        """Freezes what ``frozen_stages`` says."""
+        """Freezes the stem and the stages that ``frozen_stages`` covers."""
         if self.frozen_stages < 0:
             return
         for module in [self.stem, *self.stages[: self.frozen_stages]]:
@@ -145,7 +145,7 @@ class StagedBackbone(BaseModule):
             module.requires_grad_(False)
 
     def switch_to_deploy(self) -> None:
-        """As :func:`mmorepa.switch_to_deploy`: what mmpretrain's tool calls."""
+        """Calls :func:`mmorepa.switch_to_deploy`, for mmpretrain's tool."""
         switch_to_deploy(self)
 
     def init_weights(self) -> None:
@@ -207,7 +207,7 @@ class StagedBackbone(BaseModule):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _check_fits(self, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """MMEngine only warns of what does not fit, and leaves it at random values."""
+        """Raises for weights that do not fit, which MMEngine would leave at random."""
         parts = tuple(f'{prefix}{name}.' for name in ('stem', *self.stage_names))
         own, found = state_shapes(self), {}
         for key, value in state_dict.items():
@@ -227,7 +227,7 @@ class StagedBackbone(BaseModule):
                 for key in [k for k in {*own, *found} if k.startswith(f'{name}.')]:
                     own.pop(key, None)
                     found.pop(key, None)
-        problems = _differences(own, found)
+        problems = describe_misfit(own, found, 3)
         if problems:
             raise CheckpointError(
                 f'the checkpoint does not fit this {type(self).__name__}: {problems}'
@@ -254,7 +254,7 @@ class StagedBackbone(BaseModule):
         )
 
     def plain_name(self, name: str, names: Collection[str]) -> Optional[str]:
-        """What an entry of a plain network's checkpoint is called here.
+        """The name here of an entry of a plain network's checkpoint.
 
         Args:
             name (str): Its name there.
@@ -270,7 +270,7 @@ class StagedBackbone(BaseModule):
         return None
 
     def _check_plain(self, found: dict[str, tuple[int, ...]]) -> None:
-        """Whether the network is this one, all of it, before anything is loaded."""
+        """Checks, before anything is loaded, that the network is exactly this one."""
         is_folded = not any(name.endswith('.running_var') for name in found)
         own, parts = self.state_dict(), dict(self.named_children())
         expected = {
@@ -289,9 +289,9 @@ class StagedBackbone(BaseModule):
                 del found[name]
         # Where kernels differ, their names say it all.
         kernels = (self._kernels(expected), self._kernels(found))
-        problems = _differences(*kernels)
+        problems = describe_misfit(*kernels, 3)
         what = 'Convs' if problems else 'Entries'
-        problems = problems or _differences(expected, found)
+        problems = problems or describe_misfit(expected, found, 3)
         if problems:
             raise CheckpointError(
                 'the checkpoint is that of a plain network, and another one than this '
@@ -325,22 +325,6 @@ class StagedBackbone(BaseModule):
         return dict(weight=kernel, **state_shapes(norm, 'norm.'))
 
 
-def _differences(
-    expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
-) -> str:
-    misshapen = [
-        f'{name} {found[name]}, not {shape}'
-        for name, shape in expected.items()
-        if found.get(name, shape) != shape
-    ]
-    problems = (
-        name_keys('missing', expected.keys() - found.keys(), 3),
-        name_keys('left over', found.keys() - expected.keys(), 3),
-        name_keys('of another shape', misshapen, 3),
-    )
-    return '; '.join(filter(None, problems))
-
-
 def state_shapes(module: nn.Module, prefix: str = '') -> dict[str, tuple[int, ...]]:
     """The shapes of what a module saves, without the number of batches."""
     return {
@@ -351,7 +335,7 @@ def state_shapes(module: nn.Module, prefix: str = '') -> dict[str, tuple[int, ..
 
 
 def _strip(state_dict: dict[str, Tensor], start: str) -> None:
-    """Takes the part of a whole model."""
+    """Keeps one part of a whole model's state dict, if it has that part."""
     if any(key.startswith(start) for key in state_dict):
         for key in list(state_dict):
             value = state_dict.pop(key)
@@ -380,7 +364,7 @@ def _check_is_there(checkpoint: str) -> None:
 
 
 def check_style(backbone: nn.Module, checkpoint: str) -> None:
-    """Refuses a checkpoint of another style, of which only names tell.
+    """Refuses a checkpoint whose name says that its network has another style.
 
     Args:
         backbone (nn.Module): With a ``style``, or of the usual one.

@@ -1,4 +1,4 @@
-"""What the command lines of all tools share: arguments and errors."""
+"""Arguments and error handling that all command lines share."""
 
 from .arguments import add_common_arguments, add_config_options, load_config, positive
 from .errors import one_line_errors

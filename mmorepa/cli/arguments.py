@@ -34,7 +34,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class _Settings(DictAction):
-    """MMEngine's own, with an error of the parser for what it cannot read."""
+    """MMEngine's ``DictAction``, with a parser error for values that it cannot read."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         for value in values:
@@ -47,7 +47,7 @@ class _Settings(DictAction):
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--cfg-options``, as all tools have it that read a config."""
+    """Adds ``--cfg-options``, the same for all tools that read a config."""
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -59,7 +59,7 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on, as the type of an argument."""
+    """An argument type: an integer of at least 1."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f'{text} is not at least 1')
     return int(text)
@@ -103,7 +103,7 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def _check_copy(path: str, copy: str) -> None:
-    """Whether the runner may write its copy of the config, with all settings."""
+    """Checks that the runner's copy of the config overwrites no other file."""
     if not os.path.exists(copy) or not os.path.samefile(copy, path):
         check_outputs([copy])
     elif Config.fromfile(path).dump() != Path(path).read_text():

@@ -1,4 +1,4 @@
-"""Errors that a command line ends with."""
+"""One-line errors for command lines."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ _USER_ERRORS = (KeyError, OSError, SyntaxError, ValueError, CheckpointError)
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the program with one line for errors that are the user's to mend.
+    """Ends the program with one line for errors that the user can fix.
 
     These are all that come before the first batch, from arguments, configs and files;
     in the midst of a loop, those of checkpoints and outputs. Set

@@ -1,4 +1,4 @@
-"""Checkpoints: read, written, and translated from those of other projects."""
+"""Reads and writes checkpoints, and translates those of other projects."""
 
 from .architectures import ARCHITECTURES, backbone_of, identify
 from .checkpoint import (

@@ -120,7 +120,7 @@ def _resnet(state_dict: Mapping[str, Tensor], depths: tuple[int, ...]) -> dict:
     kinds = (
         kind for part, kind in markers.items() if any(part in k for k in state_dict)
     )
-    return dict(backbone, block=next(kinds, 'none'))
+    return dict(backbone, block=next(kinds, 'plain'))
 
 
 def _repvgg(state_dict: Mapping[str, Tensor], depths: tuple[int, ...]) -> dict:

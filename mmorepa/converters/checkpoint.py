@@ -17,7 +17,7 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from ..layers import ReparamConv2d, is_switchable, switch_to_deploy
-from ..utils.errors import CheckpointError, name_keys
+from ..utils.errors import CheckpointError, describe_misfit
 from ..utils.files import PathLike, atomic_write
 from ..utils.weights import flaw
 from ..version import __version__
@@ -81,7 +81,7 @@ def _history_allowed() -> Iterator[None]:
 
 
 def read_checkpoint(path: str, keep_prefix: bool = False) -> dict:
-    """Reads a checkpoint file without running code that it may hold.
+    """Reads a checkpoint file without running any code in it.
 
     Args:
         path (str): A file of ``torch.save``: a dict with a ``state_dict``, or a
@@ -115,7 +115,7 @@ def read_checkpoint(path: str, keep_prefix: bool = False) -> dict:
 # OneDL's runs what is in a file that PyTorch refuses.
 @CheckpointLoader.register_scheme(prefixes='', force=True)
 def load_from_local(filename: str, map_location: Any = 'cpu') -> dict:
-    """Reads whatever a checkpoint file holds, as long as it is harmless and whole.
+    """Reads a checkpoint file that is safe and complete, and refuses others.
 
     Args:
         filename (str): The file.
@@ -152,7 +152,7 @@ def load_from_local(filename: str, map_location: Any = 'cpu') -> dict:
 
 
 def _check_archive(path: str) -> None:
-    """Holds what a file of ``torch.save`` stores against the checksums in it."""
+    """Verifies the checksums in a file of ``torch.save``."""
     with zipfile.ZipFile(path) as archive:
         # Nothing in it is compressed, as it is in files made to fill the memory.
         if sum(i.file_size for i in archive.infolist()) > os.path.getsize(path):
@@ -166,7 +166,7 @@ _NO_STATE = "no state dict of tensors, neither under 'state_dict' nor as a whole
 
 
 def _problem(checkpoint: Any, size: int) -> str:
-    """What is wrong with the weights, by the first entry that is."""
+    """Describes the first problem of the weights; empty if there is none."""
     if not isinstance(checkpoint, dict):
         return f'holds a {type(checkpoint).__name__}, not a checkpoint dict'
     if not isinstance(checkpoint.get('meta') or {}, dict):
@@ -191,7 +191,7 @@ def _problem(checkpoint: Any, size: int) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What was wrong with a file, without the advice to trust it."""
+    """The cause of an error, without PyTorch's advice to trust the file."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith('Check the documentation')]
     if not lines:
@@ -260,7 +260,7 @@ def _to_json(value: Any) -> Any:
 
 
 def load_training_form(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
-    """Loads a training checkpoint, every key of it, into the training form.
+    """Loads a training checkpoint strictly into the training form.
 
     Args:
         model (nn.Module): In training form.
@@ -290,7 +290,7 @@ def load_training_form(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
 
 
 def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
-    """Loads a checkpoint that has to fit, in short words where it does not.
+    """Loads a checkpoint strictly, with a short error where it does not fit.
 
     A deployed model folds a training form, as whenever it is loaded.
 
@@ -304,7 +304,7 @@ def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """
     own = model.state_dict()
     misshapen = {
-        key: value.shape
+        key: tuple(value.shape)
         for key, value in state_dict.items()
         if key in own and own[key].shape != value.shape
     }
@@ -320,24 +320,13 @@ def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
             f'the checkpoint does not fit the config: {first.strip()}'
             + (f', and {len(more)} more' if more else '')
         ) from error
-    problems = [
-        name_keys(
-            'missing from the checkpoint', set(loaded.missing_keys) - misshapen.keys()
-        ),
-        name_keys('not known to the model', loaded.unexpected_keys),
-        name_keys(
-            'of another shape',
-            [
-                f'{key} ({tuple(shape)}, not {tuple(own[key].shape)})'
-                for key, shape in misshapen.items()
-            ],
-        ),
-    ]
-    if any(problems):
-        raise CheckpointError(
-            'the checkpoint does not fit the config: '
-            + '; '.join(filter(None, problems))
-        )
+    expected = {key: tuple(own[key].shape) for key in misshapen}
+    problems = describe_misfit(
+        {**dict.fromkeys(loaded.missing_keys, ()), **expected},
+        {**dict.fromkeys(loaded.unexpected_keys, ()), **misshapen},
+    )
+    if problems:
+        raise CheckpointError(f'the checkpoint does not fit the config: {problems}')
 
 
 def deploy_checkpoint(model: nn.Module, checkpoint: dict) -> dict:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..backbones import OREPARepVGG, OREPAResNet
 from ..backbones.staged_backbone import StagedBackbone
 from ..layers import ReparamConv2d, outermost
-from ..utils.errors import CheckpointError, name_keys
+from ..utils.errors import CheckpointError, describe_misfit
 
 _HEAD = ('head.fc.weight', 'head.fc.bias')
 
@@ -86,16 +86,12 @@ def start_from_plain(
     for module in model.modules():
         if isinstance(module, ReparamConv2d) and start is not None:
             module.start = start
+    # Not load_strictly(): the backbone has words of its own for another network.
     loaded = model.load_state_dict(entries, strict=False)
-    problems = [
-        name_keys('missing', loaded.missing_keys),
-        name_keys('not known to the model', loaded.unexpected_keys),
-    ]
-    if any(problems):
-        raise CheckpointError(
-            f'the checkpoint does not fit the config: '
-            f'{"; ".join(filter(None, problems))}'
-        )
+    keys = loaded.missing_keys, loaded.unexpected_keys
+    problems = describe_misfit(*(dict.fromkeys(names, ()) for names in keys))
+    if problems:
+        raise CheckpointError(f'the checkpoint does not fit the config: {problems}')
     return len(convs)
 
 

@@ -24,14 +24,14 @@ from ..layers import (
     RepVGGConv2d,
     outermost,
 )
-from ..layers.orepa import DEEP_LINEAR_FROM
-from ..utils.errors import CheckpointError, name_keys
+from ..layers.deep_linear import DEEP_LINEAR_FROM
+from ..utils.errors import CheckpointError, describe_misfit, name_keys
 from ..version import __version__
 from .architectures import identify, name_of
 
 
 class _Pair(NamedTuple):
-    """An entry here and there.
+    """An entry of our layout, and the same entry of the published one.
 
     ``ours`` is None for entries that the published code saves though they are fixed;
     ``fixed`` makes them. ``to_ours`` and ``to_theirs`` reorder rows or dimensions.
@@ -104,7 +104,7 @@ def from_published(
 def to_published(
     state_dict: Mapping[str, Tensor], backbone: dict, published: Optional[dict] = None
 ) -> dict[str, Tensor]:
-    """Translates a state dict of ours back.
+    """Translates our state dict back to the published layout.
 
     Args:
         state_dict (Mapping[str, Tensor]): ``backbone.*`` and ``head.fc.*``.
@@ -163,7 +163,7 @@ def _is_deployed(theirs: Mapping[str, Tensor]) -> bool:
 
 
 def _has_unused_row(network: nn.Module, pair: _Pair) -> bool:
-    """Whether this is a vector that has a row more than the kernel has branches."""
+    """Whether a scaling vector has one row more than the kernel has branches."""
     if not pair.theirs.endswith('rbr_dense.vector'):
         return False
     name, _, _ = pair.ours.removeprefix('backbone.').partition('.branches.')
@@ -203,7 +203,7 @@ def _own_shapes(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, tu
 
 
 def _head(state: Mapping[str, Tensor]) -> list[str]:
-    """The keys of the classifier, in either layout, that there are."""
+    """The keys of the classifier that exist, in either layout."""
     return [
         f'{layer}.{entry}'
         for entry in ('weight', 'bias')
@@ -215,28 +215,25 @@ def _head(state: Mapping[str, Tensor]) -> list[str]:
 def _check(
     pairs: list[_Pair], found: Mapping[str, Tensor], shapes: dict[str, tuple]
 ) -> None:
-    expected = {pair.theirs: pair for pair in pairs}
-    misshapen, wrong = [], []
-    for key in expected.keys() & found.keys():
-        pair, value = expected[key], found[key]
-        fixed = None if pair.fixed is None else pair.fixed()
+    expected, wrong = {}, []
+    for pair in pairs:
+        key, fixed = pair.theirs, None if pair.fixed is None else pair.fixed()
         if fixed is None:
             like = pair.to_theirs(torch.empty(shapes[pair.ours], device='meta'))
         else:
             like = fixed
-        shape = tuple(like.shape)
-        if tuple(value.shape) != shape:
-            misshapen.append(f'{key} ({tuple(value.shape)}, not {shape})')
-        elif fixed is not None and not torch.allclose(
+        expected[key] = tuple(like.shape)
+        if fixed is None or key not in found or found[key].shape != fixed.shape:
+            continue
+        value = found[key]
+        if not torch.allclose(
             value.double(), fixed.to(value.dtype).double(), atol=1e-5
         ):
             wrong.append(key)
-    problems = [
-        name_keys('missing from the checkpoint', expected.keys() - found.keys(), None),
-        name_keys('left over', found.keys() - expected.keys(), None),
-        name_keys('of another shape', misshapen, None),
+    problems = (
+        describe_misfit(expected, {k: tuple(v.shape) for k, v in found.items()}, None),
         name_keys('fixed in the published code, with other values', wrong, None),
-    ]
+    )
     if any(problems):
         raise CheckpointError(
             f'the checkpoint does not fit: {"; ".join(filter(None, problems))}'
@@ -360,7 +357,7 @@ def _conv_pairs(conv: ReparamConv2d) -> Iterator[_Pair]:
 
 
 def _fixed_pairs(kernel: OREPAKernel, there: str, kind: str) -> Iterator[_Pair]:
-    """What the published code saves though it never changes."""
+    """The constants that the published code saves."""
     size, outputs = kernel.kernel_size, kernel.scale.shape[1]
     hidden, inputs = kernel.weight_pointwise_kxk_1.shape[:2]
     fixed = {

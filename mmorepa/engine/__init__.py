@@ -1,4 +1,4 @@
-"""What plugs into MMEngine's runner: hooks, optimizers, set-up."""
+"""Extensions of MMEngine's runner: hooks, optimizer wrappers, set-up."""
 
 from ..converters import (
     allow_mmengine_checkpoints,

@@ -1,4 +1,4 @@
-"""From a config to a runner, for all toolboxes alike."""
+"""Builds models and runners from configs, for all toolboxes."""
 
 import atexit
 import copy
@@ -24,7 +24,7 @@ from .resume import newest_resumable, read_resumable
 
 
 def read_config(path: str, options: Optional[dict] = None) -> Config:
-    """Reads a config, for every tool alike.
+    """Reads and checks a config.
 
     Args:
         path (str): The file.
@@ -98,12 +98,12 @@ def use_amp(cfg: Config) -> None:
 
 
 def _has_accelerator() -> bool:
-    """Whether there is one that MMEngine's launchers and loss scaling know."""
+    """Whether MMEngine's launchers and loss scaling know the device."""
     return get_device() not in ('cpu', 'mps')
 
 
 def build_runner(cfg: Config, phases: tuple[str, ...]) -> Runner:
-    """Builds the runner after checks whose errors a user can act upon.
+    """Checks data folders and checkpoints, then builds the runner.
 
     Args:
         cfg (Config): The complete config.
@@ -149,14 +149,14 @@ def build_runner(cfg: Config, phases: tuple[str, ...]) -> Runner:
 
 
 def _keep_seed(cfg: Config, meta: dict) -> None:
-    """The seed that was drawn, where none is set: the samplers are built with it."""
+    """Restores the drawn seed where none is set; samplers are built with it."""
     randomness = cfg.get('randomness') or {}
     if randomness.get('seed') is None:
         cfg.randomness = dict(randomness, seed=meta.get('seed'))
 
 
 def add_hook(cfg: Config, name: str) -> None:
-    """Adds a hook with its defaults to a config that has none of the kind.
+    """Adds a hook with its defaults, unless the config has one of this type.
 
     Args:
         cfg (Config): Changed in place.
@@ -196,7 +196,7 @@ def check_data_folders(cfg: Config, phases: tuple[str, ...]) -> None:
 
 
 def _datasets(node: object) -> Iterator[dict]:
-    """The dataset configs inside a dataloader's: wrappers, and what they hold."""
+    """Yields all dataset configs of a dataloader: wrappers, and wrapped ones."""
     if isinstance(node, (list, tuple)):
         for item in node:
             yield from _datasets(item)
@@ -208,7 +208,7 @@ def _datasets(node: object) -> Iterator[dict]:
 
 
 def _prepare_distributed_cpu(cfg: Config) -> None:
-    """Makes up for what MMEngine takes for granted: a GPU per process."""
+    """Sets up distributed runs on CPUs, where MMEngine expects GPUs."""
     if not torch.distributed.is_initialized():
         _name_ranks_as_torchrun(cfg.launcher)
         # MMEngine's own launcher would call torch.cuda.set_device.
@@ -256,7 +256,7 @@ def _leave_process_group() -> None:
 
 
 def _replace_sync_bn(node: object) -> bool:
-    """Replaces SyncBN by BN inside a model config; whether there was any."""
+    """Replaces SyncBN by BN in a model config; returns whether there was any."""
     found = isinstance(node, dict) and node.get('type') == 'SyncBN'
     if found:
         node['type'] = 'BN'

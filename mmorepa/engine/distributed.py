@@ -11,7 +11,7 @@ from ..layers import HeldKernel, ReparamConv2d, held
 
 @MODEL_WRAPPERS.register_module()
 class FoldedDistributedDataParallel(MMDistributedDataParallel):
-    """Averages the gradients of folded kernels, as many bytes as a plain network's.
+    """Averages the gradients of folded kernels: as many bytes as for plain ones.
 
     Goes with the ``Folded…OptimWrapper``, which pass the averages on to the branches.
     With any other one, wrap the model in ``MMDistributedDataParallel``.
@@ -52,7 +52,7 @@ class FoldedDistributedDataParallel(MMDistributedDataParallel):
                 del conv.held_kernel
         for conv, leaf in leaves.items():
             conv.reduced_kernel = HeldKernel(leaf)
-            # What is not reduced is not made equal at the start either.
+            # DDP does not broadcast at the start what it does not reduce.
             for tensor in conv.branches.state_dict().values():
                 source = dist.get_global_rank(self.process_group, 0)
                 dist.broadcast(tensor, source, group=self.process_group)

@@ -1,4 +1,4 @@
-"""Which checkpoint a training goes on from."""
+"""Chooses the checkpoint that a training resumes from."""
 
 import logging
 import re
@@ -14,7 +14,7 @@ _STEP = re.compile(r'_(\d+)\.pth$')
 
 
 def read_resumable(path: str) -> dict:
-    """Reads a checkpoint that has to hold the whole state of a training.
+    """Reads a checkpoint that must hold the whole state of a training.
 
     Args:
         path (str): The file.
@@ -65,9 +65,7 @@ def newest_resumable(folder: str) -> tuple[Optional[str], Optional[dict]]:
             skipped += f'\n  {error}'
             continue
         if skipped:
-            _warn(
-                f'Resuming from {str(path)!r}, since newer ones are no good:{skipped}'
-            )
+            _warn(f'Resuming from {str(path)!r}, newer ones cannot be used:{skipped}')
         return str(path), checkpoint
     if skipped:
         raise CheckpointError(
@@ -79,7 +77,7 @@ def newest_resumable(folder: str) -> tuple[Optional[str], Optional[dict]]:
 
 
 def _candidates(folder: Path) -> list[Path]:
-    """Checkpoints, the one to try first first."""
+    """Checkpoints, in the order in which to try them."""
     pointer, named = folder / 'last_checkpoint', None
     if pointer.is_file():
         # A crash of the machine may leave zeros.
@@ -107,7 +105,7 @@ def _candidates(folder: Path) -> list[Path]:
 
 
 def _age(path: Path) -> tuple[int, int]:
-    """When it was written, and of which step it is."""
+    """The time and the step of a checkpoint."""
     step = _STEP.search(path.name)
     time = path.stat().st_mtime_ns if path.exists() else 0
     return time, int(step[1]) if step else -1

@@ -1,4 +1,4 @@
-"""Random numbers that depend on how far a training is, not on how it got there."""
+"""Random numbers that depend on the seed and the progress of a training alone."""
 
 import random
 from collections.abc import Iterable, Iterator
@@ -75,7 +75,7 @@ class SeededBatches:
 
 
 class _SeededBatch:
-    """The indices of a batch; who loads one item after the other does so seeded."""
+    """The indices of a batch; iterating over them seeds the generators."""
 
     def __init__(self, indices: list, seed: int) -> None:
         self.indices = indices

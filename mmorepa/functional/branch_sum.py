@@ -145,7 +145,7 @@ class BranchSum:
 def _filters(
     spec: BranchSum, count: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """What the filtered branches make of weights of one."""
+    """The kernels of the filtered branches for weights of one."""
     ones = torch.ones(spec.shape[0], 1, 1, 1, dtype=dtype, device=device)
     filters = [_BRANCHES[part].kernel(spec, ones).flatten(1) for part in spec.filtered]
     return torch.stack(filters, dim=1).repeat(count, 1, 1)

@@ -7,7 +7,7 @@ passes, and the graph keeps nothing but references to the parameters. Kernels of
 shape are folded together, as one batch. On a CPU, :mod:`.compiled` does the work where
 it can.
 
-Where somebody follows the operations themselves (compilers, tracers, ``torch.func``,
+Where the operations themselves are followed (by compilers, tracers, ``torch.func``, or
 a second derivative), the plain formulas run instead. The tests hold one against the
 other.
 
@@ -38,7 +38,7 @@ def fold_kernel(spec: BranchSum, *tensors: Tensor) -> Tensor:
     """Folds branches into one kernel, with a gradient.
 
     Args:
-        spec (BranchSum): What is folded, and how.
+        spec (BranchSum): The sum of branches to fold.
         *tensors (Tensor): The parameters, in the order of ``spec.roles``.
 
     Returns:
@@ -51,7 +51,7 @@ def fold_kernels(spec: BranchSum, sets: Sequence[Sequence[Tensor]]) -> list[Tens
     """:func:`fold_kernel` for several sets of parameters of the same shapes.
 
     Args:
-        spec (BranchSum): What is folded, and how.
+        spec (BranchSum): The sum of branches to fold.
         sets (Sequence[Sequence[Tensor]]): The parameters of each kernel. They have one
             dtype and device.
 
@@ -77,7 +77,7 @@ def is_followed() -> bool:
 
 
 def recomputed(function: Callable[..., Tensor], *args) -> Tensor:
-    """``function(*args)``, of which the graph keeps the arguments alone.
+    """``function(*args)``, recomputed in the backward pass from its arguments.
 
     Args:
         function (Callable): Computed again in the backward pass.

@@ -119,11 +119,11 @@ def _flags() -> list[str]:
 
 
 def call(name: str, spec: BranchSum, *lists: Sequence[Tensor]) -> list[Tensor]:
-    """Does the work of a fold or of its derivative, if there is compiled code for that.
+    """Computes a fold or its derivative by compiled code, where there is some.
 
     Args:
         name (str): ``'fold'`` or ``'fold_gradients'``.
-        spec (BranchSum): What is folded, and how.
+        spec (BranchSum): The sum of branches to fold.
         *lists (Sequence[Tensor]): The parameters in the order of ``spec.roles``, of
             one kernel after another; for the derivative, the gradients of the kernels
             before them, each of shape (O, I, k, k).
@@ -144,7 +144,7 @@ def takes(spec: BranchSum, like: Tensor) -> bool:
     """Whether there is compiled code for such a fold, layouts and sizes apart.
 
     Args:
-        spec (BranchSum): What is folded, and how.
+        spec (BranchSum): The sum of branches to fold.
         like (Tensor): A parameter, or the gradient of a kernel.
     """
     return (

@@ -1,4 +1,4 @@
-"""Inverses of the folds: what one branch has to be for the fold to be a given kernel.
+"""Inverses of folds: the weights of one branch that make the fold a given kernel.
 
 Each fold is linear in one of its weights, the others being as they are.
 """

@@ -231,7 +231,7 @@ def compose_deep_linear(first: Tensor, second: Tensor, groups: int = 1) -> Tenso
 
 
 def constant_response(kernel: Tensor, constants: Tensor, groups: int = 1) -> Tensor:
-    """What a conv answers to maps that are constant, borders included.
+    """The response of a conv to constant maps, borders included.
 
     ``r[o] = Σ_i Σ_{h,w} kernel[o, i, h, w] · constants[i]`` within each group. It
     is how the bias of one conv passes through the next.

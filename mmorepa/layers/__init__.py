@@ -1,6 +1,6 @@
-"""Re-parameterised convolutions: parameters, and the life that they share."""
+"""Re-parameterised convolutions, and what folds and deploys them."""
 
-from .blocks import BLOCKS, BlockType, build_conv
+from .blocks import BLOCKS, build_conv
 from .dbb import DBBConv2d
 from .deep_linear import DeepLinearConv2d, DeepLinearKernel
 from .folded_kernel import FoldedKernel
@@ -10,6 +10,7 @@ from .orepa import (
     OREPAConv2d,
     OREPADeepLinearKernel,
     OREPAKernel,
+    OREPAPlainStemConv2d,
     OREPAPointwiseKernel,
 )
 from .plain import PlainConv2d, PlainKernel
@@ -20,7 +21,6 @@ from .switch import ConvAct2d, is_switchable, outermost, switch_to_deploy
 
 __all__ = [
     'BLOCKS',
-    'BlockType',
     'ConvAct2d',
     'DBBConv2d',
     'DeepLinearConv2d',
@@ -31,6 +31,7 @@ __all__ = [
     'OREPAConv2d',
     'OREPADeepLinearKernel',
     'OREPAKernel',
+    'OREPAPlainStemConv2d',
     'OREPAPointwiseKernel',
     'OREPARepVGGConv2d',
     'PlainConv2d',

@@ -1,47 +1,53 @@
-"""Which conv a network builds where, by the name of its block."""
+"""The block types, and which conv a network of a block type has where."""
 
-from dataclasses import dataclass
-from typing import Optional
+from typing import TYPE_CHECKING, Optional, Union
 
-from .dbb import DBBConv2d
-from .deep_linear import DeepLinearConv2d
-from .orepa import DEEP_LINEAR_FROM, OREPAConv2d
-from .plain import PlainConv2d
-from .reparam_conv import ReparamConv2d
-from .repvgg import OREPARepVGGConv2d, RepVGGConv2d
+from mmengine.registry import MODELS, Registry
+
+if TYPE_CHECKING:
+    from .reparam_conv import ReparamConv2d
 
 
-@dataclass(frozen=True)
-class BlockType:
-    """The convs of one kind of network.
+class _Blocks(Registry):
+    """Registers a conv under the name of its block type, and for ``conv_cfg``."""
+
+    def _register_module(
+        self,
+        module: type['ReparamConv2d'],
+        module_name: Union[str, list[str], None] = None,
+        force: bool = False,
+    ) -> None:
+        super()._register_module(module, module_name, force)
+        MODELS.register_module(module=module, force=force)
+
+
+BLOCKS = _Blocks('block', scope='mmorepa')
+"""Block types by name, for ``block=...``; each conv is a type of ``conv_cfg`` as well.
+
+Examples:
+    >>> @BLOCKS.register_module('cross')
+    ... class CrossConv2d(ReparamConv2d): ...
+"""
+
+
+def conv_type(block: str, kernel_size: int) -> type['ReparamConv2d']:
+    """The class of the convs of one size in networks of a block type.
 
     Args:
-        kxk (type[ReparamConv2d]): For 3×3 and 5×5 convs.
-        pointwise (type[ReparamConv2d]): For 1×1 convs.
-        large (type[ReparamConv2d]): For 7×7 convs and larger, the stem.
+        block (str): A name in :data:`BLOCKS`.
+        kernel_size (int): k.
+
+    Returns:
+        type[ReparamConv2d]: That of the block type for its
+        :attr:`~ReparamConv2d.BLOCK_SIZES`, and the plain one for others.
+
+    Raises:
+        ValueError: If ``block`` is not in :data:`BLOCKS`.
     """
-
-    kxk: type[ReparamConv2d]
-    pointwise: type[ReparamConv2d] = PlainConv2d
-    large: type[ReparamConv2d] = PlainConv2d
-
-    def conv(self, kernel_size: int) -> type[ReparamConv2d]:
-        """The class for a conv of this kernel size."""
-        if kernel_size == 1:
-            return self.pointwise
-        return self.kxk if kernel_size < DEEP_LINEAR_FROM else self.large
-
-
-BLOCKS: dict[str, BlockType] = {
-    'none': BlockType(PlainConv2d),
-    'deep_linear': BlockType(PlainConv2d, large=DeepLinearConv2d),
-    'dbb': BlockType(DBBConv2d),
-    'orepa': BlockType(OREPAConv2d, OREPAConv2d, OREPAConv2d),
-    'orepa_plain_stem': BlockType(OREPAConv2d, OREPAConv2d),
-    'repvgg': BlockType(RepVGGConv2d),
-    'orepa_repvgg': BlockType(OREPARepVGGConv2d),
-}
-"""Block types by name; add your own entry to use it as ``block=...``."""
+    types = BLOCKS.module_dict
+    if block not in types:
+        raise ValueError(f'unknown block {block!r}; choose one of {", ".join(types)}')
+    return types[block if kernel_size in types[block].BLOCK_SIZES else 'plain']
 
 
 def build_conv(
@@ -51,11 +57,11 @@ def build_conv(
     kernel_size: int,
     block_cfg: Optional[dict] = None,
     **kwargs,
-) -> ReparamConv2d:
+) -> 'ReparamConv2d':
     """Builds the conv that networks of this block type use.
 
     Args:
-        block (str): A key of :data:`BLOCKS`.
+        block (str): A name in :data:`BLOCKS`.
         in_channels (int): I.
         out_channels (int): O.
         kernel_size (int): k.
@@ -68,11 +74,9 @@ def build_conv(
         ReparamConv2d: The conv.
 
     Raises:
-        ValueError: If ``block`` is not a key of :data:`BLOCKS`.
+        ValueError: If ``block`` is not in :data:`BLOCKS`.
     """
-    if block not in BLOCKS:
-        raise ValueError(f'unknown block {block!r}; choose one of {", ".join(BLOCKS)}')
-    conv = BLOCKS[block].conv(kernel_size)
-    if conv is not PlainConv2d:
+    conv = conv_type(block, kernel_size)
+    if conv is not BLOCKS.module_dict['plain']:
         kwargs.update(block_cfg or {})
     return conv(in_channels, out_channels, kernel_size, **kwargs)

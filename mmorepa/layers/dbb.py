@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..functional import (
@@ -13,11 +12,12 @@ from ..functional import (
     filtered_kernel,
     identity_1x1,
 )
+from .blocks import BLOCKS
 from .multi_branch import MultiBranchConv2d, norm_scale
 from .reparam_conv import ReparamConv2d
 
 
-@MODELS.register_module()
+@BLOCKS.register_module('dbb')
 class DBBConv2d(MultiBranchConv2d):
     """Four branches, each with BatchNorm, that run on the feature map.
 

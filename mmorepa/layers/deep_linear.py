@@ -1,12 +1,12 @@
-"""Large kernels as a chain of small ones."""
+"""Large kernels that are composed of 3×3 kernels."""
 
 import copy
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 import torch.fx
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -16,12 +16,16 @@ from ..functional import (
     recomputed,
     solve_deep_linear,
 )
+from .blocks import BLOCKS
 from .folded_kernel import folded_together
 from .plain import PlainKernel
 from .reparam_conv import ReparamConv2d
 
 # As for fold_kernel: a node of its own in a symbolic trace.
 torch.fx.wrap('compose_deep_linear')
+
+# From this kernel size on, the paper's networks use the deep linear form.
+DEEP_LINEAR_FROM = 7
 
 
 class DeepLinearKernel(nn.Module):
@@ -111,7 +115,7 @@ class _Factors(nn.ModuleList):
         return kernel.contiguous()
 
 
-@MODELS.register_module()
+@BLOCKS.register_module('deep_linear')
 class DeepLinearConv2d(ReparamConv2d, nn.Conv2d):
     """A large conv of plain 3×3 factors; a 1×1 conv has none and is plain.
 
@@ -120,6 +124,8 @@ class DeepLinearConv2d(ReparamConv2d, nn.Conv2d):
             :class:`DeepLinearKernel`. Defaults to 1.
         *args, **kwargs: See :class:`ReparamConv2d`.
     """
+
+    BLOCK_SIZES = range(DEEP_LINEAR_FROM, sys.maxsize)
 
     def __init__(self, *args, inner_mult: float = 1.0, **kwargs) -> None:
         self._inner_mult = inner_mult  # Before the base class builds the branches.

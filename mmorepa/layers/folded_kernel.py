@@ -48,7 +48,7 @@ class FoldedKernel(nn.Module):
         return self.branch_sum.shape[-1]
 
     def tensors(self) -> list[Tensor]:
-        """What is folded, in the order of the fold's names."""
+        """The parameters, in the order of :attr:`branch_sum`'s roles."""
         return [getattr(self, name) for name in self.branch_sum.roles]
 
     @torch.no_grad()

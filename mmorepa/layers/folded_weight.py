@@ -1,4 +1,4 @@
-"""What readers and writers of a training form's ``weight`` get."""
+"""The ``weight`` of a training form: a fold that can be read and written."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Optional
@@ -78,7 +78,7 @@ class FoldedWeight(Tensor):
             return found if name == 'detach' else _as_views(found, weights)
 
     def _written(self, name: str) -> None:
-        """Hands on what has been written."""
+        """Starts the branches from the written kernel."""
         whole = self.whole
         # Draws from a truncated distribution are drawn, and then worked upon.
         whole.is_random = name in _DRAWS or (whole.is_random and name not in _SETS)

@@ -110,15 +110,15 @@ def backward_to_branches(kernels: list['HeldKernel']) -> None:
 
 
 class KernelGraph:
-    """What is behind the leaf of a folded kernel.
+    """The graph that connects the leaf of a folded kernel with the branches.
 
     The leaf refers to it, by a hook that no garbage collector looks into. So it does
     not refer to the leaf, or neither would ever be freed.
 
     Attributes:
         kernel (Tensor): The leaf's numbers, as a function of the branches.
-        is_deferred (bool): Whether somebody calls :func:`backward_to_branches` after
-            the backward pass.
+        is_deferred (bool): Whether :func:`backward_to_branches` is called after the
+            backward pass.
         is_reduced (bool): Whether data parallelism averages the leaf's gradient,
             which is done at the end of a backward pass only.
     """

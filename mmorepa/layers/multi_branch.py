@@ -61,7 +61,7 @@ class MultiBranchConv2d(ReparamConv2d):
             scales = dict.fromkeys(self.BRANCH_NAMES, 0.0)
             self._initial_scales = {**scales, 'origin': 1.0, **self._initial_scales}
         super().__init__(*args, norm_cfg=norm_cfg or dict(type='BN'), **kwargs)
-        # Whether a norm of the network's follows, for whose sake there is no bias.
+        # Whether a norm of the network follows, as where there is no bias.
         self.has_second_norm = norm_cfg is None and not self.conv_bias
         size, dilation = self.kernel_size[0], self.dilation[0]
         reach = dilation * (size // 2)

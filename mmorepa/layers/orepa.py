@@ -1,19 +1,17 @@
 """OREPA convolutions: many linear branches, one kernel, one convolution."""
 
+import sys
 from collections.abc import Sequence
 from typing import Optional
 
 import torch
-from mmengine.registry import MODELS
 from torch import nn
 
 from ..functional import BranchSum, identity_1x1
-from .deep_linear import DeepLinearKernel
+from .blocks import BLOCKS
+from .deep_linear import DEEP_LINEAR_FROM, DeepLinearKernel
 from .folded_kernel import FoldedKernel
 from .reparam_conv import ReparamConv2d
-
-# From this kernel size on, the paper's networks use the deep linear form.
-DEEP_LINEAR_FROM = 7
 
 
 class OREPAKernel(FoldedKernel):
@@ -188,7 +186,7 @@ class OREPADeepLinearKernel(DeepLinearKernel):
         )
 
 
-@MODELS.register_module()
+@BLOCKS.register_module('orepa')
 class OREPAConv2d(ReparamConv2d, nn.Conv2d):
     """A conv that trains as OREPA's branches, folded online into one kernel.
 
@@ -220,6 +218,8 @@ class OREPAConv2d(ReparamConv2d, nn.Conv2d):
         >>> y = conv(torch.rand(1, 64, 56, 56))  # (1, 128, 28, 28)
         >>> conv.switch_to_deploy()  # now a plain conv with the same outputs
     """
+
+    BLOCK_SIZES = range(1, sys.maxsize)
 
     def __init__(
         self,
@@ -268,6 +268,13 @@ class OREPAConv2d(ReparamConv2d, nn.Conv2d):
         if self._kaiming_a is not None:
             options['kaiming_a'] = self._kaiming_a
         return options
+
+
+@BLOCKS.register_module('orepa_plain_stem')
+class OREPAPlainStemConv2d(OREPAConv2d):
+    """An :class:`OREPAConv2d` of networks whose stem stays plain."""
+
+    BLOCK_SIZES = range(1, DEEP_LINEAR_FROM)
 
 
 def _kaiming_uniform(shape: Sequence[int], a: float) -> nn.Parameter:

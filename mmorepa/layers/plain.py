@@ -1,9 +1,9 @@
 """Plain convs with the interface of the others: the baseline of every comparison."""
 
 import torch
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from .blocks import BLOCKS
 from .folded_kernel import own_parameter
 from .reparam_conv import ReparamConv2d
 
@@ -41,7 +41,8 @@ class PlainKernel(nn.Module):
         self.weight.mul_(factor[:, None, None, None])
 
 
-@MODELS.register_module()
+# 'none' is its older name.
+@BLOCKS.register_module(['plain', 'none'])
 class PlainConv2d(ReparamConv2d, nn.Conv2d):
     """Conv, normalisation, activation, with nothing folded but the BatchNorm.
 

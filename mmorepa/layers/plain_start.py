@@ -1,4 +1,4 @@
-"""Training forms in the place of plain convs, in any model."""
+"""Replaces plain convs of any model by training forms."""
 
 import logging
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .blocks import BLOCKS, build_conv
+from .blocks import build_conv, conv_type
 from .reparam_conv import ReparamConv2d
 from .switch import has_hooks
 
@@ -27,7 +27,7 @@ def reparameterize(
     exclude: Union[str, Sequence[str]] = (),
     block_cfg: Optional[dict] = None,
 ) -> nn.Module:
-    """Puts training forms in the place of a model's convs. It computes the same.
+    """Replaces a model's convs by training forms; the model computes the same.
 
     Each starts from the kernel of the conv whose place it takes; names of modules,
     devices, dtypes, ``requires_grad`` and the mode stay. :func:`switch_to_deploy`
@@ -42,7 +42,7 @@ def reparameterize(
 
     Args:
         model (nn.Module): Any model; it is changed in place.
-        block (str): Block type, a key of :data:`mmorepa.layers.BLOCKS`. The convs of
+        block (str): Block type, a name in :data:`mmorepa.layers.BLOCKS`. The convs of
             ``'dbb'``, ``'repvgg'`` and ``'orepa_repvgg'`` have BatchNorms of their
             own: they compute the same in eval mode, and while training where another
             BatchNorm follows, and each of them is deployed with a bias. Defaults to
@@ -64,8 +64,7 @@ def reparameterize(
         >>> net = torchvision.models.resnet50(weights='DEFAULT')
         >>> mmorepa.reparameterize(net, exclude='layer1.*')
     """
-    if block not in BLOCKS:
-        raise ValueError(f'unknown block {block!r}; choose one of {", ".join(BLOCKS)}')
+    conv_type(block, 3)  # Raises for an unknown one.
     include = [include] if isinstance(include, str) else include
     exclude = [exclude] if isinstance(exclude, str) else exclude
     users: dict[nn.Parameter, set[nn.Module]] = {}
@@ -134,7 +133,7 @@ def build_reparameterized(module: dict, **kwargs) -> nn.Module:
 
 
 def log_plain_starts(model: nn.Module) -> None:
-    """Says in a line how many convs the last state dict had plain kernels for.
+    """Logs how many convs started from plain kernels of the last state dict.
 
     Args:
         model (nn.Module): Says nothing if there are none, or that has been said.

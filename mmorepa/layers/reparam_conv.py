@@ -1,8 +1,8 @@
-"""The life of a re-parameterised conv: train, fold, load, deploy."""
+"""The base class of re-parameterised convs: train, fold, load, deploy."""
 
 import copy
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Optional, Union
 
@@ -64,12 +64,17 @@ class ReparamConv2d(nn.Conv2d):
         ValueError: If the arguments describe a conv that has no fold.
     """
 
+    # The kernel sizes for which networks of its block type have this conv; convs of
+    # other sizes are plain. By conv_cfg, all sizes are of one type.
+    BLOCK_SIZES: Container[int] = (3, 5)
     # Whether kernel() takes a fold, rather than a look at a parameter.
     folds_online = True
     # What open scopes serve, for each conv alone: see mmorepa.layers.holding.
     held: Optional['HeldKernel'] = None
     reduced_kernel: Optional['HeldKernel'] = None
     _served: Optional[dict] = None
+    # Whether damaged weights that are loaded are told of.
+    warns_of_flaws = True
     # Whether the last state dict held a plain kernel.
     is_plain_start = False
 
@@ -206,7 +211,7 @@ class ReparamConv2d(nn.Conv2d):
             del self._served
 
     def regularized_kernel(self) -> Tensor:
-        """The kernel whose L2 norm a weight decay should look at.
+        """The kernel whose L2 norm a weight decay should penalise.
 
         Normalisation undoes the scale of a kernel, so this is the kernel before it.
 
@@ -454,7 +459,7 @@ class ReparamConv2d(nn.Conv2d):
         """Whether the fresh branches are left as they are by a network's init_weights.
 
         They are where a norm follows, which makes the scale of the kernel irrelevant:
-        one of its own, or the one for whose sake the conv has no bias.
+        one of its own, or one of the network, where the conv has no bias.
         """
         return self.norm is not None or not self.conv_bias
 
@@ -520,7 +525,7 @@ class ReparamConv2d(nn.Conv2d):
         self._forget()
 
     def _forget(self) -> None:
-        """Drops what open scopes serve: it has changed, and we are told."""
+        """Drops what open scopes serve, since it has changed."""
         self.held = None
         if self._served is not None:
             self._served.clear()
@@ -536,7 +541,7 @@ class ReparamConv2d(nn.Conv2d):
         return super().__getattr__(name)
 
     def _weight_of_training_form(self) -> Tensor:
-        """What readers of ``conv.weight`` get: the kernel, as it is now."""
+        """The value of ``conv.weight``: the kernel, folded now."""
         kernel = self.kernel()
         return kernel if is_followed() else FoldedWeight.of(self, kernel)
 
@@ -569,7 +574,8 @@ class ReparamConv2d(nn.Conv2d):
 
         MMEngine's loader and PyTorch's own both call this for every module.
         """
-        warn_of_flaws(state_dict, prefix, error_msgs)
+        if self.warns_of_flaws:
+            warn_of_flaws(state_dict, prefix, error_msgs)
         own = f'{prefix}branches.weight'
         if own in state_dict and not self.deployed and not _is_plain(self.branches):
             # The training form of a PlainConv2d, whose kernel is a parameter.
@@ -657,6 +663,8 @@ class ReparamConv2d(nn.Conv2d):
         twin = copy.deepcopy(self)
         with torch.random.fork_rng(devices=[]):
             twin._become_training_form()
+        for module in twin.modules():  # A load within one that has warned.
+            module.warns_of_flaws = False
         # In the widest dtype at hand, so that the result is rounded once.
         dtypes = [v.dtype for v in own.values() if v.is_floating_point()]
         twin.to(functools.reduce(torch.promote_types, dtypes, self.weight.dtype))

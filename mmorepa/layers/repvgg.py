@@ -3,16 +3,16 @@
 from typing import Optional
 
 from mmcv.cnn import build_norm_layer
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..functional import identity_1x1
+from .blocks import BLOCKS
 from .multi_branch import MultiBranchConv2d
 from .orepa import OREPAConv2d, OREPAKernel
 from .reparam_conv import ReparamConv2d, fuse_norm
 
 
-@MODELS.register_module()
+@BLOCKS.register_module('repvgg')
 class RepVGGConv2d(MultiBranchConv2d):
     """``BN(conv k×k) + BN(conv 1×1) [+ BN(x)]``, the last where shapes allow it.
 
@@ -36,7 +36,7 @@ class RepVGGConv2d(MultiBranchConv2d):
         return self.build_conv()
 
 
-@MODELS.register_module()
+@BLOCKS.register_module('orepa_repvgg')
 class OREPARepVGGConv2d(RepVGGConv2d):
     """A RepVGG block whose k×k branch is an OREPA conv.
 

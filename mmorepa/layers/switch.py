@@ -1,4 +1,4 @@
-"""From training form to deployed form, for whole models."""
+"""Switches whole models from training form to deployed form."""
 
 from collections.abc import Iterator
 from typing import Optional, Union
@@ -51,7 +51,7 @@ def _plain(deployed: ReparamConv2d) -> nn.Module:
     is_more = (
         deployed.norm is not None
         or has_hooks(deployed)
-        # Somebody's own, which computes something else.
+        # Overridden, so it computes something else.
         or type(deployed).forward is not ReparamConv2d.forward
         or (act is not None and next(act.parameters(), None) is not None)
     )
@@ -74,7 +74,7 @@ def _plain(deployed: ReparamConv2d) -> nn.Module:
 
 
 def has_hooks(owner: Union[nn.Module, Tensor]) -> bool:
-    """Whether somebody waits for what a module or a parameter does."""
+    """Whether a module or a parameter has hooks."""
     names = (*vars(owner), '_backward_hooks', '_post_accumulate_grad_hooks')
     return any(getattr(owner, n, None) for n in names if n.endswith('_hooks'))
 
@@ -136,7 +136,7 @@ def is_switchable(module: nn.Module) -> bool:
 def outermost(
     module: nn.Module, kind: type[nn.Module] = ReparamConv2d, name: str = ''
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a kind that are in no other one of it.
+    """The modules of a type that are inside no other module of that type.
 
     A branch that is itself a re-parameterised conv counts within its block.
 

@@ -1,1 +1,1 @@
-"""What every other part may need and none owns."""
+"""Helpers for all other parts of the package."""

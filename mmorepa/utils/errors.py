@@ -1,6 +1,6 @@
-"""Errors that a user can mend."""
+"""Errors that a user can fix."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Optional
 
 
@@ -16,7 +16,7 @@ def name_keys(what: str, keys: Collection[str], most: Optional[int] = 4) -> str:
     """A text for an error: '3 keys …: a, b, c', or nothing if there are none.
 
     Args:
-        what (str): What is the matter with them.
+        what (str): What is wrong with them.
         keys (Collection[str]): The keys.
         most (int, optional): How many are named; None names all. Defaults to 4.
 
@@ -30,3 +30,31 @@ def name_keys(what: str, keys: Collection[str], most: Optional[int] = 4) -> str:
     more = f' and {left} more' if left > 0 else ''
     noun = 'key' if len(keys) == 1 else 'keys'
     return f'{len(keys)} {noun} {what}: {", ".join(keys[:most])}{more}'
+
+
+def describe_misfit(
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    most: Optional[int] = 4,
+) -> str:
+    """A text for an error: which entries of a state dict do not fit a model.
+
+    Args:
+        expected (Mapping[str, tuple[int, ...]]): Keys of the model, with shapes.
+        found (Mapping[str, tuple[int, ...]]): Keys of the state dict, with shapes.
+        most (int, optional): As for :func:`name_keys`. Defaults to 4.
+
+    Returns:
+        str: Empty if both are the same.
+    """
+    misshapen = [
+        f'{key} {found[key]}, not {shape}'
+        for key, shape in expected.items()
+        if found.get(key, shape) != shape
+    ]
+    problems = (
+        name_keys('missing', expected.keys() - found.keys(), most),
+        name_keys('left over', found.keys() - expected.keys(), most),
+        name_keys('of another shape', misshapen, most),
+    )
+    return '; '.join(filter(None, problems))

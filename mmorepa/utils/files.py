@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and never in the place of another."""
+"""Atomic writes, and checks that no file overwrites another."""
 
 import os
 import shutil
@@ -97,7 +97,7 @@ def check_outputs(
 
 
 def _identity(path: PathLike) -> object:
-    """What all names of a file have in common, whether it is there or not."""
+    """An identity that all names of a file share, whether it exists or not."""
     try:
         found = os.stat(path)
     except OSError:

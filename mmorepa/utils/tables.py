@@ -1,4 +1,4 @@
-"""Tables for people."""
+"""Plain-text tables."""
 
 import io
 from collections.abc import Sequence

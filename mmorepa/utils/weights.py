@@ -1,4 +1,4 @@
-"""What weights can never be, whatever network they belong to."""
+"""Checks of weights that hold for any network."""
 
 import logging
 from collections.abc import Mapping
@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 _WEIGHTS = ('weight', 'bias', 'running_mean', 'running_var', 'scale', 'vector')
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# The list of errors that is passed on through one load_state_dict: the last in which
-# a warning was given, so that each gives one.
+# The list of errors that all modules of one load_state_dict are given, of the last load
+# with a warning, so that each load gives one. It is kept, so that no other list can be
+# taken for it; loads in several threads may at worst warn once more.
 _warned: Optional[list] = None
 
 
 def flaw(key: str, value: Tensor) -> str:
-    """What is wrong with an entry of a state dict.
+    """Describes what is wrong with an entry of a state dict.
 
     Args:
         key (str): Its key, which tells weights and variances.
@@ -45,7 +46,7 @@ def flaw(key: str, value: Tensor) -> str:
 def warn_of_flaws(
     state_dict: Mapping[str, Tensor], prefix: str, error_msgs: list[str]
 ) -> None:
-    """Warns of values that no training can go on from, once a ``load_state_dict``.
+    """Warns, once a ``load_state_dict``, of values that no training can go on from.
 
     Args:
         state_dict (Mapping[str, Tensor]): What is loaded.

@@ -37,7 +37,7 @@ def classifier(**backbone):
 
 def test_resnet18():
     """The figures that everybody quotes: 11.69 M parameters, 1.82 GFLOPs."""
-    model = classifier(depth=18, block='none')
+    model = classifier(depth=18, block='plain')
     reference = torchvision.models.resnet18()
     assert count_parameters(model) == 11_689_512 == count_parameters(reference)
     image = torch.zeros(1, 3, 224, 224)
@@ -56,7 +56,7 @@ def test_fold_is_not_counted(block):
     """A training form computes branches, but OREPA's only once for many images."""
     image = torch.zeros(1, 3, 64, 64)
     plain, model = (
-        classifier(depth=18, base_channels=8, block=name) for name in ('none', block)
+        classifier(depth=18, base_channels=8, block=name) for name in ('plain', block)
     )
     expected = count_gflops(plain, image)
     found = count_gflops(model, image)

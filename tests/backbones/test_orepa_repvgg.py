@@ -49,7 +49,7 @@ ARCHITECTURES = {
 def test_architectures(arch):
     num_blocks, widths, stem = ARCHITECTURES[arch]
     with torch.device('meta'):
-        net = OREPARepVGG(arch, block='none')
+        net = OREPARepVGG(arch, block='plain')
     assert net.stem.conv.out_channels == stem
     assert [len(stage) for stage in net.stages] == list(num_blocks)
     channels = stem
@@ -69,7 +69,7 @@ def test_architectures(arch):
 @pytest.mark.parametrize('arch', ['B1', 'B2', 'B3'])
 def test_every_second_block_is_grouped(arch, groups):
     with torch.device('meta'):
-        net = OREPARepVGG(f'{arch}g{groups}', block='none')
+        net = OREPARepVGG(f'{arch}g{groups}', block='plain')
     # RepVGG counts the stem as layer 0 and groups layers 2, 4, ..., 26.
     found = [i for i, conv in enumerate(convs(net)) if conv.groups != 1]
     assert found == list(range(2, 27, 2))
@@ -81,7 +81,7 @@ def test_every_second_block_is_grouped(arch, groups):
     [
         ('orepa', OREPARepVGGConv2d),
         ('repvgg', RepVGGConv2d),
-        ('none', PlainConv2d),
+        ('plain', PlainConv2d),
         ('dbb', DBBConv2d),
     ],
 )
@@ -110,7 +110,7 @@ def test_strides_dilations_and_outputs():
         dict(),
         dict(block='repvgg'),
         dict(block='dbb'),
-        dict(block='none'),
+        dict(block='plain'),
         dict(arch=dict(SLIM, groups=2, use_se=True)),
         dict(strides=(2, 2, 1, 1), dilations=(1, 1, 2, 4)),
         dict(norm_cfg=dict(type='SyncBN'), act_cfg=dict(type='PReLU')),

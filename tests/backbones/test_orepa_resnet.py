@@ -49,7 +49,7 @@ def on_meta(build):
 
 
 @pytest.mark.parametrize('depth', [18, 34, 50, 101, 152])
-@pytest.mark.parametrize('block', ['orepa', 'none'])
+@pytest.mark.parametrize('block', ['orepa', 'plain'])
 def test_convs_are_those_of_torchvision(depth, block):
     ours = on_meta(lambda: OREPAResNet(depth, block=block))
     theirs = on_meta(getattr(torchvision.models, f'resnet{depth}'))
@@ -118,7 +118,7 @@ def test_kernels_by_place(depth):
 
 
 def test_block_none_is_plain_throughout():
-    for conv in convs(tiny(50, block='none')).values():
+    for conv in convs(tiny(50, block='plain')).values():
         assert type(conv) is PlainConv2d
 
 
@@ -134,14 +134,14 @@ def test_output_shapes():
     x = image(64)
     with torch.no_grad():
         for depth, expansion in [(18, 1), (50, 4)]:
-            net = tiny(depth, block='none').eval()
+            net = tiny(depth, block='plain').eval()
             shapes = [tuple(y.shape) for y in net(x)]
             assert shapes == [
                 (2, 8 * expansion * 2**i, 16 // 2**i, 16 // 2**i) for i in range(4)
             ]
             assert net.feat_dim == 64 * expansion
         # A stage that shrinks the map and keeps the channels projects as well.
-        net = tiny(18, block='none', strides=(2, 1, 2, 1)).eval()
+        net = tiny(18, block='plain', strides=(2, 1, 2, 1)).eval()
         assert [y.shape[-1] for y in net(x)] == [8, 8, 4, 4]
 
 
@@ -197,7 +197,7 @@ def test_contract_dilation_and_multi_grid():
 
 def test_block_none_equals_torchvision():
     theirs = trained_like(torchvision.models.resnet18()).eval()
-    ours = OREPAResNet(18, block='none').eval()
+    ours = OREPAResNet(18, block='plain').eval()
     ours.load_state_dict(plain_keys(theirs.state_dict()))
     x = image(64)
     expected = nn.Sequential(*list(theirs.children())[:-2])
@@ -206,7 +206,7 @@ def test_block_none_equals_torchvision():
 
 
 def plain_keys(state):
-    """Keys of a stock ResNet as those of ``block='none'``."""
+    """Keys of a stock ResNet as those of ``block='plain'``."""
     renamed = {}
     for key, value in state.items():
         if key.startswith('fc.'):
@@ -234,7 +234,7 @@ def plain_keys(state):
         dict(depth=101),
         dict(depth=152),
         dict(depth=50, groups=4, width_per_group=32),
-        dict(depth=18, block='none'),
+        dict(depth=18, block='plain'),
         dict(depth=18, strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4), multi_grid=(2, 1)),
         dict(depth=18, norm_cfg=dict(type='SyncBN')),
         dict(depth=18, norm_cfg=dict(type='GN', num_groups=4)),
@@ -350,7 +350,7 @@ def test_with_cp(depth):
 
 
 @pytest.mark.parametrize(('depth', 'last'), [(18, 'conv2'), (50, 'conv3')])
-@pytest.mark.parametrize('block', ['orepa', 'dbb', 'none'])
+@pytest.mark.parametrize('block', ['orepa', 'dbb', 'plain'])
 def test_zero_init_residual(block, depth, last):
     """Every residual block starts as its shortcut."""
     options = dict(block=block, num_stages=2, out_indices=(1,))

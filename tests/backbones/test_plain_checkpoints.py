@@ -14,7 +14,7 @@ from mmorepa import switch_to_deploy
 from mmorepa.backbones import OREPARepVGG, OREPAResNet
 from mmorepa.utils.errors import CheckpointError
 
-BLOCKS = ['none', 'deep_linear', 'dbb', 'orepa', 'repvgg', 'orepa_repvgg']
+BLOCKS = ['plain', 'deep_linear', 'dbb', 'orepa', 'repvgg', 'orepa_repvgg']
 RESNETS = {
     'resnet18': dict(depth=18),
     'resnet50': dict(depth=50),
@@ -383,7 +383,7 @@ def test_caffe_by_name(name, deploy, tmp_path):
         net.init_weights()
 
 
-@pytest.mark.parametrize('block', ['none', 'dbb'])
+@pytest.mark.parametrize('block', ['plain', 'dbb'])
 def test_repvgg_into_other_blocks(block):
     plain = mm_net('RepVGG', arch='A0')
     message = "branches are those of block='repvgg' and 'orepa', found"

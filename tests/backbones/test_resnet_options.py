@@ -70,7 +70,7 @@ def features(net, x):
         dict(C),
         dict(D, **SHORT),
         dict(D, block='dbb'),
-        dict(D, block='none'),
+        dict(D, block='plain'),
         dict(D, **SHORT, strides=(2, 1), dilations=(1, 2)),
         dict(style='caffe', **SHORT),
         dict(stem_channels=12),
@@ -144,7 +144,7 @@ def test_style(style, strides):
     assert [getattr(net, name).stride[0] for name in net.path] == strides
 
 
-@pytest.mark.parametrize('block', ['orepa', 'none'])
+@pytest.mark.parametrize('block', ['orepa', 'plain'])
 def test_deep_stem(block):
     net = tiny(stem_channels=12, block=block, width_mult=2, **D)
     kind = OREPAConv2d if block == 'orepa' else PlainConv2d
@@ -156,7 +156,7 @@ def test_deep_stem(block):
 
 
 def test_avg_down():
-    net = tiny(50, avg_down=True, block='none')
+    net = tiny(50, avg_down=True, block='plain')
     pool, conv = net.layer2[0].downsample
     assert isinstance(pool, nn.AvgPool2d) and pool.stride == 2
     assert conv.stride == (1, 1) and conv.norm is not None

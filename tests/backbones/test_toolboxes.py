@@ -79,7 +79,7 @@ def test_strides_and_dilations_are_those_of_mmseg(depth, options):
     models = registry('mmseg')
     with torch.device('meta'):
         theirs = models.build(dict(type='mmseg.ResNet', depth=depth, **options))
-        ours = OREPAResNet(depth, block='none', **options)
+        ours = OREPAResNet(depth, block='plain', **options)
     expected = geometry(theirs)
     expected = {n.replace('downsample.0', 'downsample'): g for n, g in expected.items()}
     assert geometry(ours) == expected

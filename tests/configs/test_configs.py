@@ -9,7 +9,7 @@ import mmcv
 import numpy as np
 import pytest
 import torch
-from helpers import import_models
+from helpers import assert_near, import_models, trained_like
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.evaluator import Evaluator
@@ -20,6 +20,7 @@ from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
 from mmengine.runner import Runner
 from torch import nn
 
+from mmorepa import is_switchable
 from mmorepa.layers import ReparamConv2d
 
 ROOT = Path(__file__).parents[2]
@@ -30,11 +31,13 @@ OPENED = sorted(
     if '_base_' not in path.relative_to(CONFIGS).parts
 )
 NAMES = [str(path.relative_to(CONFIGS)) for path in OPENED]
+DEPLOYED = [name for name in NAMES if '/deploy/' in name]
 # Those of detectors and segmenters are tested in tests/transfer.
 CLASSIFIERS = [
     name
     for name in NAMES
-    if Config.fromfile(CONFIGS / name).default_scope == 'mmpretrain'
+    if name not in DEPLOYED
+    and Config.fromfile(CONFIGS / name).default_scope == 'mmpretrain'
 ]
 
 
@@ -54,6 +57,35 @@ def test_there_are_configs():
 def test_is_short(name):
     """What a user opens says what is special about it, and little more."""
     assert len((CONFIGS / name).read_text().splitlines()) <= 15
+
+
+def test_deployed_configs():
+    """Of every network with branches, and nothing is changed but the form."""
+    expected = {}
+    for name in NAMES:
+        if not name.startswith('imagenet/') or name in DEPLOYED:
+            continue
+        cfg = Config.fromfile(CONFIGS / name)
+        if cfg.model.backbone.block != 'plain':
+            cfg.model.backbone.deploy = True
+            stem = Path(name).stem.replace('_4xb64_', '_deploy_')
+            expected[f'imagenet/deploy/{stem}.py'] = cfg.to_dict()
+    assert expected.keys() == set(DEPLOYED)
+    for name, cfg in expected.items():
+        assert Config.fromfile(CONFIGS / name).to_dict() == cfg
+
+
+@pytest.mark.parametrize('network', ['resnet18-orepa', 'resnet18-dbb', 'repvgg-a0'])
+def test_deployed_config_takes_training_checkpoints(network):
+    name = f'imagenet/{network}_4xb64_in1k.py'
+    training = trained_like(MODELS.build(shrink(load(name)).model)).eval()
+    name = f'imagenet/deploy/{network}_deploy_in1k.py'
+    deployed = MODELS.build(shrink(load(name)).model).eval()
+    assert is_switchable(training) and not is_switchable(deployed)
+    deployed.load_state_dict(training.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert_near(deployed(images), training(images), 1e-4)
 
 
 def test_every_base_is_used():
@@ -120,10 +152,10 @@ def test_names_tell_the_truth(name):
     assert 'indices' not in cfg.val_dataloader.dataset
     backbone = cfg.model.backbone
     blocks = dict(orepa='orepa', dbb='dbb')
-    wanted = next((v for k, v in blocks.items() if k in network.split('-')), 'none')
+    wanted = next((v for k, v in blocks.items() if k in network.split('-')), 'plain')
     if 'repvgg' in network:
         assert backbone.arch.lower() == network.split('-')[1]
-        wanted = dict(orepa='orepa_repvgg', none='repvgg')[wanted]
+        wanted = dict(orepa='orepa_repvgg', plain='repvgg')[wanted]
         assert backbone.block in (wanted, wanted.replace('_repvgg', ''))
     else:
         assert backbone.block == wanted

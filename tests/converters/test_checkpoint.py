@@ -464,13 +464,13 @@ class TestDeploy:
             deploy_checkpoint(TinyClassifier(), {'state_dict': state})
         assert str(info.value) == (
             'the checkpoint does not fit the config: '
-            '1 key missing from the checkpoint: head.bias; '
-            '1 key not known to the model: head.extra; '
-            '1 key of another shape: head.weight ((7, 8), not (4, 8))'
+            '1 key missing: head.bias; '
+            '1 key left over: head.extra; '
+            '1 key of another shape: head.weight (7, 8), not (4, 8)'
         )
 
     def test_names_only_some_of_many_keys(self):
-        with pytest.raises(CheckpointError, match=r'\d+ keys missing .* and \d+ more'):
+        with pytest.raises(CheckpointError, match=r'\d+ keys missing: .* and \d+ more'):
             deploy_checkpoint(TinyClassifier(), {'state_dict': {}})
 
     def test_other_modules_that_are_named_branches(self):
@@ -509,7 +509,7 @@ class TestLoadStrictly:
     def test_another_shape_under_another_name(self):
         """A plain conv's kernel, in training form, for a conv of branches."""
         models = []
-        for block, width in (('none', 4), ('orepa', 8)):
+        for block, width in (('plain', 4), ('orepa', 8)):
             convs = (build_conv(block, width, width, 3, bias=False) for _ in range(2))
             models.append(nn.Sequential(*convs))
         words = 'does not fit the config: size mismatch for 0.weight.*, and 1 more'
@@ -520,7 +520,7 @@ class TestLoadStrictly:
         """A deeper network's checkpoint holds all that a flatter one asks for."""
         state = TinyClassifier().state_dict()
         state['conv3.norm.weight'] = torch.ones(8)
-        with pytest.raises(CheckpointError, match='not known .*: conv3.norm.weight'):
+        with pytest.raises(CheckpointError, match='left over: conv3.norm.weight'):
             load_strictly(TinyClassifier(), state)
 
     def test_old_batch_norms_without_a_counter(self):

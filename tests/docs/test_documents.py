@@ -11,10 +11,11 @@ from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPERS
 import mmorepa  # noqa: F401  (registers)
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/**/*.md')])
+PLACES = ('*.md', 'docs/**/*.md', 'configs/**/*.md')
+DOCUMENTS = sorted(path for place in PLACES for path in ROOT.glob(place))
 TOP_FOLDERS = '|'.join(['tools', 'configs', 'docs', 'tests', 'mmorepa', 'requirements'])
 # Shared flags are defined here.
-COMMON = ('mmorepa/engine/config.py',)
+COMMON = ('mmorepa/cli/arguments.py',)
 
 
 def each_document(function):

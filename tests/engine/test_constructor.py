@@ -381,7 +381,7 @@ class TestMultipliers:
             assert set(found) == scales
             assert all(pair == pytest.approx(factors) for pair in found.values())
 
-    @pytest.mark.parametrize('block', ['none', 'dbb', 'orepa', 'orepa_repvgg'])
+    @pytest.mark.parametrize('block', ['plain', 'dbb', 'orepa', 'orepa_repvgg'])
     def test_branches(self, block):
         """All that is folded into a kernel decays with it; norms and biases do not."""
         model = resnet(block)
@@ -423,7 +423,7 @@ class TestMultipliers:
         'option, model',
         [
             ('stem_lr_mult', Various),
-            ('scale_lr_mult', lambda: resnet('none')),
+            ('scale_lr_mult', lambda: resnet('plain')),
             ('scale_decay_mult', lambda: resnet('dbb')),
             ('branch_decay_mult', lambda: nn.Conv2d(2, 2, 3)),
             ('branch_decay_mult', lambda: resnet('orepa', deploy=True)),

@@ -52,7 +52,7 @@ def repvgg(block):
 
 
 NETWORKS = {
-    'none': lambda: resnet('none'),
+    'plain': lambda: resnet('plain'),
     'orepa': lambda: resnet('orepa'),
     'dbb': lambda: resnet('dbb'),
     'repvgg': lambda: repvgg('repvgg'),
@@ -176,7 +176,7 @@ def test_plain_net_decays_as_with_sgd(tmp_path):
             paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0, **paramwise),
         )
 
-    start = resnet('none')
+    start = resnet('plain')
     with_hook, recorder = run(
         tmp_path / 'hook',
         copy.deepcopy(start),

@@ -139,7 +139,7 @@ def test_is_the_default_of_the_constructor(kind, expected):
     if kind != 'FoldedOptimWrapper':
         unfolded = expected.removeprefix('Folded')
         assert of(SLIM, folded=False) == unfolded
-        assert of(dict(SLIM, block='none')) == unfolded
+        assert of(dict(SLIM, block='plain')) == unfolded
         assert of(dict(SLIM, deploy=True)) == unfolded
 
 
@@ -260,7 +260,7 @@ def test_activations_saved_are_those_of_the_plain_network():
         loss.backward()
         return sum(kept.values())
 
-    orepa, plain = build(SLIM), build(dict(SLIM, block='none'))
+    orepa, plain = build(SLIM), build(dict(SLIM, block='plain'))
     assert saved_bytes(orepa, wrap(orepa, 'FoldedOptimWrapper')) == saved_bytes(
         plain, wrap(plain, 'OptimWrapper')
     )
@@ -342,7 +342,7 @@ def test_data_parallel(tmp_path):
     for _, state in results.values():
         for key, value in expected.items():
             torch.testing.assert_close(state[key], value, rtol=1e-9, atol=1e-9)
-    plain = build(dict(SLIM, norm_cfg=dict(type='GN', num_groups=2), block='none'))
+    plain = build(dict(SLIM, norm_cfg=dict(type='GN', num_groups=2), block='plain'))
     plain_bytes = sum(p.numel() * p.element_size() for p in plain.parameters())
     assert results['FoldedOptimWrapper', 2][0] == plain_bytes
     assert results['OptimWrapper', 2][0] > 2 * plain_bytes

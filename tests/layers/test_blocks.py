@@ -1,13 +1,15 @@
 import pytest
 import torch
+from mmcv.cnn import build_conv_layer
+from mmengine.registry import MODELS
 from torch import nn
 
 from mmorepa.layers import (
     BLOCKS,
-    BlockType,
     DBBConv2d,
     DeepLinearConv2d,
     OREPAConv2d,
+    OREPAPlainStemConv2d,
     OREPARepVGGConv2d,
     PlainConv2d,
     ReparamConv2d,
@@ -17,17 +19,18 @@ from mmorepa.layers import (
 
 # By kernel size: 1, 3 and 5, 7 and more.
 KINDS = {
-    'none': (PlainConv2d, PlainConv2d, PlainConv2d),
+    'plain': (PlainConv2d, PlainConv2d, PlainConv2d),
+    'none': (PlainConv2d, PlainConv2d, PlainConv2d),  # As it was called once.
     'deep_linear': (PlainConv2d, PlainConv2d, DeepLinearConv2d),
     'dbb': (PlainConv2d, DBBConv2d, PlainConv2d),
     'orepa': (OREPAConv2d, OREPAConv2d, OREPAConv2d),
-    'orepa_plain_stem': (OREPAConv2d, OREPAConv2d, PlainConv2d),
+    'orepa_plain_stem': (OREPAPlainStemConv2d, OREPAPlainStemConv2d, PlainConv2d),
     'repvgg': (PlainConv2d, RepVGGConv2d, PlainConv2d),
     'orepa_repvgg': (PlainConv2d, OREPARepVGGConv2d, PlainConv2d),
 }
 
 
-@pytest.mark.parametrize('block', BLOCKS)
+@pytest.mark.parametrize('block', BLOCKS.module_dict)
 @pytest.mark.parametrize('k', [1, 3, 5, 7, 9])
 def test_build_conv(block, k):
     conv = build_conv(block, 4, 6, k, stride=2, padding=k // 2, bias=False)
@@ -43,7 +46,7 @@ def test_block_cfg_is_for_the_convs_of_the_block_alone():
 
 @pytest.mark.parametrize('block', ['OREPA', 'dbbb', '', None])
 def test_unknown_block(block):
-    message = f'unknown block {block!r}; choose one of .*none.*orepa'
+    message = f'unknown block {block!r}; choose one of .*plain.*orepa'
     with pytest.raises(ValueError, match=message):
         build_conv(block, 4, 6, 3)
 
@@ -61,20 +64,17 @@ def test_plain_conv_serves_its_parameter():
     assert conv.kernel() is conv.weight
 
 
-def test_sizes_of_a_block_type():
-    """A block without a form of its own for a size stays plain there."""
-    block = BlockType(OREPAConv2d)
-    kinds = {k: block.conv(k) for k in (1, 3, 5, 7, 9)}
-    assert kinds == {
-        1: PlainConv2d,
-        3: OREPAConv2d,
-        5: OREPAConv2d,
-        7: PlainConv2d,
-        9: PlainConv2d,
-    }
+@pytest.fixture
+def registries():
+    """As they were before, after the test."""
+    before = [(registry, dict(registry._module_dict)) for registry in (BLOCKS, MODELS)]
+    yield
+    for registry, modules in before:
+        registry._module_dict.clear()
+        registry._module_dict.update(modules)
 
 
-def test_a_block_type_of_ones_own(monkeypatch):
+def test_a_block_type_of_ones_own(registries):
     class Sum(nn.Module):
         def __init__(self, *shape):
             super().__init__()
@@ -84,12 +84,21 @@ def test_a_block_type_of_ones_own(monkeypatch):
         def forward(self):
             return self.first + self.second
 
+    @BLOCKS.register_module('sum')
     class SumConv2d(ReparamConv2d):
         def build_branches(self):
             inputs = self.in_channels // self.groups
             return Sum(self.out_channels, inputs, *self.kernel_size)
 
-    monkeypatch.setitem(BLOCKS, 'sum', BlockType(SumConv2d))
+    # What the block type has no conv of its own for stays plain.
+    kinds = [type(build_conv('sum', 4, 6, k)) for k in (1, 3, 5, 7, 9)]
+    plain = [PlainConv2d]
+    assert kinds == [*plain, SumConv2d, SumConv2d, *plain, *plain]
+    # A type of conv_cfg, for all sizes.
+    conv = build_conv_layer(dict(type='SumConv2d'), 4, 6, 1)
+    assert type(conv) is SumConv2d
+    with pytest.raises(KeyError, match='sum is already registered'):
+        BLOCKS.register_module('sum', module=SumConv2d)
     conv = build_conv('sum', 4, 6, 3, groups=2, norm_cfg=dict(type='BN')).eval()
     x = torch.randn(1, 4, 8, 8)
     expected = conv(x)

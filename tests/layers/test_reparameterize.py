@@ -58,7 +58,7 @@ def test_networks_of_torchvision(name):
         assert_near(plain(x), trained, 1e-4)
 
 
-@pytest.mark.parametrize('block', BLOCKS)
+@pytest.mark.parametrize('block', BLOCKS.module_dict)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_blocks(block, dtype):
     plain = trained_like(model()).to(dtype).eval()

@@ -101,7 +101,7 @@ def check(plain, config, out):
     assert_near(started(config, out, deploy=True)(x), plain(x), 1e-4)
 
 
-@pytest.mark.parametrize('block', ['none', 'deep_linear', 'dbb', 'orepa', 'repvgg'])
+@pytest.mark.parametrize('block', ['plain', 'deep_linear', 'dbb', 'orepa', 'repvgg'])
 def test_blocks(files, block, capsys):
     plain = trained_like(torchvision.models.resnet18(num_classes=7)).eval()
     backbone = f"type='OREPAResNet', depth=18, block='{block}'"
@@ -294,7 +294,7 @@ BAD = {
     'no checkpoint': (lambda: [1, 2], 'holds a list, not a checkpoint dict'),
     'more in the head': (
         lambda: edited(lambda s: s.update({'head.layer.weight': torch.zeros(3)})),
-        '1 key not known to the model: head.layer.weight',
+        '1 key left over: head.layer.weight',
     ),
     'classes': (
         lambda: torchvision_names(resnet18(classes=1000)),

@@ -446,7 +446,7 @@ class TestErrors:
             checkpoint,
             '--work-dir',
             work,
-            options=['model.backbone.block=none'],
+            options=['model.backbone.block=plain'],
         )
 
     def test_converter_of_a_deployed_network(self, config, checkpoint, out):

@@ -32,7 +32,7 @@ def test_bytes(result):
     _, figures, _ = result
     cfg = Config.fromfile(CONFIG)
     init_default_scope('mmpretrain')
-    cfg.model.backbone.block = 'none'
+    cfg.model.backbone.block = 'plain'
     plain = MODELS.build(cfg.model)
     own = sum(p.nbytes for p in plain.parameters())
     kernels = sum(p.nbytes for p in plain.parameters() if p.dim() == 4)
@@ -96,7 +96,7 @@ def test_factors_of_the_floor(kernel):
     trained_like(kernel)
     with torch.no_grad():
         kernel.scale.fill_(1)
-        second, first = tool(NAME).factors(kernel)
+        second, first = tool('benchmarks/step_costs.py').factors(kernel)
         if isinstance(kernel, OREPAKernel):
             # The floor is that of the weights alone, without the identity.
             first = first + torch.eye(first.shape[-1])

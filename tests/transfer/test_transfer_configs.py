@@ -62,7 +62,7 @@ def test_names_tell_the_truth(name):
     stem = Path(name).stem
     backbone = cfg.model.backbone
     kind = re.search('orepa|dbb', stem)
-    assert backbone.block == (kind[0] if kind else 'none')
+    assert backbone.block == (kind[0] if kind else 'plain')
     heads = dict(
         faster='FasterRCNN', retinanet='RetinaNet', pspnet='PSP', deeplab='Separable'
     )

@@ -59,6 +59,18 @@ class TestWarning:
         assert line.endswith(f"'{key}' {words}")
 
 
+def test_once_where_a_deployed_model_folds(log):
+    """Each conv loads its training form apart, of branches with loads of their own."""
+    for block in ('orepa', 'dbb'):
+        training, deployed = (
+            OREPAResNet(18, block=block, base_channels=4, deploy=deploy)
+            for deploy in (False, True)
+        )
+        log.clear()
+        deployed.load_state_dict({k: v * NAN for k, v in training.state_dict().items()})
+        assert len([line for line in log if 'damaged' in line]) == 1
+
+
 def test_tensors_without_values(log):
     with torch.device('meta'):
         state = convs().state_dict()

@@ -171,7 +171,7 @@ def to_metafile(entries: Sequence[Entry]) -> str:
                 Title='Online Convolutional Re-parameterization',
                 URL='https://arxiv.org/abs/2204.00826',
             ),
-            README='docs/model_zoo.md',
+            README='configs/imagenet/README.md',
         )
         for name in ('OREPAResNet', 'OREPARepVGG')
     ]

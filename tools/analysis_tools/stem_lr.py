@@ -126,7 +126,7 @@ def plain_stem(cfg: Config, stem: nn.Module, checkpoint: Optional[str]) -> Tenso
     if key not in state:
         raise CheckpointError(
             f'{checkpoint!r} has no {key}: it is no training checkpoint of a network '
-            "with block='none'"
+            "with block='plain'"
         )
     return state[key]
 

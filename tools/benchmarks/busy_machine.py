@@ -1,4 +1,4 @@
-"""What OpenMP's way of waiting costs, beside busy neighbours and alone.
+"""Measures what waiting OpenMP threads cost, alone and beside busy processes.
 
 Two threads that share a loop wait for each other at its end. GNU OpenMP waits in a
 circle first, and puts a thread to sleep later; where the other thread has no core of
@@ -81,7 +81,7 @@ def _spin() -> None:
 
 @contextmanager
 def busy(count: int) -> Iterator[None]:
-    """Processes that take what they get."""
+    """Processes that keep cores busy."""
     processes = [multiprocessing.Process(target=_spin) for _ in range(count)]
     for process in processes:
         process.start()

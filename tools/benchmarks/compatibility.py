@@ -1,4 +1,4 @@
-"""Which stock models take re-parameterised convs, and what changes when they do.
+"""Tests which stock models take re-parameterised convs, and what changes then.
 
 Three tables, from models as they come with the toolboxes:
 

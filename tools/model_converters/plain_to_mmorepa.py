@@ -1,4 +1,4 @@
-"""Makes a checkpoint of a classifier of ours from that of a plain one."""
+"""Converts the checkpoint of a plain classifier to one of an OREPA classifier."""
 
 import argparse
 from collections.abc import Sequence

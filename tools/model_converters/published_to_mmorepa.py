@@ -15,7 +15,7 @@ from mmorepa.converters import (
 )
 from mmorepa.utils.files import check_outputs
 
-BLOCKS = ('none', 'dbb', 'orepa', 'repvgg')
+BLOCKS = ('plain', 'none', 'dbb', 'orepa', 'repvgg')
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

@@ -1,5 +1,7 @@
-# What the digits change in a Cityscapes config; the configs take it from here by name.
-digits_preparation = 'run: python tools/dataset_converters/digits.py --out data/digits'
+# Scenes of digits in Cityscapes' format, and what they change in a segmenter.
+_base_ = 'cityscapes.py'
+
+data_preparation = 'run: python tools/dataset_converters/digits.py --out data/digits'
 
 # Background, ten digits. CityscapesDataset takes no names but its own, and so the
 # first eleven of these stand for them: 'road' is background, 'sidewalk' digit 0, ….
@@ -12,6 +14,7 @@ digits_model = dict(
         mean=[77.0, 77.0, 77.0], std=[95.0, 95.0, 95.0], size=(96, 144)
     ),
     backbone=dict(
+        block='orepa',
         depth=18,
         base_channels=16,
         # Three stages: single digits of 32x32 are one pixel in the fourth, whose outer
@@ -75,18 +78,10 @@ _test_pipeline = [
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]
-digits_train_dataloader = dict(
+train_dataloader = dict(
     batch_size=8,
     num_workers=1,
     dataset=dict(**_dataset, pipeline=_train_pipeline),
 )
-digits_val_dataloader = dict(
-    num_workers=1, dataset=dict(**_dataset, pipeline=_test_pipeline)
-)
-
-# Eight images of few pixels, a head a quarter as wide: larger steps than for a city.
-digits_optim_wrapper = dict(optimizer=dict(lr=0.1))
-digits_train_cfg = dict(max_iters=2500, val_interval=2500)
-digits_param_scheduler = [
-    dict(type='PolyLR', eta_min=1e-4, power=0.9, begin=0, end=2500, by_epoch=False)
-]
+val_dataloader = dict(num_workers=1, dataset=dict(**_dataset, pipeline=_test_pipeline))
+test_dataloader = val_dataloader

@@ -1,4 +1,4 @@
-"""Training that may be killed at any moment."""
+"""Exact resumption of a training that was killed at any moment."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -44,11 +44,11 @@ class CrashSafeHook(Hook):
     _is_validated = True
 
     def before_run(self, runner: Runner) -> None:
-        """Has MMEngine write local files as a whole or not at all."""
+        """Makes MMEngine write local files atomically."""
         register_backend('local', _WholeFileBackend, force=True, prefixes='')
 
     def before_train(self, runner: Runner) -> None:
-        """Puts removals off, and seeds the data."""
+        """Postpones removals, and seeds the data."""
         self._savers = [h for h in runner.hooks if isinstance(h, CheckpointHook)]
         for hook in self._savers:
             hook.file_backend = _PostponedRemovals(hook.file_backend)
@@ -77,11 +77,11 @@ class CrashSafeHook(Hook):
         checkpoint.setdefault('meta', {})['is_validated'] = self._is_validated
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Reads what was noted."""
+        """Reads whether these weights are validated."""
         self._is_validated = checkpoint.get('meta', {}).get('is_validated', True)
 
     def after_val_iter(self, runner: Runner, **kwargs) -> None:
-        """For the checkpoint that is saved after the last of them."""
+        """Notes that the weights are validated, for a checkpoint saved after it."""
         self._is_validated = True
 
     def _seed_data(self, runner: Runner) -> None:
@@ -123,7 +123,7 @@ class CrashSafeHook(Hook):
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None
     ) -> None:
-        """Seeds what the model draws."""
+        """Seeds the random numbers of the model."""
         self._is_validated = False
         set_random_seed(seed_of(runner.seed, get_rank(), 1, runner.iter))
 
@@ -141,7 +141,7 @@ class CrashSafeHook(Hook):
 
 
 class _WholeFileBackend(LocalBackend):
-    """Files that are either whole or not there."""
+    """A local file backend that writes atomically."""
 
     def put(self, obj: Union[bytes, memoryview], filepath: Union[str, Path]) -> None:
         with atomic_write(filepath) as file:
@@ -149,7 +149,7 @@ class _WholeFileBackend(LocalBackend):
 
 
 class _PostponedRemovals:
-    """A file backend that removes when told to, not when asked to."""
+    """A file backend that postpones removals."""
 
     def __init__(self, backend: Any) -> None:
         self.backend = backend
@@ -172,7 +172,7 @@ class _PostponedRemovals:
 
 
 class _Advanced:
-    """MMEngine's endless iterator, of a sampler that is where the loop wants it.
+    """MMEngine's endless iterator over a sampler that is advanced already.
 
     Args:
         iterator (Any): MMEngine's.

@@ -1,4 +1,4 @@
-"""Weight decay of what the branches amount to, rather than of the branches."""
+"""Weight decay of equivalent kernels instead of their branches."""
 
 from typing import Any, Optional
 
@@ -45,7 +45,7 @@ class EquivalentKernelDecayHook(Hook):
         self._handle: Optional[Any] = None
 
     def before_train(self, runner: Runner) -> None:
-        """Adds the term to what the model returns as losses."""
+        """Adds the term to the model's losses."""
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         if not _trained_convs(model):
             raise ValueError(
@@ -58,7 +58,7 @@ class EquivalentKernelDecayHook(Hook):
         self._handle = model.register_forward_hook(self._add_loss, with_kwargs=True)
 
     def after_train(self, runner: Runner) -> None:
-        """Takes it off again."""
+        """Removes the term."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None

@@ -45,12 +45,12 @@ class FoldedEvaluationHook(Hook):
     after_test_epoch = after_val_epoch
 
     def before_train(self, runner: Runner) -> None:
-        """Closes what an exception left open, and says which start was taken."""
+        """Closes a block that an exception left open, and logs plain starts."""
         self._close()
         log_plain_starts(runner.model)
 
     def before_test(self, runner: Runner) -> None:
-        """Says which start was taken."""
+        """Logs plain starts."""
         log_plain_starts(runner.model)
 
     def _close(self) -> None:

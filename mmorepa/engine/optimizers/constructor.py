@@ -1,4 +1,4 @@
-"""Learning rates and weight decays by what a parameter is for."""
+"""Learning rates and weight decays by the role of a parameter."""
 
 import logging
 from collections import Counter
@@ -53,7 +53,7 @@ _NORMS = (_BatchNorm, _InstanceNorm, GroupNorm, LayerNorm)
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """MMEngine's constructor with multipliers for what OREPA networks add.
+    """MMEngine's constructor, with multipliers for parameters of OREPA networks.
 
     All options of MMEngine's ``paramwise_cfg`` keep their meaning. These are
     added, and multiply what the others give (in ``custom_keys``, a match would
@@ -135,7 +135,7 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         return wrapper
 
     def _log_choices(self, wrapper: OptimWrapper, held: int, model: nn.Module) -> None:
-        """One line that says how this is going to train."""
+        """Logs in one line how the model will be trained."""
         if not held:
             way = 'no kernels to fold'
         elif not isinstance(wrapper, tuple(_FOLDED.values())):
@@ -289,10 +289,11 @@ def _can_be_built(config: dict, model: nn.Module) -> bool:
 
 
 def _give_all_a_momentum(optimizer: Optimizer) -> None:
-    """Lets PyTorch's fused SGD meet a parameter that had no gradient before.
+    """Gives every parameter a momentum buffer where PyTorch's fused SGD needs it.
 
-    It takes a buffer for every parameter of a group or for none, and dies of others.
-    A buffer of zeros is the same start: ``0.9 * 0 + g`` is ``g``.
+    It fails unless all parameters of a group have a buffer, or none has, as where one
+    had no gradient before. A buffer of zeros is the same start: ``0.9 * 0 + g`` is
+    ``g``.
     """
     for group in optimizer.param_groups:
         is_safe = group.get('momentum') and not group.get('dampening')
@@ -326,7 +327,7 @@ def _scales(module: nn.Module, options: dict) -> list[nn.Parameter]:
 
 
 def _branches(module: nn.Module, options: dict) -> list[nn.Parameter]:
-    """All that kernels are folded from; norms within the branches are not."""
+    """The parameters that kernels are folded from, without norms in branches."""
     return [
         param
         for conv in module.modules()
@@ -358,7 +359,7 @@ _MMENGINE_OPTIONS = {
 
 
 def _check_none_twice(singles: list[dict], module: nn.Module) -> None:
-    """Within one group, PyTorch would only warn, and then step twice."""
+    """Raises for a parameter that is twice in a group, which would step twice."""
     counts = Counter(single['params'][0] for single in singles)
     for name, param in module.named_parameters():
         if counts[param] > 1:
@@ -369,7 +370,7 @@ def _check_none_twice(singles: list[dict], module: nn.Module) -> None:
 
 
 def _is_worth_a_line(record: logging.LogRecord) -> bool:
-    """Whether this is not what the base class logs for every single tensor."""
+    """Whether a line is not one that the base class logs for every tensor."""
     message = record.getMessage()
     return not (
         message.startswith('paramwise_options -- ')

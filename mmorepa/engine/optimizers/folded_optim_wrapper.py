@@ -18,7 +18,7 @@ from .bfloat16_optim_wrapper import BFloat16OptimWrapper
 
 
 class _FoldedTraining:
-    """What folded training adds to an optimizer wrapper.
+    """A mixin that adds folded training to an optimizer wrapper.
 
     The fold does not depend on the data. So forward and backward passes run on the
     folded kernels as ordinary leaf parameters of an ordinary plain network, and after
@@ -77,7 +77,7 @@ class _FoldedTraining:
         backward_to_branches([kernel for kernel in kernels if kernel.is_complete()])
 
     def zero_grad(self, **kwargs) -> None:
-        """Clears the gradients that wait as well."""
+        """Clears the pending gradients of held kernels as well."""
         super().zero_grad(**kwargs)
         for kernel in self._kernels:
             kernel.leaf.grad = None

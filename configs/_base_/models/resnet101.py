@@ -1,3 +1,0 @@
-_base_ = 'resnet18.py'
-
-model = dict(backbone=dict(depth=101), head=dict(in_channels=2048))

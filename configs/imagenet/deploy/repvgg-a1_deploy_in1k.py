@@ -1,0 +1,3 @@
+_base_ = '../repvgg-a1_4xb64_in1k.py'
+
+model = dict(backbone=dict(deploy=True))

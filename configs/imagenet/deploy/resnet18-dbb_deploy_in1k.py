@@ -1,0 +1,3 @@
+_base_ = '../resnet18-dbb_4xb64_in1k.py'
+
+model = dict(backbone=dict(deploy=True))

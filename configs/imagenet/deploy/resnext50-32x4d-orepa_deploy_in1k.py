@@ -1,0 +1,3 @@
+_base_ = '../resnext50-32x4d-orepa_4xb64_in1k.py'
+
+model = dict(backbone=dict(deploy=True))

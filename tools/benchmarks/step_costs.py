@@ -1,0 +1,429 @@
+"""Measures seconds, bytes and operations of a training step and of its parts."""
+
+import copy
+import functools
+import io
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, Optional
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from mmengine.config import Config
+from mmengine.model import MMDistributedDataParallel
+from mmengine.optim import OptimWrapper, build_optim_wrapper
+from mmengine.registry import MODELS
+from timing import Clock, Spread, in_turn, measure_seconds, ratios, say
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmorepa import switch_to_deploy
+from mmorepa.engine import FoldedDistributedDataParallel, FoldedOptimWrapper
+from mmorepa.functional import compiled, compose_deep_linear
+from mmorepa.layers import (
+    FoldedKernel,
+    OREPAConv2d,
+    OREPAKernel,
+    OREPAPointwiseKernel,
+    backward_to_branches,
+    folded,
+    held,
+)
+
+
+class Variant(NamedTuple):
+    """One way to train.
+
+    Args:
+        block (str): The block type.
+        folded (bool): Whether the fold is outside of the graph.
+        naive (bool): Whether every pass differentiates the plain formulas.
+    """
+
+    block: str
+    folded: bool = False
+    naive: bool = False
+
+
+VARIANTS = {
+    'plain': Variant('plain'),
+    'DBB': Variant('dbb'),
+    'OREPA, naive': Variant('orepa', naive=True),
+    'OREPA, online': Variant('orepa'),
+    'OREPA, folded': Variant('orepa', folded=True),
+}
+OREPA = 'OREPA, folded'
+# What a fold and its derivative spend their time on, by operator.
+PARTS = {
+    'the products of the floor': ('aten::mm', 'aten::addmm', 'aten::addmm_'),
+    'passes over memory': (
+        # Their own time, without that of the products in them.
+        *('mmorepa::fold', 'mmorepa::fold_gradients'),
+        # What they are made of where they are not compiled, and the deep linear stem.
+        *('aten::bmm', 'aten::baddbmm_', 'aten::mul', 'aten::mul_', 'aten::add'),
+        *('aten::add_', 'aten::addcmul_', 'aten::sum', 'aten::copy_', 'aten::zero_'),
+        *('aten::fill_', 'aten::mkldnn_convolution', 'aten::convolution_backward'),
+    ),
+}
+REST = 'calling all these'
+
+
+class Trainer:
+    """A model with its optimizer, one step at a time.
+
+    Args:
+        cfg (Config): A config with an OREPA classifier.
+        variant (Variant): What to make of it.
+        device (str): Where to.
+    """
+
+    def __init__(self, cfg: Config, variant: Variant, device: str) -> None:
+        torch.manual_seed(0)
+        model = copy.deepcopy(cfg.model)
+        model.backbone.block = variant.block
+        self.network = MODELS.build(model).to(device).train()
+        self.model: nn.Module = self.network
+        if variant.naive:
+            for conv in folded_convs(self.network):
+                conv.kernel = functools.partial(naive_kernel, conv.branches)
+        options = copy.deepcopy(cfg.optim_wrapper)
+        options.folded = variant.folded
+        self.wrapper: OptimWrapper = build_optim_wrapper(self.network, options)
+
+    def forward(self, inputs: Tensor, samples: list) -> Tensor:
+        with self.wrapper.optim_context(self.model):
+            losses = self.model(inputs, samples, mode='loss')
+        loss, _ = self.network.parse_losses(losses)
+        return self.wrapper.scale_loss(loss)
+
+    def forward_backward(self, inputs: Tensor, samples: list) -> None:
+        self.wrapper.backward(self.forward(inputs, samples))
+
+    def optimize(self) -> None:
+        self.wrapper.step()
+        self.wrapper.zero_grad()
+
+    def parameters(self) -> list[Tensor]:
+        """All that forward passes and the optimizer need: held kernels too."""
+        parameters = list(self.network.parameters())
+        if isinstance(self.wrapper, FoldedOptimWrapper):
+            convs = folded_convs(self.network)
+            parameters += [conv.held.leaf for conv in convs if conv.held]
+        return parameters
+
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters() if p.grad is not None]
+
+
+def folded_convs(network: nn.Module) -> list[OREPAConv2d]:
+    return [m for m in network.modules() if isinstance(m, OREPAConv2d)]
+
+
+def naive_kernel(branches: nn.Module) -> Tensor:
+    """The fold by the plain formulas, whose every term autograd keeps."""
+    if isinstance(branches, FoldedKernel):
+        return branches.branch_sum.kernel(*branches.tensors())
+    kernel, *others = (naive_kernel(factor) for factor in branches.factors)
+    for other in others:
+        kernel = compose_deep_linear(kernel, other, branches.groups)
+    return kernel
+
+
+def measure_steps(
+    trainers: dict[str, Trainer], batch: tuple, rounds: int, clock: Clock
+) -> dict[str, dict]:
+    """Seconds of a step, and of its two phases."""
+
+    def step_of(trainer: Trainer) -> Callable[[], tuple[float, float]]:
+        return lambda: (
+            clock.seconds(lambda: trainer.forward_backward(*batch)),
+            clock.seconds(trainer.optimize),
+        )
+
+    phases = in_turn({n: step_of(t) for n, t in trainers.items()}, rounds, 'steps')
+    totals = {name: [sum(pair) for pair in pairs] for name, pairs in phases.items()}
+    return {
+        name: dict(
+            step=Spread.of(totals[name]),
+            forward_backward=Spread.of([pair[0] for pair in phases[name]]),
+            optimizer=Spread.of([pair[1] for pair in phases[name]]),
+            ratio=ratios(totals[name], totals['plain']),
+            added=Spread.of([a - b for a, b in zip(totals[name], totals['plain'])]),
+        )
+        for name in trainers
+    }
+
+
+def measure_bytes(trainer: Trainer, batch: tuple) -> dict[str, int]:
+    """What a step keeps: exact, and the same on every machine."""
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not (tensor.is_leaf and tensor.requires_grad):  # not a parameter's own
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    parameters = {p.untyped_storage().data_ptr() for p in trainer.network.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = trainer.forward(*batch)
+    trainer.wrapper.backward(loss)
+    gradients = nbytes(trainer.gradients())
+    trainer.wrapper.step()
+    gradients = max(gradients, nbytes(trainer.gradients()))
+    trainer.wrapper.zero_grad()
+    states = trainer.wrapper.optimizer.state.values()
+    return dict(
+        saved_bytes=sum(n for pointer, n in saved.items() if pointer not in parameters),
+        parameter_bytes=nbytes(trainer.parameters()),
+        gradient_bytes=gradients,
+        optimizer_bytes=nbytes(
+            value
+            for state in states
+            for value in state.values()
+            if isinstance(value, Tensor)
+        ),
+    )
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts operations that launch kernels on a GPU, and reads by the host."""
+
+    # No launch: memory, and marks for a profiler.
+    APART = {'empty', 'empty_like', 'new_empty', 'new_empty_strided', '_unsafe_view'}
+    HOST_READS = {'equal', '_local_scalar_dense', 'is_nonzero', 'nonzero'}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.host_reads = 0
+
+    def __torch_dispatch__(
+        self, func: object, types: object, args: tuple = (), kwargs: object = None
+    ) -> object:
+        name = func.overloadpacket.__name__
+        is_apart = name in self.APART or func.namespace == 'profiler'
+        self.operations += not (func.is_view or is_apart)
+        self.host_reads += name in self.HOST_READS
+        return func(*args, **kwargs or {})
+
+
+def count_operations(trainer: Trainer, batch: tuple) -> dict[str, int]:
+    """Operations that are no views in one step, and host reads, folds not compiled."""
+    with (
+        mock.patch.object(compiled, 'takes', return_value=False),
+        OperationCounter() as counter,
+    ):
+        trainer.forward_backward(*batch)
+        trainer.optimize()
+    return dict(operations=counter.operations, host_reads=counter.host_reads)
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def measure_all_reduced(trainer: Trainer, batch: tuple) -> int:
+    """The bytes that data parallelism would send, counted where it sends them."""
+    sent = []
+
+    def hook(
+        state: object, bucket: dist.GradBucket
+    ) -> torch.futures.Future[torch.Tensor]:
+        sent.append(bucket.buffer().nbytes)
+        return allreduce_hook(None, bucket)
+
+    is_folded = isinstance(trainer.wrapper, FoldedOptimWrapper)
+    wrap = FoldedDistributedDataParallel if is_folded else MMDistributedDataParallel
+    trainer.model = wrap(trainer.network)
+    trainer.model.register_comm_hook(None, hook)
+    try:
+        trainer.forward_backward(*batch)
+        trainer.optimize()
+    finally:
+        trainer.model = trainer.network
+    return sum(sent)
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[None]:
+    backend = 'nccl' if torch.device(device).type == 'cuda' else 'gloo'
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def measure_peak_memory(trainer: Trainer, batch: tuple) -> int:
+    """What a step allocates on a GPU beyond what is there before it."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    trainer.forward_backward(*batch)
+    trainer.optimize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure_fold(network: nn.Module, rounds: int, clock: Clock) -> dict[str, dict]:
+    """Seconds of all folds of a network with their derivatives, and of their floor.
+
+    The floor is what no fold can do without: for each product of two weights, itself
+    and the two products of its derivative.
+    """
+    convs = folded_convs(network)
+    grads = [torch.randn_like(conv.kernel()).detach() for conv in convs]
+    products = [
+        factors(module)
+        for conv in convs
+        for module in conv.branches.modules()
+        if isinstance(module, (OREPAKernel, OREPAPointwiseKernel))
+    ]
+    products = [(a, b, torch.randn_like(a @ b)) for a, b in products]
+
+    @torch.no_grad()
+    def floor() -> None:
+        for second, first, grad in products:
+            second @ first
+            grad @ first.mT
+            second.mT @ grad
+
+    def naive() -> None:
+        torch.autograd.backward([naive_kernel(c.branches) for c in convs], grads)
+
+    def online() -> None:
+        torch.autograd.backward([conv.kernel() for conv in convs], grads)
+
+    def fold_and_backward() -> None:
+        with held(network) as kernels:
+            for kernel, grad in zip(kernels, grads):
+                kernel.leaf.grad = grad
+            backward_to_branches(kernels)
+
+    def profiled() -> dict[str, float]:
+        with profile() as profiler:
+            for _ in range(3):
+                network.zero_grad()
+                fold_and_backward()
+        parts = dict.fromkeys([*PARTS, REST], 0.0)
+        for event in profiler.key_averages():
+            names = [n for n, operators in PARTS.items() if event.key in operators]
+            # On a GPU this is the time of the calls, not of the kernels.
+            parts[(names or [REST])[0]] += event.self_cpu_time_total
+        total = sum(parts.values())
+        return {name: part / total for name, part in parts.items()}
+
+    functions = {'floor': floor, 'naive': naive, 'online': online}
+    functions['folded'] = fold_and_backward
+    figures = measure_seconds(
+        functions, 'floor', rounds, 'folds', clock, before=network.zero_grad
+    )
+    figures['folded']['parts'] = profiled()
+    network.zero_grad()
+    return figures
+
+
+@torch.no_grad()
+def factors(kernel: nn.Module) -> tuple[Tensor, Tensor]:
+    """The two matrices, one pair for each group, whose product a kernel contains."""
+    groups = kernel.groups
+    if isinstance(kernel, OREPAPointwiseKernel):
+        second, first = kernel.weight_second, kernel.weight_first
+        second = second.reshape(groups, -1, second.shape[1])
+    else:
+        second, first = kernel.weight_pointwise_kxk_2, kernel.weight_pointwise_kxk_1
+        second = second.reshape(groups, -1, second.shape[-1])
+    first = first.reshape(groups, -1, first.shape[1])
+    pair = second.detach(), first.detach()
+    return tuple(x.squeeze(0) for x in pair)
+
+
+def measure_optimizers(
+    cfg: Config, rounds: int, clock: Clock, device: str
+) -> dict[str, dict]:
+    """Seconds of the optimizer alone on the OREPA network."""
+    settings = copy.deepcopy(cfg.optim_wrapper)
+    # MMEngine's constructor does not know this option of ours.
+    common = {k: v for k, v in settings.paramwise_cfg.items() if 'norm_bias' not in k}
+    one_each = dict(constructor='DefaultOptimWrapperConstructor', paramwise_cfg=common)
+    kinds = {
+        'one group for each tensor': (one_each, False),
+        'few groups': ({}, False),
+        'few groups, fused': ({}, True),
+    }
+    optimizers = {}
+    for name, (changes, fused) in kinds.items():
+        network = MODELS.build(cfg.model).to(device)
+        options = copy.deepcopy(settings)
+        options.update(changes)
+        options.optimizer.fused = fused
+        optimizers[name] = build_optim_wrapper(network, options).optimizer
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    figures = measure_seconds(
+        {name: optimizer.step for name, optimizer in optimizers.items()},
+        'one group for each tensor',
+        rounds,
+        'optimizers',
+        clock,
+    )
+    for name, optimizer in optimizers.items():
+        figures[name]['groups'] = len(optimizer.param_groups)
+    return figures
+
+
+@torch.no_grad()
+def measure_inference(
+    cfg: Config, images: Tensor, rounds: int, clock: Clock
+) -> dict[str, dict]:
+    """Seconds of a forward pass in eval mode, over the plain network's folded one."""
+    in_a_block = 'OREPA, in a folded() block'
+    device = str(images.device)
+
+    def build(block: str) -> nn.Module:
+        torch.manual_seed(0)
+        model = copy.deepcopy(cfg.model)
+        model.backbone.block = block
+        return MODELS.build(model).to(device).eval()
+
+    deployed = switch_to_deploy(build('orepa'))
+    reference = 'plain, BatchNorm folded'
+    networks = {
+        reference: switch_to_deploy(build('plain')),
+        'plain': build('plain'),
+        'OREPA, training form': build('orepa'),
+        in_a_block: build('orepa'),
+        'OREPA, deployed': deployed,
+    }
+    functions = {n: lambda net=net: net(images) for n, net in networks.items()}
+    session = onnx_session(deployed, images)
+    if session is not None:
+        feed = {session.get_inputs()[0].name: images.cpu().numpy()}
+        functions['OREPA, deployed, ONNX Runtime'] = lambda: session.run(None, feed)
+    with folded(networks[in_a_block]):
+        return measure_seconds(functions, reference, rounds, 'inference', clock)
+
+
+def onnx_session(model: nn.Module, images: Tensor) -> Optional[object]:
+    """The model in ONNX Runtime on the CPU, None where that is not installed."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+    except ImportError:
+        say('ONNX Runtime is left out: pip install onnx onnxruntime\n')
+        return None
+    if images.is_cuda:
+        return None
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        torch.onnx.export(model, (images,), file, dynamo=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads would go on to spin through the others' turns.
+    options.add_session_config_entry('session.intra_op.allow_spinning', '0')
+    return onnxruntime.InferenceSession(
+        file.getvalue(), options, providers=['CPUExecutionProvider']
+    )
