@@ -14,13 +14,20 @@ from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from mkdocs.utils import get_relative_url
 
 ROOT = Path(__file__).parents[1]
-ROOMS = sorted(path.parent for path in ROOT.glob('mmorepa/*/__init__.py'))
+ROOMS = sorted(
+    path.parent
+    for path in ROOT.glob('mmorepa/*/__init__.py')
+    if '__all__' in path.read_text()
+)
 CONFIGS = sorted(path for path in ROOT.glob('configs/*') if path.is_dir())
 # What people open beside the README, and the README of the landing page.
 TEXTS = {path: f'{path.stem.lower()}.md' for path in ROOT.glob('*.md')}
 TEXTS[ROOT / 'README.md'] = 'index.md'
+# By the plugin 'offline', from a place that is not there offline.
+FETCHED = 'https://unpkg.com/iframe-worker/shim'
 UNSEARCHED = '---\nsearch:\n  exclude: true\n---\n'
 
 
@@ -67,6 +74,16 @@ def on_page_content(content: str, page: Page, **kwargs) -> str:
         r'<(span|div) class="arithmatex">(.*?)</\1>', _formula, content, flags=re.DOTALL
     )
     return re.sub(r':(?:class|func|meth|data|attr|mod):(<code>)~?', r'\1', content)
+
+
+def on_post_page(output: str, page: Page, **kwargs) -> str:
+    """Puts a script of the site in the place of one that would be fetched."""
+    return output.replace(FETCHED, get_relative_url('file_worker.js', page.url))
+
+
+def on_post_template(output_content: str, **kwargs) -> str:
+    """The same for the page of what is not found."""
+    return output_content.replace(FETCHED, 'file_worker.js')
 
 
 def translated(text: str, path: Path) -> str:
@@ -121,7 +138,7 @@ def _anchor(path: Path, folder: Path) -> str:
 
 
 def _text_of_configs(folder: Path) -> str:
-    parts = [f'# configs/{folder.name}\n']
+    parts = [f'# `configs/{folder.name}`\n']
     for path in sorted(folder.rglob('*.py')):
         name = path.relative_to(folder).as_posix()
         parts.append(f'## {name} {{#{_anchor(path, folder)}}}\n')
