@@ -149,7 +149,7 @@ def two_ways_to_train() -> Axes:
         arrow(axes, (36, y), (39.9, 20.5 + (y - 20) * 0.1))
     axes.text(41.6, 20, '+', ha='center', va='center', fontsize=22)
     arrow(axes, (43, 20), (45.3, 20))
-    axes.text(46.6, 20, 'out', ha='center', va='bottom', fontsize=11)
+    axes.text(45.2, 21.5, 'out', ha='center', va='bottom', fontsize=11)
     for i, (name, values) in enumerate(example_kernels().items()):
         x = 55 + i * 7.2
         grid(axes, x, 34.5, 5, values, COLOURS[name])
