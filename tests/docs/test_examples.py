@@ -12,7 +12,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODEL_WRAPPERS
 
 import mmorepa
-from mmorepa.engine.config import build_model, read_config
+from mmorepa.engine.config import build_model, check_data_folders, read_config
 
 # What a config may be a part of, where a document does not name its _base_.
 BASES = {'docs/transfer.md': 'coco/faster-rcnn_r50-orepa_fpn_1x_coco.py'}
@@ -135,7 +135,9 @@ def test_readme_trains_a_step(load):
     """Its config, as it is printed, on images that are drawn."""
     (code,) = (code for code in BLOCKS['README.md'] if is_config(code))
     assert len(code.splitlines()) == 4
-    model, wrapper = check(load(code))
+    cfg = load(code)
+    check_data_folders(cfg, ('train', 'val'))  # Not there, and downloaded.
+    model, wrapper = check(cfg)
     structures = pytest.importorskip('mmpretrain.structures')
     samples = [structures.DataSample().set_gt_label(label) for label in range(4)]
     images = torch.randint(256, (4, 3, 32, 32)).float()
