@@ -28,6 +28,8 @@ TEXTS = {path: f'{path.stem.lower()}.md' for path in ROOT.glob('*.md')}
 TEXTS[ROOT / 'README.md'] = 'index.md'
 # By the plugin 'offline', from a place that is not there offline.
 FETCHED = 'https://unpkg.com/iframe-worker/shim'
+# The files of a folder of configs that its page shows, with their language.
+SHOWN = {'.py': 'python', '.yml': 'yaml'}
 UNSEARCHED = '---\nsearch:\n  exclude: true\n---\n'
 
 
@@ -96,8 +98,7 @@ def translated(text: str, path: Path) -> str:
     Returns:
         str: The text, code apart, with links relative to the page.
     """
-    page = TEXTS.get(path) or path.relative_to(ROOT / 'docs').as_posix()
-    folder = PurePosixPath(page).parent
+    folder = PurePosixPath(_uri(path).partition('#')[0]).parent
 
     def link(match: re.Match) -> str:
         target, _, anchor = match[1].partition('#')
@@ -120,7 +121,7 @@ def _uri(path: Path) -> str:
         return path.relative_to(ROOT / 'docs').as_posix()
     for folder in CONFIGS:
         if path.is_relative_to(folder):
-            anchor = f'#{_anchor(path, folder)}' if path.suffix == '.py' else ''
+            anchor = f'#{_anchor(path, folder)}' if path.suffix in SHOWN else ''
             return _config_page(folder) + anchor
     return path.relative_to(ROOT).as_posix()
 
@@ -138,11 +139,16 @@ def _anchor(path: Path, folder: Path) -> str:
 
 
 def _text_of_configs(folder: Path) -> str:
+    readme = folder / 'README.md'
     parts = [f'# `configs/{folder.name}`\n']
-    for path in sorted(folder.rglob('*.py')):
+    if readme.is_file():
+        _, _, text = readme.read_text().partition('\n')  # Without its heading.
+        parts.append(translated(text, readme))
+    paths = (path for path in folder.rglob('*') if path.suffix in SHOWN)
+    for path in sorted(paths):
         name = path.relative_to(folder).as_posix()
         parts.append(f'## {name} {{#{_anchor(path, folder)}}}\n')
-        parts.append(f'```python\n{path.read_text()}```\n')
+        parts.append(f'```{SHOWN[path.suffix]}\n{path.read_text()}```\n')
     return '\n'.join(parts)
 
 

@@ -1,5 +1,6 @@
 """The documents, and the code and commands in them."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -23,6 +24,12 @@ def code_blocks(text, language):
     return re.findall(rf'```{language}\n(.*?)```', text, flags=re.DOTALL)
 
 
+def printed_configs(text):
+    """Configs that a document prints under a name, by that name."""
+    found = re.findall(r'`(\w+\.py)`[^`]*?\n```python\n(.*?)```', text, flags=re.DOTALL)
+    return {name: code for name, code in found if '_base_' in code}
+
+
 def commands():
     """All commands of all documents, in order."""
     found = []
@@ -34,5 +41,15 @@ def commands():
                 while words and re.fullmatch(r'[A-Z_]+=.*', words[0]):
                     variables.update([words.pop(0).split('=', 1)])
                 if words:
-                    found.append(Command(name, variables, words))
+                    found.append(Command(name, variables, _as_tool(words)))
     return found
+
+
+def _as_tool(words):
+    """``python -m mmorepa train …`` as the tool that it runs."""
+    if words[:3] != ['python', '-m', 'mmorepa'] or len(words) == 3:
+        return words
+    spec = importlib.util.find_spec('mmorepa.__main__')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return ['python', f'tools/{module.COMMANDS[words[3]]}', *words[4:]]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from documents import ROOT, Command, commands
+from documents import DOCUMENTS, NAMES, ROOT, Command, commands, printed_configs
 from helpers import import_models
 from tool_runs import run_here, run_runner, tool
 from torch.distributed.run import get_args_parser
@@ -21,8 +21,8 @@ from torch.distributed.run import get_args_parser
 from mmorepa.engine.config import read_config
 
 COMMANDS = commands()
-# Names that the reader replaces, or a config that a document has printed.
-CONFIG_NAMES = ('CONFIG', 'my_config.py')
+# Configs of the reader's own, by the documents that print them.
+PRINTED = {n: printed_configs(path.read_text()) for n, path in zip(NAMES, DOCUMENTS)}
 # Not ours: nothing but their names is looked at.
 OF_THE_SYSTEM = ('apt-get', 'dpkg')
 EXECUTED = (
@@ -54,7 +54,12 @@ def is_shell_tool(command):
     return command.words[0] == 'bash'
 
 
-def check_tool(words):
+def is_of_the_reader(config, document):
+    """Whether the reader replaces this name, or writes the file."""
+    return config == 'CONFIG' or config in PRINTED[document]
+
+
+def check_tool(document, words):
     """Gives the arguments of a tool to its parser, and reads its config."""
     name, *arguments = words
     assert (ROOT / name).is_file()
@@ -66,7 +71,7 @@ def check_tool(words):
         arguments = ['cpu' if word == 'cuda' else word for word in arguments]
     args = parse(arguments)
     config = getattr(args, 'config', None)
-    if isinstance(config, str) and config not in CONFIG_NAMES:
+    if isinstance(config, str) and not is_of_the_reader(config, document):
         read_config(str(ROOT / config), getattr(args, 'cfg_options', None))
 
 
@@ -83,13 +88,13 @@ def test_somebody_looks_at_each():
 
 @each(is_tool)
 def test_tools_take_their_arguments(command):
-    check_tool(command.words[1:])
+    check_tool(command.document, command.words[1:])
 
 
 @each(starts_with('torchrun'))
 def test_torchrun(command):
     args = get_args_parser().parse_args(command.words[1:])
-    check_tool([args.training_script, *args.training_script_args])
+    check_tool(command.document, [args.training_script, *args.training_script_args])
 
 
 @each(is_shell_tool)
@@ -117,13 +122,13 @@ def test_shell_tools(command, tmp_path):
     if 'slurm' in script:
         gpus = command.variables['GPUS']
         assert f'--ntasks={gpus}' in printed
-        check_tool(printed[printed.index('-u') + 1 :])
+        check_tool(command.document, printed[printed.index('-u') + 1 :])
         return
     assert printed[:2] == ['-m', 'torch.distributed.run']
     args = get_args_parser().parse_args(printed[2:])
     assert args.nproc_per_node == arguments[1 + ('dist_test' in script)]
     assert args.nnodes == command.variables.get('NNODES', '1')
-    check_tool([args.training_script, *args.training_script_args])
+    check_tool(command.document, [args.training_script, *args.training_script_args])
 
 
 @each(starts_with('pytest'))
@@ -177,6 +182,10 @@ train_cfg = dict(max_epochs=1)
 default_hooks = dict(checkpoint=dict(save_optimizer=False))
 optim_wrapper = dict(optimizer=dict(lr=0.001))
 """
+DEPLOYED = """
+_base_ = 'config.py'
+model = dict(backbone=dict(deploy=True))
+"""
 
 
 @pytest.fixture(scope='module')
@@ -189,6 +198,7 @@ def folder(tmp_path_factory):
     (folder / 'configs').symlink_to(ROOT / 'configs')
     base = str(ROOT / 'configs/imagenet/resnet18-orepa_4xb64_in1k.py')
     (folder / 'config.py').write_text(CONFIG.format(base=base))
+    (folder / 'deployed.py').write_text(DEPLOYED)
 
     torch.manual_seed(0)
     plain = folder / 'resnet18.pth'
@@ -204,25 +214,29 @@ def folder(tmp_path_factory):
         )
     for name in ('SOURCE', 'PATH'):
         (folder / name).symlink_to(plain)
-    (folder / 'work_dirs/my_config').mkdir(parents=True)
-    for name in ('CHECKPOINT', 'work_dirs/my_config/epoch_200.pth'):
-        (folder / name).symlink_to(ours)
+    (folder / 'CHECKPOINT').symlink_to(ours)
     (folder / 'IN').symlink_to(folder / 'ResNet-18-OREPA.pth.tar')
     yield folder
     shutil.rmtree(folder)
 
 
+def stand_in(word, document):
+    """What a word of a command is in this test."""
+    if is_of_the_reader(word, document):
+        return 'config.py'
+    if word.startswith('configs/'):
+        return 'deployed.py' if '/deploy/' in word else 'config.py'
+    return 'CHECKPOINT' if re.fullmatch(r'work_dirs/.*\.pth', word) else word
+
+
 def executed() -> Iterator[Command]:
-    """Each command once, on the config of this test unless it writes no training."""
+    """Each command once, on the config of this test."""
     seen = set()
     for command in filter(is_tool, COMMANDS):
         name, *arguments = (w.removeprefix('tools/') for w in command.words[1:])
         if name not in EXECUTED:
             continue
-        words = [
-            'config.py' if w in CONFIG_NAMES or w.startswith('configs/') else w
-            for w in arguments
-        ]
+        words = [stand_in(word, command.document) for word in arguments]
         if (name, *words) not in seen:
             seen.add((name, *words))
             yield command._replace(words=[name, *words])

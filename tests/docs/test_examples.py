@@ -5,7 +5,7 @@ from importlib import metadata
 
 import pytest
 import torch
-from documents import DOCUMENTS, NAMES, ROOT, code_blocks
+from documents import DOCUMENTS, NAMES, ROOT, code_blocks, printed_configs
 from helpers import import_models
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
@@ -125,6 +125,8 @@ def test_code(name, tmp_path, monkeypatch):
         for package in ('onnx', 'onnxruntime'):
             pytest.importorskip(package)
     pytest.importorskip('torchvision')
+    for file, code in printed_configs((ROOT / name).read_text()).items():
+        (tmp_path / file).write_text(code)
     monkeypatch.chdir(tmp_path)
     values = {'__name__': 'document'}
     for number, code in enumerate(codes):
