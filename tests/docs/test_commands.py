@@ -155,7 +155,7 @@ CONFIG = """
 _base_ = {base!r}
 
 backbone = dict(init_cfg=dict(type='Pretrained', checkpoint='PATH'))
-model = dict(backbone=backbone)
+model = dict(backbone=backbone, head=dict(num_classes=10))
 data_root = 'data/digits'
 pipeline = [
     dict(type='LoadImageFromFile'),
@@ -202,11 +202,11 @@ def folder(tmp_path_factory):
 
     torch.manual_seed(0)
     plain = folder / 'resnet18.pth'
-    torch.save(torchvision.models.resnet18().state_dict(), plain)
+    torch.save(torchvision.models.resnet18(num_classes=10).state_dict(), plain)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         ours = folder / 'ours.pth'
-        run_here('model_converters/plain_to_mmorepa.py', plain, base, ours)
+        run_here('model_converters/plain_to_mmorepa.py', plain, 'config.py', ours)
         run_here(
             'model_converters/published_to_mmorepa.py',
             *(ours, folder / 'ResNet-18-OREPA.pth.tar', '--reverse'),
