@@ -242,9 +242,18 @@ def executed() -> Iterator[Command]:
             yield command._replace(words=[name, *words])
 
 
+def called_once(functions):
+    """In the place of a latency, whose measurement takes most of the time."""
+    for function in functions:
+        function()
+    return [0.0 for _ in functions]
+
+
 @pytest.mark.slow
 def test_they_run(folder, monkeypatch):
     """In the order of the documents: what one writes, the next may read."""
+    switch = tool('model_converters/switch_to_deploy.py')
+    monkeypatch.setattr(switch, 'median_seconds', called_once)
     monkeypatch.chdir(folder)
     monkeypatch.setenv('LOCAL_RANK', '0')
     names = set()
