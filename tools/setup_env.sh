@@ -13,7 +13,7 @@ Usage: bash tools/setup_env.sh [--ops] [--tests]
 
   --ops      mmcv with its compiled operators (NMS, RoIAlign, …), which detection
              needs; compiled once, in 3 to 6 minutes on 2 cores, then kept in a cache
-  --tests    what the tests and the style checks need
+  --tests    what the tests, the style checks and the documentation site need
   --help     this text
 
 Environment variables:
@@ -286,8 +286,8 @@ main() {
     "Install the $stack stack (1 minute)" install_requirements "$stack" optional
   set_up_mmcv
   if [[ $with_tests == true ]]; then
-    step tests "$(text_of tests)" 'Install what the tests need (10 s)' \
-      install_requirements tests
+    step tests "$(text_of tests docs)" 'Install what the tests need (15 s)' \
+      install_requirements tests docs
   fi
   step package "$(cat "$ROOT/setup.py" "$ROOT/mmorepa/version.py" && echo "$ROOT")" \
     'Install mmorepa from this folder (5 s)' install_package

@@ -3,6 +3,7 @@
 import atexit
 import copy
 import gc
+import inspect
 import os
 import subprocess
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.logging import print_log
-from mmengine.registry import MODELS, RUNNERS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from torch import nn
 
@@ -177,6 +178,9 @@ def _type_name(node: dict) -> str:
 def check_data_folders(cfg: Config, phases: tuple[str, ...]) -> None:
     """Checks that the data of these phases are there.
 
+    A dataset that downloads what is missing, as mmpretrain's CIFAR10 does, may do so
+    where the config has no other advice.
+
     Args:
         cfg (Config): The config. Its ``data_preparation``, if any, is the advice
             that the error gives.
@@ -189,10 +193,22 @@ def check_data_folders(cfg: Config, phases: tuple[str, ...]) -> None:
         for dataset in _datasets(cfg.get(f'{phase}_dataloader')):
             root = dataset.get('data_root')
             if root and '://' not in root and not os.path.isdir(root):
-                advice = cfg.get('data_preparation', 'set data_root to where it is')
+                advice = cfg.get('data_preparation')
+                if advice is None and _downloads(dataset, cfg.get('default_scope')):
+                    continue
                 raise FileNotFoundError(
-                    f'the data folder {root!r} is missing; {advice}'
+                    f'the data folder {root!r} is missing; '
+                    f'{advice or "set data_root to where it is"}'
                 )
+
+
+def _downloads(dataset: dict, scope: Optional[str]) -> bool:
+    kind = dataset.get('type')
+    if isinstance(kind, str):
+        with DATASETS.switch_scope_and_registry(scope) as registry:
+            kind = registry.get(kind)
+    default = inspect.signature(kind).parameters.get('download') if kind else None
+    return default is not None and bool(dataset.get('download', default.default))
 
 
 def _datasets(node: object) -> Iterator[dict]:

@@ -21,12 +21,10 @@ from .reparam_conv import ReparamConv2d
 class DBBConv2d(MultiBranchConv2d):
     """Four branches, each with BatchNorm, that run on the feature map.
 
-    ================= ==========================================================
-    ``origin``        k×k conv
-    ``pointwise``     1×1 conv
-    ``average``       1×1 conv, BatchNorm, k×k average pooling
-    ``pointwise_kxk`` 1×1 conv (initially the identity), BatchNorm, k×k conv
-    ================= ==========================================================
+    - ``origin``: k×k conv
+    - ``pointwise``: 1×1 conv
+    - ``average``: 1×1 conv, BatchNorm, k×k average pooling
+    - ``pointwise_kxk``: 1×1 conv (initially the identity), BatchNorm, k×k conv
 
     Args:
         *args, **kwargs: See :class:`MultiBranchConv2d`.

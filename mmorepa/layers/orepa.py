@@ -21,14 +21,12 @@ class OREPAKernel(FoldedKernel):
     replaces a BatchNorm in every branch). The branches, in the order of the rows
     of ``scale``:
 
-    ========================= ==================================================
-    ``origin``                a plain k×k kernel
-    ``average``               1×1 conv, then k×k average pooling
-    ``frequency``             1×1 conv, then a fixed cosine filter per channel
-    ``pointwise_kxk``         1×1 conv (initially the identity), then a k×k conv
-    ``pointwise``             1×1 conv
-    ``depthwise_separable``   depthwise k×k conv with expansion 8, then a 1×1 conv
-    ========================= ==================================================
+    - ``origin``: a plain k×k kernel
+    - ``average``: 1×1 conv, then k×k average pooling
+    - ``frequency``: 1×1 conv, then a fixed cosine filter per channel
+    - ``pointwise_kxk``: 1×1 conv (initially the identity), then a k×k conv
+    - ``pointwise``: 1×1 conv
+    - ``depthwise_separable``: depthwise k×k conv with expansion 8, then a 1×1 conv
 
     Args:
         out_channels (int): O.

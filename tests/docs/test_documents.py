@@ -1,30 +1,26 @@
-"""What README and docs name is there: files, commands, flags, links, code."""
+"""What README and docs name is there: files, flags, links, names of the package.
+
+That their examples run is in test_examples.py, that their commands do is in
+test_commands.py.
+"""
 
 import ast
 import importlib
 import re
-from pathlib import Path
 
 import pytest
+from documents import DOCUMENTS, NAMES, ROOT, code_blocks
 from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPERS
 
 import mmorepa  # noqa: F401  (registers)
 
-ROOT = Path(__file__).parents[2]
-PLACES = ('*.md', 'docs/**/*.md', 'configs/**/*.md')
-DOCUMENTS = sorted(path for place in PLACES for path in ROOT.glob(place))
 TOP_FOLDERS = '|'.join(['tools', 'configs', 'docs', 'tests', 'mmorepa', 'requirements'])
 # Shared flags are defined here.
 COMMON = ('mmorepa/cli/arguments.py',)
 
 
 def each_document(function):
-    ids = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
-    return pytest.mark.parametrize('path', DOCUMENTS, ids=ids)(function)
-
-
-def code_blocks(text, language):
-    return re.findall(rf'```{language}\n(.*?)```', text, flags=re.DOTALL)
+    return pytest.mark.parametrize('path', DOCUMENTS, ids=NAMES)(function)
 
 
 def paths_named(text):
@@ -85,12 +81,6 @@ def test_flags_of_commands_exist(path):
             if not re.search(rf'{flag}(?![\w-])', known)
         ]
     assert not unknown
-
-
-@each_document
-def test_code_is_python(path):
-    for code in code_blocks(path.read_text(), 'python'):
-        ast.parse(code)
 
 
 @each_document

@@ -150,6 +150,17 @@ class TestDataFolders:
             root = str(tmp_path / 'file')
             self.check(train_dataloader=dict(dataset=dict(data_root=root)))
 
+    def test_downloaded(self):
+        import_models('mmpretrain')
+        cifar = dict(type='CIFAR10', data_root='none')
+        options = dict(default_scope='mmpretrain')
+        self.check(train_dataloader=dict(dataset=cifar), **options)
+        self.missing(dict(cifar, download=False), **options)
+        self.missing(dict(cifar, type='ImageNet'), **options)
+        loaders = dict(train_dataloader=dict(dataset=cifar), data_preparation='run: it')
+        with pytest.raises(FileNotFoundError, match='is missing; run: it$'):
+            self.check(**options, **loaders)
+
     def test_wrapped(self, tmp_path):
         there = dict(type='B', data_root=str(tmp_path))
         self.missing(dict(type='RepeatDataset', times=2, dataset=self.NONE))

@@ -411,16 +411,27 @@ def to_markdown(rows: list[dict], steps: int) -> str:
     lines = [
         '# Compatibility',
         '',
-        'Stock models with `OREPAConv2d`, measured by '
-        '`python tools/benchmarks/compatibility.py` on two images of 128x128 pixels '
-        '(SSD: 300x300, VGG: 224x224), in float32. No weights are downloaded: kernels '
-        'are random, BatchNorm statistics are like trained ones. Differences are '
-        'relative to the largest output.',
+        'Which stock models of mmdet, mmseg, mmpretrain, torchvision and timm take '
+        're-parameterised convs? Each model here starts from plain weights, trains '
+        'three steps and is deployed.',
         '',
-        '*At the start*: the training form has loaded the state dict of the plain '
-        'model. *Deployed*: it has trained three steps and is switched, and the plain '
-        'model has loaded its state dict. Convs that stay plain are those that the '
-        'model builds without asking `conv_cfg`, and those that have no fold.',
+        '- **convs turned**: how many convs became `OREPAConv2d`. The others stay '
+        'plain: the model builds them without asking `conv_cfg`, or they have no fold.',
+        '- **difference at the start**: the training form loads the state dict of the '
+        'plain model. Its outputs are compared with those of the plain model.',
+        '- **difference deployed**: the training form trains three steps and is '
+        'switched. The plain model loads the state dict of the result, and outputs are '
+        'compared again.',
+        '',
+        'Differences are relative to the largest output; about 1e-6 is the '
+        'rounding of float32. '
+        'The images are two of 128x128 pixels (SSD: 300x300, VGG: 224x224). No weights '
+        'are downloaded: kernels are random, BatchNorm statistics are like trained '
+        'ones. To measure it again:',
+        '',
+        '```bash',
+        'python tools/benchmarks/compatibility.py --out work_dirs/compatibility.md',
+        '```',
     ]
     for table, head in heads.items():
         here = [row for row in rows if row['table'] == table]
@@ -432,11 +443,12 @@ def to_markdown(rows: list[dict], steps: int) -> str:
         lines += ['', f'## {head}', '']
         if table == 'fresh':
             lines += [
-                'Each form from its own initialisation, at the learning rate of the '
-                'config without warm-up, on one batch of two images; what diverges '
-                'like that, in either form, also with the warm-up of the config, and '
-                'then with a learning rate for two images (`auto_scale_lr`). BatchNorm '
-                'trains and no stage is frozen, since no trained weights are there.',
+                'Here both forms start from their own random weights and train on one '
+                'batch of two images, at the learning rate of the config without '
+                'warm-up. A form that diverges is tried again with the warm-up of the '
+                'config, and if it still does, with a learning rate for two images '
+                '(`auto_scale_lr`). BatchNorm trains and no stage is frozen, since '
+                'there are no trained weights.',
                 '',
             ]
         lines.append('| ' + ' | '.join(columns[key] for key in shown) + ' |')

@@ -1,0 +1,271 @@
+"""Every command of the documents is given to what it calls, at reduced size.
+
+All tools get the arguments as they are printed, and configs are read with the options
+that stand beside them. What trains, tests and converts also runs, on a network and data
+of a test. The other tools have reduced runs of their own in tests/tools.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+import torch
+from documents import DOCUMENTS, NAMES, ROOT, Command, commands, printed_configs
+from helpers import import_models
+from tool_runs import run_here, run_runner, tool
+from torch.distributed.run import get_args_parser
+
+from mmorepa.engine.config import read_config
+
+COMMANDS = commands()
+# Configs of the reader's own, by the documents that print them.
+PRINTED = {n: printed_configs(path.read_text()) for n, path in zip(NAMES, DOCUMENTS)}
+# Not ours: nothing but their names is looked at.
+OF_THE_SYSTEM = ('apt-get', 'dpkg')
+EXECUTED = (
+    'train.py',
+    'test.py',
+    'model_converters/switch_to_deploy.py',
+    'model_converters/plain_to_mmorepa.py',
+    'model_converters/published_to_mmorepa.py',
+    'analysis_tools/stem_lr.py',
+)
+
+
+def each(choose, kind=''):
+    """Parametrizes by the commands of a kind."""
+    chosen = [command for command in COMMANDS if choose(command)]
+    ids = [f'{command.document}-{i}' for i, command in enumerate(chosen)]
+    return pytest.mark.parametrize('command', chosen, ids=ids)
+
+
+def starts_with(*start):
+    return lambda command: tuple(command.words[: len(start)]) == start
+
+
+def is_tool(command):
+    return command.words[0] == 'python' and command.words[1].endswith('.py')
+
+
+def is_shell_tool(command):
+    return command.words[0] == 'bash'
+
+
+def is_of_the_reader(config, document):
+    """Whether the reader replaces this name, or writes the file."""
+    return config == 'CONFIG' or config in PRINTED[document]
+
+
+def check_tool(document, words):
+    """Gives the arguments of a tool to its parser, and reads its config."""
+    name, *arguments = words
+    assert (ROOT / name).is_file()
+    parse = getattr(tool(name.removeprefix('tools/')), 'parse_args', None)
+    if parse is None:
+        assert not arguments, f'{name} takes no arguments'
+        return
+    if not torch.cuda.is_available():  # That there is none, parsers say too.
+        arguments = ['cpu' if word == 'cuda' else word for word in arguments]
+    args = parse(arguments)
+    config = getattr(args, 'config', None)
+    if isinstance(config, str) and not is_of_the_reader(config, document):
+        read_config(str(ROOT / config), getattr(args, 'cfg_options', None))
+
+
+def test_somebody_looks_at_each():
+    known = (
+        *(is_tool, is_shell_tool, starts_with('pytest'), starts_with('torchrun')),
+        *(starts_with('pip', 'install'), starts_with('python', '-m', 'mkdocs')),
+        lambda command: command.words[0] in OF_THE_SYSTEM,
+    )
+    unknown = [c for c in COMMANDS if not any(choose(c) for choose in known)]
+    assert not unknown
+    assert len(COMMANDS) > 30
+
+
+@each(is_tool)
+def test_tools_take_their_arguments(command):
+    check_tool(command.document, command.words[1:])
+
+
+@each(starts_with('torchrun'))
+def test_torchrun(command):
+    args = get_args_parser().parse_args(command.words[1:])
+    check_tool(command.document, [args.training_script, *args.training_script_args])
+
+
+@each(is_shell_tool)
+def test_shell_tools(command, tmp_path):
+    """Those that start processes do so with a stand-in that tells its arguments."""
+    _, script, *arguments = command.words
+    subprocess.run(['bash', '-n', ROOT / script], check=True)
+    if not script.startswith(('tools/dist_', 'tools/slurm_')):
+        # Each of these refuses what it does not know, by name.
+        text = (ROOT / script).read_text()
+        assert all(re.search(rf'(?m)^ *{a}\)', text) for a in arguments)
+        return
+    for name in ('python', 'srun'):
+        (tmp_path / name).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    path = f'{tmp_path}{os.pathsep}{os.environ["PATH"]}'
+    printed = subprocess.run(
+        ['bash', script, *arguments],
+        cwd=ROOT,
+        env={**os.environ, 'PATH': path, **command.variables},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    if 'slurm' in script:
+        gpus = command.variables['GPUS']
+        assert f'--ntasks={gpus}' in printed
+        check_tool(command.document, printed[printed.index('-u') + 1 :])
+        return
+    assert printed[:2] == ['-m', 'torch.distributed.run']
+    args = get_args_parser().parse_args(printed[2:])
+    assert args.nproc_per_node == arguments[1 + ('dist_test' in script)]
+    assert args.nnodes == command.variables.get('NNODES', '1')
+    check_tool(command.document, [args.training_script, *args.training_script_args])
+
+
+@each(starts_with('pytest'))
+def test_tests_are_there(command):
+    (path,) = (word for word in command.words[1:] if not word.startswith('-'))
+    text = (ROOT / path).read_text()
+    assert all(name in text for name in command.variables)
+
+
+@each(starts_with('pip', 'install'))
+def test_what_is_installed(command):
+    flag, *rest = command.words[2:]
+    if flag == '-e':
+        assert rest == ['.'] and (ROOT / 'setup.py').is_file()
+    elif flag == '-r':
+        assert all((ROOT / name).is_file() for name in rest)
+    else:
+        requirements = ''.join(p.read_text() for p in ROOT.glob('requirements/*.txt'))
+        for name in (flag, *rest):
+            assert re.search(rf'(?m)^{name}\b', requirements), name
+
+
+CONFIG = """
+_base_ = {base!r}
+
+backbone = dict(init_cfg=dict(type='Pretrained', checkpoint='PATH'))
+model = dict(backbone=backbone, head=dict(num_classes=10))
+data_root = 'data/digits'
+pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=32),
+    dict(type='PackInputs'),
+]
+data = dict(
+    batch_size=4,
+    num_workers=0,
+    persistent_workers=False,
+    dataset=dict(
+        _delete_=True,
+        type='CustomDataset',
+        data_root=data_root,
+        data_prefix='val',
+        indices=8,
+        pipeline=pipeline,
+    ),
+)
+train_dataloader = data
+val_dataloader = data
+test_dataloader = data
+train_cfg = dict(max_epochs=1)
+default_hooks = dict(checkpoint=dict(save_optimizer=False))
+optim_wrapper = dict(optimizer=dict(lr=0.001))
+"""
+DEPLOYED = """
+_base_ = 'config.py'
+model = dict(backbone=dict(deploy=True))
+"""
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """Where the commands run, with the files that they name."""
+    torchvision = pytest.importorskip('torchvision')
+    import_models('mmpretrain')
+    folder = tmp_path_factory.mktemp('commands')
+    run_here('dataset_converters/digits.py', '--out', folder / 'data/digits')
+    (folder / 'configs').symlink_to(ROOT / 'configs')
+    base = str(ROOT / 'configs/imagenet/resnet18-orepa_4xb64_in1k.py')
+    (folder / 'config.py').write_text(CONFIG.format(base=base))
+    (folder / 'deployed.py').write_text(DEPLOYED)
+
+    torch.manual_seed(0)
+    plain = folder / 'resnet18.pth'
+    torch.save(torchvision.models.resnet18(num_classes=10).state_dict(), plain)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        ours = folder / 'ours.pth'
+        run_here('model_converters/plain_to_mmorepa.py', plain, 'config.py', ours)
+        run_here(
+            'model_converters/published_to_mmorepa.py',
+            *(ours, folder / 'ResNet-18-OREPA.pth.tar', '--reverse'),
+            *('--arch', 'ResNet-18', '--block', 'orepa'),
+        )
+    for name in ('SOURCE', 'PATH'):
+        (folder / name).symlink_to(plain)
+    (folder / 'CHECKPOINT').symlink_to(ours)
+    (folder / 'IN').symlink_to(folder / 'ResNet-18-OREPA.pth.tar')
+    yield folder
+    shutil.rmtree(folder)
+
+
+def stand_in(word, document):
+    """What a word of a command is in this test."""
+    if is_of_the_reader(word, document):
+        return 'config.py'
+    if word.startswith('configs/'):
+        return 'deployed.py' if '/deploy/' in word else 'config.py'
+    return 'CHECKPOINT' if re.fullmatch(r'work_dirs/.*\.pth', word) else word
+
+
+def executed() -> Iterator[Command]:
+    """Each command once, on the config of this test."""
+    seen = set()
+    for command in filter(is_tool, COMMANDS):
+        name, *arguments = (w.removeprefix('tools/') for w in command.words[1:])
+        if name not in EXECUTED:
+            continue
+        words = [stand_in(word, command.document) for word in arguments]
+        if (name, *words) not in seen:
+            seen.add((name, *words))
+            yield command._replace(words=[name, *words])
+
+
+def called_once(functions):
+    """In the place of a latency, whose measurement takes most of the time."""
+    for function in functions:
+        function()
+    return [0.0 for _ in functions]
+
+
+@pytest.mark.slow
+def test_they_run(folder, monkeypatch):
+    """In the order of the documents: what one writes, the next may read."""
+    switch = tool('model_converters/switch_to_deploy.py')
+    monkeypatch.setattr(switch, 'median_seconds', called_once)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    names = set()
+    for command in executed():
+        name, *words = command.words
+        try:
+            if name in ('train.py', 'test.py'):
+                work_dir = f'work_dirs/{len(names)}'
+                run_runner(name, *words, '--work-dir', work_dir)
+            else:
+                run_here(name, *words)
+        except (Exception, SystemExit) as error:
+            raise AssertionError(f'{command.document}: {command.words}') from error
+        names.add(name)
+    assert names == set(EXECUTED)
