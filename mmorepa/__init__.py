@@ -9,7 +9,8 @@ from .utils.requirements import check_requirements
 
 check_requirements()
 
-from . import backbones, engine, functional, layers  # noqa: E402
+from . import backbones, engine, functional, hub, layers  # noqa: E402
+from .hub import get_config, list_configs  # noqa: E402
 from .layers import (  # noqa: E402
     folded,
     is_switchable,
@@ -18,14 +19,19 @@ from .layers import (  # noqa: E402
 )
 from .version import __version__  # noqa: E402
 
+hub.register()
+
 __all__ = [
     '__version__',
     'backbones',
     'engine',
     'folded',
     'functional',
+    'get_config',
+    'hub',
     'is_switchable',
     'layers',
+    'list_configs',
     'reparameterize',
     'switch_to_deploy',
 ]

@@ -22,6 +22,7 @@ from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
 from ..backbones import StagedBackbone
+from ..hub import find_config
 from ..utils.errors import CheckpointError, OutputError
 from ..utils.files import check_outputs
 from .checkpoint import load_strictly, read_checkpoint
@@ -86,7 +87,7 @@ def read_config(path: str, options: Optional[dict] = None) -> Config:
     """Reads a config, for every tool alike.
 
     Args:
-        path (str): The file.
+        path (str): The file, or the name of a config of this package.
         options (dict, optional): ``--cfg-options``. Defaults to None.
 
     Returns:
@@ -96,8 +97,7 @@ def read_config(path: str, options: Optional[dict] = None) -> Config:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not Python, YAML or JSON, or has no model.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f'no config at {path!r}')
+    path = str(find_config(path))
     if Path(path).suffix not in ('.py', '.yml', '.yaml', '.json'):
         raise ValueError(f'{path!r} is no config: these are .py, .yml or .json files')
     cfg = Config.fromfile(path)
@@ -124,6 +124,7 @@ def load_config(args: argparse.Namespace) -> Config:
         Exception: As :func:`read_config`.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    args.config = str(find_config(args.config))
     cfg = read_config(args.config)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
