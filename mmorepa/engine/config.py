@@ -28,6 +28,7 @@ from ..utils.files import check_outputs
 from .checkpoint import load_strictly, read_checkpoint
 from .comparison import unwrapped
 from .resume import newest_resumable, read_resumable
+from .user_data import check_datasets, check_variables
 
 _LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
@@ -101,8 +102,10 @@ def read_config(path: str, options: Optional[dict] = None) -> Config:
     if Path(path).suffix not in ('.py', '.yml', '.yaml', '.json'):
         raise ValueError(f'{path!r} is no config: these are .py, .yml or .json files')
     cfg = Config.fromfile(path)
+    check_variables(cfg)
     if options is not None:
         cfg.merge_from_dict(options)
+        check_variables(cfg, options)
     if not isinstance(cfg.get('model'), dict):
         raise ValueError(f"{path!r} has no 'model', which is what a config describes")
     return cfg
@@ -142,6 +145,7 @@ def load_config(args: argparse.Namespace) -> Config:
                 cfg[name].setdefault('collate_fn', dict(type='default_collate'))
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
+        check_variables(cfg, args.cfg_options)
     _check_copy(args.config, os.path.join(cfg.work_dir, os.path.basename(args.config)))
     return cfg
 
@@ -292,15 +296,20 @@ def check_data_folders(cfg: Config, phases: tuple[str, ...]) -> None:
 
     Raises:
         FileNotFoundError: If the ``data_root`` of a dataset is missing.
+        ValueError: See :func:`check_datasets`.
     """
-    for phase in phases:
-        for dataset in _datasets(cfg.get(f'{phase}_dataloader')):
+    datasets = {
+        phase: list(_datasets(cfg.get(f'{phase}_dataloader'))) for phase in phases
+    }
+    for nodes in datasets.values():
+        for dataset in nodes:
             root = dataset.get('data_root')
             if root and '://' not in root and not os.path.isdir(root):
                 advice = cfg.get('data_preparation', 'set data_root to where it is')
                 raise FileNotFoundError(
                     f'the data folder {root!r} is missing; {advice}'
                 )
+    check_datasets(cfg, datasets)
 
 
 def _datasets(node: object) -> Iterator[dict]:
