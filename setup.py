@@ -1,48 +1,40 @@
-import re
+"""The build step that pyproject.toml has no word for.
+
+OpenMMLab packages carry their configs, tools and model index along in a folder
+``.mim``, where MIM and MMEngine look for them.
+"""
+
+import shutil
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+CARRIED = ('configs', 'tools', 'model-index.yml')
 
 
-def read_version() -> str:
-    """Returns the version without importing the package, which needs torch."""
-    text = (ROOT / 'mmorepa' / 'version.py').read_text(encoding='utf-8')
-    match = re.search(r"^__version__ = '([^']+)'", text, re.MULTILINE)
-    if match is None:
-        raise ValueError("mmorepa/version.py has no line __version__ = '...'")
-    return match.group(1)
+class BuildWithMim(build_py):
+    """Copies what goes to ``mmorepa/.mim`` into the wheel, and never into the tree.
+
+    An editable installation has no copies: the package finds the clone's own files.
+    """
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib, 'mmorepa', '.mim')
+        # An earlier build may have left files that are gone from the tree.
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        for name in CARRIED:
+            source = ROOT / name
+            if source.is_dir():
+                ignored = shutil.ignore_patterns('__pycache__', '*.pyc', '.*')
+                shutil.copytree(source, target / name, ignore=ignored)
+            else:
+                shutil.copy2(source, target / name)
 
 
-def read_long_description() -> str:
-    readme = ROOT / 'README.md'
-    return readme.read_text(encoding='utf-8') if readme.is_file() else ''
-
-
-def read_requirements(name: str) -> list:
-    """Returns the requirements in requirements/<name>.txt, comments left out."""
-    path = ROOT / 'requirements' / f'{name}.txt'
-    lines = (line.strip() for line in path.read_text(encoding='utf-8').splitlines())
-    return [line for line in lines if line and not line.startswith('#')]
-
-
-setup(
-    name='mmorepa',
-    version=read_version(),
-    description='Online convolutional re-parameterization (OREPA) for OpenMMLab',
-    long_description=read_long_description(),
-    long_description_content_type='text/markdown',
-    author='The mmorepa authors',
-    license='Apache-2.0',
-    python_requires='>=3.10',
-    packages=find_packages(include=['mmorepa', 'mmorepa.*']),
-    include_package_data=True,
-    install_requires=read_requirements('runtime'),
-    # mmcv is in none of these: see the requirements files of either stack.
-    extras_require={
-        name: read_requirements(name)
-        for name in ('openmmlab', 'onedl', 'optional', 'tests')
-    },
-    zip_safe=False,
-)
+setup(cmdclass={'build_py': BuildWithMim})

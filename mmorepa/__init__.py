@@ -15,8 +15,10 @@ from . import (  # noqa: E402
     converters,
     engine,
     functional,
+    hub,
     layers,
 )
+from .hub import get_config, list_configs  # noqa: E402
 from .layers import (  # noqa: E402
     folded,
     is_switchable,
@@ -24,6 +26,8 @@ from .layers import (  # noqa: E402
     switch_to_deploy,
 )
 from .version import __version__  # noqa: E402
+
+hub.register()
 
 __all__ = [
     '__version__',
@@ -33,8 +37,11 @@ __all__ = [
     'engine',
     'folded',
     'functional',
+    'get_config',
+    'hub',
     'is_switchable',
     'layers',
+    'list_configs',
     'reparameterize',
     'switch_to_deploy',
 ]

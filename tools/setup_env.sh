@@ -289,7 +289,7 @@ main() {
     step tests "$(text_of tests docs)" 'Install what the tests need (15 s)' \
       install_requirements tests docs
   fi
-  step package "$(cat "$ROOT/setup.py" "$ROOT/mmorepa/version.py" && echo "$ROOT")" \
+  step package "$(cat "$ROOT"/{setup.py,pyproject.toml,mmorepa/version.py} && echo "$ROOT")" \
     'Install mmorepa from this folder (5 s)' install_package
   set_up_fold
   echo "Ready. To use it: source $venv/bin/activate"

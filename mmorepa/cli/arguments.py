@@ -8,6 +8,8 @@ from mmengine.config import Config, DictAction
 from mmengine.device import is_cuda_available
 
 from ..engine.config import read_config
+from ..engine.user_data import check_variables
+from ..hub import find_config
 from ..utils.errors import OutputError
 from ..utils.files import check_outputs
 
@@ -81,6 +83,7 @@ def load_config(args: argparse.Namespace) -> Config:
         Exception: As :func:`read_config`.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    args.config = str(find_config(args.config))
     cfg = read_config(args.config)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
@@ -98,6 +101,7 @@ def load_config(args: argparse.Namespace) -> Config:
                 cfg[name].setdefault('collate_fn', dict(type='default_collate'))
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
+        check_variables(cfg, args.cfg_options)
     _check_copy(args.config, os.path.join(cfg.work_dir, os.path.basename(args.config)))
     return cfg
 

@@ -21,14 +21,16 @@ from torch import nn
 from ..analysis import unwrapped
 from ..backbones import StagedBackbone
 from ..converters import load_strictly, read_checkpoint
+from ..hub import find_config
 from .resume import newest_resumable, read_resumable
+from .user_data import check_datasets, check_variables
 
 
 def read_config(path: str, options: Optional[dict] = None) -> Config:
     """Reads and checks a config.
 
     Args:
-        path (str): The file.
+        path (str): The file, or the name of a config of this package.
         options (dict, optional): ``--cfg-options``. Defaults to None.
 
     Returns:
@@ -38,13 +40,14 @@ def read_config(path: str, options: Optional[dict] = None) -> Config:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not Python, YAML or JSON, or has no model.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f'no config at {path!r}')
+    path = str(find_config(path))
     if Path(path).suffix not in ('.py', '.yml', '.yaml', '.json'):
         raise ValueError(f'{path!r} is no config: these are .py, .yml or .json files')
     cfg = Config.fromfile(path)
+    check_variables(cfg)
     if options is not None:
         cfg.merge_from_dict(options)
+        check_variables(cfg, options)
     if not isinstance(cfg.get('model'), dict):
         raise ValueError(f"{path!r} has no 'model', which is what a config describes")
     return cfg
@@ -188,9 +191,13 @@ def check_data_folders(cfg: Config, phases: tuple[str, ...]) -> None:
 
     Raises:
         FileNotFoundError: If the ``data_root`` of a dataset is missing.
+        ValueError: See :func:`check_datasets`.
     """
-    for phase in phases:
-        for dataset in _datasets(cfg.get(f'{phase}_dataloader')):
+    datasets = {
+        phase: list(_datasets(cfg.get(f'{phase}_dataloader'))) for phase in phases
+    }
+    for nodes in datasets.values():
+        for dataset in nodes:
             root = dataset.get('data_root')
             if root and '://' not in root and not os.path.isdir(root):
                 advice = cfg.get('data_preparation')
@@ -200,6 +207,7 @@ def check_data_folders(cfg: Config, phases: tuple[str, ...]) -> None:
                     f'the data folder {root!r} is missing; '
                     f'{advice or "set data_root to where it is"}'
                 )
+    check_datasets(cfg, datasets)
 
 
 def _downloads(dataset: dict, scope: Optional[str]) -> bool:

@@ -2,7 +2,7 @@ import json
 import subprocess
 
 import pytest
-from tool_runs import ROOT, run_here
+from tool_runs import ROOT, run_here, tool
 
 SUMMARY = 'analysis_tools/transfer_summary.py'
 
@@ -55,7 +55,6 @@ def test_quickstart_knows_its_arguments():
 
 
 def test_quickstart_names_configs_that_are_there():
-    text = (ROOT / 'tools/quickstart.sh').read_text()
-    names = [line.split('=')[1] for line in text.splitlines() if '=configs/' in line]
-    assert len(names) == 3
-    assert all((ROOT / name).is_file() for name in names)
+    quickstart = tool('quickstart.py')
+    for path in (quickstart.CONFIG, quickstart.DETECTOR, quickstart.SEGMENTER):
+        assert path.is_file()

@@ -126,7 +126,7 @@ def test_broken_package(monkeypatch):
 @pytest.mark.parametrize(
     'path, pattern',
     [
-        ('setup.py', r"python_requires='>=([\d.]+)'"),
+        ('pyproject.toml', r'requires-python = ">=([\d.]+)"'),
         ('pyproject.toml', r'target-version = "py(\d+)"'),
         ('README.md', r'needs Python ([\d.]+),'),
         ('README.md', r'needs Python ([\d.]+) or later and nothing else'),

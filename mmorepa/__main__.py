@@ -1,0 +1,69 @@
+"""The tools as one command, ``python -m mmorepa`` or ``mmorepa``, without a shell."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Optional
+
+from .hub import root
+
+# What a clone is worked on with, such as the compiler of mmcv, is not among them.
+COMMANDS = {
+    'quickstart': 'quickstart.py',
+    'train': 'train.py',
+    'test': 'test.py',
+    'deploy': 'model_converters/switch_to_deploy.py',
+    'convert': 'model_converters/published_to_mmorepa.py',
+    'convert_plain': 'model_converters/plain_to_mmorepa.py',
+    'build_fold': 'build_fold.py',
+    'digits': 'dataset_converters/digits.py',
+    'fashion_mnist': 'dataset_converters/fashion_mnist.py',
+    'draw': 'analysis_tools/draw_predictions.py',
+    'stem_lr': 'analysis_tools/stem_lr.py',
+}
+
+
+def usage() -> str:
+    """The commands, each with the first line that its tool says of itself."""
+    width = max(map(len, COMMANDS))
+    lines = [
+        'usage: python -m mmorepa COMMAND …',
+        '',
+        'COMMAND --help tells what it takes. The commands are:',
+        '',
+    ]
+    for name, path in COMMANDS.items():
+        source = (root() / 'tools' / path).read_text(encoding='utf-8')
+        summary = (ast.get_docstring(ast.parse(source)) or '').partition('\n')[0]
+        lines.append(f'  {name:{width}}  {summary}')
+    return '\n'.join(lines)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Runs a tool in the place of this process.
+
+    Args:
+        argv (Sequence[str], optional): The command and its arguments. Defaults to
+            those of the process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ('-h', '--help'):
+        print(usage())
+        return
+    name, *rest = arguments
+    if name not in COMMANDS:
+        sys.exit(f'error: no command {name!r}; there are: {", ".join(COMMANDS)}')
+    # A tool has to set how threads wait before PyTorch is loaded, and importing this
+    # package has loaded it.
+    line = [sys.executable, str(root() / 'tools' / COMMANDS[name]), *rest]
+    if os.name == 'posix':
+        sys.stdout.flush()
+        os.execv(line[0], line)
+    # On Windows, exec leaves the shell to believe that the program has ended.
+    sys.exit(subprocess.call(line))
+
+
+if __name__ == '__main__':
+    main()

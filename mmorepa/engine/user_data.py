@@ -1,0 +1,196 @@
+"""Mistakes that people make with data of their own, each told in one line."""
+
+import ast
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Optional
+
+from mmengine.config import Config
+from mmengine.registry import DATASETS
+
+# What people set at the top of a config, and what it takes to have an effect.
+_EXAMPLES = {
+    'data_root': 'train_dataloader = dict(dataset=dict(data_root=data_root)), and the '
+    'same for val_dataloader and test_dataloader',
+    'classes': 'train_dataloader = dict(dataset=dict(metainfo=dict(classes=classes))), '
+    'and the same for val_dataloader and test_dataloader',
+    'num_classes': 'model = dict(head=dict(num_classes=num_classes)) for a classifier',
+    'max_epochs': 'train_cfg = dict(max_epochs=max_epochs)',
+    'pretrained': 'model = dict(backbone=dict(init_cfg=dict(checkpoint=pretrained)))',
+}
+_READ = ('model', 'load_from', 'train_cfg')
+# Larger annotations would take longer to read than a mistake is worth.
+_LARGE = 100_000_000
+
+
+def check_variables(cfg: Config, options: Optional[dict] = None) -> None:
+    """Checks that no variable was set for nothing.
+
+    MMEngine does not hand a child's variable on to what its base has made of it.
+
+    Args:
+        cfg (Config): Of a file.
+        options (dict, optional): ``--cfg-options``, merged already, to check them
+            instead of the file. Defaults to None.
+
+    Raises:
+        ValueError: If one of those that people set at the top is set by the file,
+            which has a base, or by the options, and nothing has its value.
+    """
+    where = f'in {cfg.filename}' if options is None else 'in --cfg-options'
+    leaves = [
+        leaf
+        for key, node in cfg.items()
+        if key in _READ or key.endswith(('_dataloader', '_evaluator'))
+        for leaf in _leaves(key, node)
+    ]
+    for name in _assigned(cfg.filename) if options is None else options:
+        value = cfg.get(name)
+        if name in _EXAMPLES and value is not None and not _occurs(name, value, leaves):
+            raise ValueError(
+                f'{name} = {value!r} {where} has no effect, since the base config does '
+                f'not see it; write {_EXAMPLES[name]}'
+            )
+
+
+def _assigned(path: Optional[str]) -> list[str]:
+    """What the file of a child sets; a file without a base, such as a dump, is whole."""
+    if path is None or not path.endswith('.py'):
+        return []
+    body = ast.parse(Path(path).read_text(encoding='utf-8')).body
+    targets = [t for node in body if isinstance(node, ast.Assign) for t in node.targets]
+    names = [target.id for target in targets if isinstance(target, ast.Name)]
+    return names if '_base_' in names else []
+
+
+def _leaves(key: str, node: Any) -> Iterator[tuple[str, Any]]:
+    """The values in a config, each with its key; also sequences, as tuples."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _leaves(name, value)
+    elif isinstance(node, (list, tuple)):
+        yield key, tuple(node)
+        for value in node:
+            yield from _leaves(key, value)
+    else:
+        yield key, node
+
+
+def _occurs(name: str, value: Any, leaves: list[tuple[str, Any]]) -> bool:
+    if isinstance(value, str):  # Under any key, and it may be a part of a path.
+        return any(isinstance(leaf, str) and value in leaf for _, leaf in leaves)
+    value = tuple(value) if isinstance(value, list) else value
+    alike = [leaf for key, leaf in leaves if key == name]
+    # What is under no such key, something may have been computed from.
+    return not alike or value in alike
+
+
+def check_datasets(cfg: Config, datasets: dict[str, list[dict]]) -> None:
+    """Checks what the folders and annotations of the datasets hold.
+
+    Those of MMPretrain's ``CustomDataset`` that are folders of classes, and those of
+    MMDetection's ``CocoDataset``, are looked at; none is read twice that is large.
+
+    Args:
+        cfg (Config): The config.
+        datasets (dict[str, list[dict]]): Those of each phase, whose ``data_root``
+            is there.
+
+    Raises:
+        FileNotFoundError: If a folder or a file is missing.
+        ValueError: If the classes are not those of the model, or of the other phases.
+    """
+    found = {}
+    for phase, nodes in datasets.items():
+        for node in nodes:
+            kind = str(node.get('type')).rpartition('.')[-1]
+            if '://' in str(node.get('data_root')):
+                continue
+            if kind == 'CustomDataset' and not node.get('ann_file'):
+                if node.get('with_label', True):
+                    found[phase] = _check_folder(cfg, node)
+            elif kind == 'CocoDataset':
+                _check_coco(cfg, node)
+    if len(set(found.values())) > 1:
+        texts = (f'{", ".join(names)} for {phase}' for phase, names in found.items())
+        raise ValueError(f'the phases have different classes: {"; ".join(texts)}')
+
+
+def _check_folder(cfg: Config, dataset: dict) -> tuple[str, ...]:
+    """The classes of a folder, which has to have as many as the model."""
+    prefix = dataset.get('data_prefix') or ''
+    if isinstance(prefix, dict):
+        prefix = prefix.get('img_path', '')
+    root = dataset.get('data_root') or ''
+    folder = _existing(cfg, os.path.join(root, prefix), root)
+    classes = tuple(sorted(e.name for e in os.scandir(folder) if e.is_dir()))
+    if not classes:
+        raise ValueError(f'{folder!r} has no folders in it, which are the classes')
+    head = (cfg.model.get('head') or {}) if isinstance(cfg.model, dict) else {}
+    _check_number(head.get('num_classes'), classes, folder, 'model.head')
+    return classes
+
+
+def _check_coco(cfg: Config, dataset: dict) -> None:
+    root = dataset.get('data_root') or ''
+    name = dataset.get('ann_file') or ''
+    images = (dataset.get('data_prefix') or {}).get('img', '')
+    path = _existing(cfg, os.path.join(root, name), root)
+    _existing(cfg, os.path.join(root, images), root)
+    if os.path.getsize(path) > _LARGE:
+        return
+    categories = json.loads(Path(path).read_text(encoding='utf-8'))['categories']
+    known = [category['name'] for category in categories]
+    classes = (dataset.get('metainfo') or {}).get('classes')
+    if classes is None:
+        with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
+            classes = registry.get(dataset['type']).METAINFO['classes']
+    if isinstance(classes, str):
+        raise ValueError(f'metainfo.classes is {classes!r}, and has to be a tuple')
+    missing = [name for name in classes if name not in known]
+    if missing:
+        raise ValueError(
+            f'{_some(missing)}: no such class in {path!r}, which has '
+            f'{_some(known)}; set metainfo=dict(classes=(...)) of every dataset'
+        )
+    for where, head in _heads(cfg.model, 'model'):
+        _check_number(head.get('num_classes'), classes, path, where)
+
+
+def _heads(node: Any, where: str) -> Iterator[tuple[str, dict]]:
+    """The heads that tell classes apart; an RPN tells objects from none."""
+    if isinstance(node, (list, tuple)):
+        for i, item in enumerate(node):
+            yield from _heads(item, f'{where}[{i}]')
+    elif isinstance(node, dict):
+        if where.partition('[')[0].endswith(('.bbox_head', '.mask_head')):
+            yield where, node
+        for key, value in node.items():
+            yield from _heads(value, f'{where}.{key}')
+
+
+def _check_number(
+    number: Optional[int], classes: tuple[str, ...], where: str, head: str
+) -> None:
+    if number is not None and number != len(classes):
+        raise ValueError(
+            f'{where!r} is used with {len(classes)} classes ({_some(classes)}), and '
+            f'{head} has num_classes={number}; set {head}.num_classes={len(classes)}'
+        )
+
+
+def _existing(cfg: Config, path: str, root: str) -> str:
+    if os.path.exists(path):
+        return path
+    there = sorted(os.listdir(root or '.'))
+    advice = cfg.get('data_preparation', 'set data_root to where it is')
+    raise FileNotFoundError(
+        f'{path!r} is missing; {root!r} has {_some(there) or "nothing"}; {advice}'
+    )
+
+
+def _some(names: Any) -> str:
+    names = list(map(str, names))
+    return ', '.join(names[:6]) + (', …' if len(names) > 6 else '')

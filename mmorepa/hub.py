@@ -1,0 +1,159 @@
+"""Configs, tools and models by name, the same in a clone and when installed."""
+
+import difflib
+import fnmatch
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from mmengine.config import Config
+
+_PACKAGE = Path(__file__).resolve().parent
+SCHEME = 'mmorepa::'
+
+
+def root() -> Path:
+    """The folder of ``configs``, ``tools`` and ``model-index.yml``.
+
+    Returns:
+        Path: ``.mim`` in the installed package; the top of a clone.
+    """
+    installed = _PACKAGE / '.mim'
+    return installed if installed.is_dir() else _PACKAGE.parent
+
+
+def list_configs(pattern: str = '*') -> list[str]:
+    """The names of the configs that come with this package.
+
+    Args:
+        pattern (str): With ``*`` for any letters. Defaults to all.
+
+    Returns:
+        list[str]: Sorted, as :func:`get_config` takes them.
+
+    Examples:
+        >>> mmorepa.list_configs('imagenet/resnet18-*')
+        ['imagenet/resnet18-1.5x-orepa_4xb64_in1k', ...]
+    """
+    folder = root() / 'configs'
+    names = (
+        path.relative_to(folder).with_suffix('').as_posix()
+        for path in folder.glob('[!_]*/*.py')
+    )
+    return sorted(fnmatch.filter(names, pattern))
+
+
+def find_config(name: Union[str, Path]) -> Path:
+    """The file of a config.
+
+    Args:
+        name (str | Path): A file, or a config that comes with this package:
+            ``FOLDER/NAME`` or ``NAME``, with or without ``.py`` and ``mmorepa::``.
+
+    Returns:
+        Path: The file. One that is there goes before one of this package.
+
+    Raises:
+        FileNotFoundError: If there is none. The message has the closest names.
+    """
+    name = str(name)
+    given = Path(name)
+    if not name.startswith(SCHEME) and given.is_file():
+        return given
+    wanted = name.removeprefix(SCHEME).removesuffix('.py')
+    # The pieces below _base_ are found by their paths alone.
+    path = root() / 'configs' / f'{wanted}.py'
+    if wanted and path.is_file():
+        return path
+    names = list_configs()
+    found = [known for known in names if known.rpartition('/')[2] == wanted]
+    if len(found) == 1:
+        return root() / 'configs' / f'{found[0]}.py'
+    stems = {known.rpartition('/')[2]: known for known in names}
+    close = difflib.get_close_matches(wanted, names, cutoff=0.7)
+    close += [stems[stem] for stem in difflib.get_close_matches(wanted, stems)]
+    advice = ', '.join(dict.fromkeys(close[:4]))
+    raise FileNotFoundError(
+        f'no config at {name!r}'
+        + (f', nor one of that name in mmorepa; close are: {advice}' if close else '')
+    )
+
+
+def get_config(name: Union[str, Path], options: Optional[dict] = None) -> Config:
+    """A config of this package, or one of your own.
+
+    Args:
+        name (str | Path): As of :func:`find_config`.
+        options (dict, optional): Settings that override it, as ``--cfg-options``.
+            Defaults to None.
+
+    Returns:
+        Config: Its ``dump(FILE)`` writes it as one file that needs no other.
+
+    Raises:
+        FileNotFoundError: If there is none. The message has the closest names.
+
+    Examples:
+        >>> cfg = mmorepa.get_config('imagenet/resnet50-orepa_4xb64_in1k')
+        >>> cfg.model.backbone.type
+        'OREPAResNet'
+    """
+    cfg = Config.fromfile(find_config(name))
+    if options is not None:
+        cfg.merge_from_dict(options)
+    return cfg
+
+
+def register() -> None:
+    """Makes names of this package known to MMEngine, and to MMPretrain if it is there.
+
+    From then on ``_base_ = 'mmorepa::FOLDER/NAME.py'`` names a config of this package,
+    and ``mmpretrain.list_models`` and ``get_model`` know its classifiers.
+    """
+    _register_scheme()
+    listing = sys.modules.get('mmpretrain.apis.model')
+    if listing is None:
+        # First, since the one that finds mmpretrain would end the search.
+        sys.meta_path.insert(0, _WhenMMPretrainIsImported())
+    else:
+        _register_models(listing.ModelHub)
+
+
+def _register_scheme() -> None:
+    # MMEngine's own table of packages would not do: it gives every part of a config
+    # the scope of its package, where MMEngine looks for LinearClsHead and the like,
+    # and it knows no clones.
+    others = Config._get_cfg_path
+
+    def _get_cfg_path(cfg_path: str, filename: str) -> tuple[str, Optional[str]]:
+        if cfg_path.startswith(SCHEME):
+            return str(find_config(cfg_path)), None
+        return others(cfg_path, filename)
+
+    Config._get_cfg_path = staticmethod(_get_cfg_path)
+
+
+class _WhenMMPretrainIsImported(MetaPathFinder):
+    """Registers our models then: users of MMDetection need not have MMPretrain."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname != 'mmpretrain.apis.model':
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(fullname, path)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            _register_models(module.ModelHub)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _register_models(hub: Any) -> None:
+    hub.register_model_index(root() / 'model-index.yml', config_prefix=root())

@@ -1,0 +1,156 @@
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+from mmengine.config import Config
+
+import mmorepa
+from mmorepa.__main__ import COMMANDS, main
+from mmorepa.hub import find_config, list_configs, root
+
+NAME = 'imagenet/resnet18-orepa_4xb64_in1k'
+
+
+class TestFindConfig:
+    @pytest.mark.parametrize(
+        'name',
+        [NAME, f'{NAME}.py', f'mmorepa::{NAME}', NAME.partition('/')[2]],
+    )
+    def test_of_this_package(self, name):
+        assert find_config(name) == root() / 'configs' / f'{NAME}.py'
+
+    def test_files_go_first(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        own = tmp_path / f'{NAME}.py'
+        own.parent.mkdir()
+        own.touch()
+        assert find_config(f'{NAME}.py').resolve() == own
+        assert find_config(f'mmorepa::{NAME}.py') != own
+
+    def test_pieces(self):
+        assert find_config('_base_/default_runtime.py').is_file()
+
+    @pytest.mark.parametrize(
+        'name', ['imagenet/resnet18-orepa_4xb64', 'resnet18-orepa', 'resnet18_orepa']
+    )
+    def test_close_names(self, name):
+        with pytest.raises(FileNotFoundError, match=f'close are: .*{NAME}'):
+            find_config(name)
+
+    @pytest.mark.parametrize('name', ['', '.', 'none.py', 'mmorepa::', 'imagenet'])
+    def test_none(self, name):
+        with pytest.raises(FileNotFoundError, match='no config at '):
+            find_config(name)
+
+
+def test_every_config_is_listed_and_read():
+    names = list_configs()
+    files = [*root().glob('configs/*/*.py')]
+    assert (
+        len(names)
+        == len(set(names))
+        == len(files) - sum(path.parent.name == '_base_' for path in files)
+    )
+    assert list_configs('imagenet/resnet18-*orepa*') == [
+        'imagenet/resnet18-1.5x-orepa_4xb64_in1k',
+        'imagenet/resnet18-2x-orepa_4xb64_in1k',
+        'imagenet/resnet18-orepa_4xb64_in1k',
+    ]
+    for name in names:
+        assert mmorepa.get_config(name).model
+
+
+def test_options():
+    cfg = mmorepa.get_config(NAME, {'model.backbone.block': 'dbb'})
+    assert cfg.model.backbone.block == 'dbb' and cfg.model.backbone.depth == 18
+
+
+class TestScheme:
+    def test_base(self, tmp_path):
+        path = tmp_path / 'own.py'
+        path.write_text(f"_base_ = ['mmorepa::{NAME}.py']\nwork_dir = 'mine'\n")
+        cfg = Config.fromfile(path)
+        assert cfg.model == mmorepa.get_config(NAME).model
+        assert cfg.work_dir == 'mine'
+        # Types are looked for in the scope of the config, which is mmpretrain.
+        assert '_scope_' not in cfg.pretty_text
+
+    def test_base_that_is_missing(self, tmp_path):
+        path = tmp_path / 'own.py'
+        path.write_text("_base_ = 'mmorepa::imagenet/resnet18-orepa.py'\n")
+        with pytest.raises(FileNotFoundError, match=f'close are: .*{NAME}'):
+            Config.fromfile(path)
+
+    def test_other_packages_are_left_to_mmengine(self, tmp_path):
+        pytest.importorskip('mmdet')
+        path = tmp_path / 'own.py'
+        path.write_text("_base_ = 'mmdet::_base_/default_runtime.py'\n")
+        assert Config.fromfile(path).default_scope == 'mmdet'
+        path.write_text("_base_ = 'nobody::_base_/default_runtime.py'\n")
+        with pytest.raises(AssertionError, match='does not support to load nobody'):
+            Config.fromfile(path)
+
+
+class TestModels:
+    def test_are_listed(self):
+        mmpretrain = pytest.importorskip('mmpretrain')
+        names = mmpretrain.list_models('*orepa*')
+        configs = list_configs('imagenet/*orepa*')
+        assert sorted(f'imagenet/{name}' for name in names) == configs
+        # Theirs are there as before.
+        assert 'resnet50_8xb32_in1k' in mmpretrain.list_models()
+
+    def test_are_built(self):
+        mmpretrain = pytest.importorskip('mmpretrain')
+        name = NAME.partition('/')[2]
+        model = mmpretrain.get_model(name, backbone=dict(base_channels=8))
+        assert isinstance(model.backbone, mmorepa.backbones.OREPAResNet)
+
+    def test_whichever_is_imported_first(self, monkeypatch):
+        """Here, mmpretrain's list of models is imported anew."""
+        pytest.importorskip('mmpretrain')
+        name = 'mmpretrain.apis.model'
+        monkeypatch.setattr(sys, 'meta_path', [*sys.meta_path])
+        # Restores what the new import replaces.
+        monkeypatch.setattr('mmpretrain.apis.model', sys.modules[name])
+        monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setattr(Config, '_get_cfg_path', Config._get_cfg_path)
+        finders = len(sys.meta_path)
+        mmorepa.hub.register()
+        assert len(sys.meta_path) == finders + 1
+        found = importlib.import_module(name)
+        assert len(sys.meta_path) == finders
+        assert found.ModelHub.has(NAME.partition('/')[2])
+        assert found.ModelHub is not sys.modules['mmpretrain'].ModelHub
+
+
+class TestCommands:
+    def test_tools_are_there(self):
+        for path in COMMANDS.values():
+            assert (root() / 'tools' / path).is_file()
+
+    @pytest.mark.parametrize('line', [[], ['--help'], ['-h']])
+    def test_help(self, capsys, line):
+        main(line)
+        lines = capsys.readouterr().out.splitlines()
+        for name in COMMANDS:
+            (found,) = [line for line in lines if line.startswith(f'  {name} ')]
+            assert len(found.split()) > 3
+
+    def test_unknown(self):
+        with pytest.raises(SystemExit, match="error: no command 'trian'; .*train, "):
+            main(['trian'])
+
+    def test_takes_the_place_of_the_process(self, monkeypatch):
+        calls = []
+        monkeypatch.setattr(os, 'execv', lambda path, line: calls.append((path, line)))
+        # What is left where exec does not replace the process.
+        monkeypatch.setattr(subprocess, 'call', lambda line: calls.append(line) or 3)
+        with pytest.raises(SystemExit) as error:
+            main(['deploy', 'a', '--json', 'b'])
+        assert error.value.code == 3
+        tool = root() / 'tools/model_converters/switch_to_deploy.py'
+        line = [sys.executable, str(tool), 'a', '--json', 'b']
+        assert calls == ([(line[0], line)] if os.name == 'posix' else []) + [line]

@@ -1,0 +1,196 @@
+"""Trains, tests, deploys and tests again, on handwritten digits that need no download.
+
+Everything is written below the working directory: the digits to data/digits, the rest
+to work_dirs/quickstart. ``transfer`` goes on from it: it fine-tunes a detector and a
+segmenter with that backbone, and deploys them.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Optional
+
+TOOLS = Path(__file__).resolve().parent
+CONFIGS = TOOLS.parent / 'configs' / 'digits'
+CONFIG = CONFIGS / 'resnet18-slim-orepa_1xb64_digits.py'
+PLAIN_CONFIG = CONFIGS / 'resnet18-slim_1xb64_digits.py'
+DETECTOR = CONFIGS / 'faster-rcnn_r18-slim-orepa_fpn_1xb2-10e_digits.py'
+SEGMENTER = CONFIGS / 'deeplabv3plus_r18-slim-orepa-d8_1xb8-2500_digits.py'
+DATA = Path('data/digits')
+WORK = Path('work_dirs/quickstart')
+SUMMARY = WORK / 'summary.json'
+# What is shown of the tools' output; all of it is in the logs.
+CLASSIFICATION = r'Epoch\((train|val|test)\)'
+SHOWN_TESTS = r'Epoch\(test\).*accuracy'
+TRANSFER = r'mAP: |mIoU: |(Epoch|Iter)\(train\)'
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument(
+        'part',
+        nargs='?',
+        choices=['transfer'],
+        help='go on from it: fine-tune a detector and a segmenter, and deploy them',
+    )
+    parser.add_argument(
+        '--epochs', type=int, default=20, help='of the pretraining (default: 20)'
+    )
+    parser.add_argument(
+        '--seconds-before',
+        type=int,
+        default=0,
+        help='what the set-up took, for the summary',
+    )
+    return parser.parse_args(argv)
+
+
+def step(text: str) -> None:
+    print(f'\n==> {text}', flush=True)
+
+
+def run(tool: str, *arguments: object, log: Optional[Path] = None, show: str = ''):
+    """Runs a tool; with a log, only the lines that match are on the screen.
+
+    Raises:
+        SystemExit: If the tool fails, with its exit status.
+    """
+    line = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
+    if log is None:
+        status, tail = subprocess.call(line), []
+    else:
+        status, tail = _run_logged(line, log, re.compile(show))
+    if status:
+        print(*tail, sep='\n', file=sys.stderr)
+        print(f'quickstart: this failed: {" ".join(line)}', file=sys.stderr)
+        if log is not None:
+            print(f'quickstart: all of its output is in {log}', file=sys.stderr)
+        sys.exit(status)
+
+
+def _run_logged(line: list, log: Path, show: re.Pattern) -> tuple[int, list[str]]:
+    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    text = dict(text=True, encoding='utf-8', errors='replace')
+    tail: list[str] = []
+    with (
+        log.open('w', encoding='utf-8') as file,
+        subprocess.Popen(line, **output, **text) as process,
+    ):
+        for read in process.stdout:
+            file.write(read)
+            tail = [*tail[-14:], read.rstrip('\n')]
+            if show.search(read):
+                print(read.rstrip('\n')[:160], flush=True)
+    return process.returncode, tail
+
+
+def test(config: Path, checkpoint: Path, folder: Path, form: str, show: str) -> None:
+    """Tests one form; the metrics go to ``FOLDER/FORM.json``."""
+    arguments = [config, checkpoint, '--work-dir', folder / 'test']
+    arguments += ['--out', folder / f'{form}.json', '--out-item', 'metrics']
+    if form == 'test_deploy':
+        arguments += ['--cfg-options', 'model.backbone.deploy=True']
+    run('test.py', *arguments, log=folder / f'{form}.log', show=show)
+
+
+def deploy(config: Path, checkpoint: Path, folder: Path, show: str) -> None:
+    """Tests a checkpoint, switches it to its plain form, and tests that."""
+    step('Testing the training form')
+    test(config, checkpoint, folder, 'test', show)
+    step('Switching to the deployed form')
+    deployed = folder / 'deploy.pth'
+    arguments = [config, checkpoint, deployed, '--json', folder / 'switch.json']
+    run('model_converters/switch_to_deploy.py', *arguments)
+    step('Testing the deployed form')
+    test(config, deployed, folder, 'test_deploy', show)
+
+
+def pretrain(epochs: int, seconds_before: int) -> None:
+    started = time.monotonic()
+    step('Data: handwritten digits')
+    plain = WORK / 'plain'
+    plain.mkdir(parents=True, exist_ok=True)
+    # A run that is broken off must not leave the results of an older one behind.
+    for folder in (WORK, plain):
+        shutil.rmtree(folder / 'train', ignore_errors=True)
+    SUMMARY.unlink(missing_ok=True)
+    run('dataset_converters/digits.py', '--out', DATA)
+
+    step(f'Training a slim plain ResNet-18 for {epochs} epochs, to compare with')
+    plain_seconds = train(PLAIN_CONFIG, plain, epochs)
+    deploy(PLAIN_CONFIG, pretrained(epochs, plain), plain, SHOWN_TESTS)
+    step(
+        f'Training a slim OREPA-ResNet-18 for {epochs} epochs (a minute or two for 20)'
+    )
+    training_seconds = train(CONFIG, WORK, epochs)
+    deploy(CONFIG, pretrained(epochs), WORK, SHOWN_TESTS)
+
+    step('Summary')
+    seconds = seconds_before + round(time.monotonic() - started)
+    arguments = ['--seconds', seconds, '--training-seconds', training_seconds]
+    arguments += ['--plain-training-seconds', plain_seconds]
+    run('analysis_tools/quickstart_summary.py', WORK, *arguments)
+
+
+def train(config: Path, folder: Path, epochs: int) -> int:
+    """Trains a classifier in ``FOLDER/train``; the seconds it took."""
+    started = time.monotonic()
+    arguments = [config, '--work-dir', folder / 'train']
+    arguments += ['--cfg-options', f'train_cfg.max_epochs={epochs}']
+    run('train.py', *arguments, log=folder / 'train.log', show=CLASSIFICATION)
+    return round(time.monotonic() - started)
+
+
+def pretrained(epochs: int, folder: Path = WORK) -> Path:
+    return folder / 'train' / f'epoch_{epochs}.pth'
+
+
+def fine_tune(task: str, config: Path, backbone: Path) -> int:
+    """Trains, tests, deploys and draws, all in ``WORK/TASK``; the seconds it took."""
+    started, folder = time.monotonic(), WORK / task
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    arguments = [config, '--work-dir', folder / 'train', '--cfg-options']
+    arguments += [f'model.backbone.init_cfg.checkpoint={backbone.as_posix()}']
+    run('train.py', *arguments, log=folder / 'train.log', show=TRANSFER)
+    checkpoint = Path((folder / 'train' / 'last_checkpoint').read_text())
+    deploy(config, checkpoint, folder, TRANSFER)
+    files = [checkpoint, folder / 'deploy.pth', folder / 'predictions.png']
+    tool = 'analysis_tools/draw_predictions.py'
+    run(tool, config, *files, log=folder / 'draw.log', show='^Wrote')
+    return round(time.monotonic() - started)
+
+
+def transfer(backbone: Path) -> None:
+    run('dataset_converters/digits.py', '--out', DATA)
+    step('Fine-tuning a Faster R-CNN on scenes of several digits (minutes)')
+    arguments = ['--det-seconds', fine_tune('det', DETECTOR, backbone)]
+    step('Fine-tuning a DeepLabV3+ on scenes of several digits (minutes)')
+    arguments += ['--seg-seconds', fine_tune('seg', SEGMENTER, backbone)]
+    step('Summary')
+    run('analysis_tools/transfer_summary.py', WORK, *arguments)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    backbone = pretrained(args.epochs)
+    if args.part == 'transfer' and find_spec('mmcv._ext') is None:
+        sys.exit(
+            'error: detection needs mmcv with its compiled operators, which are not '
+            'in this environment; in a clone, bash tools/setup_env.sh --ops compiles '
+            'them'
+        )
+    if args.part != 'transfer' or not (backbone.is_file() and SUMMARY.is_file()):
+        pretrain(args.epochs, args.seconds_before)
+    if args.part == 'transfer':
+        transfer(backbone)
+
+
+if __name__ == '__main__':
+    main()
