@@ -122,12 +122,10 @@ def pretrain(epochs: int, seconds_before: int) -> None:
     SUMMARY.unlink(missing_ok=True)
     run('dataset_converters/digits.py', '--out', DATA)
 
-    step(f'Training a slim plain ResNet-18 for {epochs} epochs, to compare with')
+    step(f'Training a slim plain ResNet-18 for {epochs} epochs (20 take a minute)')
     plain_seconds = train(PLAIN_CONFIG, plain, epochs)
     deploy(PLAIN_CONFIG, pretrained(epochs, plain), plain, SHOWN_TESTS)
-    step(
-        f'Training a slim OREPA-ResNet-18 for {epochs} epochs (a minute or two for 20)'
-    )
+    step(f'Training a slim OREPA-ResNet-18 for {epochs} epochs')
     training_seconds = train(CONFIG, WORK, epochs)
     deploy(CONFIG, pretrained(epochs), WORK, SHOWN_TESTS)
 

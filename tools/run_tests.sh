@@ -12,4 +12,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 bash tools/setup_env.sh --ops --tests
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
-"$VENV/bin/python" -m pytest --durations=15 "$@"
+# What uses the GPU by itself where there is one is compared with a CPU in these tests.
+CUDA_VISIBLE_DEVICES='' "$VENV/bin/python" -m pytest --durations=15 "$@"
+if (($# == 0)) && nvidia-smi >/dev/null 2>&1; then
+  "$VENV/bin/python" -m pytest tests/test_gpu.py
+fi

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Optional
 
 # Before PyTorch is loaded: see tools/train.py.
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+if 'OMP_WAIT_POLICY' not in os.environ:
+    os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 import mmengine
 from mmengine.config import Config

@@ -5,9 +5,10 @@ import os
 from collections.abc import Sequence
 from typing import Optional
 
-# Before PyTorch is loaded. Threads that wait for others shall sleep: on a machine that
-# is busy with other work, they would take the time of those that they wait for.
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+# Before PyTorch is loaded. Threads that wait for others shall soon sleep: on a machine
+# that is busy with other work, they would take the time of those that they wait for.
+if 'OMP_WAIT_POLICY' not in os.environ:
+    os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 from mmorepa.cli import add_common_arguments, load_config, one_line_errors
 from mmorepa.engine.config import add_hook, build_runner, use_amp

@@ -56,7 +56,7 @@ def check_variables(cfg: Config, options: Optional[dict] = None) -> None:
 
 
 def _assigned(path: Optional[str]) -> list[str]:
-    """What the file of a child sets; a file without a base, such as a dump, is whole."""
+    """What the file of a child sets; one without a base, such as a dump, is whole."""
     if path is None or not path.endswith('.py'):
         return []
     body = ast.parse(Path(path).read_text(encoding='utf-8')).body

@@ -10,7 +10,7 @@ import os, runpy, sys
 class Finder:
     def find_spec(name, *_):
         if name == 'torch':
-            print(os.environ['OMP_WAIT_POLICY'])
+            print(os.environ.get('GOMP_SPINCOUNT'))
             sys.exit()
 sys.meta_path.insert(0, Finder)
 runpy.run_path(sys.argv[1])
@@ -19,10 +19,12 @@ runpy.run_path(sys.argv[1])
 
 @pytest.mark.parametrize('name', ['train.py', 'test.py'])
 def test_policy_is_set_before_torch_is_loaded(name, monkeypatch):
-    monkeypatch.delenv('OMP_WAIT_POLICY', raising=False)
+    for variable in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'):
+        monkeypatch.delenv(variable, raising=False)
     line = sys.executable, '-c', STOP_AT_TORCH, TOOLS / name
-    assert run_apart(*line).stdout.split() == ['PASSIVE']
-    assert run_apart(*line, OMP_WAIT_POLICY='ACTIVE').stdout.split() == ['ACTIVE']
+    assert run_apart(*line).stdout.split() == ['1000']
+    assert run_apart(*line, GOMP_SPINCOUNT='7').stdout.split() == ['7']
+    assert run_apart(*line, OMP_WAIT_POLICY='ACTIVE').stdout.split() == ['None']
 
 
 @pytest.mark.slow

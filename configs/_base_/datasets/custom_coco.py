@@ -3,8 +3,9 @@ _base_ = 'coco_detection.py'
 
 data_preparation = (
     'set data_root of the datasets of train_dataloader, val_dataloader and '
-    'test_dataloader to a folder that holds annotations/instances_{train,val}2017.json, '
-    'train2017/*.jpg and val2017/*.jpg, or set ann_file and data_prefix too'
+    'test_dataloader to a folder that holds '
+    'annotations/instances_{train,val}2017.json, train2017/*.jpg and '
+    'val2017/*.jpg, or set ann_file and data_prefix too'
 )
 
 train_dataloader = dict(dataset=dict(data_root='data/custom'))
