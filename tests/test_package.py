@@ -18,7 +18,7 @@ RANKS = [
     {'functional'},
     {'layers'},
     {'backbones'},
-    {'analysis', 'converters'},
+    {'analysis', 'converters', 'hub'},
     {'engine'},
     {'cli'},
     {'__init__'},
