@@ -1,15 +1,4 @@
-# To inherit from, for images of your own: docs/own_data.md.
-_base_ = [
-    '../_base_/models/resnet50.py',
-    '../_base_/datasets/custom_folder.py',
-    '../_base_/schedules/finetune.py',
-    '../_base_/default_runtime.py',
-]
+_base_ = 'resnet18-orepa_1xb32_folder.py'
 
-# From the plain network: no pretraining of OREPA is needed.
 weights = dict(type='Pretrained', checkpoint='torchvision://resnet50')
-model = dict(backbone=dict(block='orepa', init_cfg=weights), head=dict(topk=(1,)))
-# A step moves the stem's kernel about as far as a plain one: see docs/transfer.md.
-optim_wrapper = dict(paramwise_cfg=dict(stem_lr_mult=0.02))
-default_hooks = dict(logger=dict(interval=10))
-auto_scale_lr = dict(base_batch_size=32)
+model = dict(backbone=dict(depth=50, init_cfg=weights), head=dict(in_channels=2048))
