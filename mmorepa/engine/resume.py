@@ -66,7 +66,7 @@ def newest_resumable(folder: str) -> tuple[Optional[str], Optional[dict]]:
             continue
         if skipped:
             _warn(
-                f'Resuming from {str(path)!r}, since newer ones cannot be read:{skipped}'
+                f'Resuming from {str(path)!r}, since newer ones are unusable:{skipped}'
             )
         return str(path), checkpoint
     if skipped:
