@@ -4,7 +4,7 @@ from importlib import import_module
 
 import pytest
 
-# As released in 0.1.0.
+# Those of 0.1.0. Its BlockType is gone: see BLOCKS.
 NAMES = {
     'mmorepa': """
         __version__ backbones engine folded functional is_switchable layers
@@ -17,7 +17,7 @@ NAMES = {
         recomputed scaled_sum solve_deep_linear solve_scaled_sum
     """,
     'mmorepa.layers': """
-        BLOCKS BlockType ConvAct2d DBBConv2d DeepLinearConv2d DeepLinearKernel
+        BLOCKS ConvAct2d DBBConv2d DeepLinearConv2d DeepLinearKernel
         FoldedKernel HeldKernel MultiBranchConv2d OREPAConv2d OREPADeepLinearKernel
         OREPAKernel OREPAPointwiseKernel OREPARepVGGConv2d PlainConv2d PlainKernel
         RepVGGConv2d ReparamConv2d build_conv build_reparameterized folded held

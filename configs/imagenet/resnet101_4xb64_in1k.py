@@ -1,3 +1,3 @@
-_base_ = 'resnet18_4xb64_in1k.py'
+_base_ = 'resnet50_4xb64_in1k.py'
 
-model = dict(backbone=dict(depth=101), head=dict(in_channels=2048))
+model = dict(backbone=dict(depth=101))

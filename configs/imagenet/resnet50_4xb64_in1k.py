@@ -1,3 +1,8 @@
-_base_ = 'resnet18_4xb64_in1k.py'
+_base_ = [
+    '../_base_/models/resnet50.py',
+    '../_base_/datasets/imagenet_bs64.py',
+    '../_base_/schedules/imagenet_bs256_120e.py',
+    '../_base_/default_runtime.py',
+]
 
-model = dict(backbone=dict(depth=50), head=dict(in_channels=2048))
+model = dict(backbone=dict(block='plain'))

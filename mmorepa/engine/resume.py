@@ -65,7 +65,9 @@ def newest_resumable(folder: str) -> tuple[Optional[str], Optional[dict]]:
             skipped += f'\n  {error}'
             continue
         if skipped:
-            _warn(f'Resuming from {str(path)!r}, newer ones cannot be used:{skipped}')
+            _warn(
+                f'Resuming from {str(path)!r}, since newer ones are unusable:{skipped}'
+            )
         return str(path), checkpoint
     if skipped:
         raise CheckpointError(

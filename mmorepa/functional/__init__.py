@@ -18,6 +18,8 @@ from .kernels import (
     scaled_sum,
 )
 
+Fold = BranchSum  # Its older name.
+
 __all__ = [
     'BranchSum',
     'average_kernel',

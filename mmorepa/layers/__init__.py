@@ -19,6 +19,9 @@ from .reparam_conv import ReparamConv2d
 from .repvgg import OREPARepVGGConv2d, RepVGGConv2d
 from .switch import ConvAct2d, is_switchable, outermost, switch_to_deploy
 
+# Their older names.
+pull_back, tell_plain_starts = backward_to_branches, log_plain_starts
+
 __all__ = [
     'BLOCKS',
     'ConvAct2d',

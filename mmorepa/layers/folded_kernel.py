@@ -67,7 +67,7 @@ class FoldedKernel(nn.Module):
         if 'origin' not in self.branch_names:
             raise ValueError(
                 "only the branch 'origin' can make up for the others, and there are "
-                f'only {", ".join(self.branches)}'
+                f'only {", ".join(self.branch_names)}'
             )
         row = self.branch_names.index('origin')
         origin = own_parameter(self, 'weight_origin')
