@@ -30,6 +30,8 @@ TEXTS[ROOT / 'README.md'] = 'index.md'
 FETCHED = 'https://unpkg.com/iframe-worker/shim'
 # The files of a folder of configs that its page shows, with their language.
 SHOWN = {'.py': 'python', '.yml': 'yaml'}
+# Within the repository: text and target.
+LINK = re.compile(r'\[([^\]]*)\]\((?!\w+:|#)([^)\s]+)\)')
 UNSEARCHED = '---\nsearch:\n  exclude: true\n---\n'
 
 
@@ -101,15 +103,19 @@ def translated(text: str, path: Path) -> str:
     folder = PurePosixPath(_uri(path).partition('#')[0]).parent
 
     def link(match: re.Match) -> str:
-        target, _, anchor = match[1].partition('#')
-        uri = _uri((path.parent / target).resolve())
+        name, target = match.groups()
+        target, _, anchor = target.partition('#')
+        place = (path.parent / target).resolve()
+        if place.is_dir() and place.is_relative_to(ROOT / 'docs'):
+            return name  # A site lists no folders.
+        uri = _uri(place)
         uri, _, own_anchor = uri.partition('#')
         uri = os.path.relpath(uri, folder)
         anchor = own_anchor or anchor
-        return f']({uri}#{anchor})' if anchor else f']({uri})'
+        return f'[{name}]({uri}#{anchor})' if anchor else f'[{name}]({uri})'
 
     parts = re.split(r'(```.*?```)', text, flags=re.DOTALL)
-    parts[::2] = [re.sub(r'\]\((?!\w+:|#)([^)\s]+)\)', link, p) for p in parts[::2]]
+    parts[::2] = [re.sub(LINK, link, p) for p in parts[::2]]
     return ''.join(parts)
 
 

@@ -17,7 +17,8 @@ for package in ('mkdocs', 'material', 'mkdocstrings', 'latex2mathml'):
 def site(tmp_path_factory):
     """The folder of the built site."""
     folder = tmp_path_factory.mktemp('site')
-    line = ['mkdocs', 'build', '--strict', '--quiet', '--site-dir', str(folder)]
+    # Not --quiet, which silences what --strict counts.
+    line = ['mkdocs', 'build', '--strict', '--site-dir', str(folder)]
     done = subprocess.run(
         [sys.executable, '-m', *line],
         cwd=ROOT,
