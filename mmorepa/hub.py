@@ -40,7 +40,7 @@ def list_configs(pattern: str = '*') -> list[str]:
     folder = root() / 'configs'
     names = (
         path.relative_to(folder).with_suffix('').as_posix()
-        for path in folder.glob('[!_]*/*.py')
+        for path in folder.glob('[!_]*/**/*.py')
     )
     return sorted(fnmatch.filter(names, pattern))
 

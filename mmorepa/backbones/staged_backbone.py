@@ -356,9 +356,10 @@ def _check_is_there(checkpoint: str) -> None:
         "from a plain network, as the configs with '-from-plain' in their names do; or "
         'train these weights with the ImageNet config of that name (tools/train.py '
         'configs/imagenet/...); or convert a published checkpoint '
-        '(tools/model_converters/published_to_mmorepa.py). Set the path at the top of '
-        'the config or by --cfg-options model.backbone.init_cfg.checkpoint=...; to '
-        'start from random weights: '
+        '(tools/model_converters/published_to_mmorepa.py). Set the path in a config '
+        'by model=dict(backbone=dict(init_cfg=dict(checkpoint=...))) or by '
+        '--cfg-options model.backbone.init_cfg.checkpoint=...; to start from random '
+        'weights: '
         'model.backbone.init_cfg=None model.backbone.norm_eval=False'
     )
 
