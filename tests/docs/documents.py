@@ -1,10 +1,11 @@
 """The documents, and the code and commands in them."""
 
-import importlib.util
 import re
 import shlex
 from pathlib import Path
 from typing import NamedTuple
+
+from mmorepa.__main__ import COMMANDS as TOOLS
 
 ROOT = Path(__file__).parents[2]
 PLACES = ('*.md', 'docs/**/*.md', 'configs/**/*.md')
@@ -49,7 +50,4 @@ def _as_tool(words):
     """``python -m mmorepa train …`` as the tool that it runs."""
     if words[:3] != ['python', '-m', 'mmorepa'] or len(words) == 3:
         return words
-    spec = importlib.util.find_spec('mmorepa.__main__')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return ['python', f'tools/{module.COMMANDS[words[3]]}', *words[4:]]
+    return ['python', f'tools/{TOOLS[words[3]]}', *words[4:]]
