@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up the environment, checks style, and runs the test suite.
+# Sets up the environment, checks style and types, and runs the test suite.
 # Arguments go to pytest, as in: bash tools/run_tests.sh -m 'not slow' -x
 set -euo pipefail
 
@@ -12,6 +12,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 bash tools/setup_env.sh --ops --tests
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
+"$VENV/bin/mypy"
 # What uses the GPU by itself where there is one is compared with a CPU in these tests.
 CUDA_VISIBLE_DEVICES='' "$VENV/bin/python" -m pytest --durations=15 "$@"
 if (($# == 0)) && nvidia-smi >/dev/null 2>&1; then

@@ -260,4 +260,5 @@ def scaled_sum(kernels: Sequence[Tensor], scales: Tensor) -> Tensor:
         Tensor: Shape (O, Ig, k, k).
     """
     terms = zip(scales[:, :, None, None, None].unbind(), kernels)
-    return sum(scale * kernel for scale, kernel in terms)
+    total: Tensor = sum(scale * kernel for scale, kernel in terms)  # type: ignore
+    return total

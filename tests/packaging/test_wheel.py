@@ -151,7 +151,7 @@ def test_conversion(run, python, tmp_path):
     config = 'resnet18-orepa_4xb64_in1k'
     line = [sys.executable, '-m', 'mmorepa']
     run(*line, 'convert_plain', 'plain.pth', config, 'ours.pth')
-    network = ['--arch', 'resnet18', '--block', 'orepa']
+    network = ['--arch', 'ResNet-18', '--block', 'orepa']
     run(*line, 'convert', 'ours.pth', 'published.pth.tar', '--reverse', *network)
     assert (tmp_path / 'published.pth.tar').is_file()
 

@@ -250,7 +250,8 @@ void combine_row(int64_t I, int64_t o, S* kernel, const S* composed, S scale_com
   for_inputs<S>(I, [&](int64_t i, auto n) INLINE_LAMBDA {
     Vector<S> taps[K], flat[K], origin[K];
 #pragma GCC unroll 16
-    for (int k = 0; k < K; ++k) taps[k] = scale_composed * load(composed + k * I + i, n);
+    for (int k = 0; k < K; ++k)
+      taps[k] = scale_composed * load(composed + k * I + i, n);
 #pragma GCC unroll 3
     for (int q = 0; q < FILTERS; ++q) {
       if (q == t.filters) break;
@@ -326,9 +327,9 @@ void split_row(int64_t I, int64_t o, const S* grad, S* by_tap, const Branches<S>
 
 // The gradients of the depthwise separable branch, those of `depthwise` added up.
 template <typename S, int K, int R>
-void separable_gradients(int64_t I, const S* by_tap, const S* separable,
-                         S* d_separable, const S* depthwise, S* d_depthwise,
-                         const S* scale, S* d_scale) {
+void separable_gradients(int64_t I, const S* by_tap, const S* separable, S* d_separable,
+                         const S* depthwise, S* d_depthwise, const S* scale,
+                         S* d_scale) {
   Vector<S> total[R] = {};
   for_inputs<S>(I, [&](int64_t i, auto n) INLINE_LAMBDA {
     Vector<S> weight[R][M], d_weight[R][M], taps[R][K], flat[M];
@@ -389,9 +390,8 @@ void split(int64_t I, int64_t start, int64_t stop, const S* grad, S* by_tap,
         if (t.separable)
           separable_gradients<S, K, R>(
               I, by_tap + (first - start) * K * I, t.separable + first * I * M,
-              d.separable + first * I * M, t.depthwise,
-              d.depthwise + task * M * K * I, t.scale_separable + first,
-              d.scale_separable + first);
+              d.separable + first * I * M, t.depthwise, d.depthwise + task * M * K * I,
+              t.scale_separable + first, d.scale_separable + first);
       });
     }
     finish_streams();
@@ -615,8 +615,7 @@ std::vector<Tensor> fold_gradients(TensorList grads, TensorList parameters,
         at::addmm_out(d_matrix, d_matrix, left.narrow(0, start * K, count).t(), by_tap,
                       start > 0);
       });
-      if (layout.has_separable())
-        found.back().view({I, -1}).copy_(d_by_map.sum(0).t());
+      if (layout.has_separable()) found.back().view({I, -1}).copy_(d_by_map.sum(0).t());
     });
     gradients.insert(gradients.end(), found.begin(), found.end());
   }
