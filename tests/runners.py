@@ -57,6 +57,25 @@ class TinyClassifier(BaseModel):
         return [dict(logits=a, label=b) for a, b in zip(logits, labels)]
 
 
+class BackboneClassifier(BaseModel):
+    """A linear layer on the last maps of a backbone.
+
+    Args:
+        backbone (dict): Its config.
+    """
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = MODELS.build(backbone)
+        self.fc = nn.Linear(self.backbone.feat_dim, 10)
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        logits = self.fc(self.backbone(inputs)[-1].mean(dim=(2, 3)))
+        if mode == 'loss':
+            return dict(loss=F.cross_entropy(logits, data_samples))
+        return logits
+
+
 @MODELS.register_module(force=True)
 class TinyTTA(BaseTTAModel):
     """Averages the logits."""

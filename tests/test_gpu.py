@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_near, assert_same_gradients, deployed_twin, trained_like
-from mmengine.model import BaseModel
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS
+from runners import BackboneClassifier
 from torch import nn
-from torch.nn import functional as F
 
 from mmorepa import folded
 from mmorepa.engine import FoldedDistributedDataParallel
@@ -33,22 +31,9 @@ NETWORKS = {
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 
 
-class Classifier(BaseModel):
-    def __init__(self, backbone: dict) -> None:
-        super().__init__()
-        self.backbone = MODELS.build(backbone)
-        self.fc = nn.Linear(self.backbone.feat_dim, 10)
-
-    def forward(self, inputs, data_samples=None, mode='tensor'):
-        logits = self.fc(self.backbone(inputs)[-1].mean(dim=(2, 3)))
-        if mode == 'loss':
-            return dict(loss=F.cross_entropy(logits, data_samples))
-        return logits
-
-
-def build(name: str, dtype: torch.dtype = torch.float64) -> Classifier:
+def build(name: str, dtype: torch.dtype = torch.float64) -> BackboneClassifier:
     torch.manual_seed(0)
-    return trained_like(Classifier(NETWORKS[name])).to(dtype).train()
+    return trained_like(BackboneClassifier(NETWORKS[name])).to(dtype).train()
 
 
 def batch(dtype: torch.dtype = torch.float64, device: str = 'cpu') -> dict:
@@ -135,7 +120,7 @@ def test_training_steps(name, options):
 @pytest.mark.parametrize('name', NETWORKS)
 def test_mixed_precision(name, kind, dtype):
     torch.manual_seed(0)
-    model = Classifier(NETWORKS[name]).train()
+    model = BackboneClassifier(NETWORKS[name]).train()
     wrapper = wrap(model, kind, 'cuda', dtype=dtype, loss_scale='dynamic')
     data = batch(torch.float32, 'cuda')
     losses = [model.train_step(data, wrapper)['loss'].item() for _ in range(30)]

@@ -7,12 +7,11 @@ import socket
 import pytest
 import torch
 import torch.multiprocessing as mp
-from mmengine.model import BaseModel, MMDistributedDataParallel
+from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper, build_optim_wrapper
-from mmengine.registry import MODELS
+from runners import BackboneClassifier
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn import functional as F
 
 import mmorepa
 from mmorepa.engine import FoldedDistributedDataParallel
@@ -22,22 +21,9 @@ SLIM = dict(type='OREPAResNet', depth=18, base_channels=8)
 SGD = dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-3)
 
 
-class Classifier(BaseModel):
-    def __init__(self, backbone: dict) -> None:
-        super().__init__()
-        self.backbone = MODELS.build(backbone)
-        self.fc = nn.Linear(self.backbone.feat_dim, 10)
-
-    def forward(self, inputs, data_samples=None, mode='tensor'):
-        logits = self.fc(self.backbone(inputs)[-1].mean(dim=(2, 3)))
-        if mode == 'loss':
-            return dict(loss=F.cross_entropy(logits, data_samples))
-        return logits
-
-
-def build(backbone: dict) -> Classifier:
+def build(backbone: dict) -> BackboneClassifier:
     torch.manual_seed(0)
-    return Classifier(backbone).double().train()
+    return BackboneClassifier(backbone).double().train()
 
 
 def batches(count: int = 4, size: int = 4) -> list[dict]:

@@ -94,7 +94,7 @@ def test_plain_classifier_to_detector(digits, tmp_path):
     roots = {
         f'{name}_dataloader.dataset.data_root': str(digits) for name in ('train', 'val')
     }
-    options = {'train_cfg.max_epochs': 5, 'train_cfg.val_interval': 5, **roots}
+    options = {'train_cfg.max_epochs': 10, 'train_cfg.val_interval': 10, **roots}
     path = CONFIGS / 'digits/resnet18-slim_1xb64_digits.py'
     classifier = runner_of(path, tmp_path / 'plain', options)
     classifier.train()
@@ -111,11 +111,10 @@ def test_plain_classifier_to_detector(digits, tmp_path):
             'model.backbone.block_cfg': cfg,
             'model.backbone.init_cfg.checkpoint': checkpoint,
             'optim_wrapper.paramwise_cfg.stem_lr_mult': multiplier,
-            # Without, the plain detector goes to NaN on one of the two stacks: five
-            # epochs of pretraining are few.
-            'optim_wrapper.clip_grad': dict(max_norm=5),
-            'train_cfg.max_epochs': 3,
-            'train_cfg.val_interval': 3,
+            # At 0.02 the plain detector can go to NaN after so short a pretraining.
+            'optim_wrapper.optimizer.lr': 0.01,
+            'train_cfg.max_epochs': 4,
+            'train_cfg.val_interval': 4,
             'train_dataloader.dataset.data_root': f'{coco}/',
             'val_dataloader.dataset.data_root': f'{coco}/',
             'test_dataloader.dataset.data_root': f'{coco}/',
@@ -128,7 +127,7 @@ def test_plain_classifier_to_detector(digits, tmp_path):
         found[block] = runner.message_hub.get_scalar('val/coco/bbox_mAP').current()
     print(f'box AP, plain and OREPA: {found}')
     assert found['plain'] > 0.1
-    # Runs of three epochs differ by that much with their seed.
+    # Runs of four epochs differ by that much with their seed.
     assert found['orepa'] > found['plain'] - 0.1
 
     model = runner.model.eval()
