@@ -1,37 +1,16 @@
-"""The wheel and the source distribution, built and installed beside the repository."""
+"""The wheel, built and installed beside the repository."""
 
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
+from distributions import build
 
 ROOT = Path(__file__).parents[2]
 # What is not in the repository, and would only take time to copy.
 IGNORED = ('.*', 'work_dirs', 'data', 'build', 'dist', '*.egg-info', '__pycache__')
-
-
-def build(kind, source, out):
-    """Builds as pip and build do, in an environment that has setuptools."""
-    out.mkdir()
-    code = f'from setuptools import build_meta as b; b.build_{kind}({str(out)!r})'
-    line = [sys.executable, '-c', code]
-    done = subprocess.run(line, cwd=source, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (path,) = out.iterdir()
-    return path
-
-
-def contents(wheel):
-    """The files of a wheel, apart from the list of them."""
-    with zipfile.ZipFile(wheel) as file:
-        return {
-            name: file.read(name)
-            for name in file.namelist()
-            if not name.endswith('RECORD')
-        }
 
 
 @pytest.fixture(scope='session')

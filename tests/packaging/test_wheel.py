@@ -6,14 +6,17 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
-from conftest import ROOT, build, contents
+from distributions import build, contents
 
 import mmorepa
 from mmorepa.__main__ import COMMANDS
 
 pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
