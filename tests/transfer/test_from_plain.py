@@ -126,9 +126,9 @@ def test_plain_classifier_to_detector(digits, tmp_path):
         runner.train()
         found[block] = runner.message_hub.get_scalar('val/coco/bbox_mAP').current()
     print(f'box AP, plain and OREPA: {found}')
-    assert found['plain'] > 0.1
+    assert found['plain'] > 0.05
     # Runs of four epochs differ by that much with their seed.
-    assert found['orepa'] > found['plain'] - 0.1
+    assert found['orepa'] > max(found['plain'] - 0.1, 0.05)
 
     model = runner.model.eval()
     expected = raw_outputs(model, data)
