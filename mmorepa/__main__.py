@@ -57,6 +57,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         sys.exit(f'error: no command {name!r}; there are: {", ".join(COMMANDS)}')
     # A tool has to set how threads wait before PyTorch is loaded, and importing this
     # package has loaded it.
+    # Its path begins with its own folder; ``python -m`` has begun with this one, where
+    # the modules of custom_imports may lie, and this package.
+    paths = [os.getcwd(), *filter(None, [os.environ.get('PYTHONPATH')])]
+    os.environ['PYTHONPATH'] = os.pathsep.join(paths)
     line = [sys.executable, str(root() / 'tools' / COMMANDS[name]), *rest]
     if os.name == 'posix':
         sys.stdout.flush()

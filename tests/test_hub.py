@@ -143,6 +143,7 @@ class TestCommands:
 
     def test_takes_the_place_of_the_process(self, monkeypatch):
         calls = []
+        monkeypatch.setenv('PYTHONPATH', 'theirs')
         monkeypatch.setattr(os, 'execv', lambda path, line: calls.append((path, line)))
         # What is left where exec does not replace the process.
         monkeypatch.setattr(subprocess, 'call', lambda line: calls.append(line) or 3)
@@ -152,3 +153,5 @@ class TestCommands:
         tool = root() / 'tools/model_converters/switch_to_deploy.py'
         line = [sys.executable, str(tool), 'a', '--json', 'b']
         assert calls == ([(line[0], line)] if os.name == 'posix' else []) + [line]
+        # Modules beside a config are found, as by any ``python -m``.
+        assert os.environ['PYTHONPATH'] == os.pathsep.join([os.getcwd(), 'theirs'])
