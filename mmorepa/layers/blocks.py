@@ -17,8 +17,21 @@ class _Blocks(Registry):
         module_name: Union[str, list[str], None] = None,
         force: bool = False,
     ) -> None:
+        from .reparam_conv import ReparamConv2d  # Its children import this module.
+
+        if not (isinstance(module, type) and issubclass(module, ReparamConv2d)):
+            raise TypeError(
+                f'a block type is a subclass of ReparamConv2d, not {module}'
+            )
+        # First, so that a class name that is taken leaves no block type behind.
+        taken = MODELS.module_dict.get(module.__name__, module) is not module
+        if taken and not force:
+            raise KeyError(
+                f'{module.__name__} is the name of another type of conv_cfg; give the '
+                'class another name, or register it with force=True'
+            )
         super()._register_module(module, module_name, force)
-        MODELS.register_module(module=module, force=force)
+        MODELS.register_module(module=module, force=True)
 
 
 BLOCKS = _Blocks('block', scope='mmorepa')

@@ -99,6 +99,8 @@ def test_a_block_type_of_ones_own(registries):
     assert type(conv) is SumConv2d
     with pytest.raises(KeyError, match='sum is already registered'):
         BLOCKS.register_module('sum', module=SumConv2d)
+    BLOCKS.register_module('total', module=SumConv2d)  # A second name.
+    assert type(build_conv('total', 4, 6, 3)) is SumConv2d
     conv = build_conv('sum', 4, 6, 3, groups=2, norm_cfg=dict(type='BN')).eval()
     x = torch.randn(1, 4, 8, 8)
     expected = conv(x)
@@ -109,3 +111,18 @@ def test_a_block_type_of_ones_own(registries):
     conv.switch_to_deploy()
     torch.testing.assert_close(conv(x), expected)
     torch.testing.assert_close(deployed(x), expected)
+
+
+@pytest.mark.parametrize(
+    'module, error, words',
+    [
+        (nn.Linear, TypeError, 'a subclass of ReparamConv2d'),
+        (lambda: None, TypeError, 'a subclass of ReparamConv2d'),
+        (type('DBBConv2d', (ReparamConv2d,), {}), KeyError, 'another name'),
+    ],
+)
+def test_what_is_no_block_type_is_not_registered(registries, module, error, words):
+    before = [dict(registry.module_dict) for registry in (BLOCKS, MODELS)]
+    with pytest.raises(error, match=words):
+        BLOCKS.register_module('odd', module=module)
+    assert [BLOCKS.module_dict, MODELS.module_dict] == before
