@@ -102,7 +102,7 @@ def check_datasets(cfg: Config, datasets: dict[str, list[dict]]) -> None:
         FileNotFoundError: If a folder or a file is missing.
         ValueError: If the classes are not those of the model, or of the other phases.
     """
-    found = {}
+    folders = {}
     for phase, nodes in datasets.items():
         for node in nodes:
             kind = str(node.get('type')).rpartition('.')[-1]
@@ -110,16 +110,20 @@ def check_datasets(cfg: Config, datasets: dict[str, list[dict]]) -> None:
                 continue
             if kind == 'CustomDataset' and not node.get('ann_file'):
                 if node.get('with_label', True):
-                    found[phase] = _check_folder(cfg, node)
+                    folders[phase] = _read_folder(cfg, node)
             elif kind == 'CocoDataset':
                 _check_coco(cfg, node)
-    if len(set(found.values())) > 1:
-        texts = (f'{", ".join(names)} for {phase}' for phase, names in found.items())
+    # Before their number: no number would be right for both.
+    if len({classes for _, classes in folders.values()}) > 1:
+        texts = (f'{", ".join(names)} for {key}' for key, (_, names) in folders.items())
         raise ValueError(f'the phases have different classes: {"; ".join(texts)}')
+    head = (cfg.model.get('head') or {}) if isinstance(cfg.model, dict) else {}
+    for folder, classes in folders.values():
+        _check_number(head.get('num_classes'), classes, folder, 'model.head')
 
 
-def _check_folder(cfg: Config, dataset: dict) -> tuple[str, ...]:
-    """The classes of a folder, which has to have as many as the model."""
+def _read_folder(cfg: Config, dataset: dict) -> tuple[str, tuple[str, ...]]:
+    """The folder of a dataset, and the classes in it."""
     prefix = dataset.get('data_prefix') or ''
     if isinstance(prefix, dict):
         prefix = prefix.get('img_path', '')
@@ -128,9 +132,7 @@ def _check_folder(cfg: Config, dataset: dict) -> tuple[str, ...]:
     classes = tuple(sorted(e.name for e in os.scandir(folder) if e.is_dir()))
     if not classes:
         raise ValueError(f'{folder!r} has no folders in it, which are the classes')
-    head = (cfg.model.get('head') or {}) if isinstance(cfg.model, dict) else {}
-    _check_number(head.get('num_classes'), classes, folder, 'model.head')
-    return classes
+    return folder, classes
 
 
 def _check_coco(cfg: Config, dataset: dict) -> None:
@@ -141,8 +143,14 @@ def _check_coco(cfg: Config, dataset: dict) -> None:
     _existing(cfg, os.path.join(root, images), root)
     if os.path.getsize(path) > _LARGE:
         return
-    categories = json.loads(Path(path).read_text(encoding='utf-8'))['categories']
-    known = [category['name'] for category in categories]
+    try:
+        categories = json.loads(Path(path).read_text(encoding='utf-8'))['categories']
+        known = [category['name'] for category in categories]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path!r} has no annotations in COCO's format: no JSON with categories, "
+            f'each with a name ({type(error).__name__}: {error})'
+        ) from error
     classes = (dataset.get('metainfo') or {}).get('classes')
     if classes is None:
         with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:

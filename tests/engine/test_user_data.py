@@ -123,6 +123,11 @@ class TestFolder:
         with pytest.raises(ValueError, match=words):
             self.check(folder)
 
+    def test_names_go_before_their_number(self, folder, tmp_path):
+        (tmp_path / 'val' / 'daisies').mkdir()
+        with pytest.raises(ValueError, match='the phases have different classes'):
+            self.check(folder)
+
     def test_no_folders(self, folder, tmp_path):
         for path in (tmp_path / 'train').iterdir():
             path.rmdir()
@@ -181,6 +186,13 @@ class TestCoco:
             check_data_folders(coco, ('train',))
         coco.train_dataloader.dataset.metainfo.classes = 'cat'
         with pytest.raises(ValueError, match="is 'cat', and has to be a tuple"):
+            check_data_folders(coco, ('train',))
+
+    @pytest.mark.parametrize('text', ['{"images": [', '[]', '{"images": []}'])
+    def test_damaged(self, coco, tmp_path, text):
+        path = tmp_path / 'annotations' / 'instances_train2017.json'
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"{path.name}' has no annotations in CO"):
             check_data_folders(coco, ('train',))
 
     def test_classes_left_out(self, coco):
