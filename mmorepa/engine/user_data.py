@@ -56,13 +56,22 @@ def check_variables(cfg: Config, options: Optional[dict] = None) -> None:
 
 
 def _assigned(path: Optional[str]) -> list[str]:
-    """What the file of a child sets; one without a base, such as a dump, is whole."""
+    """What the file of a child sets and does not use itself.
+
+    One without a base, such as a dump, is whole.
+    """
     if path is None or not path.endswith('.py'):
         return []
-    body = ast.parse(Path(path).read_text(encoding='utf-8')).body
-    targets = [t for node in body if isinstance(node, ast.Assign) for t in node.targets]
+    tree = ast.parse(Path(path).read_text(encoding='utf-8'))
+    targets = [t for n in tree.body if isinstance(n, ast.Assign) for t in n.targets]
     names = [target.id for target in targets if isinstance(target, ast.Name)]
-    return names if '_base_' in names else []
+    # Something may be computed from it.
+    used = {
+        node.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+    }
+    return [name for name in names if name not in used] if '_base_' in names else []
 
 
 def _leaves(key: str, node: Any) -> Iterator[tuple[str, Any]]:

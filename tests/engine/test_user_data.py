@@ -64,6 +64,11 @@ train_cfg = dict(max_epochs=max_epochs)
         cfg.dump(tmp_path / 'whole.py')
         read_config(str(tmp_path / 'whole.py'))
 
+    def test_computed_from(self, tmp_path):
+        lines = 'num_classes = 2\nmodel = dict(head=dict(num_classes=num_classes + 1))'
+        cfg = read_config(child(tmp_path / 'own.py', lines))
+        assert cfg.model.head.num_classes == 3
+
     def test_options_without_effect(self):
         with pytest.raises(ValueError, match='in --cfg-options has no effect'):
             read_config(FOLDER, {'max_epochs': 7})
