@@ -111,7 +111,7 @@ def check_datasets(cfg: Config, datasets: dict[str, list[dict]]) -> None:
         FileNotFoundError: If a folder or a file is missing.
         ValueError: If the classes are not those of the model, or of the other phases.
     """
-    folders = {}
+    folders, found = {}, {}
     for phase, nodes in datasets.items():
         for node in nodes:
             kind = str(node.get('type')).rpartition('.')[-1]
@@ -120,11 +120,12 @@ def check_datasets(cfg: Config, datasets: dict[str, list[dict]]) -> None:
             if kind == 'CustomDataset' and not node.get('ann_file'):
                 if node.get('with_label', True):
                     folders[phase] = _read_folder(cfg, node)
+                    found[phase] = folders[phase][1]
             elif kind == 'CocoDataset':
-                _check_coco(cfg, node)
-    # Before their number: no number would be right for both.
-    if len({classes for _, classes in folders.values()}) > 1:
-        texts = (f'{", ".join(names)} for {key}' for key, (_, names) in folders.items())
+                found[phase] = _check_coco(cfg, node)
+    # Before their number: no number would be right for both. The order counts, too.
+    if len({*found.values()}) > 1:
+        texts = (f'{_some(names)} for {key}' for key, names in found.items())
         raise ValueError(f'the phases have different classes: {"; ".join(texts)}')
     head = (cfg.model.get('head') or {}) if isinstance(cfg.model, dict) else {}
     for folder, classes in folders.values():
@@ -144,14 +145,21 @@ def _read_folder(cfg: Config, dataset: dict) -> tuple[str, tuple[str, ...]]:
     return folder, classes
 
 
-def _check_coco(cfg: Config, dataset: dict) -> None:
+def _check_coco(cfg: Config, dataset: dict) -> tuple[str, ...]:
+    """The classes of a dataset, which its annotations have to have."""
     root = dataset.get('data_root') or ''
     name = dataset.get('ann_file') or ''
     images = (dataset.get('data_prefix') or {}).get('img', '')
     path = _existing(cfg, os.path.join(root, name), root)
     _existing(cfg, os.path.join(root, images), root)
+    classes = (dataset.get('metainfo') or {}).get('classes')
+    if classes is None:
+        with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
+            classes = registry.get(dataset['type']).METAINFO['classes']
+    if isinstance(classes, str):
+        raise ValueError(f'metainfo.classes is {classes!r}, and has to be a tuple')
     if os.path.getsize(path) > _LARGE:
-        return
+        return tuple(classes)
     try:
         categories = json.loads(Path(path).read_text(encoding='utf-8'))['categories']
         known = [category['name'] for category in categories]
@@ -160,12 +168,6 @@ def _check_coco(cfg: Config, dataset: dict) -> None:
             f"{path!r} has no annotations in COCO's format: no JSON with categories, "
             f'each with a name ({type(error).__name__}: {error})'
         ) from error
-    classes = (dataset.get('metainfo') or {}).get('classes')
-    if classes is None:
-        with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
-            classes = registry.get(dataset['type']).METAINFO['classes']
-    if isinstance(classes, str):
-        raise ValueError(f'metainfo.classes is {classes!r}, and has to be a tuple')
     missing = [name for name in classes if name not in known]
     if missing:
         raise ValueError(
@@ -174,6 +176,7 @@ def _check_coco(cfg: Config, dataset: dict) -> None:
         )
     for where, head in _heads(cfg.model, 'model'):
         _check_number(head.get('num_classes'), classes, path, where)
+    return tuple(classes)
 
 
 def _heads(node: Any, where: str) -> Iterator[tuple[str, dict]]:

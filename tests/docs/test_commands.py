@@ -18,6 +18,7 @@ from helpers import import_models
 from tool_runs import run_here, run_runner, tool
 from torch.distributed.run import get_args_parser
 
+from mmorepa.__main__ import COMMANDS as TOOLS
 from mmorepa.engine.config import read_config
 
 COMMANDS = commands()
@@ -72,7 +73,9 @@ def check_tool(document, words):
     args = parse(arguments)
     config = getattr(args, 'config', None)
     if isinstance(config, str) and not is_of_the_reader(config, document):
-        read_config(str(ROOT / config), getattr(args, 'cfg_options', None))
+        path = ROOT / config  # Or the name of a config.
+        options = getattr(args, 'cfg_options', None)
+        read_config(str(path) if path.is_file() else config, options)
 
 
 def test_somebody_looks_at_each():
@@ -95,7 +98,12 @@ def test_tools_take_their_arguments(command):
 @each(starts_with('torchrun'))
 def test_torchrun(command):
     args = get_args_parser().parse_args(command.words[1:])
-    check_tool(command.document, [args.training_script, *args.training_script_args])
+    script, arguments = args.training_script, args.training_script_args
+    if args.module:
+        assert script == 'mmorepa'
+        name, *arguments = arguments
+        script = f'tools/{TOOLS[name]}'
+    check_tool(command.document, [script, *arguments])
 
 
 @each(is_shell_tool)

@@ -184,6 +184,12 @@ class TestCoco:
         with pytest.raises(FileNotFoundError, match=f"{name}/?' is missing"):
             check_data_folders(coco, ('train',))
 
+    def test_order_of_classes(self, coco):
+        metainfo = coco.val_dataloader.dataset.metainfo
+        metainfo.classes = tuple(reversed(metainfo.classes))
+        with pytest.raises(ValueError, match='the phases have different classes: '):
+            check_data_folders(coco, ('train', 'val'))
+
     def test_classes(self, coco):
         coco.train_dataloader.dataset.metainfo.classes = ('cat', 'dgo', 'bird')
         words = 'dgo: no such class in .*, which has cat, dog, bird; set metainfo'
