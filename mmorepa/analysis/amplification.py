@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones import StagedBackbone
-from ..layers import MultiBranchConv2d, ReparamConv2d
+from ..layers import MultiBranchConv2d, ReparamConv2d, folded
 
 
 class LayerAmplification(NamedTuple):
@@ -151,18 +151,19 @@ def kernel_gradients(
         dict[str, list[Tensor]]: By the conv's name in the backbone, one of each
         batch.
     """
-    # The mode first: setting it empties the cache that shares a kernel.
+    # The mode first: setting it empties what folded() serves.
     model.train()
     convs = folded_convs(model.backbone)
     found: dict[str, list[Tensor]] = {name: [] for name, _ in convs}
     for batch in batches:
         model.zero_grad()
-        kernels = [conv.kernel() for _, conv in convs]
-        for kernel in kernels:
-            kernel.retain_grad()
-        data = model.data_preprocessor(batch, True)
-        losses = model(**data, mode='loss')
-        model.parse_losses(losses)[0].backward()
+        with folded(model):
+            kernels = [conv.kernel() for _, conv in convs]
+            for kernel in kernels:
+                kernel.retain_grad()
+            data = model.data_preprocessor(batch, True)
+            losses = model(**data, mode='loss')
+            model.parse_losses(losses)[0].backward()
         for (name, _), kernel in zip(convs, kernels):
             found[name].append(kernel.grad.clone())
     return found
