@@ -93,7 +93,9 @@ def cosine_similarities(kernels: Mapping[str, Tensor]) -> Tensor:
     Returns:
         Tensor: Shape (B, B); NaN where a kernel is zero.
     """
-    rows = _balanced(kernels).flatten(1)
+    rows = torch.stack([kernel.flatten(1) for kernel in kernels.values()])
+    sizes = rows.norm(dim=2, keepdim=True).sum(dim=0)
+    rows = torch.where(sizes > 0, rows / sizes, 0).flatten(1)
     # 0/0 for a kernel of zeros, which has no direction.
     rows = rows / rows.norm(dim=1, keepdim=True)
     return rows @ rows.T
@@ -108,11 +110,17 @@ def shares(kernels: Mapping[str, Tensor]) -> dict[str, Share]:
     Returns:
         dict[str, Share]: By branch; NaN where all kernels are zero.
     """
-    rows = _balanced(kernels)
-    sizes = rows.norm(dim=2).sum(dim=1)
-    total = rows.sum(dim=0).flatten()
-    projections = rows.flatten(1) @ total / total.dot(total)
-    parts = zip((sizes / sizes.sum()).tolist(), projections.tolist())
+    rows = [kernel.flatten(1) for kernel in kernels.values()]
+    total = sum(rows)
+    norms = torch.stack([row.norm(dim=1) for row in rows])
+    products = torch.stack([torch.einsum('on,on->o', row, total) for row in rows])
+    # A channel of zeros has no part in it.
+    weights = 1 / norms.sum(dim=0)
+    weights = torch.where(weights.isfinite(), weights, 0)
+    sizes, projections = norms @ weights, products @ weights.square()
+    parts = zip(
+        (sizes / sizes.sum()).tolist(), (projections / projections.sum()).tolist()
+    )
     return {name: Share(*part) for name, part in zip(kernels, parts)}
 
 
@@ -135,13 +143,6 @@ def relative_step(before: Tensor, after: Tensor) -> float:
     if not alive.any():
         return 0.0
     return (moved[alive] / sizes[alive]).mean().sqrt().item()
-
-
-def _balanced(kernels: Mapping[str, Tensor]) -> Tensor:
-    """Shape (B, O, Ig·k·k), where the norms of each output channel add up to 1."""
-    rows = torch.stack([kernel.flatten(1) for kernel in kernels.values()])
-    sizes = rows.norm(dim=2, keepdim=True).sum(dim=0)
-    return torch.where(sizes > 0, rows / sizes, 0)
 
 
 def _layers_of(

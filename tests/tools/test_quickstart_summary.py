@@ -2,7 +2,7 @@ import json
 
 import mmcv
 import pytest
-from tool_runs import run_here, tool
+from tool_runs import run_here
 
 TOOL = 'analysis_tools/quickstart_summary.py'
 SECONDS = ('--seconds', 90, '--training-seconds', 60, '--plain-training-seconds', 40)
@@ -86,10 +86,6 @@ def test_figures(work_dir, capsys):
 
 
 def test_curves(work_dir):
-    losses, accuracies = tool(TOOL).read_curves(work_dir / 'train')
-    # Of the last run; steps are shown as epochs.
-    assert losses == [(step / 3, 1 / step) for step in range(1, 7)]
-    assert accuracies == [(1, 40.0), (2, 80.0)]
     summarize(work_dir)
     image = mmcv.imread(str(work_dir / 'curves.png'))
     assert image.shape[0] > 200 and image.shape[1] > 600

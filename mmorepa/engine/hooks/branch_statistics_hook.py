@@ -36,14 +36,14 @@ class BranchStatisticsHook(Hook):
 
     Args:
         interval (int): Steps of the training from one measurement to the next. With
-            gradient accumulation, a multiple of its counts. Defaults to 100.
+            gradient accumulation, a multiple of its counts. Defaults to 200.
 
     Raises:
         ValueError: If the interval is not positive, or the model has no
             re-parameterised conv in training form.
 
     Examples:
-        >>> custom_hooks = [dict(type='BranchStatisticsHook', interval=100)]
+        >>> custom_hooks = [dict(type='BranchStatisticsHook')]
         >>> vis_backends = [dict(type='LocalVisBackend'),
         ...                 dict(type='TensorboardVisBackend')]
     """
@@ -51,7 +51,7 @@ class BranchStatisticsHook(Hook):
     # Before LoggerHook: backends write out what they have when it has logged.
     priority = 'NORMAL'
 
-    def __init__(self, interval: int = 100) -> None:
+    def __init__(self, interval: int = 200) -> None:
         if interval < 1:
             raise ValueError(f'interval is at least 1, found {interval}')
         self.interval = interval
