@@ -10,6 +10,7 @@ from .amplification import (
     distribution,
     folded_convs,
     kernel_gradients,
+    relative_amplifications,
 )
 from .branches import (
     BranchKernels,
@@ -43,6 +44,7 @@ __all__ = [
     'largest_difference',
     'network_outputs',
     'raw_outputs',
+    'relative_amplifications',
     'relative_step',
     'shares',
     'unwrapped',

@@ -56,7 +56,7 @@ def summarize(
 
 def plot(runs: Sequence[Run], summary: dict, path: Path) -> None:
     """Draws loss and accuracy over the epochs, side by side."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout='constrained')
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout='constrained')
     draw_losses(left, runs)
     draw_metric(right, runs, ACCURACY)
     right.axhline(
@@ -66,7 +66,8 @@ def plot(runs: Sequence[Run], summary: dict, path: Path) -> None:
         label=f'OREPA, deployed: {summary["deploy_top1"]:.2f} %',
     )
     right.set_ylabel('top-1 (%)')
-    right.legend(loc='lower right')
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside lower center', ncols=3)
     figure.suptitle('ResNet-18 (slim) on handwritten digits')
     save(figure, path)
 

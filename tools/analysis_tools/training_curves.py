@@ -233,9 +233,10 @@ def plot_branches(run: Run, path: Path) -> None:
         title='What each branch puts into the kernels\n(share of the norms, mean of '
         'the layers)',
         ylabel='share',
-        ylim=(0, None),
+        # The legend is above the lines.
+        ylim=(0, 1.4 * max(y for all_ in by_branch.values() for y in _mean(all_)[1])),
     )
-    left.legend(fontsize='small', ncols=2)
+    left.legend(loc='upper center', fontsize='small', ncols=3)
 
     first, *rest = steps
     right.plot(*zip(*steps[first]), '.-', color='#D55E00', label=short(first))
