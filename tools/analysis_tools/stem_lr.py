@@ -122,8 +122,7 @@ def build(cfg: Config, checkpoint: str, whole: bool) -> nn.Module:
         return model
     if whole:
         print('The checkpoint is of another model: all but its backbone is initial.')
-        with seeded(SEED):
-            model.init_weights()
+        model.init_weights()
     start = 'backbone.'
     state = {k[len(start) :]: v for k, v in state.items() if k.startswith(start)}
     load_training_form(model.backbone, state)
@@ -393,7 +392,8 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     inputs = [args.config, args.checkpoint, args.plain_checkpoint]
     check_outputs([args.out, args.json], inputs)
     cfg = read_config(args.config, args.cfg_options)
-    model = build(cfg, args.checkpoint, whole=args.batches > 0)
+    with seeded(SEED):  # Initial weights, where some are.
+        model = build(cfg, args.checkpoint, whole=args.batches > 0)
     stem = next(
         conv
         for name, conv in folded_convs(model.backbone)
