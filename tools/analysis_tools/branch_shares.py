@@ -53,7 +53,7 @@ def measure(layers: Sequence[BranchKernels]) -> list[dict]:
     for layer in layers:
         for branch, share in shares(layer.kernels).items():
             scale = layer.scales[branch].abs()
-            low, middle, high = np.quantile(scale, [0.1, 0.5, 0.9])
+            low, middle, high = np.quantile(scale.numpy(), [0.1, 0.5, 0.9])
             rows.append(
                 dict(
                     layer=layer.name,
@@ -154,7 +154,7 @@ def plot_kernels(kernels: dict[str, Tensor], path: Path) -> None:
     below.suptitle('Root mean square of each tap (yellow: the strongest of the layer)')
     for axes, (name, kernel) in zip(_blank(below, lines[1]), kernels.items()):
         strength = kernel.square().mean(dim=(0, 1)).sqrt()
-        axes.imshow(strength, cmap='viridis', vmin=0)
+        axes.imshow(strength.numpy(), cmap='viridis', vmin=0)
         axes.set_title(short(name), fontsize=7)
     save(figure, path)
 
@@ -176,9 +176,9 @@ def _image(axes: Axes, kernel: Tensor) -> None:
     """Each kernel over its own largest weight."""
     kernel = kernel / kernel.abs().max().clamp_min(1e-12)
     if len(kernel) == 3:
-        axes.imshow(0.5 + 0.5 * kernel.permute(1, 2, 0))
+        axes.imshow((0.5 + 0.5 * kernel.permute(1, 2, 0)).numpy())
     else:
-        axes.imshow(kernel[0], cmap='PuOr_r', vmin=-1, vmax=1)
+        axes.imshow(kernel[0].numpy(), cmap='PuOr_r', vmin=-1, vmax=1)
 
 
 def show(rows: Sequence[dict]) -> None:

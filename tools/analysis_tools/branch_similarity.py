@@ -64,15 +64,14 @@ def plot(layers: Sequence[BranchKernels], rows: Sequence[dict], path: Path) -> N
     names = branch_names(layers)
     marks = {name: ''.join(w[0] for w in name.split('_')) for name in names}
     grid = below.subplots(lines, COLUMNS, squeeze=False)
-    colours = plt.get_cmap('PuOr_r').copy()
-    colours.set_bad('#DDDDDD')
+    colours = plt.get_cmap('PuOr_r').with_extremes(bad='#DDDDDD')
     for axes in grid.flat:
         axes.axis('off')
     for axes, layer in zip(grid.flat, layers):
         own = [marks[name] for name in layer.kernels]
         cosines = cosine_similarities(layer.kernels).fill_diagonal_(float('nan'))
         image = axes.imshow(
-            np.ma.masked_invalid(cosines), cmap=colours, vmin=-limit, vmax=limit
+            np.ma.masked_invalid(cosines.numpy()), cmap=colours, vmin=-limit, vmax=limit
         )
         axes.axis('on')
         axes.set_title(short(layer.name), fontsize=8)

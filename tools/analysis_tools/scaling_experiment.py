@@ -167,7 +167,7 @@ def plot(rows: Sequence[dict], kernels: dict[str, Tensor], path: Path) -> None:
     grid = right.subplots(1, len(kernels))
     right.suptitle('Kernels of the second conv at the end')
     for axes, (arm, cosines) in zip(grid, kernels.items()):
-        image = axes.imshow(cosines, cmap='viridis', vmin=0, vmax=1)
+        image = axes.imshow(cosines.numpy(), cmap='viridis', vmin=0, vmax=1)
         for i, j in itertools.product(range(BRANCHES), repeat=2):
             ink = 'white' if cosines[i, j] < 0.6 else 'black'
             text = f'{cosines[i, j]:.2f}'
