@@ -111,9 +111,11 @@ def plot(layers: Sequence[BranchKernels], rows: Sequence[dict], path: Path) -> N
     scales.set(
         title='Scales: the median |scale| of the output channels, and 10 to 90 % of '
         'them',
-        ylabel='|scale|',
-        ylim=(0, _limit([row['scale_90_percent'] for row in rows])),
+        ylabel='|scale| (linear below 0.1)',
     )
+    scales.set_yscale('symlog', linthresh=0.1)
+    scales.set_ylim(bottom=0)
+    scales.yaxis.set_major_formatter('{x:g}')
     for axes in (projections, scales):
         axes.grid(alpha=0.3)
     label_layers(scales, [layer.name for layer in layers])
@@ -121,11 +123,6 @@ def plot(layers: Sequence[BranchKernels], rows: Sequence[dict], path: Path) -> N
     handles, labels = sizes.get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside upper center', ncols=len(names))
     save(figure, path)
-
-
-def _limit(values: Sequence[float]) -> float:
-    """Where an axis ends, which few large values must not squeeze."""
-    return 1.08 * min(max(values), 2 * float(np.quantile(values, 0.9)))
 
 
 def folded_kernels(model: nn.Module) -> dict[str, Tensor]:

@@ -316,10 +316,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     metrics = metrics_of(runs, args.metrics)
     rows = [(run.name, *(_last(run, metric) for metric in metrics)) for run in runs]
     print(format_table(('last validation', *metrics), rows))
+    if args.branches:  # First, since it may fail.
+        plot_branches(runs[0], args.branches)
     plot(runs, metrics, args.title, args.out)
     write_csv(table_of(runs), numbers)
-    if args.branches:
-        plot_branches(runs[0], args.branches)
     print(f'Wrote {args.out} and {numbers}.')
 
 
