@@ -180,7 +180,7 @@ def plot(results: Results, path: Path) -> None:
                 [multiplier] * len(by_seed), by_seed.values(), s=16, color='#56B4E9'
             )
         means = [sum(v.values()) / len(v) for v in values.values()]
-        axes.plot(values, means, 'o-', color='#000000', label='mean of the seeds')
+        axes.plot([*values], means, 'o-', color='#000000', label='mean of the seeds')
         axes.set(title=TEXTS[task], xlabel='stem_lr_mult', xscale='log')
         axes.set_xticks([*values], [f'{multiplier:g}' for multiplier in values])
         axes.minorticks_off()
