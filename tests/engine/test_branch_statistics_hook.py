@@ -130,7 +130,6 @@ def test_the_main_process_alone_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(dist_utils, 'get_rank', lambda group=None: 1)
     hook = BranchStatisticsHook(interval=1)
     # A process that is not the main one does not even look at what it is given.
-    hook.before_train(None)
     hook.before_train_iter(None, 0)
     hook.after_train_iter(None, 0)
 

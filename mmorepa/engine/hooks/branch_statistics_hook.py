@@ -57,7 +57,6 @@ class BranchStatisticsHook(Hook):
         self.interval = interval
         self._before: dict[str, Tensor] = {}
 
-    @master_only
     def before_train(self, runner: Runner) -> None:
         """Looks at the model once, so that what is wrong is said before the training.
 
