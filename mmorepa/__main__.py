@@ -21,6 +21,9 @@ COMMANDS = {
     'digits': 'dataset_converters/digits.py',
     'fashion_mnist': 'dataset_converters/fashion_mnist.py',
     'draw': 'analysis_tools/draw_predictions.py',
+    'curves': 'analysis_tools/training_curves.py',
+    'branch_shares': 'analysis_tools/branch_shares.py',
+    'branch_similarity': 'analysis_tools/branch_similarity.py',
     'stem_lr': 'analysis_tools/stem_lr.py',
 }
 

@@ -25,6 +25,11 @@ SEGMENTER = CONFIGS / 'deeplabv3plus_r18-slim-orepa-d8_1xb8-2500_digits.py'
 DATA = Path('data/digits')
 WORK = Path('work_dirs/quickstart')
 SUMMARY = WORK / 'summary.json'
+# What the branches do, at the end of each epoch of 23 steps.
+WATCHED = [
+    'default_hooks.branch_statistics.type=BranchStatisticsHook',
+    'default_hooks.branch_statistics.interval=23',
+]
 # What is shown of the tools' output; all of it is in the logs.
 CLASSIFICATION = r'Epoch\((train|val|test)\)'
 SHOWN_TESTS = r'Epoch\(test\).*accuracy'
@@ -123,10 +128,10 @@ def pretrain(epochs: int, seconds_before: int) -> None:
     run('dataset_converters/digits.py', '--out', DATA)
 
     step(f'Training a slim plain ResNet-18 for {epochs} epochs (20 take a minute)')
-    plain_seconds = train(PLAIN_CONFIG, plain, epochs)
+    plain_seconds = train(PLAIN_CONFIG, plain, epochs, [])
     deploy(PLAIN_CONFIG, pretrained(epochs, plain), plain, SHOWN_TESTS)
     step(f'Training a slim OREPA-ResNet-18 for {epochs} epochs')
-    training_seconds = train(CONFIG, WORK, epochs)
+    training_seconds = train(CONFIG, WORK, epochs, WATCHED)
     deploy(CONFIG, pretrained(epochs), WORK, SHOWN_TESTS)
 
     step('Summary')
@@ -136,11 +141,11 @@ def pretrain(epochs: int, seconds_before: int) -> None:
     run('analysis_tools/quickstart_summary.py', WORK, *arguments)
 
 
-def train(config: Path, folder: Path, epochs: int) -> int:
+def train(config: Path, folder: Path, epochs: int, options: Sequence[str]) -> int:
     """Trains a classifier in ``FOLDER/train``; the seconds it took."""
     started = time.monotonic()
     arguments = [config, '--work-dir', folder / 'train']
-    arguments += ['--cfg-options', f'train_cfg.max_epochs={epochs}']
+    arguments += ['--cfg-options', f'train_cfg.max_epochs={epochs}', *options]
     run('train.py', *arguments, log=folder / 'train.log', show=CLASSIFICATION)
     return round(time.monotonic() - started)
 

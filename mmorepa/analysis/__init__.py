@@ -1,4 +1,4 @@
-"""Differences between outputs, amplification of steps, and cost.
+"""Differences between outputs, branches, amplification of steps, and cost.
 
 The cost is in :mod:`.complexity`, which is slow to import.
 """
@@ -10,6 +10,15 @@ from .amplification import (
     distribution,
     folded_convs,
     kernel_gradients,
+    relative_amplifications,
+)
+from .branches import (
+    BranchKernels,
+    Share,
+    branch_kernels,
+    cosine_similarities,
+    relative_step,
+    shares,
 )
 from .comparison import (
     Difference,
@@ -21,16 +30,23 @@ from .comparison import (
 )
 
 __all__ = [
+    'BranchKernels',
     'Difference',
     'LayerAmplification',
+    'Share',
     'amplification',
     'backbone_amplifications',
+    'branch_kernels',
+    'cosine_similarities',
     'distribution',
     'folded_convs',
     'kernel_gradients',
     'largest_difference',
     'network_outputs',
     'raw_outputs',
+    'relative_amplifications',
+    'relative_step',
+    'shares',
     'unwrapped',
     'watched_convs',
 ]

@@ -1,13 +1,14 @@
 """How much further a training step moves a folded kernel than a plain one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from statistics import geometric_mean
 from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
 
 from ..backbones import StagedBackbone
-from ..layers import MultiBranchConv2d, ReparamConv2d
+from ..layers import MultiBranchConv2d, ReparamConv2d, folded
 
 
 class LayerAmplification(NamedTuple):
@@ -20,10 +21,9 @@ class LayerAmplification(NamedTuple):
         is_plain (bool): Whether its kernel is a parameter, so that the
             amplification is 1 by definition.
         amplification (float): See :func:`amplification`.
-        relative (float): The same over the mean of ``‖W_o‖²`` over output channels.
-            A BatchNorm after the conv undoes the scale of W, and the gradient with
-            respect to W shrinks as W grows: a step turns W by an angle that depends
-            on this.
+        relative (float): The geometric mean of ``each``.
+        each (tuple[float, ...]): What :func:`relative_amplifications` found for each
+            gradient.
     """
 
     name: str
@@ -32,6 +32,7 @@ class LayerAmplification(NamedTuple):
     is_plain: bool
     amplification: float
     relative: float
+    each: tuple[float, ...]
 
 
 def amplification(
@@ -61,29 +62,84 @@ def amplification(
     Raises:
         ValueError: If the conv is deployed, or there is no gradient but zero.
     """
+    _check_has_branches(conv)
+    if isinstance(gradients, int):
+        gradients = _draws(conv, gradients, seed)
+    total = sum(gradient.double().square().sum() for gradient in gradients)
+    if not total > 0:
+        raise ValueError('amplification needs a gradient that is not zero')
+    return (sum(_squares(conv, gradients)) / total).item()
+
+
+def relative_amplifications(
+    conv: ReparamConv2d, gradients: Sequence[Tensor] | int, seed: int = 0
+) -> list[float]:
+    """How fast a network learns through this conv, whatever the scale of its kernel.
+
+    A BatchNorm after the conv undoes the scale of each output channel: the network
+    sees ``w_o = W_o / ‖W_o‖``, and the gradient with respect to that is
+    ``g_o = ‖W_o‖ · G_o``. An SGD step lowers the loss by ``lr · ‖Jᵀ·G‖²`` to first
+    order, and one on w itself would by ``lr · ‖g‖²``. The result is their quotient, the
+    effective learning rate of w over that of the optimizer:
+
+    Equation: ``‖Jᵀ·G‖² / Σ_o ‖W_o‖²·‖G_o‖²``,
+
+    for a plain conv an average of ``1 / ‖W_o‖²`` over its output channels.
+
+    Args:
+        conv (ReparamConv2d): As for :func:`amplification`.
+        gradients (Sequence[Tensor] | int): Gradients G, each of the kernel's shape, or
+            how many random ones to draw, which are Gaussian in g.
+        seed (int): Of these draws. Defaults to 0.
+
+    Returns:
+        list[float]: One for each gradient.
+
+    Raises:
+        ValueError: If the conv is deployed, or a gradient is zero.
+    """
+    _check_has_branches(conv)
+    sizes = conv.folded_kernel().detach().double().square().flatten(1).sum(1)
+    if isinstance(gradients, int):
+        factors = sizes.clamp_min(1e-30).rsqrt()[:, None, None, None]
+        gradients = [g * factors.to(g) for g in _draws(conv, gradients, seed)]
+    totals = [
+        (sizes * gradient.double().square().flatten(1).sum(1)).sum()
+        for gradient in gradients
+    ]
+    if not all(total > 0 for total in totals):
+        raise ValueError('amplification needs gradients that are not zero')
+    moved = _squares(conv, gradients)
+    return [(one / total).item() for one, total in zip(moved, totals)]
+
+
+def _check_has_branches(conv: ReparamConv2d) -> None:
     if conv.deployed:
         raise ValueError(
             'a deployed conv has no branches; measure the training form of the network'
         )
+
+
+def _draws(conv: ReparamConv2d, number: int, seed: int) -> list[Tensor]:
+    """Gaussian gradients of the kernel's shape."""
+    like = next(conv.branches.parameters())
+    shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(like) for _ in range(number)]
+
+
+def _squares(conv: ReparamConv2d, gradients: Sequence[Tensor]) -> list[Tensor]:
+    """``‖Jᵀ·G‖²`` of each gradient, in float64."""
     params = [p for p in conv.branches.parameters() if p.requires_grad]
     with torch.enable_grad():
         kernel = conv.branches()
-    if isinstance(gradients, int):
-        generator = torch.Generator().manual_seed(seed)
-        gradients = [
-            torch.randn(kernel.shape, generator=generator).to(kernel)
-            for _ in range(gradients)
-        ]
-    moved = sum(
-        sum(part.double().square().sum() for part in parts)
-        for parts in (
-            torch.autograd.grad(kernel, params, g, retain_graph=True) for g in gradients
+    return [
+        sum(
+            part.double().square().sum()
+            for part in torch.autograd.grad(kernel, params, g, retain_graph=True)
         )
-    )
-    total = sum(gradient.double().square().sum() for gradient in gradients)
-    if not total > 0:
-        raise ValueError('amplification needs a gradient that is not zero')
-    return (moved / total).item()
+        for g in gradients
+    ]
 
 
 def backbone_amplifications(
@@ -106,16 +162,17 @@ def backbone_amplifications(
     """
     layers = []
     for name, conv in folded_convs(backbone):
-        found = amplification(conv, draws if gradients is None else gradients[name])
-        square = conv.kernel().detach().double().square().flatten(1).sum(1).mean()
+        own = draws if gradients is None else gradients[name]
+        each = relative_amplifications(conv, own)
         layers.append(
             LayerAmplification(
                 name,
                 conv.kernel_size[0],
                 name.split('.')[0] == 'stem',
                 is_plain(conv),
-                found,
-                found / square.item(),
+                amplification(conv, own),
+                geometric_mean(each),
+                tuple(each),
             )
         )
     return layers
@@ -138,34 +195,31 @@ def is_plain(conv: ReparamConv2d) -> bool:
 
 
 def kernel_gradients(
-    model: nn.Module, batches: Sequence[Any]
-) -> dict[str, list[Tensor]]:
+    model: nn.Module, batches: Iterable[Any]
+) -> Iterator[dict[str, Tensor]]:
     """The gradients of the training loss with respect to folded kernels.
 
     Args:
         model (nn.Module): A whole model in training form with a ``backbone``. Its
             BatchNorm statistics move, as in training.
-        batches (Sequence): Batches as the training dataloader yields them.
+        batches (Iterable): Batches as the training dataloader yields them.
 
-    Returns:
-        dict[str, list[Tensor]]: By the conv's name in the backbone, one of each
-        batch.
+    Yields:
+        dict[str, Tensor]: By the conv's name in the backbone, for each batch.
     """
-    # The mode first: setting it empties the cache that shares a kernel.
+    # The mode first: setting it empties what folded() serves.
     model.train()
     convs = folded_convs(model.backbone)
-    found: dict[str, list[Tensor]] = {name: [] for name, _ in convs}
     for batch in batches:
         model.zero_grad()
-        kernels = [conv.kernel() for _, conv in convs]
-        for kernel in kernels:
-            kernel.retain_grad()
-        data = model.data_preprocessor(batch, True)
-        losses = model(**data, mode='loss')
-        model.parse_losses(losses)[0].backward()
-        for (name, _), kernel in zip(convs, kernels):
-            found[name].append(kernel.grad.clone())
-    return found
+        with folded(model):
+            kernels = {name: conv.kernel() for name, conv in convs}
+            for kernel in kernels.values():
+                kernel.retain_grad()
+            data = model.data_preprocessor(batch, True)
+            losses = model(**data, mode='loss')
+            model.parse_losses(losses)[0].backward()
+        yield {name: kernel.grad.clone() for name, kernel in kernels.items()}
 
 
 class Distribution(NamedTuple):

@@ -8,6 +8,7 @@ from ..converters import (
 )
 from .distributed import FoldedDistributedDataParallel
 from .hooks import (
+    BranchStatisticsHook,
     CrashSafeHook,
     EquivalentKernelDecayHook,
     FoldedEvaluationHook,
@@ -25,6 +26,7 @@ allow_mmengine_checkpoints()
 
 __all__ = [
     'BFloat16OptimWrapper',
+    'BranchStatisticsHook',
     'CrashSafeHook',
     'EquivalentKernelDecayHook',
     'FoldedAmpOptimWrapper',

@@ -136,10 +136,25 @@ class BranchSum:
         Returns:
             Tensor: Shape (O, Ig, k, k).
         """
+        scale = dict(zip(self.roles, tensors))['scale']
+        return scaled_sum([*self.branch_kernels(*tensors).values()], scale)
+
+    def branch_kernels(self, *tensors: Tensor) -> dict[str, Tensor]:
+        """The kernel ``K_b`` of each branch, before it is scaled.
+
+        Args:
+            *tensors (Tensor): The parameters, in the order of :attr:`roles`.
+
+        Returns:
+            dict[str, Tensor]: By name, each of shape (O, Ig, k, k), in the order of
+            the rows of ``scale``.
+        """
         p = dict(zip(self.roles, tensors))
-        own = [_BRANCHES[name] for name in self.names]
-        kernels = [b.kernel(self, *(p[name] for name in b.roles)) for b in own]
-        return scaled_sum(kernels, p['scale'])
+        own = {name: _BRANCHES[name] for name in self.names}
+        return {
+            name: branch.kernel(self, *(p[role] for role in branch.roles))
+            for name, branch in own.items()
+        }
 
 
 def _filters(

@@ -20,6 +20,11 @@ LINES = int(os.environ.get('MMOREPA_COMMAND_LINES', 40))
 SWITCH = 'model_converters/switch_to_deploy.py'
 PUBLISHED = 'model_converters/published_to_mmorepa.py'
 STEM_LR = 'analysis_tools/stem_lr.py'
+SIMILARITY = 'analysis_tools/branch_similarity.py'
+SHARES = 'analysis_tools/branch_shares.py'
+CURVES = 'analysis_tools/training_curves.py'
+SCALING = 'analysis_tools/scaling_experiment.py'
+SWEEP = 'benchmarks/stem_lr_sweep.py'
 DRAW = 'analysis_tools/draw_predictions.py'
 COST = 'benchmarks/train_cost.py'
 DIGITS = 'dataset_converters/digits.py'
@@ -115,6 +120,8 @@ def lines():
         ('test.py', '{} good.pth'),
         (SWITCH, '{} good.pth out.pth'),
         (STEM_LR, '{} good.pth --out out.png'),
+        (SIMILARITY, '{} good.pth --out out.png'),
+        (SHARES, '{} good.pth --out out.png'),
         (DRAW, '{} good.pth good.pth out.png'),
         (COST, '{} --out out'),
     )
@@ -123,6 +130,8 @@ def lines():
         ('test.py', 'CONFIG {}'),
         (SWITCH, 'CONFIG {} out.pth'),
         (STEM_LR, 'CONFIG {} --out out.png'),
+        (SIMILARITY, 'CONFIG {} --out out.png'),
+        (SHARES, 'CONFIG {} --out out.png'),
         (STEM_LR, 'CONFIG good.pth --plain-checkpoint={} --out out.png'),
         (PUBLISHED, '{} out.pth'),
         (PUBLISHED, '{} out.pth --reverse'),
@@ -132,6 +141,8 @@ def lines():
         (SWITCH, 'CONFIG good.pth {}'),
         (SWITCH, 'CONFIG good.pth out.pth --json={}'),
         (STEM_LR, 'CONFIG good.pth --out={}'),
+        (SIMILARITY, 'CONFIG good.pth --out={}'),
+        (SHARES, 'CONFIG good.pth --out={}'),
         (STEM_LR, 'CONFIG good.pth --out out.png --json={}'),
         (PUBLISHED, 'good.pth {}'),
     )
@@ -189,6 +200,21 @@ def lines():
         (STEM_LR, 'CONFIG good.pth --draws 0 --out out.png'),
         (STEM_LR, 'CONFIG good.pth --batches -1 --out out.png'),
         (STEM_LR, 'CONFIG good.pth --out out.png --json out.png'),
+        (STEM_LR, 'CONFIG good.pth --batches x --out out.png'),
+        (SIMILARITY, 'CONFIG'),
+        (SHARES, 'CONFIG good.pth --images 3'),
+        (CURVES, ''),
+        (CURVES, 'none --out out.png'),
+        (CURVES, 'notes.txt --out out.png'),
+        (CURVES, '. --out out.png'),
+        (SCALING, '--epochs 0'),
+        (SCALING, '--seeds x'),
+        (SCALING, '--out good.pth/a.png'),
+        (SCALING, '--out .'),
+        (SWEEP, '--tasks nothing'),
+        (SWEEP, '--multipliers -1'),
+        (SWEEP, '--seeds 0'),
+        (SWEEP, '--report-only --out none'),
         (DRAW, 'CONFIG good.pth good.pth'),
         (DRAW, 'CONFIG good.pth good.pth out.png --images 0'),
         (DRAW, 'CONFIG good.pth good.pth good.pth'),

@@ -10,19 +10,11 @@ import numpy as np
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
+from charts import COLOURS
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
 ROOT = Path(__file__).resolve().parents[2]
-# Okabe and Ito's colours, which differ for every kind of colour vision.
-COLOURS = dict(
-    origin='#0072B2',
-    average='#E69F00',
-    frequency='#009E73',
-    pointwise_kxk='#CC79A7',
-    pointwise='#56B4E9',
-    depthwise_separable='#D55E00',
-)
 GREY, INK = '#E8E8E8', '#222222'
 STYLE = {'font.size': 13, 'svg.hashsalt': 'mmorepa', 'text.color': INK}
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-import matplotlib
-
-matplotlib.use('Agg')
 import matplotlib.pyplot as plt
+from charts import SERIES, save
+from training_curves import Run, draw_losses, draw_metric, plot_branches, read_run
 
 from mmorepa.cli import one_line_errors
 from mmorepa.utils.files import atomic_write, check_outputs
@@ -55,63 +54,39 @@ def summarize(
     )
 
 
-def read_curves(train_dir: Path) -> tuple[list, list]:
-    """(epochs, losses) of training and (epochs, accuracies) of validation."""
-    files = sorted(train_dir.glob('*/vis_data/scalars.json'))
-    if not files:
-        raise FileNotFoundError(f'no scalars.json under {train_dir}')
-    records = [json.loads(line) for line in files[-1].read_text().splitlines()]
-    losses = [r for r in records if 'loss' in r]
-    steps_per_epoch = losses[-1]['step'] / losses[-1]['epoch']
-    return (
-        [(r['step'] / steps_per_epoch, r['loss']) for r in losses],
-        [(r['step'], r[ACCURACY]) for r in records if ACCURACY in r],
-    )
-
-
-def plot(
-    curves: tuple[list, list], plain: tuple[list, list], summary: dict, path: Path
-) -> None:
+def plot(runs: Sequence[Run], summary: dict, path: Path) -> None:
     """Draws loss and accuracy over the epochs, side by side."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
-    for (losses, accuracies), colour, name in (
-        (plain, 'black', 'plain'),
-        (curves, 'tab:blue', 'OREPA, training form'),
-    ):
-        left.plot(*zip(*losses), color=colour, label=name)
-        right.plot(*zip(*accuracies), marker='.', color=colour, label=name)
-    left.set(title='Training loss', xlabel='epoch', yscale='log')
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout='constrained')
+    draw_losses(left, runs)
+    draw_metric(right, runs, ACCURACY)
     right.axhline(
         summary['deploy_top1'],
-        color='tab:orange',
+        color=SERIES[len(runs)],
         linestyle='--',
         label=f'OREPA, deployed: {summary["deploy_top1"]:.2f} %',
     )
-    right.set(title='Validation accuracy (top-1, %)', xlabel='epoch')
-    right.legend(loc='lower right')
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.set_xlim(left=0)
+    right.set_ylabel('top-1 (%)')
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside lower center', ncols=3)
     figure.suptitle('ResNet-18 (slim) on handwritten digits')
-    with atomic_write(path) as file:
-        figure.savefig(file, dpi=120, format='png')
+    save(figure, path)
 
 
 @one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    curves, target = args.work_dir / 'curves.png', args.work_dir / 'summary.json'
+    names = ('curves.png', 'branches.png', 'summary.json')
+    curves, branches, target = (args.work_dir / name for name in names)
     inputs = [args.work_dir / name for name in (*INPUTS, *PLAIN_INPUTS)]
-    check_outputs([curves, target], inputs)
+    check_outputs([curves, branches, target], inputs)
     summary = summarize(
         args.work_dir, args.seconds, args.training_seconds, args.plain_training_seconds
     )
-    plot(
-        read_curves(args.work_dir / 'train'),
-        read_curves(args.work_dir / 'plain/train'),
-        summary,
-        curves,
-    )
+    plain = read_run(args.work_dir / 'plain/train', 'plain')
+    orepa = read_run(args.work_dir / 'train', 'OREPA, training form')
+    plot([plain, orepa], summary, curves)
+    if orepa.branches:  # Not where a config of one's own has no such hook.
+        plot_branches(orepa, branches)
     with atomic_write(target) as file:
         file.write_text(json.dumps(summary, indent=2) + '\n')
 
@@ -136,6 +111,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         f'Everything took {args.seconds} s.'
     )
     print(f'Figures: {target}   Curves: {curves}')
+    if orepa.branches:
+        print(f'What the branches did: {branches}')
 
 
 def _read(path: Path) -> dict:

@@ -4,23 +4,27 @@ For a kernel W = fold(theta), one SGD step on theta moves W by -lr * J * J^T * G
 J is the Jacobian of the fold and G the gradient with respect to W; a plain conv moves
 by -lr * G. The amplification, <G, J J^T G> / <G, G>, says how much further that is.
 
-BatchNorm undoes the scale of W, and so what the network sees of a step is its size
-relative to W. The relative amplification, divided by the mean of |W_o|^2 over output
-channels, compares these.
+BatchNorm undoes the scale of each output channel of W. The relative amplification,
+|J^T G|^2 / sum_o |W_o|^2 |G_o|^2, is the amplification of what the network sees: the
+effective learning rate of the normalised kernel over that of the optimizer.
+
+The suggested multiplier gives the stem the median of the other convs. It depends on the
+gradients, so it is the geometric mean over batches of the training data (--batches),
+and is given if it is certain to within a factor of 1.25. As many batches are used as
+that takes.
 """
 
 import argparse
 import itertools
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import median
-from typing import Optional
+from statistics import fmean, geometric_mean, median, stdev
+from typing import NamedTuple, Optional
 
-import matplotlib
-
-matplotlib.use('Agg')
 import matplotlib.pyplot as plt
+from charts import SERIES, save
 from matplotlib.ticker import MaxNLocator
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
@@ -38,10 +42,17 @@ from mmorepa.backbones import StagedBackbone
 from mmorepa.cli import add_config_options, one_line_errors, positive
 from mmorepa.converters import load_training_form, read_checkpoint
 from mmorepa.engine.config import check_data_folders, read_config
+from mmorepa.engine.seeding import seeded
 from mmorepa.layers import DeepLinearKernel, PlainKernel
 from mmorepa.utils.errors import CheckpointError
 from mmorepa.utils.files import atomic_write, check_outputs
 from mmorepa.utils.tables import format_table
+
+SEED = 0
+# A multiplier is given if its interval is within this factor, from so many batches.
+CERTAINTY, LEAST = 1.25, 8
+# Student's, of 95 % for so many; for more batches it is on the safe side.
+QUANTILE = 2.36
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -68,8 +79,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         '--batches',
         type=int,
         default=0,
-        help='use the gradients of so many training batches instead, for which the '
-        'checkpoint has to be that of the whole model',
+        help='use the gradients of at most so many training batches instead, 64 for '
+        'instance; without them there is no suggestion',
     )
     parser.add_argument(
         '--out', type=Path, default=Path('stem_lr.png'), help='the PNG to write'
@@ -83,11 +94,16 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 def build(cfg: Config, checkpoint: str, whole: bool) -> nn.Module:
-    """The model with the weights of the checkpoint, or one with just its backbone."""
+    """The model with the weights of the checkpoint, or one with just its backbone.
+
+    A whole model may come with the checkpoint of another one, whose backbone it
+    continues: its head then has initial weights, as in the fine-tuning.
+    """
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     if whole:
         if 'data_preprocessor' in cfg:  # The runner hands it on in the same way.
             cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+        cfg.model.backbone.init_cfg = None
         model = MODELS.build(cfg.model)
     else:
         model = nn.Module()
@@ -100,20 +116,117 @@ def build(cfg: Config, checkpoint: str, whole: bool) -> nn.Module:
     if checkpoint == 'none':
         return model
     state = read_checkpoint(checkpoint)['state_dict']
-    if not whole:
-        state = {k: v for k, v in state.items() if k.startswith('backbone.')}
-    load_training_form(model, state)
+    others = {k: v.shape for k, v in model.state_dict().items() if _is_of_head(k)}
+    if whole and others == {k: v.shape for k, v in state.items() if _is_of_head(k)}:
+        load_training_form(model, state)
+        return model
+    if whole:
+        print('The checkpoint is of another model: all but its backbone is initial.')
+        model.init_weights()
+    start = 'backbone.'
+    state = {k[len(start) :]: v for k, v in state.items() if k.startswith(start)}
+    load_training_form(model.backbone, state)
     return model
 
 
-def training_batches(cfg: Config, number: int) -> list:
-    """The first batches of the training data."""
+def _is_of_head(key: str) -> bool:
+    return not key.startswith('backbone.')
+
+
+def training_batches(cfg: Config) -> Iterator:
+    """Endless batches of the training data."""
     check_data_folders(cfg, ('train',))
     loader = cfg.train_dataloader
     loader.update(num_workers=0, persistent_workers=False)
     if cfg.get('default_scope') == 'mmpretrain':
         loader.setdefault('collate_fn', dict(type='default_collate'))
-    return list(itertools.islice(Runner.build_dataloader(loader, seed=0), number))
+    loader = Runner.build_dataloader(loader, seed=SEED)
+    while True:
+        yield from loader
+
+
+class Advice(NamedTuple):
+    """A multiplier of the stem's learning rate.
+
+    Args:
+        value (float): The geometric mean over batches.
+        low (float): The lower end of its 95 % confidence interval.
+        high (float): The upper end.
+        each (list[float]): What each batch says.
+    """
+
+    value: float
+    low: float
+    high: float
+    each: list[float]
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is certain enough to be given."""
+        return len(self.each) >= LEAST and self.high <= self.value * CERTAINTY
+
+
+def advise(each: Sequence[float]) -> Advice:
+    """The mean of the logarithms: each batch counts the same."""
+    logs = [math.log(value) for value in each]
+    value, factor = math.exp(fmean(logs)), math.inf
+    if len(each) > 1:
+        factor = math.exp(min(700, QUANTILE * stdev(logs) / len(each) ** 0.5))
+    return Advice(value, value / factor, value * factor, [*each])
+
+
+def multiplier(layers: Sequence[LayerAmplification]) -> float:
+    """What gives the stem the relative amplification of the other convs' median."""
+    stem = [layer.relative for layer in layers if layer.is_stem]
+    others = [layer.relative for layer in layers if not layer.is_stem]
+    return median(others) / median(stem)
+
+
+def measure_batches(
+    model: nn.Module, cfg: Config, most: int
+) -> tuple[list[LayerAmplification], list[float]]:
+    """Amplifications over so many batches that the multiplier is settled.
+
+    Returns:
+        tuple[list[LayerAmplification], list[float]]: Geometric means over the
+        batches, and the multiplier of each.
+    """
+    found: list[list[LayerAmplification]] = []
+    each: list[float] = []
+    # The same data whenever it is asked: augmentations are random.
+    with seeded(SEED):
+        batches = itertools.islice(training_batches(cfg), most)
+        for i, gradients in enumerate(kernel_gradients(model, batches), 1):
+            lists = {name: [gradient] for name, gradient in gradients.items()}
+            try:
+                layers = backbone_amplifications(model.backbone, 0, lists)
+            except ValueError:
+                continue  # A batch that is learned to the last digit says nothing.
+            found.append(layers)
+            each.append(multiplier(layers))
+            if i % 8 == 0:
+                advice = advise(each)
+                print(
+                    f'{i} of at most {most} batches: {advice.value:.2g}, '
+                    f'{advice.low:.2g} to {advice.high:.2g}',
+                    flush=True,
+                )
+                if advice.is_settled:
+                    break
+    if not each:
+        raise ValueError(
+            'the gradients of all batches are zero: the network has nothing left to '
+            'learn from these data'
+        )
+    layers = [
+        layers[0]._replace(
+            amplification=geometric_mean(layer.amplification for layer in layers),
+            relative=geometric_mean(layer.relative for layer in layers),
+            each=tuple(layer.relative for layer in layers),
+        )
+        for layers in zip(*found)
+    ]
+    return layers, each
 
 
 def plain_stem(cfg: Config, stem: nn.Module, checkpoint: Optional[str]) -> Tensor:
@@ -140,13 +253,11 @@ def group_of(layer: LayerAmplification) -> str:
 
 
 def summarize(layers: Sequence[LayerAmplification]) -> dict:
-    """Statistics by group of convs, and the suggested multipliers."""
+    """Statistics by group of convs."""
     groups: dict[str, list[LayerAmplification]] = {}
     for layer in layers:
         groups.setdefault(group_of(layer), []).append(layer)
-    others = [layer for layer in layers if not layer.is_stem]
-    stem = groups['stem']
-    figures = dict(groups={}, multipliers={})
+    figures = dict(groups={})
     for name, members in groups.items():
         figures['groups'][name] = dict(
             convs=len(members),
@@ -160,10 +271,6 @@ def summarize(layers: Sequence[LayerAmplification]) -> dict:
                 )
             },
         )
-    for kind in ('amplification', 'relative'):
-        figures['multipliers'][kind] = median(
-            getattr(layer, kind) for layer in others
-        ) / median(getattr(layer, kind) for layer in stem)
     return figures
 
 
@@ -183,10 +290,10 @@ def plot(
 ) -> None:
     """Draws the amplifications by layer, and the histograms of the stem's weights."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
-    styles = (('amplification', 'tab:blue', 'o'), ('relative', 'tab:orange', 's'))
+    styles = (('amplification', SERIES[1], 'o'), ('relative', SERIES[2], 's'))
     for kind, colour, marker in styles:
         values = [getattr(layer, kind) for layer in layers]
-        label = kind if kind == 'amplification' else 'relative to $|W_o|^2$'
+        label = kind if kind == 'amplification' else 'relative amplification'
         left.plot(values, marker, color=colour, markersize=4, label=label)
         stems = [(i, v) for i, v in enumerate(values) if layers[i].is_stem]
         left.plot(
@@ -200,7 +307,7 @@ def plot(
         yscale='log',
     )
     left.legend()
-    for name, kernel in kernels.items():
+    for colour, (name, kernel) in zip(SERIES, kernels.items()):
         weights = kernel.double().flatten()
         # In units of the standard deviation: the shapes are what is compared.
         right.hist(
@@ -208,6 +315,7 @@ def plot(
             bins=[x / 4 for x in range(-40, 41)],
             density=True,
             histtype='step',
+            color=colour,
             linewidth=2 if 'stem' in name else 1,
             label=f'{name}, std {weights.std():.2g}',
         )
@@ -220,9 +328,7 @@ def plot(
     right.legend(fontsize='small')
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    with atomic_write(path) as file:
-        figure.savefig(file, dpi=120, format='png')
-    plt.close(figure)
+    save(figure, path)
 
 
 def show(figures: dict) -> None:
@@ -250,13 +356,28 @@ def show(figures: dict) -> None:
     ]
     print()
     print(format_table(headers, rows))
-    multipliers = figures['multipliers']
-    print(
-        '\nA multiplier of the stem that gives it the median of the other convs:\n'
-        f'  stem_lr_mult={multipliers["amplification"]:.2g} for steps of the kernel,\n'
-        f'  stem_lr_mult={multipliers["relative"]:.2g} for steps relative to the '
-        'kernel, which is what\n  counts where a BatchNorm follows.'
+
+
+def show_advice(advice: Optional[Advice], has_chain: bool) -> None:
+    """Prints a number, or that there is none."""
+    if not has_chain:
+        print('\nThe stem is no deep linear one: it needs no stem_lr_mult.')
+        return
+    if advice is None:
+        print(
+            '\nstem_lr_mult: cannot say from random gradients, and those of the data '
+            'may be other ones; give --batches 64.'
+        )
+        return
+    number = len(advice.each)
+    spread = (
+        f'95 % interval {advice.low:.2g} to {advice.high:.2g} from {number} batches; '
+        f'single ones say {min(advice.each):.2g} to {max(advice.each):.2g}'
     )
+    if advice.is_settled:
+        print(f'\nstem_lr_mult={advice.value:.2g} ({spread})')
+    else:
+        print(f'\nstem_lr_mult: cannot say ({spread}); more --batches may settle it.')
 
 
 def write_json(figures: dict, path: Path) -> None:
@@ -271,23 +392,29 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     inputs = [args.config, args.checkpoint, args.plain_checkpoint]
     check_outputs([args.out, args.json], inputs)
     cfg = read_config(args.config, args.cfg_options)
-    model = build(cfg, args.checkpoint, whole=args.batches > 0)
+    with seeded(SEED):  # Initial weights, where some are.
+        model = build(cfg, args.checkpoint, whole=args.batches > 0)
     stem = next(
         conv
         for name, conv in folded_convs(model.backbone)
         if name.split('.')[0] == 'stem'
     )
-    gradients = None
+    has_chain = isinstance(stem.branches, DeepLinearKernel)
+    advice = None
     if args.batches:
-        gradients = kernel_gradients(model, training_batches(cfg, args.batches))
-    layers = backbone_amplifications(model.backbone, args.draws, gradients)
+        layers, each = measure_batches(model, cfg, args.batches)
+        advice = advise(each) if has_chain else None
+    else:
+        layers = backbone_amplifications(model.backbone, args.draws)
     kernels = kernels_to_compare(stem, plain_stem(cfg, stem, args.plain_checkpoint))
     figures = summarize(layers)
     figures['weights'] = {
         name: distribution(kernel)._asdict() for name, kernel in kernels.items()
     }
     figures['layers'] = [layer._asdict() for layer in layers]
+    figures['advice'] = advice and dict(advice._asdict(), is_settled=advice.is_settled)
     show(figures)
+    show_advice(advice, has_chain)
     plot(layers, kernels, args.out)
     if args.json:
         write_json(figures, args.json)

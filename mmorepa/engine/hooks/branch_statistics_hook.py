@@ -1,0 +1,124 @@
+"""What the branches do while they train, for TensorBoard and its like."""
+
+import math
+from typing import Any, Optional
+
+import torch
+from mmengine.dist import master_only
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from ...analysis import branch_kernels, relative_step, shares
+from ...layers import MultiBranchConv2d, ReparamConv2d, outermost
+
+
+@HOOKS.register_module()
+class BranchStatisticsHook(Hook):
+    """Writes what the branches of each layer do to every backend of the visualizer.
+
+    These are ``scalars.json``, TensorBoard, Weights & Biases and what else MMEngine
+    knows. By the layer's name in the network; the factors of a deep linear conv are
+    layers ``NAME.1``, ``NAME.2``, …, with one step of all:
+
+    - ``branch_share/LAYER/BRANCH``: what the branch puts into the folded kernel, see
+      :attr:`mmorepa.analysis.Share.size`
+    - ``branch_scale/LAYER/BRANCH``: root mean square of its scaling vector, or of
+      ``γ/√(σ²+ε)`` of its BatchNorm
+    - ``kernel_step/LAYER``: how far this one step of the optimizer moved the folded
+      kernel, relative to it, see :func:`mmorepa.analysis.relative_step`. Plain convs
+      have it too, to compare with. A block with a BatchNorm in each branch moves with
+      their statistics as well.
+
+    It changes nothing of the training, folded or online. Only the main process writes.
+
+    Args:
+        interval (int): Steps of the training from one measurement to the next. With
+            gradient accumulation, a multiple of its counts. Defaults to 200.
+
+    Raises:
+        ValueError: If the interval is not positive, or the model has no
+            re-parameterised conv in training form.
+
+    Examples:
+        >>> custom_hooks = [dict(type='BranchStatisticsHook')]
+        >>> vis_backends = [dict(type='LocalVisBackend'),
+        ...                 dict(type='TensorboardVisBackend')]
+    """
+
+    # Before LoggerHook: backends write out what they have when it has logged.
+    priority = 'NORMAL'
+
+    def __init__(self, interval: int = 200) -> None:
+        if interval < 1:
+            raise ValueError(f'interval is at least 1, found {interval}')
+        self.interval = interval
+        self._before: dict[str, Tensor] = {}
+
+    def before_train(self, runner: Runner) -> None:
+        """Looks at the model once, so that what is wrong is said before the training.
+
+        Raises:
+            ValueError: If there is nothing to measure.
+            RuntimeError: If the branches are sharded (FSDP).
+        """
+        if not _kernels(_unwrapped(runner)):
+            raise ValueError(
+                'BranchStatisticsHook has nothing to measure: the model has no '
+                're-parameterised conv in training form'
+            )
+
+    @master_only
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None
+    ) -> None:
+        """Keeps the folded kernels that the step starts from."""
+        if self.every_n_train_iters(runner, self.interval):
+            self._before = _kernels(_unwrapped(runner))
+
+    @master_only
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: Optional[dict] = None,
+    ) -> None:
+        """Measures and writes."""
+        if not self.every_n_train_iters(runner, self.interval):
+            return
+        model, before = _unwrapped(runner), self._before
+        self._before = {}
+        found = {
+            f'kernel_step/{name}': relative_step(before[name], kernel)
+            for name, kernel in _kernels(model).items()
+        }
+        for layer in branch_kernels(model, torch.float32):
+            for branch, share in shares(layer.kernels).items():
+                scale = layer.scales[branch].square().mean().sqrt().item()
+                found[f'branch_share/{layer.name}/{branch}'] = share.size
+                found[f'branch_scale/{layer.name}/{branch}'] = scale
+        found = {name: value for name, value in found.items() if math.isfinite(value)}
+        runner.visualizer.add_scalars(found, step=runner.iter + 1)
+
+
+def _unwrapped(runner: Runner) -> nn.Module:
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+@torch.no_grad()
+def _kernels(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the folded kernels, by name."""
+    return {
+        name: _kernel(conv).clone()
+        for name, conv in outermost(model)
+        if not conv.deployed
+    }
+
+
+def _kernel(conv: ReparamConv2d) -> Tensor:
+    if isinstance(conv, MultiBranchConv2d):
+        return conv.equivalent_kernel_bias()[0]
+    return conv.folded_kernel()

@@ -1,0 +1,139 @@
+"""Draws how alike the branches of every layer are, as cosines of their kernels.
+
+Branches whose kernels point the same way are one branch, as far as the network is
+concerned: a cosine of 1 says that one of them could be left out.
+"""
+
+import argparse
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+import matplotlib.pyplot as plt
+import numpy as np
+from charts import (
+    add_model_arguments,
+    branch_names,
+    label_layers,
+    load_model,
+    save,
+    short,
+    write_csv,
+)
+from matplotlib.axes import Axes
+
+from mmorepa.analysis import BranchKernels, cosine_similarities
+from mmorepa.cli import one_line_errors
+from mmorepa.utils.tables import format_table
+
+COLUMNS = 8
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_arguments(parser, 'branch_similarity.png')
+    return parser.parse_args(argv)
+
+
+def pairs(layers: Sequence[BranchKernels]) -> list[dict]:
+    """A row for each pair of branches of each layer."""
+    rows = []
+    for layer in layers:
+        found = cosine_similarities(layer.kernels)
+        for (i, one), (j, other) in itertools.combinations(enumerate(layer.kernels), 2):
+            rows.append(
+                dict(layer=layer.name, a=one, b=other, cosine=found[i, j].item())
+            )
+    return rows
+
+
+def plot(layers: Sequence[BranchKernels], rows: Sequence[dict], path: Path) -> None:
+    """The range of each layer over depth, and below it a heat map of each layer."""
+    # Cosines are small as a rule: colours and axis span those that occur.
+    known = [abs(row['cosine']) for row in rows if row['cosine'] == row['cosine']]
+    limit = min(1, max([0.05, *known]))
+    lines = -(-len(layers) // COLUMNS)
+    figure = plt.figure(figsize=(12, 4.2 + 1.75 * lines), layout='constrained')
+    above, below = figure.subfigures(2, 1, height_ratios=(4.2, 1.75 * lines))
+    _plot_over_depth(above.subplots(), layers, rows, limit)
+
+    # One letter or two for each branch, explained in a line.
+    names = branch_names(layers)
+    marks = {name: ''.join(w[0] for w in name.split('_')) for name in names}
+    grid = below.subplots(lines, COLUMNS, squeeze=False)
+    colours = plt.get_cmap('PuOr_r').with_extremes(bad='#DDDDDD')
+    for axes in grid.flat:
+        axes.axis('off')
+    for axes, layer in zip(grid.flat, layers):
+        own = [marks[name] for name in layer.kernels]
+        cosines = cosine_similarities(layer.kernels).fill_diagonal_(float('nan'))
+        image = axes.imshow(
+            np.ma.masked_invalid(cosines.numpy()), cmap=colours, vmin=-limit, vmax=limit
+        )
+        axes.axis('on')
+        axes.set_title(short(layer.name), fontsize=8)
+        axes.set_xticks(range(len(own)), own, fontsize=7)
+        axes.set_yticks(range(len(own)), own, fontsize=7)
+        axes.tick_params(length=0, pad=1)
+    shrink = min(1, 1.6 / lines)
+    below.colorbar(image, ax=grid, label='cosine of two kernels', shrink=shrink)
+    key = ', '.join(f'{mark} = {name}' for name, mark in marks.items())
+    title = f'Each layer. {key}. Grey: itself, or a kernel of zeros'
+    below.suptitle(title, fontsize=10)
+    save(figure, path)
+
+
+def _plot_over_depth(
+    axes: Axes, layers: Sequence[BranchKernels], rows: Sequence[dict], limit: float
+) -> None:
+    low, mean, high = [], [], []
+    for layer in layers:
+        own = [row['cosine'] for row in rows if row['layer'] == layer.name]
+        own = [cosine for cosine in own if cosine == cosine] or [float('nan')]
+        low.append(min(own))
+        high.append(max(own))
+        mean.append(sum(map(abs, own)) / len(own))
+    x = np.arange(len(layers))
+    axes.vlines(x, low, high, color='#56B4E9', linewidth=6, label='all pairs')
+    axes.plot(x, mean, 'o-', color='#000000', markersize=4, label='mean of |cosine|')
+    axes.axhline(0, color='grey', linewidth=0.8)
+    axes.set(
+        title='How alike the branches of a layer are (1: the same kernel up to a '
+        'factor, 0: independent)',
+        ylabel='cosine of two kernels',
+        ylim=(-1.1 * limit, 1.4 * limit),
+    )
+    label_layers(axes, [layer.name for layer in layers])
+    axes.grid(alpha=0.3, axis='y')
+    axes.legend(loc='upper left', ncols=2)
+
+
+def show(rows: Sequence[dict]) -> None:
+    """Prints the pairs that are most alike."""
+    known = [row for row in rows if row['cosine'] == row['cosine']]
+    known.sort(key=lambda row: -abs(row['cosine']))
+    table = [
+        (row['layer'], row['a'], row['b'], f'{row["cosine"]:+.3f}') for row in known[:5]
+    ]
+    print('The pairs of branches that are most alike:')
+    print(format_table(('layer', 'branch', 'branch', 'cosine'), table))
+
+
+@one_line_errors()
+def main(argv: Optional[Sequence[str]] = None) -> list[dict]:
+    args = parse_args(argv)
+    numbers = args.out.with_suffix('.csv')
+    _, layers = load_model(args, [args.out, numbers])
+    rows = pairs(layers)
+    show(rows)
+    plot(layers, rows, args.out)
+    write_csv(rows, numbers)
+    print(f'Wrote {args.out} and {numbers}.')
+    return rows
+
+
+if __name__ == '__main__':
+    main()

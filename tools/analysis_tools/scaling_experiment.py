@@ -1,0 +1,208 @@
+"""Shows what the linear scaling layers are for, on handwritten digits, in seconds.
+
+A small network whose convs are sums of four 3x3 branches of one shape is trained twice.
+Without scaling, every branch gets the gradient of the sum: all of them take the same
+steps, and when weight decay has removed what they were at the start, they are the same
+kernel four times. With a trained scale for each branch and output channel, their
+gradients differ, and they part (paper, section 3.2).
+"""
+
+import argparse
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Optional
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from charts import SERIES, save, write_csv
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor, nn
+
+from mmorepa.cli import one_line_errors, positive
+from mmorepa.functional import scaled_sum
+from mmorepa.utils.files import check_outputs
+from mmorepa.utils.tables import format_table
+
+BRANCHES, CHANNELS, BATCH = 4, 16, 64
+# A hundred times the usual decay, since there are a thousand times fewer steps: what
+# the weights were at the start has to go.
+SGD = dict(lr=0.1, momentum=0.9, weight_decay=0.01)
+KINDS = dict(gradients='Gradients of the branches', kernels='Kernels of the branches')
+ARMS = {'without scaling': False, 'with linear scaling': True}
+
+
+class SummedConv2d(nn.Module):
+    """A 3×3 conv that is a sum of branches of one shape.
+
+    Args:
+        in_channels (int): I.
+        out_channels (int): O.
+        is_scaled (bool): Whether the scales, which are alike at the start, are trained.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, is_scaled: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(
+            torch.empty(BRANCHES, out_channels, in_channels, 3, 3)
+        )
+        for weight in self.weight:
+            nn.init.kaiming_uniform_(weight)
+        scale = torch.full((BRANCHES, out_channels), BRANCHES**-0.5)
+        self.scale = nn.Parameter(scale, requires_grad=is_scaled)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, I, H, W) to (N, O, H, W)."""
+        return F.conv2d(x, scaled_sum(self.weight.unbind(), self.scale), padding=1)
+
+    def kernels(self) -> Tensor:
+        """Those of the branches, shape (B, O, I, 3, 3)."""
+        return (self.scale[..., None, None, None] * self.weight).detach()
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        '--epochs', type=positive, default=20, help='of each training (default: 20)'
+    )
+    parser.add_argument(
+        '--seeds', type=positive, default=3, help='how many trainings (default: 3)'
+    )
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=Path('scaling.png'),
+        help='the PNG to write (default: scaling.png); its numbers go beside it, as '
+        '.csv',
+    )
+    return parser.parse_args(argv)
+
+
+def load_digits() -> tuple[Tensor, Tensor]:
+    """The 1,797 images of scikit-learn, shape (N, 1, 8, 8), and their classes."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ValueError(
+            'the digits are those of scikit-learn: pip install scikit-learn'
+        ) from error
+    found = load_digits()
+    images = torch.tensor(found.images, dtype=torch.float32)[:, None]
+    return (images - images.mean()) / images.std(), torch.tensor(found.target)
+
+
+def similarity(kernels: Tensor) -> Tensor:
+    """Cosines of all pairs of branches, shape (B, B)."""
+    rows = F.normalize(kernels.flatten(1), dim=1)
+    return rows @ rows.T
+
+
+def mean_of_pairs(cosines: Tensor) -> float:
+    """The mean of what is above the diagonal."""
+    pairs = itertools.combinations(range(len(cosines)), 2)
+    return fmean(cosines[i, j].item() for i, j in pairs)
+
+
+def train(
+    data: tuple[Tensor, Tensor], is_scaled: bool, seed: int, epochs: int
+) -> tuple[list[dict], Tensor]:
+    """Trains a network of three such convs.
+
+    Returns:
+        tuple[list[dict], Tensor]: What was measured after each epoch, and the cosines
+        of the second conv's branches at the end.
+    """
+    torch.manual_seed(seed)
+    widths = (1, CHANNELS, CHANNELS, CHANNELS)
+    convs = [SummedConv2d(i, o, is_scaled) for i, o in itertools.pairwise(widths)]
+    blocks = [nn.Sequential(c, nn.BatchNorm2d(CHANNELS), nn.ReLU()) for c in convs]
+    pool = nn.AdaptiveAvgPool2d(2)
+    model = nn.Sequential(*blocks, pool, nn.Flatten(), nn.Linear(4 * CHANNELS, 10))
+    optimizer = torch.optim.SGD(model.parameters(), **SGD)
+    images, labels = data
+    rows = []
+    for epoch in range(epochs + 1):
+        losses = []
+        for batch in torch.randperm(len(images)).split(BATCH):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images[batch]), labels[batch])
+            loss.backward()
+            losses.append(loss.item())
+            if epoch == 0:
+                break  # Nothing but the gradients at the start.
+            optimizer.step()
+        measured = dict(
+            gradients=[similarity(conv.weight.grad) for conv in convs],
+            kernels=[similarity(conv.kernels()) for conv in convs],
+        )
+        means = {kind: fmean(map(mean_of_pairs, v)) for kind, v in measured.items()}
+        rows.append(dict(seed=seed, epoch=epoch, loss=fmean(losses), **means))
+    return rows, measured['kernels'][1]
+
+
+def plot(rows: Sequence[dict], kernels: dict[str, Tensor], path: Path) -> None:
+    """Cosines over the epochs, and those of one conv at the end."""
+    figure = plt.figure(figsize=(13, 4.4), layout='constrained')
+    left, right = figure.subfigures(1, 2, width_ratios=(7, 6))
+    panels = left.subplots(1, 2, sharey=True)
+    for axes, (kind, title) in zip(panels, KINDS.items()):
+        for arm, colour, marker in zip(ARMS, SERIES, 'so'):
+            own = [row for row in rows if row['arm'] == arm]
+            epochs = sorted({row['epoch'] for row in own})
+            by_epoch = [[r[kind] for r in own if r['epoch'] == e] for e in epochs]
+            style = dict(color=colour, marker=marker, markersize=4, label=arm)
+            axes.plot(epochs, list(map(fmean, by_epoch)), **style)
+            low, high = (list(map(f, by_epoch)) for f in (min, max))
+            axes.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set(title=title, xlabel='epoch')
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel('cosine, mean of all pairs')
+    panels[0].set_ylim(min(-0.05, panels[0].get_ylim()[0]), 1.05)
+    panels[0].legend(loc='lower left')
+    grid = right.subplots(1, len(kernels))
+    right.suptitle('Kernels of the second conv at the end')
+    for axes, (arm, cosines) in zip(grid, kernels.items()):
+        image = axes.imshow(cosines.numpy(), cmap='viridis', vmin=0, vmax=1)
+        for i, j in itertools.product(range(BRANCHES), repeat=2):
+            ink = 'white' if cosines[i, j] < 0.6 else 'black'
+            text = f'{cosines[i, j]:.2f}'
+            axes.text(j, i, text, ha='center', va='center', color=ink, fontsize=9)
+        places = range(BRANCHES)
+        axes.set_xticks(places, [i + 1 for i in places])
+        axes.set_yticks(places, [i + 1 for i in places])
+        axes.set(title=arm, xlabel='branch', ylabel='branch')
+    right.colorbar(image, ax=grid, label='cosine', shrink=0.7)
+    save(figure, path)
+
+
+@one_line_errors()
+def main(argv: Optional[Sequence[str]] = None) -> list[dict]:
+    args = parse_args(argv)
+    numbers = args.out.with_suffix('.csv')
+    check_outputs([args.out, numbers])
+    data = load_digits()
+    rows, kernels = [], {}
+    for arm, is_scaled in ARMS.items():
+        for seed in range(args.seeds):
+            print(f'Training {arm}, {seed + 1} of {args.seeds} …', flush=True)
+            found, kernels[arm] = train(data, is_scaled, seed, args.epochs)
+            rows += [dict(arm=arm, **row) for row in found]
+    table = []
+    for arm in ARMS:
+        last = [r for r in rows if r['arm'] == arm and r['epoch'] == args.epochs]
+        table.append((arm, *(f'{fmean(r[k] for r in last):.4f}' for k in KINDS)))
+    print('Mean cosine of two branches after the last epoch:')
+    print(format_table(('', *KINDS), table))
+    plot(rows, kernels, args.out)
+    write_csv(rows, numbers)
+    print(f'Wrote {args.out} and {numbers}.')
+    return rows
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,327 @@
+"""Draws the losses and metrics of several trainings in one figure.
+
+A run is the work folder of a training. Its line is named after its config. The axes of
+the metrics are zoomed to the values of their second half, where runs differ.
+"""
+
+import argparse
+import json
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import matplotlib.pyplot as plt
+from charts import SERIES, colour_of, save, short, write_csv
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from mmorepa.cli import one_line_errors
+from mmorepa.utils.files import check_outputs
+from mmorepa.utils.tables import format_table
+
+COLUMNS = 3
+# In the records of a validation, but not measured by it.
+NO_METRICS = {'data_time', 'time', 'step', 'iter', 'epoch', 'memory'}
+BRANCH_KINDS = ('branch_share/', 'branch_scale/', 'kernel_step/')
+Series = list[tuple[float, float]]
+
+
+class Run(NamedTuple):
+    """What a training has logged.
+
+    Args:
+        name (str): Its line in the legend.
+        unit (str): That of x, ``'epoch'`` or ``'iteration'``.
+        losses (Series): (x, loss), averaged as the log is.
+        metrics (dict[str, Series]): (x, value) of the validations, by name.
+        branches (dict[str, Series]): (x, value) of what ``BranchStatisticsHook``
+            wrote, if it did, by its names.
+    """
+
+    name: str
+    unit: str
+    losses: Series
+    metrics: dict[str, Series]
+    branches: dict[str, Series]
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('runs', nargs='+', type=Path, help='the work folders')
+    parser.add_argument(
+        '--metrics', nargs='+', metavar='NAME', help='which metrics (default: all)'
+    )
+    parser.add_argument('--title', help='of the figure')
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=Path('training_curves.png'),
+        help='the PNG to write (default: training_curves.png); its numbers go beside '
+        'it, as .csv',
+    )
+    parser.add_argument(
+        '--branches',
+        type=Path,
+        help='a PNG of what BranchStatisticsHook wrote in the first run',
+    )
+    return parser.parse_args(argv)
+
+
+def read_run(folder: Path, name: Optional[str] = None) -> Run:
+    """Reads the logs of a training, those before it was resumed too.
+
+    Args:
+        folder (Path): Its work folder.
+        name (str, optional): Defaults to that of its config.
+
+    Raises:
+        FileNotFoundError: If there is no log.
+        ValueError: If no loss is logged, or a log is damaged.
+    """
+    files = sorted(folder.glob('*/vis_data/scalars.json'))
+    if not files:
+        raise FileNotFoundError(
+            f"no log of a training, */vis_data/scalars.json, under '{folder}'"
+        )
+    unit, losses, metrics, branches = 'iteration', [], {}, {}
+    for file in files:
+        records = _records(file)
+        trained = [r for r in records if 'loss' in r]
+        if not trained:
+            continue
+        epochs = 1.0
+        if 'epoch' in trained[-1]:
+            unit, epochs = 'epoch', trained[-1]['step'] / trained[-1]['epoch']
+        losses = _continued(losses, [(r['step'] / epochs, r['loss']) for r in trained])
+        found: tuple[dict, dict] = ({}, {})
+        for record in records:
+            if 'loss' in record:
+                continue
+            is_hook = any(key.startswith(BRANCH_KINDS) for key in record)
+            x = record['step'] / (epochs if is_hook else 1)
+            for key, value in record.items():
+                if key not in NO_METRICS and isinstance(value, (int, float)):
+                    found[is_hook].setdefault(key, []).append((x, value))
+        for known, new in zip((metrics, branches), found):
+            for key, series in new.items():
+                known[key] = _continued(known.get(key, []), series)
+    if not losses:
+        raise ValueError(f"no loss is logged under '{folder}'")
+    return Run(name or _name_of(folder), unit, losses, metrics, branches)
+
+
+def _records(file: Path) -> list[dict]:
+    try:
+        return [json.loads(line) for line in file.read_text().splitlines()]
+    except ValueError as error:
+        raise ValueError(f"'{file}' is damaged: {error}") from error
+
+
+def _continued(series: Series, later: Series) -> Series:
+    """What a later run repeats, it replaces."""
+    return [point for point in series if point[0] < later[0][0]] + later
+
+
+def _name_of(folder: Path) -> str:
+    configs = sorted(folder.glob('*.py'))
+    return configs[0].stem if len(configs) == 1 else str(folder)
+
+
+def _finish(axes: Axes, unit: str) -> None:
+    axes.set_xlabel(unit)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+
+
+def draw_losses(axes: Axes, runs: Sequence[Run]) -> None:
+    """The training losses."""
+    for run, colour in zip(runs, SERIES):
+        axes.plot(*zip(*run.losses), color=colour, label=run.name)
+    axes.set(title='Training loss', yscale='log')
+    _finish(axes, runs[0].unit)
+
+
+def draw_metric(axes: Axes, runs: Sequence[Run], metric: str) -> None:
+    """A metric of the validations, zoomed to where the runs differ."""
+    late, every = [], []
+    for run, colour in zip(runs, SERIES):
+        series = run.metrics.get(metric)
+        if series is None:
+            continue
+        axes.plot(*zip(*series), '.-', color=colour, label=run.name)
+        first, last = series[0][0], series[-1][0]
+        every += [y for _, y in series]
+        late += [y for x, y in series if x >= (first + last) / 2]
+    low, high = min(late), max(late)
+    title = f'Validation: {metric}'
+    if max(every) - min(every) > 1.5 * (high - low) > 0:
+        axes.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
+        title += '\n(zoomed: early values lie outside)'
+    axes.set(title=title)
+    _finish(axes, runs[0].unit)
+
+
+def metrics_of(runs: Sequence[Run], chosen: Optional[Sequence[str]]) -> list[str]:
+    """The metrics to draw.
+
+    Raises:
+        ValueError: If one of the chosen ones was not measured.
+    """
+    found = list(dict.fromkeys(name for run in runs for name in run.metrics))
+    for name in chosen or ():
+        if name not in found:
+            raise ValueError(
+                f'no run has measured {name!r}; there are: {", ".join(found) or "none"}'
+            )
+    return list(chosen or found)
+
+
+def plot(
+    runs: Sequence[Run], metrics: Sequence[str], title: Optional[str], path: Path
+) -> None:
+    """Draws the losses and each metric, side by side."""
+    columns = min(COLUMNS, 1 + len(metrics))
+    lines = -(-(1 + len(metrics)) // columns)
+    figure, grid = plt.subplots(
+        lines,
+        columns,
+        figsize=(4.6 * columns, 3.6 * lines + 0.3 * len(runs)),
+        layout='constrained',
+        squeeze=False,
+    )
+    first, *others = grid.flat
+    draw_losses(first, runs)
+    for axes, metric in zip(others, metrics):
+        draw_metric(axes, runs, metric)
+    for axes in others[len(metrics) :]:
+        axes.axis('off')
+    figure.legend(*first.get_legend_handles_labels(), loc='outside lower center')
+    if title:
+        figure.suptitle(title)
+    save(figure, path)
+
+
+def plot_branches(run: Run, path: Path) -> None:
+    """What each branch puts in while a network trains, and how far kernels move.
+
+    Raises:
+        ValueError: If the run had no ``BranchStatisticsHook``.
+    """
+    by_branch: dict[str, list[Series]] = {}
+    steps: dict[str, Series] = {}
+    for name, series in run.branches.items():
+        kind, layer, *branch = name.split('/')
+        if kind == 'branch_share':
+            by_branch.setdefault(branch[0], []).append(series)
+        elif kind == 'kernel_step':
+            steps[layer] = series
+    if not by_branch or not steps:
+        raise ValueError(
+            f'{run.name} has no statistics of branches: train with custom_hooks='
+            "[dict(type='BranchStatisticsHook')]"
+        )
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
+    for branch, all_series in by_branch.items():
+        x, y = _mean(all_series)
+        left.plot(x, y, '.-', color=colour_of(branch), label=branch)
+    left.set(
+        title='What each branch puts into the kernels\n(share of the norms, mean of '
+        'the layers)',
+        ylabel='share',
+        # The legend is above the lines.
+        ylim=(0, 1.4 * max(y for all_ in by_branch.values() for y in _mean(all_)[1])),
+    )
+    left.legend(loc='upper center', fontsize='small', ncols=3)
+
+    first, *rest = steps
+    right.plot(*zip(*steps[first]), '.-', color='#D55E00', label=short(first))
+    if rest:
+        columns = list(zip(*(zip(*steps[name]) for name in rest)))
+        x, values = columns[0][0], list(zip(*columns[1]))
+        right.plot(
+            x,
+            [statistics.median(v) for v in values],
+            '.-',
+            color='#000000',
+            label='median of the other convs',
+        )
+        right.fill_between(
+            x,
+            [min(v) for v in values],
+            [max(v) for v in values],
+            color='#BBBBBB',
+            alpha=0.5,
+            linewidth=0,
+            label='all of them',
+        )
+    right.set(
+        title='How far a step moves a folded kernel,\nrelative to the kernel',
+        ylabel='relative step',
+        yscale='log',
+    )
+    right.legend(fontsize='small')
+    for axes in (left, right):
+        _finish(axes, run.unit)
+    save(figure, path)
+
+
+def _mean(all_series: Sequence[Series]) -> tuple[list[float], list[float]]:
+    """Over layers that were measured at the same time."""
+    values: dict[float, list[float]] = {}
+    for series in all_series:
+        for x, y in series:
+            values.setdefault(x, []).append(y)
+    return list(values), [statistics.fmean(v) for v in values.values()]
+
+
+def table_of(runs: Sequence[Run]) -> list[dict]:
+    """A row for each number of the figure."""
+    return [
+        {'run': run.name, 'what': what, run.unit: float(x), 'value': float(y)}
+        for run in runs
+        for what, series in (('loss', run.losses), *run.metrics.items())
+        for x, y in series
+    ]
+
+
+def _last(run: Run, metric: str) -> str:
+    series = run.metrics.get(metric)
+    return f'{series[-1][1]:.4g}' if series else ''
+
+
+@one_line_errors()
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    numbers = args.out.with_suffix('.csv')
+    check_outputs([args.out, numbers, args.branches])
+    if len(args.runs) > len(SERIES):
+        raise ValueError(f'at most {len(SERIES)} runs can be told apart in a figure')
+    runs = []
+    for folder in args.runs:
+        print(f'Reading {folder} …', flush=True)
+        runs.append(read_run(folder))
+    if len({run.unit for run in runs}) > 1:
+        raise ValueError('some runs count epochs, and others iterations')
+    # Trainings of one config are told apart by their folders.
+    names = Counter(run.name for run in runs)
+    runs = [
+        run._replace(name=f'{run.name} ({folder})') if names[run.name] > 1 else run
+        for run, folder in zip(runs, args.runs)
+    ]
+    metrics = metrics_of(runs, args.metrics)
+    rows = [(run.name, *(_last(run, metric) for metric in metrics)) for run in runs]
+    print(format_table(('last validation', *metrics), rows))
+    if args.branches:  # First, since it may fail.
+        plot_branches(runs[0], args.branches)
+    plot(runs, metrics, args.title, args.out)
+    write_csv(table_of(runs), numbers)
+    print(f'Wrote {args.out} and {numbers}.')
+
+
+if __name__ == '__main__':
+    main()
