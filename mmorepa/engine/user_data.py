@@ -127,8 +127,8 @@ def check_datasets(cfg: Config, datasets: dict[str, list[dict]]) -> None:
     if len({*found.values()}) > 1:
         texts = (f'{_some(names)} for {key}' for key, names in found.items())
         raise ValueError(f'the phases have different classes: {"; ".join(texts)}')
-    head = (cfg.model.get('head') or {}) if isinstance(cfg.model, dict) else {}
     for folder, classes in folders.values():
+        head = (cfg.model.get('head') or {}) if isinstance(cfg.model, dict) else {}
         _check_number(head.get('num_classes'), classes, folder, 'model.head')
 
 
