@@ -16,6 +16,7 @@ COMMANDS = {
     'test': 'test.py',
     'deploy': 'model_converters/switch_to_deploy.py',
     'export_onnx': 'deployment/export_onnx.py',
+    'quantize': 'deployment/quantize.py',
     'convert': 'model_converters/published_to_mmorepa.py',
     'convert_plain': 'model_converters/plain_to_mmorepa.py',
     'build_fold': 'build_fold.py',

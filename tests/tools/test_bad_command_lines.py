@@ -27,6 +27,7 @@ SCALING = 'analysis_tools/scaling_experiment.py'
 SWEEP = 'benchmarks/stem_lr_sweep.py'
 FLOPS = 'analysis_tools/get_flops.py'
 EXPORT = 'deployment/export_onnx.py'
+QUANTIZE = 'deployment/quantize.py'
 DRAW = 'analysis_tools/draw_predictions.py'
 COST = 'benchmarks/train_cost.py'
 DIGITS = 'dataset_converters/digits.py'
@@ -123,6 +124,7 @@ def lines():
         (SWITCH, '{} good.pth out.pth'),
         (FLOPS, '{}'),
         (EXPORT, '{} good.pth out.onnx'),
+        (QUANTIZE, '{} good.pth out.onnx'),
         (STEM_LR, '{} good.pth --out out.png'),
         (SIMILARITY, '{} good.pth --out out.png'),
         (SHARES, '{} good.pth --out out.png'),
@@ -134,6 +136,7 @@ def lines():
         ('test.py', 'CONFIG {}'),
         (SWITCH, 'CONFIG {} out.pth'),
         (EXPORT, 'CONFIG {} out.onnx'),
+        (QUANTIZE, 'CONFIG {} out.onnx'),
         (STEM_LR, 'CONFIG {} --out out.png'),
         (SIMILARITY, 'CONFIG {} --out out.png'),
         (SHARES, 'CONFIG {} --out out.png'),
@@ -147,6 +150,8 @@ def lines():
         (SWITCH, 'CONFIG good.pth out.pth --json={}'),
         (EXPORT, 'CONFIG good.pth {}'),
         (EXPORT, 'CONFIG good.pth out.onnx --json={}'),
+        (QUANTIZE, 'CONFIG good.pth {}'),
+        (QUANTIZE, 'CONFIG good.pth out.onnx --json={}'),
         (STEM_LR, 'CONFIG good.pth --out={}'),
         (SIMILARITY, 'CONFIG good.pth --out={}'),
         (SHARES, 'CONFIG good.pth --out={}'),
@@ -216,6 +221,12 @@ def lines():
         (EXPORT, 'CONFIG good.pth out.onnx --opset 1'),
         (EXPORT, 'CONFIG good.pth out.onnx --tolerance nan'),
         (EXPORT, 'CONFIG good.pth CONFIG'),
+        (QUANTIZE, 'CONFIG good.pth'),
+        (QUANTIZE, 'CONFIG good.pth out.onnx --images 0'),
+        (QUANTIZE, 'CONFIG good.pth out.onnx --activations int4'),
+        (QUANTIZE, 'CONFIG good.pth out.onnx --calibration nothing'),
+        (QUANTIZE, 'CONFIG good.pth good.pth'),
+        (QUANTIZE, 'CONFIG good.pth out.onnx --json out.onnx'),
         (STEM_LR, 'CONFIG good.pth --draws 0 --out out.png'),
         (STEM_LR, 'CONFIG good.pth --batches -1 --out out.png'),
         (STEM_LR, 'CONFIG good.pth --out out.png --json out.png'),
