@@ -1,9 +1,12 @@
 """Post-training quantization to INT8 by ONNX Runtime, and what it costs each layer."""
 
 import copy
+import io
 import itertools
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -17,7 +20,9 @@ from ..utils.files import PathLike
 from .onnx_files import INPUT, require
 
 ACTIVATIONS = {'uint8': 'QUInt8', 'int8': 'QInt8'}
-CALIBRATIONS = {'minmax': 'MinMax', 'entropy': 'Entropy', 'percentile': 'Percentile'}
+# Not ONNX Runtime's 'Entropy': from as many bins as steps, it chooses what MinMax does.
+CALIBRATIONS = {'minmax': 'MinMax', 'percentile': 'Percentile'}
+PERCENTILE = 99.99
 _CONVS = ('Conv', 'Gemm')
 # What ONNX Runtime computes in one kernel with the conv before it.
 _ACTS = ('Relu', 'Clip', 'LeakyRelu', 'Sigmoid', 'HardSigmoid')
@@ -32,7 +37,8 @@ class LayerLoss(NamedTuple):
         outlier (float): The largest weight of the widest output channel, as a multiple
             of the median channel's. With one scale for the whole kernel, the median
             channel has so many times fewer steps.
-        kernel_snr (float): Power of the kernel over that of its error, in dB.
+        kernel_snr (float): Power of the kernel over that of its error, in dB, as a
+            mean over output channels: a wide one would hide what the others lose.
         output_snr (float): The same of the layer's output, with the errors of all
             layers before it; NaN where the file does not quantize the output.
     """
@@ -127,24 +133,27 @@ def quantize_onnx(
             own. Defaults to True.
         activations (str): ``'uint8'``, which suits x86, or ``'int8'``, which suits ARM
             and GPUs. Weights are int8. Defaults to ``'uint8'``.
-        calibration (str): How ranges are chosen: ``'minmax'``, ``'entropy'`` or
-            ``'percentile'``. Defaults to ``'minmax'``.
+        calibration (str): How ranges of activations are chosen: ``'minmax'``, or
+            ``'percentile'``, the range of all but one in 10,000 values. Defaults to
+            ``'minmax'``.
         reduce_range (bool): Whether weights have 7 bits, for x86 without VNNI, whose
             sums of products saturate. Defaults to False.
     """
     onnx = require('onnx')
     ort = require('onnxruntime.quantization')
-    ort.quantize_static(
-        str(source),
-        str(target),
-        _reader(images),
-        quant_format=ort.QuantFormat.QDQ,
-        per_channel=per_channel,
-        reduce_range=reduce_range,
-        activation_type=getattr(ort.QuantType, ACTIVATIONS[activations]),
-        weight_type=ort.QuantType.QInt8,
-        calibrate_method=getattr(ort.CalibrationMethod, CALIBRATIONS[calibration]),
-    )
+    with redirect_stdout(io.StringIO()):  # Calibrators tell of their bins.
+        ort.quantize_static(
+            str(source),
+            str(target),
+            _reader(images),
+            quant_format=ort.QuantFormat.QDQ,
+            per_channel=per_channel,
+            reduce_range=reduce_range,
+            activation_type=getattr(ort.QuantType, ACTIVATIONS[activations]),
+            weight_type=ort.QuantType.QInt8,
+            calibrate_method=getattr(ort.CalibrationMethod, CALIBRATIONS[calibration]),
+            extra_options=dict(CalibPercentile=PERCENTILE),
+        )
     model = onnx.load(str(target))
     _add_metadata(model, source)
     onnx.save(model, str(target))
@@ -172,7 +181,7 @@ def evaluate(cfg: Config, model: nn.Module) -> dict[str, float]:
         model (nn.Module): In eval mode.
 
     Returns:
-        dict[str, float]: The metrics by name.
+        dict[str, float]: Those metrics that are numbers, by name.
 
     Raises:
         FileNotFoundError: If the data are missing.
@@ -184,7 +193,9 @@ def evaluate(cfg: Config, model: nn.Module) -> dict[str, float]:
     evaluator.dataset_meta = getattr(loader.dataset, 'metainfo', None)
     for batch in loader:
         evaluator.process(model.val_step(batch), batch)
-    return evaluator.evaluate(len(loader.dataset))
+    metrics = evaluator.evaluate(len(loader.dataset))
+    numbers = (int, float, np.number)
+    return {key: float(v) for key, v in metrics.items() if isinstance(v, numbers)}
 
 
 def layer_losses(
@@ -199,18 +210,18 @@ def layer_losses(
             all layers for them are kept in memory.
 
     Returns:
-        list[LayerLoss]: One entry for each layer with a quantized kernel.
+        list[LayerLoss]: One entry for each layer with a quantized kernel; of one that
+        runs several times, as on the levels of a pyramid, the worst output counts.
     """
     onnx = require('onnx')
     debug = require('onnxruntime.quantization.qdq_loss_debug')
     graph = onnx.load(str(source)).graph
-    weights = debug.create_weight_matching(str(source), str(quantized))
-    outputs = debug.compute_activation_error(
-        debug.create_activation_matching(
-            *(_activations(path, images) for path in (quantized, source))
-        )
+    with _no_errors_logged():
+        weights = debug.create_weight_matching(str(source), str(quantized))
+    outputs = debug.create_activation_matching(
+        *(_activations(path, images) for path in (quantized, source))
     )
-    losses = []
+    losses: dict[str, LayerLoss] = {}
     for node in graph.node:
         match = weights.get(node.input[1]) if node.op_type in _CONVS else None
         if match is None:
@@ -218,17 +229,46 @@ def layer_losses(
         axis = 0 if node.op_type == 'Conv' or _transposes(node) else 1
         kernel = np.moveaxis(match['float'], axis, 0)
         channels = np.abs(kernel.reshape(len(kernel), -1)).max(axis=1)
-        error = outputs.get(_output_of(graph, node), {})
-        losses.append(
-            LayerLoss(
-                _layer_name(node.input[1]),
-                float(channels.max()),
-                float(channels.max() / max(np.median(channels), 1e-12)),
-                float(debug.compute_weight_error({'kernel': match})['kernel']),
-                float(error.get('xmodel_err', float('nan'))),
-            )
+        output = outputs.get(_output_of(graph, node))
+        loss = LayerLoss(
+            _layer_name(node),
+            float(channels.max()),
+            float(channels.max() / max(np.median(channels), 1e-12)),
+            _snr([match['float']], [match['dequantized']], axis),
+            _snr(output['float'], output['post_qdq'], 1) if output else float('nan'),
         )
-    return losses
+        known = losses.get(node.input[1])
+        if known is None or not loss.output_snr >= known.output_snr:
+            losses[node.input[1]] = loss
+    return list(losses.values())
+
+
+def _snr(
+    expected: Sequence[np.ndarray], found: Sequence[np.ndarray], axis: int
+) -> float:
+    """Signal over noise in dB, the mean over channels that have a signal."""
+    differences = [a.astype(np.float64) - b for a, b in zip(expected, found)]
+    power, noise = (
+        sum(
+            np.square(np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)).sum(1)
+            for array in arrays
+        )
+        for arrays in (expected, differences)
+    )
+    alive = (power > 0) & (noise > 0)
+    if not alive.any():
+        return float('nan')
+    return float(np.mean(10 * np.log10(power[alive] / noise[alive])))
+
+
+@contextmanager
+def _no_errors_logged() -> Iterator[None]:
+    """Without ONNX Runtime's word on every bias that several layers share."""
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _activations(path: PathLike, images: Sequence[Tensor]) -> dict:
@@ -255,8 +295,15 @@ def _output_of(graph: Any, node: Any) -> str:
     return node.output[0]
 
 
-def _layer_name(weight: str) -> str:
-    return weight.removeprefix('model.').removesuffix('.weight').removesuffix('.conv')
+def _layer_name(node: Any) -> str:
+    """The module of a layer, by its kernel, or by its node if a norm is folded in."""
+    name = node.input[1]
+    if '::' in name:
+        parts = node.name.strip('/').split('/')[:-1]
+        # A list of modules is there twice: 'layer1', 'layer1.0'.
+        pairs = zip(parts, [*parts[1:], ''])
+        name = '.'.join(one for one, other in pairs if not other.startswith(f'{one}.'))
+    return name.removeprefix('model.').removesuffix('.weight').removesuffix('.conv')
 
 
 def equalize(model: Any, sweeps: int = 20) -> int:

@@ -137,7 +137,8 @@ def print_losses(losses: list[LayerLoss], most: int) -> None:
     print(format_table(headers, rows))
     print(
         'range: the largest weight. outlier: that of the widest channel over that of '
-        'the\nmedian channel. Of an output, the errors of all layers before it count.'
+        'the\nmedian channel. SNR: signal over noise, a mean over channels; that of an '
+        'output has\nthe errors of all layers before it.'
     )
 
 
