@@ -206,8 +206,8 @@ def layer_losses(
     Args:
         source (str | Path): The file that was quantized.
         quantized (str | Path): What became of it.
-        images (Sequence[Tensor]): Batches to measure the outputs with; all outputs of
-            all layers for them are kept in memory.
+        images (Sequence[Tensor]): Batches of one image to measure the outputs with;
+            all outputs of all layers for them are kept in memory.
 
     Returns:
         list[LayerLoss]: One entry for each layer with a quantized kernel; of one that
@@ -234,8 +234,10 @@ def layer_losses(
             _layer_name(node),
             float(channels.max()),
             float(channels.max() / max(np.median(channels), 1e-12)),
-            _snr([match['float']], [match['dequantized']], axis),
-            _snr(output['float'], output['post_qdq'], 1) if output else float('nan'),
+            _snr([kernel], [np.moveaxis(match['dequantized'], axis, 0)], len(kernel)),
+            _snr(output['float'], output['post_qdq'], len(kernel))
+            if output
+            else float('nan'),
         )
         known = losses.get(node.input[1])
         if known is None or not loss.output_snr >= known.output_snr:
@@ -244,15 +246,15 @@ def layer_losses(
 
 
 def _snr(
-    expected: Sequence[np.ndarray], found: Sequence[np.ndarray], axis: int
+    expected: Sequence[np.ndarray], found: Sequence[np.ndarray], channels: int
 ) -> float:
-    """Signal over noise in dB, the mean over channels that have a signal."""
+    """Signal over noise in dB, the mean over channels that have a signal.
+
+    Channels come first, before ONNX Runtime has flattened an array, or of one image.
+    """
     differences = [a.astype(np.float64) - b for a, b in zip(expected, found)]
     power, noise = (
-        sum(
-            np.square(np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)).sum(1)
-            for array in arrays
-        )
+        sum(np.square(array.reshape(channels, -1)).sum(1) for array in arrays)
         for arrays in (expected, differences)
     )
     alive = (power > 0) & (noise > 0)
