@@ -171,7 +171,8 @@ def export_onnx(
     except Exception as error:
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise ValueError(
-            f'the exporter {exporter!r} cannot write this model: {reason[0]}'
+            f'the exporter {exporter!r} cannot write this model, and the other one may '
+            f'({" or ".join(EXPORTERS)}): {reason[0]}'
         ) from error
     exported = onnx.load_from_string(stream.getvalue())
     for key, value in (metadata or {}).items():
