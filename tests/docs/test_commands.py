@@ -24,6 +24,8 @@ from mmorepa.engine.config import read_config
 COMMANDS = commands()
 # Configs of the reader's own, by the documents that print them.
 PRINTED = {n: printed_configs(path.read_text()) for n, path in zip(NAMES, DOCUMENTS)}
+# By switch_to_deploy.py.
+WRITTEN = 'deployed_config.py'
 # Not ours: nothing but their names is looked at.
 OF_THE_SYSTEM = ('apt-get', 'dpkg')
 EXECUTED = (
@@ -60,8 +62,7 @@ def is_shell_tool(command):
 
 def is_of_the_reader(config, document):
     """Whether the reader replaces this name, or writes the file."""
-    written = config.endswith('_config.py')  # By switch_to_deploy.py.
-    return config == 'CONFIG' or written or config in PRINTED[document]
+    return config in ('CONFIG', WRITTEN, *PRINTED[document])
 
 
 def check_tool(document, words):
@@ -235,7 +236,7 @@ def folder(tmp_path_factory):
 
 def stand_in(word, document):
     """What a word of a command is in this test."""
-    if word.endswith('_config.py'):
+    if word == WRITTEN:
         return word
     if is_of_the_reader(word, document):
         return 'config.py'
