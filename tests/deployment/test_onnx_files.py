@@ -125,12 +125,15 @@ def test_stock_network_of_orepa_convs(onnx, images, tmp_path):
     check(model, images, tmp_path / 'a.onnx', 'torchscript')
 
 
-@pytest.mark.parametrize('name', ['classifier', 'segmenter', 'retinanet'])
+@pytest.mark.parametrize(
+    'name', ['classifier', 'segmenter', 'retinanet', 'faster_rcnn']
+)
 def test_takes_the_place_of_a_network(name, onnx, images, tmp_path):
     """Predictions come from the file, through the model's own post-processing."""
     model, other = deployed(name), deployed(name)
     with torch.no_grad():
-        for parameter in other.parameters():
+        # The second stage of a detector stays the model's own.
+        for parameter in other.backbone.parameters():
             parameter.mul_(1.1)
     export_onnx(other, images[:1], tmp_path / 'a.onnx')
     batch = dict(
