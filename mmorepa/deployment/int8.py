@@ -229,14 +229,14 @@ def layer_losses(
         axis = 0 if node.op_type == 'Conv' or _transposes(node) else 1
         kernel = np.moveaxis(match['float'], axis, 0)
         channels = np.abs(kernel.reshape(len(kernel), -1)).max(axis=1)
-        output = outputs.get(_output_of(graph, node))
+        output = outputs.get(_output_of(graph, node), {})
         loss = LayerLoss(
             _layer_name(node),
             float(channels.max()),
             float(channels.max() / max(np.median(channels), 1e-12)),
             _snr([kernel], [np.moveaxis(match['dequantized'], axis, 0)], len(kernel)),
             _snr(output['float'], output['post_qdq'], len(kernel))
-            if output
+            if 'float' in output
             else float('nan'),
         )
         known = losses.get(node.input[1])

@@ -195,17 +195,34 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def padded(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images with zeros to the right and below, as detectors pad them.
+
+    Args:
+        images (Tensor): Shape (N, C, H, W).
+        size (tuple[int, int]): Height and width.
+
+    Returns:
+        Tensor: Of this size, or larger where the images are.
+    """
+    height, width = (max(a - b, 0) for a, b in zip(size, images.shape[-2:]))
+    return nn.functional.pad(images, (0, width, 0, height))
+
+
 class OnnxNetwork:
     """An ONNX file as a function, run by ONNX Runtime on the CPU.
 
     Args:
         path (str | Path): A file of :func:`export_onnx`, quantized or not.
+        pads (bool): Whether smaller images are padded, as those of detectors may be.
+            Defaults to False.
 
     Raises:
         ImportError: If ONNX Runtime is missing.
     """
 
-    def __init__(self, path: PathLike) -> None:
+    def __init__(self, path: PathLike, pads: bool = False) -> None:
+        self.pads = pads
         onnxruntime = require('onnxruntime')
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -221,8 +238,10 @@ class OnnxNetwork:
         """Maps (N, C, H, W) to the outputs, in the order of the file.
 
         Raises:
-            ValueError: If the images have another size than the file's.
+            ValueError: If the images have another size than the file's, or are larger.
         """
+        if self.pads:
+            images = padded(images, self.size)
         size = tuple(images.shape[-2:])
         if size != self.size:
             raise ValueError(

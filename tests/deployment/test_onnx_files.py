@@ -150,6 +150,19 @@ def test_takes_the_place_of_a_network(name, onnx, images, tmp_path):
     assert torch.equal(predictions(model, batch), before)
 
 
+def test_pads_images_of_detectors(onnx, images, tmp_path):
+    model = deployed('retinanet')
+    export_onnx(model, images[:1], tmp_path / 'a.onnx')
+    network = OnnxNetwork(tmp_path / 'a.onnx', pads=True)
+    full = images.clone()
+    full[..., 40:, :] = full[..., 48:] = 0
+    with torch.no_grad():
+        expected = DeployedNetwork(model)(full)
+    assert_near(network(full[..., :40, :48]), expected)
+    with pytest.raises(ValueError, match='takes images of 64x64, found 64x70'):
+        network(torch.zeros(1, 3, 8, 70))
+
+
 def samples(name):
     meta = dict(ori_shape=(64, 64), img_shape=(64, 64), scale_factor=(1.0, 1.0))
     if name == 'classifier':

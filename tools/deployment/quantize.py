@@ -35,6 +35,7 @@ from mmorepa.deployment.onnx_files import (
     OnnxNetwork,
     export_onnx,
     network_from,
+    padded,
     preprocessing,
     require,
 )
@@ -93,7 +94,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         type=positive,
         metavar=('HEIGHT', 'WIDTH'),
         help='the size of the images that the file takes; by default that of the test '
-        f'images, or {DEFAULT_SIZE} {DEFAULT_SIZE} without test data',
+        f'images, or {DEFAULT_SIZE} {DEFAULT_SIZE} without test data; smaller images '
+        'of detectors are padded',
     )
     parser.add_argument(
         '--worst',
@@ -156,6 +158,10 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
         print('This CPU has no VNNI: if the accuracy falls, try --reduce-range.')
     print(f'Reading {args.images} training images …', flush=True)
     images = calibration_images(cfg, model, args.images)
+    # Their images differ in size.
+    pads = any(hasattr(model, name) for name in ('bbox_head', 'rpn_head'))
+    if pads:
+        images = [padded(image, size) for image in images]
 
     with tempfile.TemporaryDirectory() as folder:
         exported, source, quantized = (
@@ -165,7 +171,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
             model, torch.randn(1, 3, *size), exported, metadata=preprocessing(cfg)
         )
         pairs = prepare(exported, source, args.equalize)
-        networks = {'float32': OnnxNetwork(source)}
+        networks = {'float32': OnnxNetwork(source, pads)}
         networks['float32'](images[0])  # Raises for images of another size.
         print(f'Calibrating ({args.calibration}) …', flush=True)
         quantize_onnx(
@@ -177,7 +183,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
             args.calibration,
             args.reduce_range,
         )
-        networks['INT8'] = OnnxNetwork(quantized)
+        networks['INT8'] = OnnxNetwork(quantized, pads)
         metrics = {}
         for name, network in networks.items():
             print(f'Testing {name} …', flush=True)
