@@ -15,6 +15,8 @@ COMMANDS = {
     'train': 'train.py',
     'test': 'test.py',
     'deploy': 'model_converters/switch_to_deploy.py',
+    'export_onnx': 'deployment/export_onnx.py',
+    'quantize': 'deployment/quantize.py',
     'convert': 'model_converters/published_to_mmorepa.py',
     'convert_plain': 'model_converters/plain_to_mmorepa.py',
     'build_fold': 'build_fold.py',
@@ -24,6 +26,7 @@ COMMANDS = {
     'curves': 'analysis_tools/training_curves.py',
     'branch_shares': 'analysis_tools/branch_shares.py',
     'branch_similarity': 'analysis_tools/branch_similarity.py',
+    'flops': 'analysis_tools/get_flops.py',
     'stem_lr': 'analysis_tools/stem_lr.py',
 }
 

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 import mmorepa
-from mmorepa import analysis, backbones, cli, converters, engine, functional, layers
+from mmorepa import (
+    analysis,
+    backbones,
+    cli,
+    converters,
+    deployment,
+    engine,
+    functional,
+    layers,
+)
 
 ROOT = Path(__file__).parents[1]
 # Rooms of one rank import nothing of each other, and those that are not named here
@@ -21,7 +30,7 @@ RANKS = [
     {'backbones'},
     {'analysis', 'converters', 'hub'},
     {'engine'},
-    {'cli'},
+    {'cli', 'deployment'},
     {'__init__'},
     {'__main__'},
 ]
@@ -35,6 +44,7 @@ RANKS = [
         backbones,
         cli,
         converters,
+        deployment,
         engine,
         engine.hooks,
         engine.optimizers,

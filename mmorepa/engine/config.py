@@ -17,6 +17,7 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS, MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ..analysis import unwrapped
 from ..backbones import StagedBackbone
@@ -68,6 +69,31 @@ def build_model(cfg: Config) -> nn.Module:
     if 'data_preprocessor' in cfg:  # The runner hands it on in the same way.
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     return MODELS.build(cfg.model).eval()
+
+
+def build_loader(cfg: Config, phase: str) -> DataLoader:
+    """The data of a phase, without a runner, read by this process.
+
+    Args:
+        cfg (Config): It is left as it is.
+        phase (str): ``'train'``, ``'val'`` or ``'test'``.
+
+    Returns:
+        DataLoader: In the same order each time.
+
+    Raises:
+        FileNotFoundError: If the data are missing.
+        ValueError: If the config has none, or see :func:`check_data_folders`.
+    """
+    if cfg.get(f'{phase}_dataloader') is None:
+        raise ValueError(f'the config has no {phase}_dataloader')
+    check_data_folders(cfg, (phase,))
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    loader = copy.deepcopy(cfg[f'{phase}_dataloader'])
+    loader.update(num_workers=0, persistent_workers=False)
+    if cfg.get('default_scope') == 'mmpretrain':
+        loader.setdefault('collate_fn', dict(type='default_collate'))
+    return Runner.build_dataloader(loader, seed=0)
 
 
 def use_amp(cfg: Config) -> None:

@@ -628,8 +628,11 @@ class ReparamConv2d(nn.Conv2d):
             raise ValueError(
                 'it has a bias, so the BatchNorm is folded into it (a deployed '
                 'checkpoint), while the training form has a BatchNorm. Build the model '
-                'with deploy=True (or call mmorepa.switch_to_deploy on it) before '
-                'loading this checkpoint, or load the one that it was made from'
+                'with deploy=True: take the config that was written beside the '
+                'checkpoint, NAME_config.py, or add --cfg-options '
+                'model.backbone.deploy=True to the command line; or call '
+                'mmorepa.switch_to_deploy on the model before loading. Or load the '
+                'checkpoint that this one was made from'
             )
         if any(parameter.is_meta for parameter in self.branches.parameters()):
             raise ValueError(

@@ -24,6 +24,8 @@ from mmorepa.engine.config import read_config
 COMMANDS = commands()
 # Configs of the reader's own, by the documents that print them.
 PRINTED = {n: printed_configs(path.read_text()) for n, path in zip(NAMES, DOCUMENTS)}
+# By switch_to_deploy.py.
+WRITTEN = 'deployed_config.py'
 # Not ours: nothing but their names is looked at.
 OF_THE_SYSTEM = ('apt-get', 'dpkg')
 EXECUTED = (
@@ -32,6 +34,9 @@ EXECUTED = (
     'model_converters/switch_to_deploy.py',
     'model_converters/plain_to_mmorepa.py',
     'model_converters/published_to_mmorepa.py',
+    'analysis_tools/get_flops.py',
+    'deployment/export_onnx.py',
+    'deployment/quantize.py',
     'analysis_tools/stem_lr.py',
 )
 
@@ -57,7 +62,7 @@ def is_shell_tool(command):
 
 def is_of_the_reader(config, document):
     """Whether the reader replaces this name, or writes the file."""
-    return config == 'CONFIG' or config in PRINTED[document]
+    return config in ('CONFIG', WRITTEN, *PRINTED[document])
 
 
 def check_tool(document, words):
@@ -231,6 +236,8 @@ def folder(tmp_path_factory):
 
 def stand_in(word, document):
     """What a word of a command is in this test."""
+    if word == WRITTEN:
+        return word
     if is_of_the_reader(word, document):
         return 'config.py'
     if word.startswith('configs/'):
@@ -261,8 +268,9 @@ def called_once(functions):
 @pytest.mark.slow
 def test_they_run(folder, monkeypatch):
     """In the order of the documents: what one writes, the next may read."""
-    switch = tool('model_converters/switch_to_deploy.py')
-    monkeypatch.setattr(switch, 'median_seconds', called_once)
+    for name in EXECUTED:
+        if hasattr(tool(name), 'median_seconds'):
+            monkeypatch.setattr(tool(name), 'median_seconds', called_once)
     monkeypatch.chdir(folder)
     monkeypatch.setenv('LOCAL_RANK', '0')
     names = set()

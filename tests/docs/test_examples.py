@@ -111,8 +111,13 @@ def test_parts_of_configs(name, code):
         check(cfg)
 
 
+# test_onnx.py runs what takes this file.
 CODES = {
-    name: [code for code in codes if not is_config(code) and not is_part(code)]
+    name: [
+        code
+        for code in codes
+        if not is_config(code) and not is_part(code) and "'image.png'" not in code
+    ]
     for name, codes in BLOCKS.items()
 }
 

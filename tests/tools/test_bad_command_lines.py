@@ -25,6 +25,9 @@ SHARES = 'analysis_tools/branch_shares.py'
 CURVES = 'analysis_tools/training_curves.py'
 SCALING = 'analysis_tools/scaling_experiment.py'
 SWEEP = 'benchmarks/stem_lr_sweep.py'
+FLOPS = 'analysis_tools/get_flops.py'
+EXPORT = 'deployment/export_onnx.py'
+QUANTIZE = 'deployment/quantize.py'
 DRAW = 'analysis_tools/draw_predictions.py'
 COST = 'benchmarks/train_cost.py'
 DIGITS = 'dataset_converters/digits.py'
@@ -119,6 +122,9 @@ def lines():
         ('train.py', '{}'),
         ('test.py', '{} good.pth'),
         (SWITCH, '{} good.pth out.pth'),
+        (FLOPS, '{}'),
+        (EXPORT, '{} good.pth out.onnx'),
+        (QUANTIZE, '{} good.pth out.onnx'),
         (STEM_LR, '{} good.pth --out out.png'),
         (SIMILARITY, '{} good.pth --out out.png'),
         (SHARES, '{} good.pth --out out.png'),
@@ -129,6 +135,8 @@ def lines():
         ('train.py', 'CONFIG --resume={}'),
         ('test.py', 'CONFIG {}'),
         (SWITCH, 'CONFIG {} out.pth'),
+        (EXPORT, 'CONFIG {} out.onnx'),
+        (QUANTIZE, 'CONFIG {} out.onnx'),
         (STEM_LR, 'CONFIG {} --out out.png'),
         (SIMILARITY, 'CONFIG {} --out out.png'),
         (SHARES, 'CONFIG {} --out out.png'),
@@ -140,6 +148,10 @@ def lines():
         ('test.py', 'CONFIG good.pth --out-item metrics --out={}'),
         (SWITCH, 'CONFIG good.pth {}'),
         (SWITCH, 'CONFIG good.pth out.pth --json={}'),
+        (EXPORT, 'CONFIG good.pth {}'),
+        (EXPORT, 'CONFIG good.pth out.onnx --json={}'),
+        (QUANTIZE, 'CONFIG good.pth {}'),
+        (QUANTIZE, 'CONFIG good.pth out.onnx --json={}'),
         (STEM_LR, 'CONFIG good.pth --out={}'),
         (SIMILARITY, 'CONFIG good.pth --out={}'),
         (SHARES, 'CONFIG good.pth --out={}'),
@@ -197,6 +209,24 @@ def lines():
         (SWITCH, 'CONFIG good.pth out.pth --json ./out.pth'),
         (SWITCH, 'CONFIG good.pth out.pth --json CONFIG'),
         (SWITCH, 'CONFIG good.pth CONFIG'),
+        (SWITCH, 'CONFIG good.pth mine.pth'),
+        (SWITCH, 'CONFIG good.pth out.pth --json out_config.py'),
+        (FLOPS, 'CONFIG --shape 0'),
+        (FLOPS, 'CONFIG --shape 8 8 8'),
+        (FLOPS, 'CONFIG --shape x'),
+        (EXPORT, 'CONFIG good.pth'),
+        (EXPORT, 'CONFIG good.pth out.onnx --exporter nothing'),
+        (EXPORT, 'CONFIG good.pth out.onnx --shape 0 8'),
+        (EXPORT, 'CONFIG good.pth out.onnx --opset x'),
+        (EXPORT, 'CONFIG good.pth out.onnx --opset 1'),
+        (EXPORT, 'CONFIG good.pth out.onnx --tolerance nan'),
+        (EXPORT, 'CONFIG good.pth CONFIG'),
+        (QUANTIZE, 'CONFIG good.pth'),
+        (QUANTIZE, 'CONFIG good.pth out.onnx --images 0'),
+        (QUANTIZE, 'CONFIG good.pth out.onnx --activations int4'),
+        (QUANTIZE, 'CONFIG good.pth out.onnx --calibration nothing'),
+        (QUANTIZE, 'CONFIG good.pth good.pth'),
+        (QUANTIZE, 'CONFIG good.pth out.onnx --json out.onnx'),
         (STEM_LR, 'CONFIG good.pth --draws 0 --out out.png'),
         (STEM_LR, 'CONFIG good.pth --batches -1 --out out.png'),
         (STEM_LR, 'CONFIG good.pth --out out.png --json out.png'),
@@ -274,6 +304,7 @@ def folder(config, tmp_path_factory):
     (folder / 'soft.pth').symlink_to(good)
     (folder / 'hard.pth').hardlink_to(good)
     (folder / 'good.pkl').symlink_to(good)
+    (folder / 'mine_config.py').write_text('x = 1\n')
     (folder / 'circle.pth').symlink_to('circle.pth')
     (folder / 'here').symlink_to('.')
     bad = {key: value.clone() for key, value in state.items()}

@@ -10,11 +10,22 @@ import time
 import mmpretrain_tools
 import pytest
 import torch
-from helpers import assert_near, import_models
+from helpers import assert_near, import_models, trained_like
 from mmengine.config import Config
-from tool_runs import ROOT, command, environment, run_apart, run_here, run_runner
+from tool_runs import (
+    ROOT,
+    command,
+    environment,
+    run_apart,
+    run_here,
+    run_runner,
+)
+from tool_runs import (
+    tool as module_of,
+)
 
-from mmorepa.converters import read_checkpoint
+from mmorepa.converters import read_checkpoint, write_checkpoint
+from mmorepa.engine.config import build_model
 
 pytestmark = pytest.mark.slow
 
@@ -215,6 +226,47 @@ class TestDeployment:
             found = metrics_of(config, file, tmp_path, *flags, options=options)
             assert found == pytest.approx(expected, abs=CLOSE)
 
+    def test_config_beside_the_checkpoint(self, config, checkpoint, deployed, tmp_path):
+        """It needs no flag, no base, and builds the same again when it is read."""
+        written = deployed[0].with_name('deployed_config.py')
+        assert '_base_' not in written.read_text()
+        expected = metrics_of(config, checkpoint, tmp_path)
+        found = metrics_of(written, deployed[0], tmp_path)
+        assert found == pytest.approx(expected, abs=CLOSE)
+        before = written.read_text()
+        run_here(SWITCH, config, checkpoint, deployed[0])  # It may be written again.
+        assert written.read_text() == before
+
+    def test_config_of_the_users_own(self, config, checkpoint, tmp_path):
+        own = tmp_path / 'a_config.py'
+        own.write_text('x = 1\n')
+        with pytest.raises(SystemExit, match='^error: .*a_config.py.* which is yours'):
+            run_here(SWITCH, config, checkpoint, tmp_path / 'a.pth')
+        assert [p.name for p in tmp_path.iterdir()] == ['a_config.py']
+        assert own.read_text() == 'x = 1\n'
+
+    def test_without_a_config_for_the_deployed_form(
+        self, config, tmp_path, capsys, monkeypatch
+    ):
+        own = tmp_path / 'own.py'
+        own.write_text(f"""
+_base_ = {str(config)!r}
+
+plain = dict(type='ResNet', depth=18, stem_channels=8, base_channels=8)
+model = dict(
+    backbone=dict(_delete_=True, type='Reparameterized', block='dbb', module=plain)
+)
+""")
+        state = trained_like(build_model(Config.fromfile(own))).state_dict()
+        write_checkpoint(dict(state_dict=state), tmp_path / 'a.pth')
+        monkeypatch.setattr(
+            module_of(SWITCH), 'median_seconds', lambda f: [0.0 for _ in f]
+        )
+        run_here(SWITCH, own, tmp_path / 'a.pth', tmp_path / 'b.pth')
+        words = 'and no config: no config builds the deployed form'
+        assert words in capsys.readouterr().out
+        assert not (tmp_path / 'b_config.py').exists()
+
     def test_predictions(self, config, checkpoint, tmp_path):
         files = [tmp_path / 'train.pkl', tmp_path / 'deploy.pkl']
         for out, flags in zip(files, ([], ['--deploy'])):
@@ -400,8 +452,12 @@ class TestErrors:
 
     def test_deployed_into_the_training_form(self, config, deployed, work, out):
         flags = ['--work-dir', work]
-        words = 'Build the model with deploy=True'
-        self.assert_error(words, 'test.py', config, deployed[0], *flags)
+        for words in (
+            'Build the model with deploy=True',
+            '--cfg-options model.backbone.deploy=True',
+            'NAME_config.py',
+        ):
+            self.assert_error(words, 'test.py', config, deployed[0], *flags)
         words = 'holds weights but not the state of a training run'
         self.assert_error(words, 'train.py', config, '--resume', deployed[0], *flags)
         assert not list(work.glob('**/*.pth'))

@@ -46,10 +46,7 @@ def trained(request, short_config, run_python, tmp_path_factory):
     run_python(
         'tools/model_converters/switch_to_deploy.py', config, checkpoint, deployed
     )
-    deployed_config = config.with_name('deployed.py')
-    deployed_config.write_text(
-        f"_base_ = '{config}'\nmodel = dict(backbone=dict(deploy=True))\n"
-    )
+    deployed_config = folder / 'deploy_config.py'
     return scope, {
         'training form': (config, checkpoint),
         'deployed': (deployed_config, deployed),

@@ -1,14 +1,19 @@
-"""Writes the deployed form of a training checkpoint, and shows what it gains."""
+"""Writes the deployed form of a training checkpoint, and shows what it gains.
+
+Beside the checkpoint OUT.pth goes OUT_config.py, the config that builds this form:
+`tools/test.py OUT_config.py OUT.pth` needs no flag.
+"""
 
 import argparse
 import copy
 import json
+import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Optional
 
 import torch
-from mmengine.config import Config
-from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmorepa import switch_to_deploy
@@ -31,20 +36,27 @@ from mmorepa.converters import (
     read_checkpoint,
     write_checkpoint,
 )
-from mmorepa.engine.config import build_model, check_data_folders, read_config
+from mmorepa.deployment import loaded_by_config
+from mmorepa.deployment.inputs import DEFAULT_SIZE, image_size, test_batch
+from mmorepa.engine.config import build_model, read_config
+from mmorepa.utils.errors import OutputError
 from mmorepa.utils.files import atomic_write, check_outputs
 from mmorepa.utils.tables import format_table
 
-DEFAULT_SIZE = 224
+# By this variable, the tool knows a config that it wrote.
+MARK = 'deployed_checkpoint'
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description='Writes the deployed form of a training checkpoint.'
+        description='Writes the deployed form of a training checkpoint, and the config '
+        'that loads it.'
     )
     parser.add_argument('config', help='the config of the training')
     parser.add_argument('checkpoint', help='the training checkpoint')
-    parser.add_argument('out', help='the deployed checkpoint to write')
+    parser.add_argument(
+        'out', help='the deployed checkpoint to write; OUT_config.py goes beside it'
+    )
     parser.add_argument(
         '--shape',
         nargs=2,
@@ -64,19 +76,21 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def test_batch(cfg: Config) -> Optional[dict]:
-    """A batch of the test data, or None if they are not on this machine."""
-    if cfg.get('test_dataloader') is None:
-        return None
-    try:
-        check_data_folders(cfg, ('test',))
-    except FileNotFoundError:
-        return None
-    loader = copy.deepcopy(cfg.test_dataloader)
-    loader.update(num_workers=0, persistent_workers=False)
-    if cfg.get('default_scope') == 'mmpretrain':
-        loader.setdefault('collate_fn', dict(type='default_collate'))
-    return next(iter(Runner.build_dataloader(loader)))
+def config_beside(out: str) -> str:
+    """The name of the config that goes with a checkpoint.
+
+    Raises:
+        OutputError: If there is a config of this name that this tool did not write.
+    """
+    path = f'{os.path.splitext(out)[0]}_config.py'
+    if os.path.isfile(path) and not re.search(
+        rf'(?m)^{MARK} = ', Path(path).read_text(errors='replace')
+    ):
+        raise OutputError(
+            f'the config that goes with {out!r} would take the place of {path!r}, '
+            'which is yours; give another name to the checkpoint'
+        )
+    return path
 
 
 def compare(
@@ -113,20 +127,25 @@ def measure(training: nn.Module, deployed: nn.Module, image: Tensor) -> list[dic
 @one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> dict:
     args = parse_args(argv)
-    check_outputs([args.out, args.json], [args.config, args.checkpoint])
+    inputs = [args.config, args.checkpoint]
+    check_outputs([args.out, args.json], inputs)
+    config = config_beside(args.out)
+    check_outputs([args.out, config, args.json], inputs)
     cfg = read_config(args.config, args.cfg_options)
     checkpoint = read_checkpoint(args.checkpoint)
     training = build_model(cfg)
     load_training_form(training, checkpoint['state_dict'])
     result = deploy_checkpoint(training, checkpoint)
 
-    deployed = switch_to_deploy(copy.deepcopy(training))
-    deployed.load_state_dict(result['state_dict'])
+    problem = ''
+    try:
+        deployed_cfg, deployed = loaded_by_config(cfg, result['state_dict'])
+    except ValueError as error:
+        problem = str(error)
+        deployed = switch_to_deploy(copy.deepcopy(training))
+        deployed.load_state_dict(result['state_dict'])
     batch = test_batch(cfg)
-    size = args.shape or (DEFAULT_SIZE, DEFAULT_SIZE)
-    if batch is not None and args.shape is None:
-        inputs = training.data_preprocessor(copy.deepcopy(batch), False)['inputs']
-        size = inputs.shape[-2:]
+    size = args.shape or image_size(training, batch)
     image = torch.randn(1, 3, *size)
 
     differences = compare(training, deployed, image, batch)
@@ -144,6 +163,12 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
         differences={k: d._asdict() for k, d in differences.items()},
     )
     write_checkpoint(result, args.out)
+    if not problem:
+        deployed_cfg[MARK] = args.out
+        # The folder of the training is none for tests of another form.
+        deployed_cfg.pop('work_dir', None)
+        with atomic_write(config) as file:
+            deployed_cfg.dump(file)
     if args.json is not None:
         with atomic_write(args.json) as file:
             file.write_text(json.dumps(figures, indent=2) + '\n')
@@ -166,7 +191,10 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
             f'Largest difference for {kind}: {difference.absolute:.2e} absolute, '
             f'{difference.relative:.2e} relative.'
         )
-    print(f'Wrote {args.out}.')
+    if problem:
+        print(f'Wrote {args.out}, and no config: {problem}.')
+    else:
+        print(f'Wrote {args.out} and {config}, which go together.')
     return figures
 
 

@@ -1,0 +1,9 @@
+"""The deployed form of a config and a checkpoint, and its way out of PyTorch.
+
+What needs the packages ``onnx`` and ``onnxruntime`` is in :mod:`.onnx_files` and
+:mod:`.int8`, and imports them when it is called.
+"""
+
+from .models import deployed_config, load_deployed, loaded_by_config
+
+__all__ = ['deployed_config', 'load_deployed', 'loaded_by_config']

@@ -1,0 +1,380 @@
+"""Post-training quantization to INT8 by ONNX Runtime, and what it costs each layer."""
+
+import copy
+import io
+import itertools
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+from mmengine.config import Config
+from mmengine.evaluator import Evaluator
+from torch import Tensor, nn
+
+from ..engine.config import build_loader
+from ..utils.files import PathLike
+from .onnx_files import INPUT, require
+
+ACTIVATIONS = {'uint8': 'QUInt8', 'int8': 'QInt8'}
+# Not ONNX Runtime's 'Entropy': from as many bins as steps, it chooses what MinMax does.
+CALIBRATIONS = {'minmax': 'MinMax', 'percentile': 'Percentile'}
+PERCENTILE = 99.99
+_CONVS = ('Conv', 'Gemm')
+# What ONNX Runtime computes in one kernel with the conv before it.
+_ACTS = ('Relu', 'Clip', 'LeakyRelu', 'Sigmoid', 'HardSigmoid')
+
+
+class LayerLoss(NamedTuple):
+    """What INT8 costs a layer.
+
+    Args:
+        name (str): Of the module.
+        weight_range (float): The largest weight of the kernel, in magnitude.
+        outlier (float): The largest weight of the widest output channel, as a multiple
+            of the median channel's. With one scale for the whole kernel, the median
+            channel has so many times fewer steps.
+        kernel_snr (float): Power of the kernel over that of its error, in dB, as a
+            mean over output channels: a wide one would hide what the others lose.
+        output_snr (float): The same of the layer's output, with the errors of all
+            layers before it; NaN where the file does not quantize the output.
+    """
+
+    name: str
+    weight_range: float
+    outlier: float
+    kernel_snr: float
+    output_snr: float
+
+
+def calibration_images(cfg: Config, model: nn.Module, number: int) -> list[Tensor]:
+    """Training images as a network sees them when it is tested.
+
+    Args:
+        cfg (Config): With training data. Their pipeline is that of the test, if there
+            is one: augmented images have other ranges.
+        model (nn.Module): With the preprocessor of its toolbox.
+        number (int): Of images.
+
+    Returns:
+        list[Tensor]: Batches of one image, in the same order each time.
+
+    Raises:
+        FileNotFoundError: If the training data are missing.
+    """
+    cfg = copy.deepcopy(cfg)
+    if cfg.get('train_dataloader') is None:
+        raise ValueError('the config has no train_dataloader to calibrate with')
+    if cfg.get('test_dataloader') is not None:
+        source = _innermost(cfg.test_dataloader.dataset).get('pipeline')
+        target = _innermost(cfg.train_dataloader.dataset)
+        if source and 'pipeline' in target:
+            target.pipeline = source
+    cfg.train_dataloader.batch_size = 1
+    # Batches by shape, as detectors have them, would wait for a second image.
+    cfg.train_dataloader.pop('batch_sampler', None)
+    batches = itertools.islice(build_loader(cfg, 'train'), number)
+    return [model.data_preprocessor(batch, False)['inputs'] for batch in batches]
+
+
+def _innermost(dataset: dict) -> dict:
+    while isinstance(dataset.get('dataset'), dict):
+        dataset = dataset['dataset']
+    return dataset
+
+
+def prepare(source: PathLike, target: PathLike, equalized: bool = False) -> int:
+    """Makes an exported file ready for quantization: shapes, and BatchNorms folded.
+
+    Args:
+        source (str | Path): A file of :func:`export_onnx`.
+        target (str | Path): The file to write.
+        equalized (bool): Whether to :func:`equalize` it. Defaults to False.
+
+    Returns:
+        int: The pairs of convs that were equalized.
+    """
+    onnx = require('onnx')
+    shapes = require('onnxruntime.quantization.shape_inference')
+    shapes.quant_pre_process(str(source), str(target), skip_symbolic_shape=True)
+    model = onnx.load(str(target))
+    pairs = equalize(model) if equalized else 0
+    _add_metadata(model, source)
+    onnx.save(model, str(target))
+    return pairs
+
+
+def _add_metadata(model: Any, source: PathLike) -> None:
+    known = {entry.key for entry in model.metadata_props}
+    for entry in require('onnx').load(str(source)).metadata_props:
+        if entry.key not in known:
+            model.metadata_props.append(entry)
+
+
+def quantize_onnx(
+    source: PathLike,
+    target: PathLike,
+    images: Sequence[Tensor],
+    per_channel: bool = True,
+    activations: str = 'uint8',
+    calibration: str = 'minmax',
+    reduce_range: bool = False,
+) -> None:
+    """Quantizes weights and activations to 8 bits, as QuantizeLinear pairs (QDQ).
+
+    Args:
+        source (str | Path): A file of :func:`prepare`.
+        target (str | Path): The file to write.
+        images (Sequence[Tensor]): Batches of real images.
+        per_channel (bool): Whether each output channel of a kernel has a scale of its
+            own. Defaults to True.
+        activations (str): ``'uint8'``, which suits x86, or ``'int8'``, which suits ARM
+            and GPUs. Weights are int8. Defaults to ``'uint8'``.
+        calibration (str): How ranges of activations are chosen: ``'minmax'``, or
+            ``'percentile'``, the range of all but one in 10,000 values. Defaults to
+            ``'minmax'``.
+        reduce_range (bool): Whether weights have 7 bits, for x86 without VNNI, whose
+            sums of products saturate. Defaults to False.
+    """
+    onnx = require('onnx')
+    ort = require('onnxruntime.quantization')
+    with redirect_stdout(io.StringIO()):  # Calibrators tell of their bins.
+        ort.quantize_static(
+            str(source),
+            str(target),
+            _reader(images),
+            quant_format=ort.QuantFormat.QDQ,
+            per_channel=per_channel,
+            reduce_range=reduce_range,
+            activation_type=getattr(ort.QuantType, ACTIVATIONS[activations]),
+            weight_type=ort.QuantType.QInt8,
+            calibrate_method=getattr(ort.CalibrationMethod, CALIBRATIONS[calibration]),
+            extra_options=dict(CalibPercentile=PERCENTILE),
+        )
+    model = onnx.load(str(target))
+    _add_metadata(model, source)
+    onnx.save(model, str(target))
+
+
+def _reader(images: Sequence[Tensor]) -> Any:
+    ort = require('onnxruntime.quantization')
+
+    class Reader(ort.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.rest = iter(images)
+
+        def get_next(self) -> Optional[dict[str, np.ndarray]]:
+            batch = next(self.rest, None)
+            return None if batch is None else {INPUT: batch.cpu().numpy()}
+
+    return Reader()
+
+
+def evaluate(cfg: Config, model: nn.Module) -> dict[str, float]:
+    """The metrics of the config's own evaluator on its validation data.
+
+    Args:
+        cfg (Config): With validation data, or else with test data.
+        model (nn.Module): In eval mode.
+
+    Returns:
+        dict[str, float]: Those metrics that are numbers, by name.
+
+    Raises:
+        FileNotFoundError: If the data are missing.
+        ValueError: If the config has neither.
+    """
+    phase = 'val' if cfg.get('val_dataloader') is not None else 'test'
+    loader = build_loader(cfg, phase)
+    evaluator = Evaluator(cfg[f'{phase}_evaluator'])
+    evaluator.dataset_meta = getattr(loader.dataset, 'metainfo', None)
+    for batch in loader:
+        evaluator.process(model.val_step(batch), batch)
+    metrics = evaluator.evaluate(len(loader.dataset))
+    numbers = (int, float, np.number)
+    return {key: float(v) for key, v in metrics.items() if isinstance(v, numbers)}
+
+
+def layer_losses(
+    source: PathLike, quantized: PathLike, images: Sequence[Tensor]
+) -> list[LayerLoss]:
+    """What INT8 costs each conv and each linear layer, in the order of the file.
+
+    Args:
+        source (str | Path): The file that was quantized.
+        quantized (str | Path): What became of it.
+        images (Sequence[Tensor]): Batches of one image to measure the outputs with;
+            all outputs of all layers for them are kept in memory.
+
+    Returns:
+        list[LayerLoss]: One entry for each layer with a quantized kernel; of one that
+        runs several times, as on the levels of a pyramid, the worst output counts.
+    """
+    onnx = require('onnx')
+    debug = require('onnxruntime.quantization.qdq_loss_debug')
+    graph = onnx.load(str(source)).graph
+    with _no_errors_logged():
+        weights = debug.create_weight_matching(str(source), str(quantized))
+    outputs = debug.create_activation_matching(
+        *(_activations(path, images) for path in (quantized, source))
+    )
+    losses: dict[str, LayerLoss] = {}
+    for node in graph.node:
+        match = weights.get(node.input[1]) if node.op_type in _CONVS else None
+        if match is None:
+            continue
+        axis = 0 if node.op_type == 'Conv' or _transposes(node) else 1
+        kernel = np.moveaxis(match['float'], axis, 0)
+        channels = np.abs(kernel.reshape(len(kernel), -1)).max(axis=1)
+        output = outputs.get(_output_of(graph, node), {})
+        loss = LayerLoss(
+            _layer_name(node),
+            float(channels.max()),
+            float(channels.max() / max(np.median(channels), 1e-12)),
+            _snr([kernel], [np.moveaxis(match['dequantized'], axis, 0)], len(kernel)),
+            _snr(output['float'], output['post_qdq'], len(kernel))
+            if 'float' in output
+            else float('nan'),
+        )
+        known = losses.get(node.input[1])
+        if known is None or not loss.output_snr >= known.output_snr:
+            losses[node.input[1]] = loss
+    return list(losses.values())
+
+
+def _snr(
+    expected: Sequence[np.ndarray], found: Sequence[np.ndarray], channels: int
+) -> float:
+    """Signal over noise in dB, the mean over channels that have a signal.
+
+    Channels come first, before ONNX Runtime has flattened an array, or of one image.
+    """
+    differences = [a.astype(np.float64) - b for a, b in zip(expected, found)]
+    power, noise = (
+        sum(np.square(array.reshape(channels, -1)).sum(1) for array in arrays)
+        for arrays in (expected, differences)
+    )
+    alive = (power > 0) & (noise > 0)
+    if not alive.any():
+        return float('nan')
+    return float(np.mean(10 * np.log10(power[alive] / noise[alive])))
+
+
+@contextmanager
+def _no_errors_logged() -> Iterator[None]:
+    """Without ONNX Runtime's word on every bias that several layers share."""
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _activations(path: PathLike, images: Sequence[Tensor]) -> dict:
+    debug = require('onnxruntime.quantization.qdq_loss_debug')
+    with tempfile.TemporaryDirectory() as folder:
+        augmented = str(Path(folder, 'augmented.onnx'))
+        debug.modify_model_output_intermediate_tensors(str(path), augmented)
+        return debug.collect_activations(augmented, _reader(images))
+
+
+def _transposes(node: Any) -> bool:
+    return any(a.name == 'transB' and a.i for a in node.attribute)
+
+
+def _users(graph: Any, name: str) -> list:
+    return [node for node in graph.node if name in node.input]
+
+
+def _output_of(graph: Any, node: Any) -> str:
+    """The output of a layer, or that of its activation, which is what is quantized."""
+    users = _users(graph, node.output[0])
+    if len(users) == 1 and users[0].op_type in _ACTS:
+        return users[0].output[0]
+    return node.output[0]
+
+
+def _layer_name(node: Any) -> str:
+    """The module of a layer, by its kernel, or by its node if a norm is folded in."""
+    name = node.input[1]
+    if '::' in name:
+        parts = node.name.strip('/').split('/')[:-1]
+        # A list of modules is there twice: 'layer1', 'layer1.0'.
+        pairs = zip(parts, [*parts[1:], ''])
+        name = '.'.join(one for one, other in pairs if not other.startswith(f'{one}.'))
+    return name.removeprefix('model.').removesuffix('.weight').removesuffix('.conv')
+
+
+def equalize(model: Any, sweeps: int = 20) -> int:
+    """Gives both kernels of every conv–ReLU–conv the same range, channel by channel.
+
+    Cross-layer equalization: as ``ReLU(s·x) = s·ReLU(x)`` for ``s > 0``, channel ``c``
+    of the first conv may be divided by ``s_c``, and the kernel that takes it multiplied
+    by it. With ``s_c = √(r1_c / r2_c)``, where ``r`` is the largest weight of that
+    channel in either conv, both have the range ``√(r1_c · r2_c)``.
+
+    Args:
+        model (onnx.ModelProto): Changed in place; it computes the same up to rounding.
+        sweeps (int): Passes over all pairs, since a conv may belong to two. Defaults
+            to 20.
+
+    Returns:
+        int: The number of pairs.
+    """
+    numpy_helper = require('onnx').numpy_helper
+    graph = model.graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    pairs = [pair for pair in _pairs(graph) if set(_tensors_of(pair)) <= set(stored)]
+    values = {
+        name: numpy_helper.to_array(stored[name]).astype(np.float64)
+        for pair in pairs
+        for name in _tensors_of(pair)
+    }
+    for _ in range(sweeps):
+        for first, second in pairs:
+            one, other = values[first.input[1]], values[second.input[1]]
+            r1 = np.abs(one).reshape(len(one), -1).max(axis=1)
+            r2 = np.abs(other).max(axis=(0, 2, 3))
+            # A channel of zeros on either side has no range to share.
+            alive = (r1 > 0) & (r2 > 0)
+            scale = np.where(alive, np.sqrt(r1 / np.where(alive, r2, 1)), 1)
+            scale = np.where(scale > 0, scale, 1)
+            values[first.input[1]] = one / scale[:, None, None, None]
+            for bias in first.input[2:]:
+                values[bias] = values[bias] / scale
+            values[second.input[1]] = other * scale[:, None, None]
+    for name, value in values.items():
+        tensor = numpy_helper.from_array(value.astype(np.float32), name)
+        stored[name].CopyFrom(tensor)
+    return len(pairs)
+
+
+def _tensors_of(pair: tuple) -> list[str]:
+    first, second = pair
+    return [*first.input[1:], second.input[1]]
+
+
+def _pairs(graph: Any) -> Iterator[tuple]:
+    """Convs with nothing but a ReLU between them, and kernels of their own."""
+    outputs = {output.name for output in graph.output}
+    for first in graph.node:
+        if first.op_type != 'Conv':
+            continue
+        chain = [first]
+        for kind in ('Relu', 'Conv'):
+            name = chain[-1].output[0]
+            users = _users(graph, name)
+            if name in outputs or [node.op_type for node in users] != [kind]:
+                break
+            chain.append(users[0])
+        else:
+            second = chain[-1]
+            groups = [a.i for a in second.attribute if a.name == 'group']
+            shared = [
+                n for n in _tensors_of((first, second)) if len(_users(graph, n)) > 1
+            ]
+            if groups in ([], [1]) and not shared:
+                yield first, second

@@ -1,0 +1,111 @@
+"""Deployed models from configs and checkpoints of either form."""
+
+import copy
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+from ..backbones import StagedBackbone
+from ..converters import load_strictly, load_training_form
+from ..engine.config import build_model
+from ..layers import ReparamConv2d, is_switchable, switch_to_deploy
+from ..utils.errors import CheckpointError
+
+
+def deployed_config(cfg: Config) -> Config:
+    """The config that builds the deployed form of a model.
+
+    Backbones of this package and every ``conv_cfg`` of its convs get ``deploy=True``;
+    ``Reparameterized`` modules become the modules that they were made from.
+
+    Args:
+        cfg (Config): Of a model in either form; it is left as it is.
+
+    Returns:
+        Config: One that builds no training form.
+
+    Raises:
+        ValueError: If it would build one all the same, as where an own module builds
+            convs of this package without a config of theirs.
+    """
+    cfg = copy.deepcopy(cfg)
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    cfg.model = _deployed(cfg.model)
+    if is_switchable(build_model(copy.deepcopy(cfg))):
+        raise ValueError(
+            'no config builds the deployed form: some convs of this package are built '
+            'without a config of their own; build the training form and call '
+            'mmorepa.switch_to_deploy(model) before the weights are loaded'
+        )
+    return cfg
+
+
+def _deployed(node: Any) -> Any:
+    if isinstance(node, (list, tuple)):
+        return type(node)(_deployed(value) for value in node)
+    if not isinstance(node, dict):
+        return node
+    kind = node.get('type')
+    if isinstance(kind, str):
+        with MODELS.switch_scope_and_registry(None) as registry:
+            kind = registry.get(kind)
+    if getattr(kind, '__name__', '') == 'build_reparameterized':
+        return _deployed(node['module'])
+    for key, value in node.items():
+        node[key] = _deployed(value)
+    if isinstance(kind, type) and issubclass(kind, (StagedBackbone, ReparamConv2d)):
+        node['deploy'] = True
+    return node
+
+
+def load_deployed(cfg: Config, checkpoint: dict) -> nn.Module:
+    """The deployed model of a config with the weights of a checkpoint.
+
+    Args:
+        cfg (Config): Of a model in either form, or of one without re-parameterised
+            convs; it is left as it is.
+        checkpoint (dict): With the ``state_dict`` of either form.
+
+    Returns:
+        nn.Module: In eval mode on the CPU.
+
+    Raises:
+        CheckpointError: If the checkpoint does not fit.
+    """
+    state = checkpoint['state_dict']
+    model = build_model(copy.deepcopy(cfg))
+    if is_switchable(model):
+        if any('branches' in key.split('.') for key in state):
+            load_training_form(model, state)
+            return switch_to_deploy(model)
+        switch_to_deploy(model)
+    load_strictly(model, state)
+    return model
+
+
+def loaded_by_config(cfg: Config, state_dict: dict) -> tuple[Config, nn.Module]:
+    """The config of the deployed form, and its model with these weights.
+
+    Args:
+        cfg (Config): Of a model in either form.
+        state_dict (dict): Of the deployed form.
+
+    Returns:
+        tuple[Config, nn.Module]: What was built, and from what.
+
+    Raises:
+        ValueError: As :func:`deployed_config`, or if the weights do not fit what the
+            config builds.
+    """
+    deployed = deployed_config(cfg)
+    model = build_model(copy.deepcopy(deployed))
+    try:
+        load_strictly(model, state_dict)
+    except CheckpointError as error:
+        raise ValueError(
+            f'no config builds the deployed form: {error}; build the training form and '
+            'call mmorepa.switch_to_deploy(model) before the weights are loaded'
+        ) from error
+    return deployed, model

@@ -1,0 +1,163 @@
+import numpy as np
+import pytest
+import torch
+from helpers import assert_near, trained_like
+from torch import nn
+
+from mmorepa.deployment.int8 import (
+    _layer_name,
+    layer_losses,
+    prepare,
+    quantize_onnx,
+)
+from mmorepa.deployment.onnx_files import INPUT, OnnxNetwork, export_onnx, require
+
+
+@pytest.fixture(autouse=True)
+def onnx():
+    for package in ('onnx', 'onnxruntime'):
+        pytest.importorskip(package)
+    return require('onnx')
+
+
+class Chain(nn.Module):
+    """Convs with ReLUs between them; the channels of the first differ in range."""
+
+    def __init__(self, outlier=1.0):
+        super().__init__()
+        self.one = nn.Conv2d(3, 8, 3, padding=1)
+        self.two = nn.Conv2d(8, 8, 3, padding=1)
+        self.three = nn.Conv2d(8, 4, 1, groups=4)
+        self.fc = nn.Linear(4, 5)
+        trained_like(self)
+        with torch.no_grad():
+            self.one.weight[0] *= outlier
+            self.one.bias[0] *= outlier
+            self.two.weight[:, 0] /= outlier
+
+    def forward(self, images, mode):
+        x = self.two(self.one(images).relu()).relu()
+        return self.fc(self.three(x).mean(dim=(2, 3)))
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, 3, 16, 16, generator=generator) for _ in range(8)]
+
+
+@pytest.fixture
+def files(tmp_path):
+    return [tmp_path / f'{name}.onnx' for name in ('exported', 'float', 'int8')]
+
+
+def quantized(model, images, files, equalized=False, **options):
+    """The networks, and what INT8 costs the layers of the model, by name."""
+    exported, source, target = files
+    export_onnx(model.eval(), images[0], exported, metadata=dict(mean=[1.0]))
+    pairs = prepare(exported, source, equalized)
+    quantize_onnx(source, target, images, **options)
+    losses = {loss.name: loss for loss in layer_losses(source, target, images)}
+    return OnnxNetwork(source), OnnxNetwork(target), losses, pairs
+
+
+def error(model, network, images):
+    with torch.no_grad():
+        expected = torch.cat([model(x, 'tensor') for x in images])
+    found = torch.cat([network(x)[0] for x in images])
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def test_close_to_float(images, files, onnx):
+    model = Chain()
+    source, target, losses, pairs = quantized(model, images, files)
+    assert pairs == 0
+    assert error(model, source, images) < 1e-5
+    assert 1e-4 < error(model, target, images) < 0.05
+    assert list(losses) == ['one', 'two', 'three', 'fc']
+    for name, loss in losses.items():
+        weight = getattr(model, name).weight.detach()
+        channels = weight.abs().flatten(1).amax(1)
+        assert loss.weight_range == pytest.approx(channels.max().item())
+        middle = np.median(channels.numpy())
+        assert loss.outlier == pytest.approx(channels.max().item() / middle, rel=1e-5)
+        assert 30 < loss.kernel_snr < 60 and 20 < loss.output_snr < 60
+    written = onnx.load(files[2])
+    stored = {t.name: t for t in written.graph.initializer}
+    assert stored['model.one.weight_quantized'].data_type == onnx.TensorProto.INT8
+    assert len(stored['model.one.weight_scale'].float_data or [0] * 8) == 8
+    assert [p.value for p in written.metadata_props if p.key == 'mean'] == ['[1.0]']
+    # Any number of images, as before.
+    assert target(torch.cat(images))[0].shape == (8, 5)
+
+
+def test_outlier_and_its_remedies(images, files):
+    """One scale for a kernel with one wide channel: what equalization is for."""
+    model = Chain(outlier=50.0)
+    errors = {}
+    for name, options in dict(
+        tensor=dict(per_channel=False),
+        channel=dict(),
+        equalized=dict(per_channel=False, equalized=True),
+    ).items():
+        source, target, losses, pairs = quantized(model, images, files, **options)
+        assert error(model, source, images) < 1e-5  # Exact, equalized or not.
+        errors[name] = error(model, target, images)
+        if name == 'tensor':
+            assert losses['one'].outlier > 20
+            assert losses['one'].output_snr < 20
+        if name == 'equalized':
+            # Not the third: a grouped conv takes other channels.
+            assert pairs == 1 and losses['one'].outlier < 5
+    assert errors['equalized'] < errors['tensor'] / 3
+
+
+def test_percentile_and_int8_and_7_bits(images, files):
+    model = Chain()
+    for options in (
+        dict(calibration='percentile'),
+        dict(activations='int8'),
+        dict(reduce_range=True),
+    ):
+        _, target, losses, _ = quantized(model, images, files, **options)
+        assert error(model, target, images) < 0.1
+    # Half as many steps: 6 dB.
+    full = quantized(model, images, files)[2]
+    assert losses['two'].kernel_snr == pytest.approx(
+        full['two'].kernel_snr - 6, abs=1.5
+    )
+
+
+def test_pairs_that_are_none(images, files):
+    """What else uses the channels between two convs would see them change."""
+
+    class Branching(Chain):
+        def forward(self, images, mode):
+            x = self.one(images).relu()
+            return self.two(x).relu() + x
+
+    model = Branching(outlier=50.0)
+    source, _, _, pairs = quantized(model, images, files, equalized=True)
+    assert pairs == 0
+    assert_near(source(images[0])[0], model(images[0], 'tensor').detach())
+
+
+def test_channels_without_weights(images, files):
+    model = Chain()
+    with torch.no_grad():
+        model.one.weight[1] = 0
+        model.two.weight[:, 2] = 0
+    source, _, _, pairs = quantized(model, images, files, equalized=True)
+    assert pairs == 1 and error(model, source, images) < 1e-5
+
+
+def test_names(onnx):
+    def name(weight, node='x'):
+        return _layer_name(
+            onnx.helper.make_node('Conv', [INPUT, weight], ['y'], name=node)
+        )
+
+    assert name('model.backbone.stem.conv.weight') == 'backbone.stem'
+    assert name('model.head.fc.weight') == 'head.fc'
+    node = '/model/backbone/layer1/layer1.0/conv1/Conv'
+    assert name('onnx::Conv_12', node) == 'backbone.layer1.0.conv1'

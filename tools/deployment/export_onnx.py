@@ -1,0 +1,155 @@
+"""Writes a trained network as an ONNX file, and checks it with ONNX Runtime.
+
+The checkpoint is of the training form, which is switched first, or deployed. The file
+takes normalised images, in batches of any length, and gives the logits of a classifier
+or a segmenter, or the maps of a detector's dense head (the first stage's, and the
+features, of a two-stage one). How images are normalised is in its metadata.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+import torch
+
+from mmorepa.analysis import Difference, largest_difference
+from mmorepa.analysis.complexity import count_bytes, median_seconds
+from mmorepa.cli import add_config_options, one_line_errors, positive
+from mmorepa.converters import read_checkpoint
+from mmorepa.deployment import load_deployed
+from mmorepa.deployment.inputs import DEFAULT_SIZE, image_size, test_batch
+from mmorepa.deployment.onnx_files import (
+    EXPORTERS,
+    OPSET,
+    DeployedNetwork,
+    OnnxNetwork,
+    export_onnx,
+    preprocessing,
+    require,
+)
+from mmorepa.engine.config import read_config
+from mmorepa.utils.files import atomic_write, check_outputs
+from mmorepa.utils.tables import format_table
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='the config, of either form')
+    parser.add_argument('checkpoint', help='the checkpoint, of either form')
+    parser.add_argument('out', help='the ONNX file to write')
+    parser.add_argument(
+        '--exporter',
+        choices=EXPORTERS,
+        default=EXPORTERS[0],
+        help="PyTorch's exporter (default: torchscript); dynamo needs onnxscript",
+    )
+    parser.add_argument(
+        '--shape',
+        nargs=2,
+        type=positive,
+        metavar=('HEIGHT', 'WIDTH'),
+        help='the size of the images that the file takes; by default that of the test '
+        f'images, or {DEFAULT_SIZE} {DEFAULT_SIZE} without data',
+    )
+    parser.add_argument(
+        '--opset',
+        type=positive,
+        default=OPSET,
+        help=f"version of ONNX's operators (default: {OPSET})",
+    )
+    parser.add_argument(
+        '--tolerance',
+        type=float,
+        default=1e-4,
+        help='largest difference, relative to the largest output (default: 1e-4)',
+    )
+    parser.add_argument('--json', help='a file for the figures')
+    add_config_options(parser)
+    return parser.parse_args(argv)
+
+
+@torch.no_grad()
+def compare(
+    network: DeployedNetwork, exported: OnnxNetwork, images: dict[str, torch.Tensor]
+) -> dict[str, Difference]:
+    """The largest difference between PyTorch and ONNX Runtime, by kind of images."""
+    return {
+        kind: largest_difference(list(network(batch)), exported(batch))
+        for kind, batch in images.items()
+    }
+
+
+@one_line_errors()
+def main(argv: Optional[Sequence[str]] = None) -> dict:
+    args = parse_args(argv)
+    check_outputs([args.out, args.json], [args.config, args.checkpoint])
+    for package in ('onnx', 'onnxruntime'):
+        require(package)
+    cfg = read_config(args.config, args.cfg_options)
+    model = load_deployed(cfg, read_checkpoint(args.checkpoint))
+    batch = test_batch(cfg)
+    size = tuple(args.shape or image_size(model, batch))
+    images = {
+        'one random image': torch.randn(1, 3, *size),
+        'three random images': torch.randn(3, 3, *size),
+    }
+    if batch is not None and size == image_size(model, batch):
+        images['test images'] = model.data_preprocessor(batch, False)['inputs']
+    network = DeployedNetwork(model).eval()
+    image = images['one random image']
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, 'network.onnx')
+        print(f'Exporting by {args.exporter} …', flush=True)
+        metadata = preprocessing(cfg)
+        export_onnx(model, image, file, args.exporter, args.opset, metadata)
+        exported = OnnxNetwork(file)
+        differences = compare(network, exported, images)
+        worst = max(difference.relative for difference in differences.values())
+        if not worst <= args.tolerance:
+            raise SystemExit(
+                f'error: ONNX Runtime differs from PyTorch by {worst:.2e} of the '
+                f'largest output, tolerance {args.tolerance:.0e}; nothing was written'
+            )
+        with torch.no_grad():
+            seconds = median_seconds([lambda: network(image), lambda: exported(image)])
+        data = file.read_bytes()
+    with atomic_write(args.out) as file:
+        file.write_bytes(data)
+
+    sizes = (count_bytes(model), len(data))
+    names = ('PyTorch', 'ONNX Runtime')
+    figures = dict(
+        forms={
+            name: dict(latency_ms=1000 * time, megabytes=bytes_ / 1e6)
+            for name, time, bytes_ in zip(names, seconds, sizes)
+        },
+        differences={kind: d._asdict() for kind, d in differences.items()},
+        outputs=list(exported.names),
+    )
+    if args.json is not None:
+        with atomic_write(args.json) as file:
+            file.write_text(json.dumps(figures, indent=2) + '\n')
+
+    rows = [
+        (name, f'{form["latency_ms"]:.2f}', f'{form["megabytes"]:.2f}')
+        for name, form in figures['forms'].items()
+    ]
+    print(f'\nOne image of {size[0]}x{size[1]}, on {torch.get_num_threads()} threads:')
+    print(format_table(('deployed network', 'latency (ms)', 'size (MB)'), rows))
+    for kind, difference in differences.items():
+        print(
+            f'Largest difference for {kind}: {difference.absolute:.2e} absolute, '
+            f'{difference.relative:.2e} relative.'
+        )
+    print(f'Wrote {args.out}: {", ".join(exported.names)}.')
+    return figures
+
+
+if __name__ == '__main__':
+    main()
