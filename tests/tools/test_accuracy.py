@@ -272,7 +272,6 @@ def test_document_has_these_figures(study):
     results = study.Results(ROWS_OF_DOCUMENT, study.KEY, study.VALUES)
     tables = study.tables_of(results)
     text = (ROOT / 'docs/evidence.md').read_text()
-    assert {'main-10pct', 'main-full', 'ablations-10pct'} <= tables.keys()
     for table in tables.values():
         assert table in text
 

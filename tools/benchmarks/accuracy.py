@@ -10,6 +10,7 @@ import argparse
 import os
 import re
 import statistics
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import cache
@@ -626,7 +627,8 @@ def plot_differences(
     for axes, (data, lines) in zip(all_axes[0], panels.items()):
         draw_differences(axes, lines)
         axes.set(title=DATA[data], xlabel=label)
-    figure.suptitle(title, fontsize='medium')
+    width = 80 * len(panels)
+    figure.suptitle(textwrap.fill(title, width), fontsize='medium')
     _save(figure, path)
 
 
