@@ -36,8 +36,8 @@ def one_line_errors() -> Iterator[None]:
         # A bare key, for one, says nothing on its own.
         if ' ' not in text or not isinstance(error, _USER_ERRORS):
             text = f'{type(error).__name__}: {text} (MMOREPA_TRACEBACK=1 shows where)'
-        # MMEngine quotes whole configs.
-        sys.exit(f'error: {text if is_ours or len(text) < 1000 else text[:999] + "…"}')
+        # MMEngine quotes whole configs and search paths.
+        sys.exit(f'error: {text if is_ours or len(text) < 900 else text[:899] + "…"}')
 
 
 def _in_loop(error: Exception) -> bool:

@@ -80,7 +80,6 @@ OPTIONS = (
     'work_dir=/dev/null/a',
     'custom_hooks.0.type=Nothing',
     'randomness.seed=x',
-    'log_level=LOUD',
 )
 TRAINING_OPTIONS = (
     *(
