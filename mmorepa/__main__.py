@@ -61,12 +61,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     name, *rest = arguments
     if name not in COMMANDS:
         sys.exit(f'error: no command {name!r}; there are: {", ".join(COMMANDS)}')
-    # A tool has to set how threads wait before PyTorch is loaded, and importing this
-    # package has loaded it.
-    # Its path begins with its own folder; ``python -m`` has begun with this one, where
-    # the modules of custom_imports may lie, and this package.
+    # The path of a tool begins with its own folder. ``python -m`` began with the
+    # working folder, where the modules of custom_imports may lie, and this package.
     paths = [os.getcwd(), *filter(None, [os.environ.get('PYTHONPATH')])]
     os.environ['PYTHONPATH'] = os.pathsep.join(paths)
+    # By a fresh interpreter: a tool has to set how threads wait before PyTorch is
+    # loaded, and importing this package has loaded it.
     line = [sys.executable, str(root() / 'tools' / COMMANDS[name]), *rest]
     if os.name == 'posix':
         sys.stdout.flush()

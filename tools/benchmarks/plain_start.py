@@ -25,6 +25,7 @@ from studies import (
     Job,
     Results,
     Training,
+    add_study_arguments,
     epochs_options,
     last_checkpoint,
     markdown_table,
@@ -34,9 +35,10 @@ from studies import (
     raise_failures,
     run_jobs,
     train,
+    write_report,
 )
 
-from mmorepa.cli import one_line_errors, positive
+from mmorepa.cli import one_line_errors
 from mmorepa.engine.config import check_data_folders
 from mmorepa.utils.files import atomic_write, check_outputs
 
@@ -173,25 +175,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         'one. A stopped run goes on where it was.'
     )
     parser.add_argument('--tasks', nargs='+', choices=TASKS, default=[*TASKS])
-    parser.add_argument(
-        '--seeds', type=positive, default=5, help='how many of them (default: 5)'
-    )
-    parser.add_argument(
-        '--out',
-        type=Path,
-        default=Path('work_dirs/plain_start'),
-        help='the folder for results.csv, its tables and its figure, and the runs '
-        '(default: work_dirs/plain_start)',
-    )
-    parser.add_argument(
-        '--report-only',
-        action='store_true',
-        help='train nothing; write tables and figure of the rows that are there',
-    )
-    args = parser.parse_args(argv)
-    if args.seeds < 1:
-        parser.error(f'--seeds is at least 1, found {args.seeds}')
-    return args
+    add_study_arguments(parser, 'plain_start')
+    return parser.parse_args(argv)
 
 
 def checkpoint_of(task: str, block: str, seed: int, runs: Path) -> Path:
@@ -351,13 +336,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             for job in jobs_of(task, seed, args.out / 'runs')
         ]
         raise_failures(run_jobs(jobs, results))
-    if not results.rows:
-        raise ValueError(f"no rows in '{results.path}'; run without --report-only")
-    tables = to_markdown(results)
-    with atomic_write(args.out / 'results.md') as file:
-        file.write_text(tables + '\n')
-    plot(results, args.out / 'results.png')
-    print(f'{tables}\n\nWrote results.md and results.png beside {results.path}.')
+    write_report(results, to_markdown, plot)
 
 
 if __name__ == '__main__':

@@ -25,6 +25,7 @@ from studies import (
     Job,
     Results,
     Training,
+    add_study_arguments,
     epochs_options,
     markdown_table,
     mean_and_deviation,
@@ -32,9 +33,10 @@ from studies import (
     raise_failures,
     run_jobs,
     train,
+    write_report,
 )
 
-from mmorepa.cli import one_line_errors, positive
+from mmorepa.cli import one_line_errors
 from mmorepa.utils.files import atomic_write, check_outputs
 
 KEY = ('task', 'stem_lr_mult', 'seed', 'epochs')
@@ -57,21 +59,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--multipliers', nargs='+', type=float, default=[*MULTIPLIERS], metavar='M'
     )
-    parser.add_argument(
-        '--seeds', type=positive, default=5, help='how many of them (default: 5)'
-    )
-    parser.add_argument(
-        '--out',
-        type=Path,
-        default=Path('work_dirs/stem_lr_sweep'),
-        help='the folder for results.csv, its tables and its figure, and the runs '
-        '(default: work_dirs/stem_lr_sweep)',
-    )
-    parser.add_argument(
-        '--report-only',
-        action='store_true',
-        help='train nothing; write tables and figure of the rows that are there',
-    )
+    add_study_arguments(parser, 'stem_lr_sweep')
     args = parser.parse_args(argv)
     if min(args.multipliers) < 0:
         parser.error(f'--multipliers are at least 0, found {min(args.multipliers)}')
@@ -207,13 +195,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             for multiplier in args.multipliers
         ]
         raise_failures(run_jobs(jobs, results))
-    if not results.rows:
-        raise ValueError(f"no rows in '{results.path}'; run without --report-only")
-    tables = to_markdown(results)
-    with atomic_write(args.out / 'results.md') as file:
-        file.write_text(tables + '\n')
-    plot(results, args.out / 'results.png')
-    print(f'{tables}\n\nWrote results.md and results.png beside {results.path}.')
+    write_report(results, to_markdown, plot)
 
 
 if __name__ == '__main__':

@@ -5,6 +5,7 @@ of a CSV file, which is written whole after every job: a study that was killed g
 with the jobs whose rows are missing.
 """
 
+import argparse
 import copy
 import csv
 import importlib
@@ -37,6 +38,7 @@ from scipy import stats
 
 from mmorepa import switch_to_deploy
 from mmorepa.analysis.complexity import count_parameters
+from mmorepa.cli import positive
 from mmorepa.utils.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,6 +126,30 @@ class RecordHook(Hook):
 def is_gpu_there() -> bool:
     """Whether trainings run on a GPU; see the top of this module."""
     return torch.cuda.is_available()
+
+
+def add_study_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """Adds the number of seeds, the folder, and whether to train at all.
+
+    Args:
+        parser (argparse.ArgumentParser): That of the study.
+        name (str): Of its folder below ``work_dirs``.
+    """
+    parser.add_argument(
+        '--seeds', type=positive, default=5, help='how many of them (default: 5)'
+    )
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=Path('work_dirs', name),
+        help='the folder for results.csv, its tables and its figure, and the runs '
+        f'(default: work_dirs/{name})',
+    )
+    parser.add_argument(
+        '--report-only',
+        action='store_true',
+        help='train nothing; write tables and figure of the rows that are there',
+    )
 
 
 def epochs_options(epochs: int, workers: int = 0) -> dict:
@@ -421,6 +447,30 @@ def _run_and_send(job: Job, sender: Connection) -> None:
         sender.send(job.run())
     except Exception as error:
         sender.send(RuntimeError(str(error)))
+
+
+def write_report(
+    results: Results,
+    to_markdown: Callable[[Results], str],
+    plot: Callable[[Results, Path], None],
+) -> None:
+    """Writes the tables and the figure of a study beside its rows.
+
+    Args:
+        results (Results): The rows.
+        to_markdown (Callable[[Results], str]): Makes the tables.
+        plot (Callable[[Results, Path], None]): Draws the figure into a file.
+
+    Raises:
+        ValueError: If there are no rows.
+    """
+    if not results.rows:
+        raise ValueError(f"no rows in '{results.path}'; run without --report-only")
+    tables = to_markdown(results)
+    with atomic_write(results.path.with_suffix('.md')) as file:
+        file.write_text(tables + '\n')
+    plot(results, results.path.with_suffix('.png'))
+    print(f'{tables}\n\nWrote results.md and results.png beside {results.path}.')
 
 
 class Difference(NamedTuple):
