@@ -16,7 +16,11 @@ import mmorepa  # noqa: F401  (registers)
 
 TOP_FOLDERS = '|'.join(['tools', 'configs', 'docs', 'tests', 'mmorepa', 'requirements'])
 # Shared flags are defined here.
-COMMON = ('mmorepa/cli/arguments.py', 'tools/analysis_tools/charts.py')
+COMMON = (
+    'mmorepa/cli/arguments.py',
+    'tools/analysis_tools/charts.py',
+    'tools/benchmarks/studies.py',
+)
 
 
 def each_document(function):

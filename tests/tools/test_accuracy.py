@@ -64,7 +64,7 @@ def test_trains_side_by_side(toy, capsys, monkeypatch):
     runs = list(Path('out/runs').iterdir())
     cfgs = [Config.fromfile(run / 'run.py') for run in runs]
     assert sorted(cfg.randomness.seed for cfg in cfgs) == [3, 3, 4, 4]
-    assert not list(Path('out').rglob('*.pth'))
+    assert all(len(list(run.glob('*.pth'))) == 1 for run in runs)
     assert matplotlib.image.imread('out/differences.png').ndim == 3
     assert matplotlib.image.imread('out/budget.png').ndim == 3
     assert not Path('out/ablations.png').exists()

@@ -95,11 +95,21 @@ _BLOCK_CFG = 'model.backbone.block_cfg'
 _BRANCHES = tuple(OREPAKernel.INITIAL_SCALES)
 _FROZEN = {f'{_PARAMWISE}.scale_lr_mult': 0.0}
 _ALL_BLOCKS = ('none', 'dbb', 'orepa', 'repvgg')
-STANDARD, LONGER = 'standard', 'longer'
+STANDARD, LONGER, KERNEL_DECAY = 'standard', 'longer', 'kernel_decay'
 VARIANTS = {
     STANDARD: Variant('', {}, tuple(NETWORKS), _ALL_BLOCKS),
     LONGER: Variant(
         '1.5 x the epochs', {}, tuple(NETWORKS), _ALL_BLOCKS, Fraction(3, 2)
+    ),
+    # Of a plain kernel, it is the weight decay of the optimizer.
+    KERNEL_DECAY: Variant(
+        'weight decay of the folded kernels',
+        {
+            'custom_hooks': [dict(type='EquivalentKernelDecayHook', weight_decay=1e-4)],
+            f'{_PARAMWISE}.branch_decay_mult': 0.0,
+        },
+        tuple(NETWORKS),
+        _ALL_BLOCKS[1:],
     ),
     'no_scaling': Variant(
         'no linear scaling (all scales are 1)',
@@ -123,7 +133,9 @@ VARIANTS = {
     },
     'online': Variant('folded online', {'optim_wrapper.folded': False}),
 }
-ABLATIONS = [name for name in VARIANTS if name not in (STANDARD, LONGER)]
+ABLATIONS = [
+    name for name in VARIANTS if name not in (STANDARD, LONGER, KERNEL_DECAY)
+]
 
 
 def seeds(text: str) -> list[int]:
@@ -163,7 +175,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         choices=(*VARIANTS, 'ablations'),
         default=[STANDARD],
         metavar='VARIANT',
-        help=f'{", ".join(VARIANTS)}; ablations stands for all but the first two '
+        help=f'{", ".join(VARIANTS)}; ablations stands for all but the first three '
         '(default: standard)',
     )
     parser.add_argument(
@@ -266,8 +278,6 @@ def job_of(key: dict[str, str], workers: int, runs: Path) -> Job:
         lr = recipe * float(Fraction(key['lr_factor']))
         options = {
             **epochs_options(int(key['epochs']), workers),
-            # Nothing will be resumed, and there are hundreds of them.
-            'default_hooks.checkpoint': None,
             'train_cfg.val_interval': 1,
             'train_cfg.dynamic_intervals': VALIDATIONS,
             'model.backbone.block': key['block'],
