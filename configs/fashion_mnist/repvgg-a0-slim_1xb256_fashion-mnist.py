@@ -1,7 +1,7 @@
 _base_ = [
     '../_base_/models/repvgg-a0_slim_28px.py',
     '../_base_/datasets/fashion_mnist_bs256.py',
-    '../_base_/schedules/fashion_mnist_bs256_20e.py',
+    '../_base_/schedules/fashion_mnist_bs256_8e.py',
     '../_base_/default_runtime.py',
 ]
 

@@ -1,12 +1,14 @@
 """Images to compare and to measure networks with."""
 
 import copy
+from collections.abc import Sequence
 from typing import Optional
 
 from mmengine.config import Config
 from torch import nn
 
 from ..engine.config import build_loader
+from ..layers import ReparamConv2d
 
 DEFAULT_SIZE = 224
 
@@ -28,17 +30,27 @@ def test_batch(cfg: Config) -> Optional[dict]:
         return None
 
 
-def image_size(model: nn.Module, batch: Optional[dict]) -> tuple[int, int]:
-    """The size of images as a network sees them.
+def image_shape(
+    model: nn.Module, batch: Optional[dict], size: Optional[Sequence[int]] = None
+) -> tuple[int, int, int]:
+    """The shape of an image as a network sees it.
 
     Args:
         model (nn.Module): With the preprocessor of its toolbox.
         batch (dict, optional): Of the test data.
+        size (Sequence[int], optional): Height and width, where they are given.
+            Defaults to those of the batch, or 224 and 224 without one.
 
     Returns:
-        tuple[int, int]: Height and width; 224 and 224 without a batch.
+        tuple[int, int, int]: Channels, height and width. Without a batch, the channels
+        are those that the first conv takes.
     """
-    if batch is None:
-        return DEFAULT_SIZE, DEFAULT_SIZE
-    inputs = model.data_preprocessor(copy.deepcopy(batch), False)['inputs']
-    return tuple(inputs.shape[-2:])
+    if batch is not None:
+        inputs = model.data_preprocessor(copy.deepcopy(batch), False)['inputs']
+        channels, *found = inputs.shape[1:]
+    else:
+        kinds = (nn.Conv2d, ReparamConv2d)
+        convs = (module for module in model.modules() if isinstance(module, kinds))
+        first = next(convs, None)
+        channels, found = getattr(first, 'in_channels', 3), (DEFAULT_SIZE, DEFAULT_SIZE)
+    return (channels, *(size or found))

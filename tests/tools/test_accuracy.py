@@ -177,8 +177,8 @@ ROWS = [
     row('none', 0, 83, variant='longer', epochs='30', seconds=1.5),
     # Of another length, and of another machine.
     row('none', 2, 10, epochs='3'),
-    row('none', 0, 90, data='full', device='H100'),
-    row('orepa', 0, 91, data='full', device='H200'),
+    row('none', 0, 90, data='full', epochs='8', device='H100'),
+    row('orepa', 0, 91, data='full', epochs='8', device='H200'),
 ]
 
 
@@ -318,3 +318,54 @@ def test_validations(study):
     loop = Loop(runner, loader, 20, dynamic_intervals=study.VALIDATIONS)
     loop.run()
     assert found == [1, 2, 4, 6, 8, 12, 16, 20]
+
+
+INT8 = 'benchmarks/int8.py'
+
+
+@pytest.mark.slow
+def test_int8_of_trained_networks(toy, capsys):
+    for blocks, variant in (('none', 'standard'), ('orepa', 'kernel_decay')):
+        train('--blocks', blocks, '--variants', variant, '--seeds', 0, '--out', 'out')
+    (run,) = Path('out/runs').glob('*kernel_decay*')
+    cfg = Config.fromfile(run / 'run.py')
+    assert [hook.type for hook in cfg.custom_hooks] == [
+        'EquivalentKernelDecayHook',
+        'RecordHook',
+    ]
+    assert cfg.optim_wrapper.paramwise_cfg.branch_decay_mult == 0
+    line = (INT8, '--study', 'out', '--images', 4, '--jobs', 1, '--out', 'int8')
+    run_here(*line)
+    rows = rows_of('int8/results.csv')
+    assert [(row['block'], row['variant']) for row in rows] == [
+        ('none', 'standard'),
+        ('orepa', 'kernel_decay'),
+    ]
+    floats = [row['accuracy'] for row in rows_of('out/results.csv')]
+    assert [row['float32'] for row in rows] == floats
+    for row in rows:
+        assert 25 < float(row['kernel_snr']) < 50 and 1 <= float(row['outlier']) < 20
+        # Of twenty images of noise.
+        for scheme in ('per_channel', 'per_tensor', 'per_tensor_equalized'):
+            assert abs(float(row[scheme]) - float(row['float32'])) <= 25
+    table = Path('int8/results.md').read_text()
+    assert '| slim ResNet-18, OREPA | folded kernels |' in table
+    assert table in capsys.readouterr().out
+    assert matplotlib.image.imread('int8/int8.png').ndim == 3
+    # What was measured stays.
+    Path('page.md').write_text(
+        '<!-- begin int8-full -->\n<!-- end int8-full -->\n'
+        '<!-- begin int8 -->\n<!-- end int8 -->\n'
+    )
+    run_here(*line, '--document', 'page.md')
+    assert '0 of 2 jobs to do.' in capsys.readouterr().out
+    assert rows_of('int8/results.csv') == rows
+    assert '](int8/int8.png)' in Path('page.md').read_text()
+
+
+def test_int8_of_nothing(tmp_path):
+    with pytest.raises(SystemExit, match='error: no trained networks in .*accuracy.py'):
+        run_here(INT8, '--study', tmp_path, '--out', tmp_path / 'new')
+    with pytest.raises(SystemExit, match='error: no rows in .* without --report-only'):
+        run_here(INT8, '--report-only', '--out', tmp_path / 'new')
+    assert not (tmp_path / 'new').exists()

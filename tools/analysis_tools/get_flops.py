@@ -16,7 +16,7 @@ import torch
 from mmorepa import is_switchable, switch_to_deploy
 from mmorepa.analysis.complexity import count_bytes, count_gflops, count_parameters
 from mmorepa.cli import add_config_options, one_line_errors, positive
-from mmorepa.deployment.inputs import image_size, test_batch
+from mmorepa.deployment.inputs import image_shape, test_batch
 from mmorepa.engine.config import build_model, read_config
 from mmorepa.utils.tables import format_table
 
@@ -47,16 +47,16 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     cfg = read_config(args.config, args.cfg_options)
     model = build_model(cfg)
     if args.shape is None:
-        size = image_size(model, test_batch(cfg))
+        shape = image_shape(model, test_batch(cfg))
     else:
-        size = (args.shape[0], args.shape[-1])
+        shape = image_shape(model, None, (args.shape[0], args.shape[-1]))
     forms = {'as in the config': model}
     if is_switchable(model):
         forms = {
             'training form': model,
             'deployed': switch_to_deploy(copy.deepcopy(model)),
         }
-    image = torch.zeros(1, 3, *size)
+    image = torch.zeros(1, *shape)
     figures = {
         name: dict(
             params=count_parameters(form),
@@ -74,7 +74,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
         )
         for name, found in figures.items()
     ]
-    print(f'\nOne image of {size[0]}x{size[1]}; a multiply-add counts as one FLOP:')
+    print(f'\nOne image of {shape[1]}x{shape[2]}; a multiply-add counts as one FLOP:')
     print(format_table(('form', 'parameters', 'GFLOPs', 'size (MB)'), rows))
     if hasattr(model, 'roi_head'):
         print('The second stage of the detector is counted for 84 boxes.')

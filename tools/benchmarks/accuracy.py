@@ -31,6 +31,7 @@ from studies import (
     Point,
     Results,
     epochs_options,
+    fill_document,
     is_gpu_there,
     markdown_table,
     mean_and_deviation,
@@ -133,9 +134,7 @@ VARIANTS = {
     },
     'online': Variant('folded online', {'optim_wrapper.folded': False}),
 }
-ABLATIONS = [
-    name for name in VARIANTS if name not in (STANDARD, LONGER, KERNEL_DECAY)
-]
+ABLATIONS = [name for name in VARIANTS if name not in (STANDARD, LONGER, KERNEL_DECAY)]
 
 
 def seeds(text: str) -> list[int]:
@@ -285,8 +284,7 @@ def job_of(key: dict[str, str], workers: int, runs: Path) -> Job:
             'randomness.seed': int(key['seed']),
             **VARIANTS[key['variant']].options,
         }
-        name = '-'.join(key.values()).replace('/', 'of')
-        training = train(config, options, runs / name, METRIC)
+        training = train(config, options, folder_of(key, runs), METRIC)
         return dict(
             accuracy=f'{training.metric:.2f}',
             lr=f'{lr:.4g}',
@@ -301,6 +299,11 @@ def job_of(key: dict[str, str], workers: int, runs: Path) -> Job:
         )
 
     return Job(key, run)
+
+
+def folder_of(key: dict[str, str], runs: Path) -> Path:
+    """Where the training of a row leaves its logs and its last weights."""
+    return runs / '-'.join(key[name] for name in KEY).replace('/', 'of')
 
 
 def curve_of(row: dict[str, str]) -> list[Point]:
@@ -511,27 +514,6 @@ def tables_of(results: Results, epochs: Optional[int] = None) -> dict[str, str]:
         for name, make in TABLES.items()
     }
     return {name: table for name, table in found.items() if table}
-
-
-def fill_document(path: Path, parts: dict[str, str]) -> None:
-    """Replaces what is between the comments of each part.
-
-    Args:
-        path (Path): A Markdown file.
-        parts (dict[str, str]): Tables and figures, by name.
-
-    Raises:
-        ValueError: If one has no place in it.
-    """
-    text = path.read_text()
-    for name, part in parts.items():
-        begin, end = f'<!-- begin {name} -->', f'<!-- end {name} -->'
-        if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"'{path}' needs one '{begin}' and one '{end}'")
-        before, rest = text.split(begin)
-        text = f'{before}{begin}\n\n{part}\n\n{end}{rest.split(end)[1]}'
-    with atomic_write(path) as file:
-        file.write_text(text)
 
 
 class Line(NamedTuple):

@@ -531,3 +531,24 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     """A table, its first column flush left and the others right."""
     lines = [headers, ['---', *['--:'] * (len(headers) - 1)], *rows]
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def fill_document(path: Path, parts: dict[str, str]) -> None:
+    """Replaces what is between the comments of each part.
+
+    Args:
+        path (Path): A Markdown file.
+        parts (dict[str, str]): Tables and figures, by name.
+
+    Raises:
+        ValueError: If one has no place in it.
+    """
+    text = path.read_text()
+    for name, part in parts.items():
+        begin, end = f'<!-- begin {name} -->', f'<!-- end {name} -->'
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"'{path}' needs one '{begin}' and one '{end}'")
+        before, rest = text.split(begin)
+        text = f'{before}{begin}\n\n{part}\n\n{end}{rest.split(end)[1]}'
+    with atomic_write(path) as file:
+        file.write_text(text)

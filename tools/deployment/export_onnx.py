@@ -20,7 +20,7 @@ from mmorepa.analysis.complexity import count_bytes, median_seconds
 from mmorepa.cli import add_config_options, one_line_errors, positive
 from mmorepa.converters import read_checkpoint
 from mmorepa.deployment import load_deployed
-from mmorepa.deployment.inputs import DEFAULT_SIZE, image_size, test_batch
+from mmorepa.deployment.inputs import DEFAULT_SIZE, image_shape, test_batch
 from mmorepa.deployment.onnx_files import (
     EXPORTERS,
     OPSET,
@@ -93,12 +93,12 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     cfg = read_config(args.config, args.cfg_options)
     model = load_deployed(cfg, read_checkpoint(args.checkpoint))
     batch = test_batch(cfg)
-    size = tuple(args.shape or image_size(model, batch))
+    shape = image_shape(model, batch, args.shape)
     images = {
-        'one random image': torch.randn(1, 3, *size),
-        'three random images': torch.randn(3, 3, *size),
+        'one random image': torch.randn(1, *shape),
+        'three random images': torch.randn(3, *shape),
     }
-    if batch is not None and size == image_size(model, batch):
+    if batch is not None and shape == image_shape(model, batch):
         images['test images'] = model.data_preprocessor(batch, False)['inputs']
     network = DeployedNetwork(model).eval()
     image = images['one random image']
@@ -140,7 +140,9 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
         (name, f'{form["latency_ms"]:.2f}', f'{form["megabytes"]:.2f}')
         for name, form in figures['forms'].items()
     ]
-    print(f'\nOne image of {size[0]}x{size[1]}, on {torch.get_num_threads()} threads:')
+    print(
+        f'\nOne image of {shape[1]}x{shape[2]}, on {torch.get_num_threads()} threads:'
+    )
     print(format_table(('deployed network', 'latency (ms)', 'size (MB)'), rows))
     for kind, difference in differences.items():
         print(

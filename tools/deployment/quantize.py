@@ -20,7 +20,7 @@ from mmorepa.analysis.complexity import median_seconds
 from mmorepa.cli import add_config_options, one_line_errors, positive
 from mmorepa.converters import read_checkpoint
 from mmorepa.deployment import load_deployed
-from mmorepa.deployment.inputs import DEFAULT_SIZE, image_size, test_batch
+from mmorepa.deployment.inputs import DEFAULT_SIZE, image_shape, test_batch
 from mmorepa.deployment.int8 import (
     ACTIVATIONS,
     CALIBRATIONS,
@@ -153,7 +153,8 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     cfg = read_config(args.config, args.cfg_options)
     model = load_deployed(cfg, read_checkpoint(args.checkpoint))
     check_data_folders(cfg, ('train', 'val'))
-    size = tuple(args.shape or image_size(model, test_batch(cfg)))
+    shape = image_shape(model, test_batch(cfg), args.shape)
+    size = shape[1:]
     if saturates() and not args.reduce_range:
         print('This CPU has no VNNI: if the accuracy falls, try --reduce-range.')
     print(f'Reading {args.images} training images …', flush=True)
@@ -168,7 +169,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
             Path(folder, f'{name}.onnx') for name in ('exported', 'float', 'int8')
         )
         export_onnx(
-            model, torch.randn(1, 3, *size), exported, metadata=preprocessing(cfg)
+            model, torch.randn(1, *shape), exported, metadata=preprocessing(cfg)
         )
         pairs = prepare(exported, source, args.equalize)
         networks = {'float32': OnnxNetwork(source, pads)}

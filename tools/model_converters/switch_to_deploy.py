@@ -37,7 +37,7 @@ from mmorepa.converters import (
     write_checkpoint,
 )
 from mmorepa.deployment import loaded_by_config
-from mmorepa.deployment.inputs import DEFAULT_SIZE, image_size, test_batch
+from mmorepa.deployment.inputs import DEFAULT_SIZE, image_shape, test_batch
 from mmorepa.engine.config import build_model, read_config
 from mmorepa.utils.errors import OutputError
 from mmorepa.utils.files import atomic_write, check_outputs
@@ -145,8 +145,8 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
         deployed = switch_to_deploy(copy.deepcopy(training))
         deployed.load_state_dict(result['state_dict'])
     batch = test_batch(cfg)
-    size = args.shape or image_size(training, batch)
-    image = torch.randn(1, 3, *size)
+    shape = image_shape(training, batch, args.shape)
+    image = torch.randn(1, *shape)
 
     differences = compare(training, deployed, image, batch)
     worst = max(difference.relative for difference in differences.values())
@@ -184,7 +184,9 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
         for name, form in (('training form', before), ('deployed', after))
     ]
     headers = ('form', 'parameters', 'GFLOPs', 'latency (ms)', 'size (MB)')
-    print(f'\nOne image of {size[0]}x{size[1]}, on {torch.get_num_threads()} threads:')
+    print(
+        f'\nOne image of {shape[1]}x{shape[2]}, on {torch.get_num_threads()} threads:'
+    )
     print(format_table(headers, rows))
     for kind, difference in differences.items():
         print(

@@ -1,0 +1,24 @@
+import pytest
+from helpers import import_models
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from tool_runs import ROOT
+
+from mmorepa import switch_to_deploy
+from mmorepa.deployment.inputs import image_shape
+
+
+@pytest.fixture(params=[1, 3])
+def classifier(request):
+    import_models('mmpretrain')
+    name = 'fashion_mnist/resnet18-slim-orepa_1xb64_fashion-mnist-10pct.py'
+    cfg = Config.fromfile(ROOT / 'configs' / name)
+    cfg.model.backbone.in_channels = request.param
+    return MODELS.build(dict(cfg.model, _scope_='mmpretrain')), request.param
+
+
+def test_channels_without_data_are_those_of_the_first_conv(classifier):
+    model, channels = classifier
+    for form in (model, switch_to_deploy(model)):
+        assert image_shape(form, None) == (channels, 224, 224)
+        assert image_shape(form, None, [20, 30]) == (channels, 20, 30)
