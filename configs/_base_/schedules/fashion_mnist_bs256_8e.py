@@ -1,5 +1,5 @@
-# Batches four times as large, and so is the learning rate. Eight epochs are 1,880 steps:
-# as many as twenty epochs of a tenth of the data in batches of 64.
+# Batches and a learning rate four times as large. Eight epochs are 1,880 steps, as many
+# as twenty epochs of a tenth of the data in batches of 64.
 _base_ = 'fashion_mnist_bs64_20e.py'
 
 optim_wrapper = dict(optimizer=dict(lr=0.2))
