@@ -1,7 +1,7 @@
 """The deployed form of a config and a checkpoint, and its way out of PyTorch.
 
 What needs the packages ``onnx`` and ``onnxruntime`` is in :mod:`.onnx_files` and
-:mod:`.int8`, and imports them when it is called.
+:mod:`.int8`, what needs ``torchao`` in :mod:`.pt2e`; they import them when called.
 """
 
 from .models import deployed_config, load_deployed, loaded_by_config

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..engine.config import build_loader
 from ..utils.files import PathLike
-from .onnx_files import INPUT, require
+from .networks import require
+from .onnx_files import INPUT
 
 ACTIVATIONS = {'uint8': 'QUInt8', 'int8': 'QInt8'}
 # Not ONNX Runtime's 'Entropy': from as many bins as steps, it chooses what MinMax does.

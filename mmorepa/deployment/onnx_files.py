@@ -1,125 +1,24 @@
-"""Deployed models as ONNX files, and ONNX files in the place of networks."""
+"""Deployed models as ONNX files, and ONNX files as networks."""
 
-import importlib
 import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
-from typing import Optional, Union
+from typing import Optional
 
 import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
 from ..utils.files import PathLike
+from .networks import DeployedNetwork, Network, flatten, named_outputs, require
 
 EXPORTERS = ('torchscript', 'dynamo')
 # The lowest that both exporters write.
 OPSET = 18
 INPUT = 'images'
-
-Outputs = dict[str, Union[Tensor, list[Tensor]]]
-
-
-def require(name: str) -> ModuleType:
-    """Imports an optional package.
-
-    Args:
-        name (str): Of the module, such as ``'onnxruntime.quantization'``.
-
-    Returns:
-        ModuleType: The module.
-
-    Raises:
-        ImportError: If the package is missing; the message says how to install it.
-    """
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        package = (error.name or name).partition('.')[0]
-        raise ImportError(
-            f'this needs the package {package}, which is missing: pip install {package}'
-        ) from error
-
-
-def named_outputs(model: nn.Module, images: Tensor) -> Outputs:
-    """What a network computes of images, before any post-processing.
-
-    Args:
-        model (nn.Module): A classifier, segmenter or detector of the toolboxes.
-        images (Tensor): Shape (N, C, H, W), normalised.
-
-    Returns:
-        dict[str, Tensor | list[Tensor]]: ``logits`` of a classifier or a segmenter;
-        of dense detectors ``scores``, ``boxes`` and, where a head has them, more maps
-        of every level; of two-stage detectors the maps of the first stage and the
-        ``features``, from which the second, which is left out, takes its boxes.
-
-    Raises:
-        ValueError: If the outputs are none of these.
-    """
-    rpn_head = getattr(model, 'rpn_head', None)
-    if hasattr(rpn_head, 'prior_generator'):
-        features = model.extract_feat(images)
-        scores, boxes = rpn_head(features)
-        return dict(
-            features=list(features), rpn_scores=list(scores), rpn_boxes=list(boxes)
-        )
-    outputs = model(images, mode='tensor')
-    if isinstance(outputs, Tensor):
-        return dict(logits=outputs)
-    if _all(outputs, Tensor):
-        return dict(features=list(outputs))
-    if _all(outputs, (list, tuple)) and all(_all(maps, Tensor) for maps in outputs):
-        names = ['scores', 'boxes', *(f'maps{i}' for i in range(2, len(outputs)))]
-        return {name: list(maps) for name, maps in zip(names, outputs)}
-    raise ValueError(
-        f"the outputs of {type(model).__name__} for mode='tensor' are neither a tensor "
-        'nor lists of maps: it is no network that runs without its data samples'
-    )
-
-
-def _all(values: object, kind: Union[type, tuple[type, ...]]) -> bool:
-    return isinstance(values, (list, tuple)) and all(
-        isinstance(value, kind) for value in values
-    )
-
-
-def flatten(outputs: Outputs) -> dict[str, Tensor]:
-    """The outputs by their names in a file: ``scores_0``, ``scores_1``, …
-
-    Args:
-        outputs (dict[str, Tensor | list[Tensor]]): See :func:`named_outputs`.
-
-    Returns:
-        dict[str, Tensor]: One entry for each tensor.
-    """
-    flat = {}
-    for name, value in outputs.items():
-        if isinstance(value, Tensor):
-            flat[name] = value
-        else:
-            flat.update({f'{name}_{i}': tensor for i, tensor in enumerate(value)})
-    return flat
-
-
-class DeployedNetwork(nn.Module):
-    """A model as a function of normalised images, for any exporter.
-
-    Args:
-        model (nn.Module): Deployed, in eval mode: see :func:`load_deployed`.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Maps (N, C, H, W) to the tensors of :func:`named_outputs`."""
-        return tuple(flatten(named_outputs(self.model, images)).values())
 
 
 def export_onnx(
@@ -195,21 +94,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def padded(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images with zeros to the right and below, as detectors pad them.
-
-    Args:
-        images (Tensor): Shape (N, C, H, W).
-        size (tuple[int, int]): Height and width.
-
-    Returns:
-        Tensor: Of this size, or larger where the images are.
-    """
-    height, width = (max(a - b, 0) for a, b in zip(size, images.shape[-2:]))
-    return nn.functional.pad(images, (0, width, 0, height))
-
-
-class OnnxNetwork:
+class OnnxNetwork(Network):
     """An ONNX file as a function, run by ONNX Runtime on the CPU.
 
     Args:
@@ -222,7 +107,6 @@ class OnnxNetwork:
     """
 
     def __init__(self, path: PathLike, pads: bool = False) -> None:
-        self.pads = pads
         onnxruntime = require('onnxruntime')
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -231,85 +115,13 @@ class OnnxNetwork:
         self.session = onnxruntime.InferenceSession(
             str(path), options, providers=['CPUExecutionProvider']
         )
-        self.names: Sequence[str] = [o.name for o in self.session.get_outputs()]
-        self.size = tuple(self.session.get_inputs()[0].shape[-2:])
+        names = [output.name for output in self.session.get_outputs()]
+        size = tuple(self.session.get_inputs()[0].shape[-2:])
+        super().__init__(names, size, pads)
 
-    def __call__(self, images: Tensor) -> list[Tensor]:
-        """Maps (N, C, H, W) to the outputs, in the order of the file.
-
-        Raises:
-            ValueError: If the images have another size than the file's, or are larger.
-        """
-        if self.pads:
-            images = padded(images, self.size)
-        size = tuple(images.shape[-2:])
-        if size != self.size:
-            raise ValueError(
-                f'the file takes images of {self.size[0]}x{self.size[1]}, found '
-                f'{size[0]}x{size[1]}: export it for the size of the data (--shape)'
-            )
+    def compute(self, images: Tensor) -> list[Tensor]:
         found = self.session.run(None, {INPUT: images.cpu().numpy()})
         return [torch.from_numpy(array) for array in found]
-
-    def grouped(self, images: Tensor) -> Outputs:
-        """As :func:`named_outputs`.
-
-        Args:
-            images (Tensor): Shape (N, C, H, W).
-
-        Returns:
-            dict[str, Tensor | list[Tensor]]: By name.
-        """
-        outputs: Outputs = {}
-        for name, tensor in zip(self.names, self(images)):
-            group, _, index = name.rpartition('_')
-            if index.isdigit():
-                outputs.setdefault(group, []).append(tensor)
-            else:
-                outputs[name] = tensor
-        return outputs
-
-
-@contextmanager
-def network_from(model: nn.Module, network: OnnxNetwork) -> Iterator[nn.Module]:
-    """Lets a model predict from what an ONNX file computes.
-
-    Pre- and post-processing stay the model's, and so does the second stage of a
-    two-stage detector.
-
-    Args:
-        model (nn.Module): A classifier, segmenter or detector in eval mode.
-        network (OnnxNetwork): Of its export.
-
-    Yields:
-        nn.Module: The model.
-
-    Raises:
-        ValueError: If the model has no head that takes the outputs.
-    """
-    names = ('rpn_head', 'bbox_head', 'decode_head', 'head')
-    heads = [getattr(model, name, None) for name in names]
-    head = next((head for head in heads if head is not None), None)
-    if head is None:
-        raise ValueError(
-            f'{type(model).__name__} has none of {", ".join(names)}, which would take '
-            'the outputs of the file'
-        )
-    outputs: Outputs = {}
-
-    def extract_feat(images: Tensor, *args, **kwargs) -> list[Tensor]:
-        outputs.update(network.grouped(images))
-        return outputs.get('features', [images])
-
-    def forward(*args, **kwargs) -> Union[Tensor, tuple]:
-        maps = [value for name, value in outputs.items() if name != 'features']
-        return tuple(maps) if 'logits' not in outputs else outputs['logits']
-
-    model.extract_feat, head.forward = extract_feat, forward
-    try:
-        yield model
-    finally:
-        del model.extract_feat, head.forward
 
 
 def preprocessing(cfg: Config) -> dict:

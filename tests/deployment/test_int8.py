@@ -10,7 +10,8 @@ from mmorepa.deployment.int8 import (
     prepare,
     quantize_onnx,
 )
-from mmorepa.deployment.onnx_files import INPUT, OnnxNetwork, export_onnx, require
+from mmorepa.deployment.networks import require
+from mmorepa.deployment.onnx_files import INPUT, OnnxNetwork, export_onnx
 
 
 @pytest.fixture(autouse=True)

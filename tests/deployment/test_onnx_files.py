@@ -9,15 +9,13 @@ from mmengine.config import Config
 from torch import nn
 
 from mmorepa import reparameterize, switch_to_deploy
-from mmorepa.deployment.onnx_files import (
+from mmorepa.deployment.networks import (
     DeployedNetwork,
-    OnnxNetwork,
-    export_onnx,
     named_outputs,
     network_from,
-    preprocessing,
     require,
 )
+from mmorepa.deployment.onnx_files import OnnxNetwork, export_onnx, preprocessing
 from mmorepa.engine.config import build_model
 
 CONFIGS = Path(__file__).parents[2] / 'configs/digits'

@@ -145,6 +145,23 @@ class TestQuantize:
         assert 'one scale a kernel, calibrated with 16 images' in text
         assert '8 pairs of convs equalized' in text
 
+    def test_torchao(self, config, checkpoint, tmp_path, capsys):
+        pytest.importorskip('torchao')
+        out = tmp_path / 'a.pt2'
+        flags = ['--backend', 'torchao', '--images', '16']
+        found = run_here(QUANTIZE, config, checkpoint, out, *flags)
+        assert 'INT8 by torchao, one scale a channel' in capsys.readouterr().out
+        metrics = {k: v['accuracy/top1'] for k, v in found['metrics'].items()}
+        assert metrics['INT8'] == pytest.approx(metrics['float32'], abs=3)
+        assert found['latency_ms'] == {} and found['layers'] == []
+        assert found['megabytes']['INT8'] == pytest.approx(out.stat().st_size / 1e6)
+        kinds = {tensor.dtype for tensor in torch.export.load(out).state_dict.values()}
+        assert torch.int8 in kinds
+        with pytest.raises(SystemExit):
+            run_here(QUANTIZE, config, checkpoint, out, *flags, '--per-tensor')
+        with pytest.raises(SystemExit, match=r'takes images of 64x64, found 32x32'):
+            run_here(QUANTIZE, config, checkpoint, out, *flags, '--shape', '64', '64')
+
     def test_without_the_data(self, config, checkpoint, tmp_path):
         for phase in ('train', 'val'):
             option = f'{phase}_dataloader.dataset.data_root=/none'

@@ -534,7 +534,8 @@ class Line(NamedTuple):
     is_filled: bool = True
 
 
-COLOURS = dict(none='black', dbb='tab:orange', orepa='tab:blue', repvgg='tab:green')
+# Okabe and Ito's, which the colour-blind can tell apart.
+COLOURS = dict(none='#000000', dbb='#E69F00', orepa='#0072B2', repvgg='#009E73')
 
 
 def block_lines(study: Study) -> list[Line]:

@@ -61,13 +61,8 @@ from mmorepa.deployment.int8 import (
     prepare,
     quantize_onnx,
 )
-from mmorepa.deployment.onnx_files import (
-    OnnxNetwork,
-    export_onnx,
-    network_from,
-    preprocessing,
-    require,
-)
+from mmorepa.deployment.networks import network_from, require
+from mmorepa.deployment.onnx_files import OnnxNetwork, export_onnx, preprocessing
 from mmorepa.engine.config import check_data_folders, read_config
 from mmorepa.utils.files import atomic_write, check_outputs
 

@@ -21,14 +21,13 @@ from mmorepa.cli import add_config_options, one_line_errors, positive
 from mmorepa.converters import read_checkpoint
 from mmorepa.deployment import load_deployed
 from mmorepa.deployment.inputs import DEFAULT_SIZE, image_shape, test_batch
+from mmorepa.deployment.networks import DeployedNetwork, require
 from mmorepa.deployment.onnx_files import (
     EXPORTERS,
     OPSET,
-    DeployedNetwork,
     OnnxNetwork,
     export_onnx,
     preprocessing,
-    require,
 )
 from mmorepa.engine.config import read_config
 from mmorepa.utils.files import atomic_write, check_outputs

@@ -1,20 +1,21 @@
 """Quantizes a trained network to INT8, and tells what that costs, layer by layer.
 
-After training, by ONNX Runtime: weights and activations become 8 bits wide, with ranges
-from training images. The float network and the INT8 network are tested by the config's
-own evaluator on its validation data. The file runs wherever ONNX Runtime does.
+After training: weights and activations become 8 bits wide, with ranges from training
+images. The float network and the INT8 network are tested by the config's own evaluator
+on its validation data. ONNX Runtime writes an ONNX file, torchao a program of PyTorch.
 """
 
 import argparse
 import json
-import os
 import platform
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
+from mmengine.config import Config
+from torch import Tensor, nn
 
 from mmorepa.analysis.complexity import median_seconds
 from mmorepa.cli import add_config_options, one_line_errors, positive
@@ -31,14 +32,9 @@ from mmorepa.deployment.int8 import (
     prepare,
     quantize_onnx,
 )
-from mmorepa.deployment.onnx_files import (
-    OnnxNetwork,
-    export_onnx,
-    network_from,
-    padded,
-    preprocessing,
-    require,
-)
+from mmorepa.deployment.networks import Network, network_from, padded, require
+from mmorepa.deployment.onnx_files import OnnxNetwork, export_onnx, preprocessing
+from mmorepa.deployment.pt2e import ProgramNetwork, export_program, quantize_program
 from mmorepa.engine.config import check_data_folders, read_config
 from mmorepa.utils.files import atomic_write, check_outputs
 from mmorepa.utils.tables import format_table
@@ -47,13 +43,117 @@ from mmorepa.utils.tables import format_table
 LAYER_IMAGES = 8
 
 
+NAMES = FLOAT, INT8 = 'float32', 'INT8'
+
+
+class Deployed(NamedTuple):
+    """What is quantized.
+
+    Args:
+        cfg (Config): Its config.
+        model (nn.Module): In eval mode.
+        image (Tensor): Shape (1, C, H, W), of the size that the file takes.
+        pads (bool): Whether smaller images are padded, as those of detectors are.
+    """
+
+    cfg: Config
+    model: nn.Module
+    image: Tensor
+    pads: bool
+
+
+class Quantized(NamedTuple):
+    """What a backend made.
+
+    Args:
+        networks (dict[str, Network]): In float and in INT8.
+        files (dict[str, Path]): Of both.
+        losses (list[LayerLoss]): Of the layers, where the backend tells them.
+        pairs (int): The convs that were equalized.
+    """
+
+    networks: dict[str, Network]
+    files: dict[str, Path]
+    losses: list[LayerLoss]
+    pairs: int
+
+
+def by_onnxruntime(
+    network: Deployed, images: list[Tensor], folder: Path, args: argparse.Namespace
+) -> Quantized:
+    """Exports the model as an ONNX file, and quantizes that."""
+    exported = folder / 'exported.onnx'
+    float32, int8 = files = [folder / f'{name}.onnx' for name in NAMES]
+    about = preprocessing(network.cfg)
+    export_onnx(network.model, network.image, exported, metadata=about)
+    pairs = prepare(exported, float32, args.equalize)
+    networks = [OnnxNetwork(float32, network.pads)]
+    networks[0](images[0])  # Raises for images of another size.
+    quantize_onnx(
+        float32,
+        int8,
+        images,
+        not args.per_tensor,
+        args.activations,
+        args.calibration,
+        args.reduce_range,
+    )
+    networks.append(OnnxNetwork(int8, network.pads))
+    losses = layer_losses(float32, int8, images[:LAYER_IMAGES])
+    return Quantized(dict(zip(NAMES, networks)), dict(zip(NAMES, files)), losses, pairs)
+
+
+def by_torchao(
+    network: Deployed, images: list[Tensor], folder: Path, args: argparse.Namespace
+) -> Quantized:
+    """Exports the model as a program of PyTorch, and quantizes that."""
+    program = export_program(network.model, network.image)
+    networks = [ProgramNetwork(program, *network[1:])]
+    networks[0](images[0])  # Raises for images of another size.
+    quantized = quantize_program(program, images, args.reduce_range)
+    networks.append(ProgramNetwork(quantized, *network[1:]))
+    files = [folder / f'{name}.pt2' for name in NAMES]
+    for each, path in zip((program, quantized), files):
+        torch.export.save(each, path)
+    return Quantized(dict(zip(NAMES, networks)), dict(zip(NAMES, files)), [], 0)
+
+
+class Backend(NamedTuple):
+    """A library that quantizes.
+
+    Args:
+        text (str): Its name.
+        quantize (Callable): Its function.
+        packages (tuple[str, ...]): What it needs.
+        is_timed (bool): Whether its networks run in INT8 as they are.
+    """
+
+    text: str
+    quantize: Callable[..., Quantized]
+    packages: tuple[str, ...]
+    is_timed: bool
+
+
+BACKENDS = dict(
+    onnxruntime=Backend('ONNX Runtime', by_onnxruntime, ('onnx', 'onnxruntime'), True),
+    torchao=Backend('torchao', by_torchao, ('torchao',), False),
+)
+
+
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('config', help='the config, of either form')
     parser.add_argument('checkpoint', help='the checkpoint, of either form')
-    parser.add_argument('out', help='the ONNX file to write')
+    parser.add_argument('out', help='the file to write')
+    parser.add_argument(
+        '--backend',
+        choices=BACKENDS,
+        default='onnxruntime',
+        help='what quantizes (default: onnxruntime); torchao takes none of the next '
+        'options but --images and --reduce-range',
+    )
     parser.add_argument(
         '--per-tensor',
         action='store_true',
@@ -105,7 +205,18 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     parser.add_argument('--json', help='a file for all figures, of every layer')
     add_config_options(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.backend == 'torchao' and (
+        args.per_tensor
+        or args.equalize
+        or args.calibration != 'minmax'
+        or args.activations != 'uint8'
+    ):
+        parser.error(
+            '--per-tensor, --equalize, --calibration and --activations are options of '
+            'onnxruntime, not of torchao'
+        )
+    return args
 
 
 def saturates() -> bool:
@@ -148,13 +259,13 @@ def print_losses(losses: list[LayerLoss], most: int) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> dict:
     args = parse_args(argv)
     check_outputs([args.out, args.json], [args.config, args.checkpoint])
-    for package in ('onnx', 'onnxruntime'):
+    backend = BACKENDS[args.backend]
+    for package in backend.packages:
         require(package)
     cfg = read_config(args.config, args.cfg_options)
     model = load_deployed(cfg, read_checkpoint(args.checkpoint))
     check_data_folders(cfg, ('train', 'val'))
     shape = image_shape(model, test_batch(cfg), args.shape)
-    size = shape[1:]
     if saturates() and not args.reduce_range:
         print('This CPU has no VNNI: if the accuracy falls, try --reduce-range.')
     print(f'Reading {args.images} training images …', flush=True)
@@ -162,74 +273,58 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     # Their images differ in size.
     pads = any(hasattr(model, name) for name in ('bbox_head', 'rpn_head'))
     if pads:
-        images = [padded(image, size) for image in images]
+        images = [padded(image, shape[1:]) for image in images]
 
     with tempfile.TemporaryDirectory() as folder:
-        exported, source, quantized = (
-            Path(folder, f'{name}.onnx') for name in ('exported', 'float', 'int8')
-        )
-        export_onnx(
-            model, torch.randn(1, *shape), exported, metadata=preprocessing(cfg)
-        )
-        pairs = prepare(exported, source, args.equalize)
-        networks = {'float32': OnnxNetwork(source, pads)}
-        networks['float32'](images[0])  # Raises for images of another size.
-        print(f'Calibrating ({args.calibration}) …', flush=True)
-        quantize_onnx(
-            source,
-            quantized,
-            images,
-            not args.per_tensor,
-            args.activations,
-            args.calibration,
-            args.reduce_range,
-        )
-        networks['INT8'] = OnnxNetwork(quantized, pads)
+        print('Quantizing …', flush=True)
+        deployed = Deployed(cfg, model, torch.randn(1, *shape), pads)
+        made = backend.quantize(deployed, images, Path(folder), args)
         metrics = {}
-        for name, network in networks.items():
+        for name, network in made.networks.items():
             print(f'Testing {name} …', flush=True)
             with network_from(model, network):
                 metrics[name] = evaluate(cfg, model)
-        print('Comparing the layers …', flush=True)
-        losses = layer_losses(source, quantized, images[:LAYER_IMAGES])
         seconds = median_seconds(
             [
                 lambda network=network: network(images[0])
-                for network in networks.values()
+                for network in made.networks.values()
+                if backend.is_timed
             ]
         )
-        sizes = [os.path.getsize(path) / 1e6 for path in (source, quantized)]
-        data = quantized.read_bytes()
+        sizes = [path.stat().st_size / 1e6 for path in made.files.values()]
+        data = made.files[INT8].read_bytes()
     with atomic_write(args.out) as file:
         file.write_bytes(data)
 
     figures = dict(
         metrics=metrics,
-        latency_ms={name: 1000 * time for name, time in zip(networks, seconds)},
-        megabytes=dict(zip(networks, sizes)),
-        equalized_pairs=pairs,
-        layers=[loss._asdict() for loss in losses],
+        latency_ms={name: 1000 * time for name, time in zip(NAMES, seconds)},
+        megabytes=dict(zip(NAMES, sizes)),
+        equalized_pairs=made.pairs,
+        layers=[loss._asdict() for loss in made.losses],
     )
     if args.json is not None:
         with atomic_write(args.json) as file:
             file.write_text(json.dumps(figures, indent=2) + '\n')
 
     measured = {
-        **{key: [metrics[n][key] for n in networks] for key in metrics['float32']},
-        'latency (ms)': list(figures['latency_ms'].values()),
+        **{key: [metrics[n][key] for n in NAMES] for key in metrics['float32']},
         'size (MB)': sizes,
     }
+    if backend.is_timed:
+        measured['latency (ms)'] = list(figures['latency_ms'].values())
     rows = [
         (name, f'{before:.2f}', f'{after:.2f}', f'{after - before:+.2f}')
         for name, (before, after) in measured.items()
     ]
     kind = 'one scale a kernel' if args.per_tensor else 'one scale a channel'
-    print(f'\nINT8 by ONNX Runtime, {kind}, calibrated with {len(images)} images,')
+    print(f'\nINT8 by {backend.text}, {kind}, calibrated with {len(images)} images,')
     if args.equalize:
-        print(f'{pairs} pairs of convs equalized,')
-    print(f'one image of {size[0]}x{size[1]} on {torch.get_num_threads()} threads:')
-    print(format_table(('', *networks, 'difference'), rows))
-    print_losses(losses, args.worst)
+        print(f'{made.pairs} pairs of convs equalized,')
+    print(f'one image of {shape[1]}x{shape[2]} on {torch.get_num_threads()} threads:')
+    print(format_table(('', *NAMES, 'difference'), rows))
+    if made.losses:
+        print_losses(made.losses, args.worst)
     print(f'Wrote {args.out}.')
     return figures
 

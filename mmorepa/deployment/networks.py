@@ -1,0 +1,216 @@
+"""Networks as functions of normalised images, and in the place of a model's own."""
+
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Union
+
+from torch import Tensor, nn
+
+Outputs = dict[str, Union[Tensor, list[Tensor]]]
+
+
+def require(name: str) -> ModuleType:
+    """Imports an optional package.
+
+    Args:
+        name (str): Of the module, such as ``'onnxruntime.quantization'``.
+
+    Returns:
+        ModuleType: The module.
+
+    Raises:
+        ImportError: If the package is missing; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        package = (error.name or name).partition('.')[0]
+        raise ImportError(
+            f'this needs the package {package}, which is missing: pip install {package}'
+        ) from error
+
+
+def named_outputs(model: nn.Module, images: Tensor) -> Outputs:
+    """What a network computes of images, before any post-processing.
+
+    Args:
+        model (nn.Module): A classifier, segmenter or detector of the toolboxes.
+        images (Tensor): Shape (N, C, H, W), normalised.
+
+    Returns:
+        dict[str, Tensor | list[Tensor]]: ``logits`` of a classifier or a segmenter;
+        of dense detectors ``scores``, ``boxes`` and, where a head has them, more maps
+        of every level; of two-stage detectors the maps of the first stage and the
+        ``features``, from which the second, which is left out, takes its boxes.
+
+    Raises:
+        ValueError: If the outputs are none of these.
+    """
+    rpn_head = getattr(model, 'rpn_head', None)
+    if hasattr(rpn_head, 'prior_generator'):
+        features = model.extract_feat(images)
+        scores, boxes = rpn_head(features)
+        return dict(
+            features=list(features), rpn_scores=list(scores), rpn_boxes=list(boxes)
+        )
+    outputs = model(images, mode='tensor')
+    if isinstance(outputs, Tensor):
+        return dict(logits=outputs)
+    if _all(outputs, Tensor):
+        return dict(features=list(outputs))
+    if _all(outputs, (list, tuple)) and all(_all(maps, Tensor) for maps in outputs):
+        names = ['scores', 'boxes', *(f'maps{i}' for i in range(2, len(outputs)))]
+        return {name: list(maps) for name, maps in zip(names, outputs)}
+    raise ValueError(
+        f"the outputs of {type(model).__name__} for mode='tensor' are neither a tensor "
+        'nor lists of maps: it is no network that runs without its data samples'
+    )
+
+
+def _all(values: object, kind: Union[type, tuple[type, ...]]) -> bool:
+    return isinstance(values, (list, tuple)) and all(
+        isinstance(value, kind) for value in values
+    )
+
+
+def flatten(outputs: Outputs) -> dict[str, Tensor]:
+    """The outputs by their names in a file: ``scores_0``, ``scores_1``, …
+
+    Args:
+        outputs (dict[str, Tensor | list[Tensor]]): See :func:`named_outputs`.
+
+    Returns:
+        dict[str, Tensor]: One entry for each tensor.
+    """
+    flat = {}
+    for name, value in outputs.items():
+        if isinstance(value, Tensor):
+            flat[name] = value
+        else:
+            flat.update({f'{name}_{i}': tensor for i, tensor in enumerate(value)})
+    return flat
+
+
+class DeployedNetwork(nn.Module):
+    """A model as a function of normalised images, for any exporter.
+
+    Args:
+        model (nn.Module): Deployed, in eval mode: see :func:`load_deployed`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Maps (N, C, H, W) to the tensors of :func:`named_outputs`."""
+        return tuple(flatten(named_outputs(self.model, images)).values())
+
+
+def padded(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images with zeros to the right and below, as detectors pad them.
+
+    Args:
+        images (Tensor): Shape (N, C, H, W).
+        size (tuple[int, int]): Height and width.
+
+    Returns:
+        Tensor: Of this size, or larger where the images are.
+    """
+    height, width = (max(a - b, 0) for a, b in zip(size, images.shape[-2:]))
+    return nn.functional.pad(images, (0, width, 0, height))
+
+
+class Network:
+    """What computes the outputs of a model outside of it.
+
+    Args:
+        names (Sequence[str]): Of its outputs, as :func:`flatten` makes them.
+        size (tuple[int, int]): Height and width of the images that it takes.
+        pads (bool): Whether smaller images are padded, as those of detectors may be.
+    """
+
+    def __init__(self, names: Sequence[str], size: tuple[int, int], pads: bool) -> None:
+        self.names, self.size, self.pads = names, size, pads
+
+    def compute(self, images: Tensor) -> list[Tensor]:
+        """Maps (N, C, H, W) of its own size to the outputs."""
+        raise NotImplementedError
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """Maps (N, C, H, W) to the outputs, in the order of the names.
+
+        Raises:
+            ValueError: If the images have another size than the file's, or are larger.
+        """
+        if self.pads:
+            images = padded(images, self.size)
+        size = tuple(images.shape[-2:])
+        if size != self.size:
+            raise ValueError(
+                f'the file takes images of {self.size[0]}x{self.size[1]}, found '
+                f'{size[0]}x{size[1]}: export it for the size of the data (--shape)'
+            )
+        return self.compute(images)
+
+    def grouped(self, images: Tensor) -> Outputs:
+        """As :func:`named_outputs`.
+
+        Args:
+            images (Tensor): Shape (N, C, H, W).
+
+        Returns:
+            dict[str, Tensor | list[Tensor]]: By name.
+        """
+        outputs: Outputs = {}
+        for name, tensor in zip(self.names, self(images)):
+            group, _, index = name.rpartition('_')
+            if index.isdigit():
+                outputs.setdefault(group, []).append(tensor)
+            else:
+                outputs[name] = tensor
+        return outputs
+
+
+@contextmanager
+def network_from(model: nn.Module, network: Network) -> Iterator[nn.Module]:
+    """Lets a model predict from what another network computes.
+
+    Pre- and post-processing stay the model's, and so does the second stage of a
+    two-stage detector.
+
+    Args:
+        model (nn.Module): A classifier, segmenter or detector in eval mode.
+        network (Network): Of its export.
+
+    Yields:
+        nn.Module: The model.
+
+    Raises:
+        ValueError: If the model has no head that takes the outputs.
+    """
+    names = ('rpn_head', 'bbox_head', 'decode_head', 'head')
+    heads = [getattr(model, name, None) for name in names]
+    head = next((head for head in heads if head is not None), None)
+    if head is None:
+        raise ValueError(
+            f'{type(model).__name__} has none of {", ".join(names)}, which would take '
+            'the outputs of the file'
+        )
+    outputs: Outputs = {}
+
+    def extract_feat(images: Tensor, *args, **kwargs) -> list[Tensor]:
+        outputs.update(network.grouped(images))
+        return outputs.get('features', [images])
+
+    def forward(*args, **kwargs) -> Union[Tensor, tuple]:
+        maps = [value for name, value in outputs.items() if name != 'features']
+        return tuple(maps) if 'logits' not in outputs else outputs['logits']
+
+    model.extract_feat, head.forward = extract_feat, forward
+    try:
+        yield model
+    finally:
+        del model.extract_feat, head.forward

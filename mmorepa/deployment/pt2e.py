@@ -1,0 +1,111 @@
+"""Post-training quantization to INT8 by torchao, for networks that stay in PyTorch."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .networks import DeployedNetwork, Network, flatten, named_outputs, require
+
+
+def export_program(model: nn.Module, image: Tensor) -> torch.export.ExportedProgram:
+    """A deployed model as a program, for batches of any length.
+
+    Args:
+        model (nn.Module): Deployed, in eval mode.
+        image (Tensor): Shape (1, C, H, W), of the size that the program takes.
+
+    Returns:
+        torch.export.ExportedProgram: Gives a tuple of tensors, see :func:`flatten`.
+    """
+    return _export(DeployedNetwork(model).eval(), image)
+
+
+def _export(network: nn.Module, image: Tensor) -> torch.export.ExportedProgram:
+    # Not one image: a length of one would be taken for a constant.
+    images = image.expand(2, *image.shape[1:]).contiguous()
+    shapes = ({0: torch.export.Dim('batch')},)
+    with torch.no_grad():
+        return torch.export.export(network, (images,), dynamic_shapes=shapes)
+
+
+def quantize_program(
+    program: torch.export.ExportedProgram,
+    images: Sequence[Tensor],
+    reduce_range: bool = False,
+) -> torch.export.ExportedProgram:
+    """Quantizes a program for x86, with one scale for each output channel.
+
+    Args:
+        program (torch.export.ExportedProgram): Of :func:`export_program`.
+        images (Sequence[Tensor]): Batches of real images, for the ranges of the
+            activations.
+        reduce_range (bool): Whether numbers have 7 bits, for x86 without VNNI. Defaults
+            to False.
+
+    Returns:
+        torch.export.ExportedProgram: Run as it is, it computes in float what INT8
+        gives; ``torch.compile`` makes INT8 of it.
+
+    Raises:
+        ImportError: If torchao is missing.
+        ValueError: If torchao cannot quantize this network.
+    """
+    pt2e = require('torchao.quantization.pt2e.quantize_pt2e')
+    x86 = require('torchao.quantization.pt2e.quantizer.x86_inductor_quantizer')
+    options = x86.get_default_x86_inductor_quantization_config(
+        reduce_range=reduce_range
+    )
+    quantizer = x86.X86InductorQuantizer().set_global(options)
+    with torch.no_grad():
+        try:
+            prepared = pt2e.prepare_pt2e(program.module(), quantizer)
+        except ValueError as error:
+            raise ValueError(
+                f'torchao cannot quantize this network ({error}): it takes none whose '
+                'convs run several times, as on the levels of a pyramid; let ONNX '
+                'Runtime quantize it'
+            ) from error
+        for batch in images:
+            prepared(batch)
+        converted = pt2e.convert_pt2e(prepared)
+    _drop_unused_tensors(converted)
+    return _export(converted, images[0])
+
+
+def _drop_unused_tensors(network: torch.fx.GraphModule) -> None:
+    """The kernels in float would make the file larger than before."""
+    used = {node.target for node in network.graph.nodes if node.op == 'get_attr'}
+    for name, _ in [*network.named_parameters(), *network.named_buffers()]:
+        if name not in used:
+            owner, _, last = name.rpartition('.')
+            delattr(network.get_submodule(owner), last)
+
+
+class ProgramNetwork(Network):
+    """A program as a function.
+
+    Args:
+        program (torch.export.ExportedProgram): Of :func:`export_program`, quantized or
+            not.
+        model (nn.Module): What it was made of.
+        image (Tensor): Shape (1, C, H, W), of the size that the program takes.
+        pads (bool): Whether smaller images are padded, as those of detectors may be.
+            Defaults to False.
+    """
+
+    def __init__(
+        self,
+        program: torch.export.ExportedProgram,
+        model: nn.Module,
+        image: Tensor,
+        pads: bool = False,
+    ) -> None:
+        with torch.no_grad():
+            names = list(flatten(named_outputs(model, image)))
+        super().__init__(names, tuple(image.shape[-2:]), pads)
+        self.function: Callable[[Tensor], tuple[Tensor, ...]] = program.module()
+
+    @torch.no_grad()
+    def compute(self, images: Tensor) -> list[Tensor]:
+        return list(self.function(images))

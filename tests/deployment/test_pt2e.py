@@ -1,0 +1,54 @@
+import pytest
+import torch
+from helpers import assert_near
+from test_onnx_files import NETWORKS, deployed
+
+from mmorepa.deployment.networks import DeployedNetwork
+from mmorepa.deployment.pt2e import ProgramNetwork, export_program, quantize_program
+
+
+@pytest.fixture
+def images():
+    return torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+DETECTORS = {'retinanet', 'faster_rcnn'}
+
+
+@pytest.mark.parametrize('name', sorted(NETWORKS.keys() - DETECTORS))
+def test_close_to_float(name, images, tmp_path):
+    pytest.importorskip('torchao')
+    model = deployed(name)
+    with torch.no_grad():
+        expected = DeployedNetwork(model)(images)
+    program = export_program(model, images[:1])
+    assert_near(ProgramNetwork(program, model, images[:1])(images), expected)
+
+    quantized = quantize_program(program, images.split(1))
+    path = tmp_path / 'a.pt2'
+    torch.export.save(quantized, path)
+    network = ProgramNetwork(torch.export.load(path), model, images[:1])
+    found = network(images)
+    assert_near(network(images[:1]), [tensor[:1] for tensor in found])
+    for one, other in zip(found, expected):
+        noise = (one - other).square().mean() / other.square().mean()
+        assert 1e-7 < noise < 0.05
+    # Kernels are there once, as INT8.
+    tensors = quantized.state_dict.values()
+    sizes = {tensor.dtype: 0 for tensor in tensors}
+    for tensor in tensors:
+        sizes[tensor.dtype] += tensor.numel()
+    assert sizes[torch.int8] > 5 * sizes[torch.float32]
+    assert sizes[torch.int8] > 0.8 * sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize('name', sorted(DETECTORS))
+def test_convs_that_run_several_times(name, images):
+    pytest.importorskip('torchao')
+    model = deployed(name)
+    program = export_program(model, images[:1])
+    with torch.no_grad():
+        expected = DeployedNetwork(model)(images)
+    assert_near(ProgramNetwork(program, model, images[:1])(images), expected)
+    with pytest.raises(ValueError, match='levels of a pyramid; let ONNX Runtime'):
+        quantize_program(program, images.split(1))
