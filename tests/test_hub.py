@@ -1,5 +1,6 @@
 import importlib
 import os
+import re
 import subprocess
 import sys
 
@@ -43,6 +44,18 @@ class TestFindConfig:
     def test_none(self, name):
         with pytest.raises(FileNotFoundError, match='no config at '):
             find_config(name)
+
+    @pytest.mark.parametrize('name', ['a' * 100_000, 'mmorepa::' + 'a' * 5000])
+    def test_long(self, name):
+        words = '^no config at .{,110}, nor .*; mmorepa.list_configs'
+        with pytest.raises(FileNotFoundError, match=words):
+            mmorepa.get_config(name)
+
+    @pytest.mark.parametrize('name', [None, 3, ['a.py'], b'a.py'])
+    def test_neither_name_nor_path(self, name):
+        words = f'^a config is .*, found {re.escape(repr(name))}; .*list_configs'
+        with pytest.raises(TypeError, match=words):
+            mmorepa.get_config(name)
 
 
 def test_every_config_is_listed_and_read():
