@@ -150,6 +150,16 @@ class TestCommands:
             (found,) = [line for line in lines if line.startswith(f'  {name} ')]
             assert len(found.split()) > 3
 
+    def test_versions(self, capsys, monkeypatch):
+        main(['--version'])
+        package, others = capsys.readouterr().out.splitlines()
+        assert package.startswith(f'mmorepa {mmorepa.__version__}, Python 3.')
+        for name in ('torch', 'mmengine', 'mmcv'):
+            assert f'{name} {importlib.import_module(name).__version__}, ' in others
+        monkeypatch.setitem(sys.modules, 'mmpretrain', None)
+        main(['--version'])
+        assert ', mmpretrain cannot be imported (' in capsys.readouterr().out
+
     def test_unknown(self):
         with pytest.raises(SystemExit, match="error: no command 'trian'; .*train, "):
             main(['trian'])
