@@ -2,12 +2,15 @@
 
 import ast
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Optional
 
 from .hub import root
+from .version import __version__
 
 # What a clone is worked on with, such as the compiler of mmcv, is not among them.
 COMMANDS = {
@@ -36,6 +39,7 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [
         'usage: python -m mmorepa COMMAND …',
+        '       python -m mmorepa --version',
         '',
         'COMMAND --help tells what it takes. The commands are:',
         '',
@@ -45,6 +49,19 @@ def usage() -> str:
         summary = (ast.get_docstring(ast.parse(source)) or '').partition('\n')[0]
         lines.append(f'  {name:{width}}  {summary}')
     return '\n'.join(lines)
+
+
+def versions() -> str:
+    """Two lines: this package's version, and those of what it works with."""
+    found = []
+    for name in ('torch', 'mmengine', 'mmcv', 'mmpretrain'):
+        try:
+            found.append(f'{name} {import_module(name).__version__}')
+        except Exception as error:  # MMPretrain asserts that MMCV's version fits.
+            found.append(f'{name} cannot be imported ({error})')
+    return (
+        f'mmorepa {__version__}, Python {platform.python_version()}\n{", ".join(found)}'
+    )
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -57,6 +74,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ('-h', '--help'):
         print(usage())
+        return
+    if arguments[0] == '--version':
+        print(versions())
         return
     name, *rest = arguments
     if name not in COMMANDS:

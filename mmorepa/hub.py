@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+import os
 import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
@@ -57,15 +58,21 @@ def find_config(name: Union[str, Path]) -> Path:
 
     Raises:
         FileNotFoundError: If there is none. The message has the closest names.
+        TypeError: If ``name`` is neither.
     """
+    if not isinstance(name, (str, Path)):
+        raise TypeError(
+            f'a config is given by its name or its path, found {name!r}; '
+            'mmorepa.list_configs() has the names'
+        )
     name = str(name)
-    given = Path(name)
-    if not name.startswith(SCHEME) and given.is_file():
-        return given
+    # Unlike Path.is_file, it raises for no name, however long.
+    if not name.startswith(SCHEME) and os.path.isfile(name):
+        return Path(name)
     wanted = name.removeprefix(SCHEME).removesuffix('.py')
     # The pieces below _base_ are found by their paths alone.
     path = root() / 'configs' / f'{wanted}.py'
-    if wanted and path.is_file():
+    if wanted and os.path.isfile(path):
         return path
     names = list_configs()
     found = [known for known in names if known.rpartition('/')[2] == wanted]
@@ -75,9 +82,10 @@ def find_config(name: Union[str, Path]) -> Path:
     close = difflib.get_close_matches(wanted, names, cutoff=0.7)
     close += [stems[stem] for stem in difflib.get_close_matches(wanted, stems)]
     advice = ', '.join(dict.fromkeys(close[:4]))
+    shown = repr(name if len(name) < 200 else f'{name[:100]}…')
     raise FileNotFoundError(
-        f'no config at {name!r}'
-        + (f', nor one of that name in mmorepa; close are: {advice}' if close else '')
+        f'no config at {shown}, nor one of that name in mmorepa; '
+        + (f'close are: {advice}' if close else 'mmorepa.list_configs() has the names')
     )
 
 
@@ -94,6 +102,7 @@ def get_config(name: Union[str, Path], options: Optional[dict] = None) -> Config
 
     Raises:
         FileNotFoundError: If there is none. The message has the closest names.
+        TypeError: If ``name`` is neither a name nor a path.
 
     Examples:
         >>> cfg = mmorepa.get_config('imagenet/resnet50-orepa_4xb64_in1k')

@@ -1,5 +1,6 @@
 import importlib
 import os
+import re
 import subprocess
 import sys
 
@@ -43,6 +44,18 @@ class TestFindConfig:
     def test_none(self, name):
         with pytest.raises(FileNotFoundError, match='no config at '):
             find_config(name)
+
+    @pytest.mark.parametrize('name', ['a' * 100_000, 'mmorepa::' + 'a' * 5000])
+    def test_long(self, name):
+        words = '^no config at .{,110}, nor .*; mmorepa.list_configs'
+        with pytest.raises(FileNotFoundError, match=words):
+            mmorepa.get_config(name)
+
+    @pytest.mark.parametrize('name', [None, 3, ['a.py'], b'a.py'])
+    def test_neither_name_nor_path(self, name):
+        words = f'^a config is .*, found {re.escape(repr(name))}; .*list_configs'
+        with pytest.raises(TypeError, match=words):
+            mmorepa.get_config(name)
 
 
 def test_every_config_is_listed_and_read():
@@ -136,6 +149,16 @@ class TestCommands:
         for name in COMMANDS:
             (found,) = [line for line in lines if line.startswith(f'  {name} ')]
             assert len(found.split()) > 3
+
+    def test_versions(self, capsys, monkeypatch):
+        main(['--version'])
+        package, others = capsys.readouterr().out.splitlines()
+        assert package.startswith(f'mmorepa {mmorepa.__version__}, Python 3.')
+        for name in ('torch', 'mmengine', 'mmcv'):
+            assert f'{name} {importlib.import_module(name).__version__}, ' in others
+        monkeypatch.setitem(sys.modules, 'mmpretrain', None)
+        main(['--version'])
+        assert ', mmpretrain cannot be imported (' in capsys.readouterr().out
 
     def test_unknown(self):
         with pytest.raises(SystemExit, match="error: no command 'trian'; .*train, "):

@@ -99,8 +99,6 @@ def test(config: Path, checkpoint: Path, folder: Path, form: str, show: str) -> 
     """Tests one form; the metrics go to ``FOLDER/FORM.json``."""
     arguments = [config, checkpoint, '--work-dir', folder / 'test']
     arguments += ['--out', folder / f'{form}.json', '--out-item', 'metrics']
-    if form == 'test_deploy':
-        arguments += ['--cfg-options', 'model.backbone.deploy=True']
     run('test.py', *arguments, log=folder / f'{form}.log', show=show)
 
 
@@ -113,7 +111,8 @@ def deploy(config: Path, checkpoint: Path, folder: Path, show: str) -> None:
     arguments = [config, checkpoint, deployed, '--json', folder / 'switch.json']
     run('model_converters/switch_to_deploy.py', *arguments)
     step('Testing the deployed form')
-    test(config, deployed, folder, 'test_deploy', show)
+    # The config that was written beside it builds that form.
+    test(folder / 'deploy_config.py', deployed, folder, 'test_deploy', show)
 
 
 def pretrain(epochs: int, seconds_before: int) -> None:

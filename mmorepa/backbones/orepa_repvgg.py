@@ -216,7 +216,8 @@ class OREPARepVGG(StagedBackbone):
         arch = self._architecture(arch, num_stages)
         self.arch = arch
         options = dict(
-            block=self.BLOCK_NAMES.get(block, block),
+            # A list, say, has no hash; it is refused where the convs are built.
+            block=self.BLOCK_NAMES.get(str(block), block),
             block_cfg=block_cfg,
             norm_cfg=norm_cfg or dict(type='BN', requires_grad=True),
             act_cfg=act_cfg or dict(type='ReLU', inplace=True),

@@ -520,7 +520,7 @@ class OREPAResNet(StagedBackbone):
 
     @classmethod
     def _architecture(cls, depth: int) -> tuple[type[_ResidualBlock], tuple[int, ...]]:
-        if depth not in cls.ARCHITECTURES:
+        if depth not in tuple(cls.ARCHITECTURES):  # A list, say, has no hash.
             raise ValueError(
                 f'unknown depth {depth!r} of OREPAResNet; choose one of '
                 f'{", ".join(map(str, cls.ARCHITECTURES))}'

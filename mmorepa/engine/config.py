@@ -3,7 +3,6 @@
 import atexit
 import copy
 import gc
-import inspect
 import os
 import subprocess
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.logging import print_log
-from mmengine.registry import DATASETS, MODELS, RUNNERS, init_default_scope
+from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader
@@ -24,7 +23,7 @@ from ..backbones import StagedBackbone
 from ..converters import load_strictly, read_checkpoint
 from ..hub import find_config
 from .resume import newest_resumable, read_resumable
-from .user_data import check_datasets, check_variables
+from .user_data import argument_of, check_datasets, check_variables
 
 
 def read_config(path: str, options: Optional[dict] = None) -> Config:
@@ -227,22 +226,14 @@ def check_data_folders(cfg: Config, phases: tuple[str, ...]) -> None:
             root = dataset.get('data_root')
             if root and '://' not in root and not os.path.isdir(root):
                 advice = cfg.get('data_preparation')
-                if advice is None and _downloads(dataset, cfg.get('default_scope')):
+                scope = cfg.get('default_scope')
+                if advice is None and argument_of(dataset, 'download', scope):
                     continue
                 raise FileNotFoundError(
                     f'the data folder {root!r} is missing; '
                     f'{advice or "set data_root to where it is"}'
                 )
     check_datasets(cfg, datasets)
-
-
-def _downloads(dataset: dict, scope: Optional[str]) -> bool:
-    kind = dataset.get('type')
-    if isinstance(kind, str):
-        with DATASETS.switch_scope_and_registry(scope) as registry:
-            kind = registry.get(kind)
-    default = inspect.signature(kind).parameters.get('download') if kind else None
-    return default is not None and bool(dataset.get('download', default.default))
 
 
 def _datasets(node: object) -> Iterator[dict]:

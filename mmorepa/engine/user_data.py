@@ -1,6 +1,7 @@
 """Mistakes that people make with data of their own, each told in one line."""
 
 import ast
+import inspect
 import json
 import os
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from mmengine.config import Config
+from mmengine.fileio import list_dir_or_file
 from mmengine.registry import DATASETS
 
 # What people set at the top of a config, and what it takes to have an effect.
@@ -109,9 +111,11 @@ def check_datasets(cfg: Config, datasets: dict[str, list[dict]]) -> None:
 
     Raises:
         FileNotFoundError: If a folder or a file is missing.
-        ValueError: If the classes are not those of the model, or of the other phases.
+        ValueError: If the classes are not those of the model, or of the other phases,
+            or one has no image to train with.
     """
     folders, found = {}, {}
+    trained: set[str] = set()
     for phase, nodes in datasets.items():
         for node in nodes:
             kind = str(node.get('type')).rpartition('.')[-1]
@@ -121,8 +125,20 @@ def check_datasets(cfg: Config, datasets: dict[str, list[dict]]) -> None:
                 if node.get('with_label', True):
                     folders[phase] = _read_folder(cfg, node)
                     found[phase] = folders[phase][1]
+                    if phase == 'train':
+                        trained |= _with_images(cfg, node, *folders[phase])
             elif kind == 'CocoDataset':
                 found[phase] = _check_coco(cfg, node)
+    # First, since a folder may be there by accident. One without images to validate or
+    # test with may be meant: the names have to be the same for all phases.
+    if 'train' in folders:
+        folder, classes = folders['train']
+        empty = [name for name in classes if name not in trained]
+        if empty:
+            raise ValueError(
+                f'no images in these folders of {folder!r}: {_some(empty)}; each is a '
+                'class, and has to have some, or to be removed'
+            )
     # Before their number: no number would be right for both. The order counts, too.
     if len({*found.values()}) > 1:
         texts = (f'{_some(names)} for {key}' for key, names in found.items())
@@ -143,6 +159,43 @@ def _read_folder(cfg: Config, dataset: dict) -> tuple[str, tuple[str, ...]]:
     if not classes:
         raise ValueError(f'{folder!r} has no folders in it, which are the classes')
     return folder, classes
+
+
+def _with_images(
+    cfg: Config, dataset: dict, folder: str, classes: tuple[str, ...]
+) -> set[str]:
+    """The classes whose folders hold what the dataset takes for an image."""
+    endings = argument_of(dataset, 'extensions', cfg.get('default_scope'))
+    endings = tuple(end.lower() for end in endings or ('',))
+    return {
+        name
+        for name in classes
+        if any(
+            path.lower().endswith(endings)
+            for path in list_dir_or_file(
+                os.path.join(folder, name), list_dir=False, recursive=True
+            )
+        )
+    }
+
+
+def argument_of(dataset: dict, name: str, scope: Optional[str]) -> Any:
+    """What a dataset gets for an argument, by its config or by default.
+
+    Args:
+        dataset (dict): Its config.
+        name (str): The argument.
+        scope (str, optional): Where MMEngine looks for its type.
+
+    Returns:
+        Any: None if there is no such argument, or no such type.
+    """
+    kind = dataset.get('type')
+    if isinstance(kind, str):
+        with DATASETS.switch_scope_and_registry(scope) as registry:
+            kind = registry.get(kind)
+    known = inspect.signature(kind).parameters.get(name) if kind else None
+    return None if known is None else dataset.get(name, known.default)
 
 
 def _check_coco(cfg: Config, dataset: dict) -> tuple[str, ...]:

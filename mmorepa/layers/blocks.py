@@ -58,7 +58,7 @@ def conv_type(block: str, kernel_size: int) -> type['ReparamConv2d']:
         ValueError: If ``block`` is not in :data:`BLOCKS`.
     """
     types = BLOCKS.module_dict
-    if block not in types:
+    if not isinstance(block, str) or block not in types:
         raise ValueError(f'unknown block {block!r}; choose one of {", ".join(types)}')
     return types[block if kernel_size in types[block].BLOCK_SIZES else 'plain']
 

@@ -184,6 +184,7 @@ def test_frozen_stages_and_norm_eval():
         (dict(arch=dict(SLIM, group=2)), 'arch has no entry group'),
         (dict(arch=3), 'arch is a name or a dict, found 3'),
         (dict(block='dbbb'), "unknown block 'dbbb'; choose one of"),
+        (dict(block=['orepa']), r"unknown block \['orepa'\]; choose one of plain"),
         (dict(out_indices=(4,)), 'out_indices'),
         (dict(num_stages=5), 'num_stages is 1 to 4, found 5'),
         (dict(base_channels=1), 'stage 1 needs at least one channel'),

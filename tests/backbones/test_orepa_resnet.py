@@ -523,7 +523,9 @@ def test_whole_models_load_their_own_checkpoints():
     [
         (dict(depth=20), 'unknown depth 20 .* 18, 34, 50, 101, 152'),
         (dict(depth='18'), "unknown depth '18'"),
+        (dict(depth=[18]), r'unknown depth \[18\] .* 18, 34, 50, 101, 152'),
         (dict(block='dbbb'), "unknown block 'dbbb'; choose one of"),
+        (dict(block=['orepa']), r"unknown block \['orepa'\]; choose one of plain"),
         (dict(num_stages=0), 'num_stages is 1 to 4, found 0'),
         (dict(num_stages=5), 'num_stages is 1 to 4, found 5'),
         (dict(num_stages=2), r'out_indices .* 0 to 1, found \(0, 1, 2, 3\)'),

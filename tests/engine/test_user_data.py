@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 from helpers import import_models
@@ -82,9 +83,11 @@ train_cfg = dict(max_epochs=max_epochs)
 @pytest.fixture
 def folder(tmp_path):
     """A folder of three classes, and its config."""
+    import_models('mmpretrain')
     for split in ('train', 'val'):
         for name in ('daisy', 'rose', 'tulip'):
             (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / '1.JPG').touch()
     cfg = read_config(FOLDER, {'model.head.num_classes': 3})
     for phase in ('train', 'val', 'test'):
         cfg[f'{phase}_dataloader'].dataset.data_root = str(tmp_path)
@@ -135,9 +138,38 @@ class TestFolder:
 
     def test_no_folders(self, folder, tmp_path):
         for path in (tmp_path / 'train').iterdir():
-            path.rmdir()
+            shutil.rmtree(path)
         with pytest.raises(ValueError, match='no folders in it, which are the classes'):
             self.check(folder)
+
+    @pytest.mark.parametrize('left', [None, '1.heic', '.1.jpg'])
+    def test_no_images_of_a_class(self, folder, tmp_path, left):
+        """Nothing in its folder, or nothing that MMPretrain takes for an image."""
+        for name in ('daisy', 'tulip'):
+            image = tmp_path / 'train' / name / '1.JPG'
+            image.rename(image.with_name(left)) if left else image.unlink()
+        words = "no images in these folders of '.*train': daisy, tulip; each is a class"
+        with pytest.raises(ValueError, match=words):
+            self.check(folder)
+
+    def test_no_images_with_these_extensions(self, folder):
+        folder.train_dataloader.dataset.extensions = ['.PNG']
+        with pytest.raises(ValueError, match="train': daisy, rose, tulip; each"):
+            self.check(folder)
+
+    def test_no_images_to_validate_with(self, folder, tmp_path):
+        (tmp_path / 'val' / 'rose' / '1.JPG').unlink()
+        self.check(folder)
+
+    def test_images_of_a_class_in_one_of_two_datasets(self, folder, tmp_path):
+        shutil.copytree(tmp_path / 'train', tmp_path / 'more')
+        (tmp_path / 'train' / 'rose' / '1.JPG').unlink()
+        (tmp_path / 'more' / 'tulip' / '1.JPG').unlink()
+        (tmp_path / 'more' / 'daisy' / '1.JPG').unlink()
+        dataset = folder.train_dataloader.dataset
+        datasets = [dataset, dict(dataset, data_prefix='more')]
+        folder.train_dataloader.dataset = dict(type='ConcatDataset', datasets=datasets)
+        self.check(folder)
 
     def test_annotations_and_images_alone_are_left_to_mmpretrain(
         self, folder, tmp_path

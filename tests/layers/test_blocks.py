@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from mmcv.cnn import build_conv_layer
@@ -44,9 +46,9 @@ def test_block_cfg_is_for_the_convs_of_the_block_alone():
     assert type(build_conv('dbb', 4, 6, 1, **cfg)) is PlainConv2d
 
 
-@pytest.mark.parametrize('block', ['OREPA', 'dbbb', '', None])
+@pytest.mark.parametrize('block', ['OREPA', 'dbbb', '', None, ['orepa'], {}])
 def test_unknown_block(block):
-    message = f'unknown block {block!r}; choose one of .*plain.*orepa'
+    message = f'unknown block {re.escape(repr(block))}; choose one of .*plain.*orepa'
     with pytest.raises(ValueError, match=message):
         build_conv(block, 4, 6, 3)
 

@@ -57,10 +57,10 @@ def test_from_end_to_end(toy, tmp_path, capsys):
     cfgs = {name: Config.fromfile(runs / f'{name}-0/run.py') for name in ARMS}
     plain, quiet, balanced, scratch = (cfgs[name] for name in ARMS)
     assert plain.load_from == quiet.load_from == balanced.load_from
-    assert plain.load_from == str(runs / 'pretraining-none-0/epoch_1.pth')
+    assert plain.load_from == str(runs / 'pretraining-plain-0/epoch_1.pth')
     assert scratch.load_from == str(runs / 'pretraining-orepa-0/epoch_1.pth')
     blocks = [cfg.model.backbone.block for cfg in cfgs.values()]
-    assert blocks == ['none', 'orepa', 'orepa', 'orepa']
+    assert blocks == ['plain', 'orepa', 'orepa', 'orepa']
     for name in ('quiet', 'balanced'):
         log = (runs / f'{name}-0/output.log').read_text()
         assert f'start from the plain kernels of the checkpoint ({name} start)' in log
@@ -103,6 +103,15 @@ def test_report(toy, tmp_path, capsys):
         '| OREPA, balanced start | 84.00 | +4.00 | +3.00 | 1 |',
     ]
     assert (tmp_path / 'results.png').is_file()
+
+
+def test_names_and_colours():
+    """No text has the block's former name; the colours are those of other figures."""
+    module, charts = tool(TOOL), tool('analysis_tools/charts.py')
+    assert [*module.PRETRAININGS] == ['plain', 'orepa']
+    assert {arm.block for arm in module.ARMS.values()} == {'plain', 'orepa'}
+    assert {*module.COLOURS} == {*ARMS} - {'plain'}
+    assert {*module.COLOURS.values()} <= {*charts.SERIES}
 
 
 def test_bad_input(toy, tmp_path, monkeypatch):

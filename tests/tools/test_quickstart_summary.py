@@ -2,7 +2,7 @@ import json
 
 import mmcv
 import pytest
-from tool_runs import run_here
+from tool_runs import run_here, tool
 
 TOOL = 'analysis_tools/quickstart_summary.py'
 SECONDS = ('--seconds', 90, '--training-seconds', 60, '--plain-training-seconds', 40)
@@ -56,6 +56,19 @@ def write(path, content):
 
 def summarize(work_dir):
     run_here(TOOL, work_dir, *SECONDS)
+
+
+def test_deployed_form_is_tested_by_its_own_config(tmp_path, monkeypatch):
+    """With no flag: by the one that the switch writes beside the checkpoint."""
+    quickstart, calls = tool('quickstart.py'), []
+    monkeypatch.setattr(quickstart, 'run', lambda *line, **_: calls.append(line))
+    quickstart.deploy('config.py', 'epoch_1.pth', tmp_path, '')
+    (name, *before), (_, *switch), (_, *after) = calls
+    assert name == 'test.py' and before[:2] == ['config.py', 'epoch_1.pth']
+    deployed = str(switch[2])
+    beside = tool('model_converters/switch_to_deploy.py').config_beside(deployed)
+    assert [str(path) for path in after[:2]] == [beside, deployed]
+    assert '--cfg-options' not in after
 
 
 def test_figures(work_dir, capsys):

@@ -64,6 +64,14 @@ def test_report(result):
     Image.open(out / 'train_cost.png').verify()
 
 
+def test_colours():
+    """Of each variant one, and those of the other figures."""
+    colours = tool('benchmarks/cost_report.py').COLOURS
+    charts = tool('analysis_tools/charts.py')
+    assert [*colours] == [*tool('benchmarks/step_costs.py').VARIANTS]
+    assert {*colours.values()} <= {*charts.SERIES, *charts.COLOURS.values()}
+
+
 def test_arguments(capsys):
     parse = tool(NAME).parse_args
     assert [size for _, size in parse([]).runs] == [16, 8]

@@ -6,7 +6,7 @@ import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
-from step_costs import OREPA, VARIANTS
+from step_costs import OREPA
 from timing import Spread
 
 from mmorepa.utils.files import atomic_write
@@ -15,6 +15,14 @@ from mmorepa.utils.tables import format_table
 MEGABYTE = 1e6
 # The batch of the paper, for each GPU.
 PAPER_BATCH = 64
+# Okabe and Ito's, as in tools/analysis_tools/charts.py.
+COLOURS = {
+    'plain': '#000000',
+    'DBB': '#E69F00',
+    'OREPA, naive': '#CC79A7',
+    'OREPA, online': '#56B4E9',
+    'OREPA, folded': '#0072B2',
+}
 
 
 def print_tables(result: dict) -> None:
@@ -93,17 +101,15 @@ def plot(results: list[dict], path: Path) -> None:
         ),
     }
     figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.8), layout='constrained')
-    width = 0.8 / len(VARIANTS)
+    width = 0.8 / len(COLOURS)
     for axis, (title, value) in zip(axes, panels.items()):
-        for index, name in enumerate(VARIANTS):
+        for index, (name, colour) in enumerate(COLOURS.items()):
             heights = [value(r['steps'][name], r['steps']['plain']) for r in results]
             places = [
-                n + (index - (len(VARIANTS) - 1) / 2) * width
+                n + (index - (len(COLOURS) - 1) / 2) * width
                 for n in range(len(results))
             ]
-            bars = axis.bar(
-                places, heights, width * 0.92, label=name, color=f'C{index}'
-            )
+            bars = axis.bar(places, heights, width * 0.92, label=name, color=colour)
             axis.bar_label(bars, fmt='%.2f', fontsize=7, padding=1)
         axis.axhline(1, color='black', linewidth=0.8)
         axis.set_title(f'{title}, x plain')

@@ -78,17 +78,21 @@ class Arm(NamedTuple):
 
 
 ARMS = {
-    'plain': Arm('plain', 'none', 'none', stem_lr_mult=1.0),
-    'quiet': Arm('OREPA, quiet start', 'none', 'orepa', 'quiet', STEM_LR_MULT),
-    'balanced': Arm('OREPA, balanced start', 'none', 'orepa', 'balanced', STEM_LR_MULT),
+    'plain': Arm('plain', 'plain', 'plain', stem_lr_mult=1.0),
+    'quiet': Arm('OREPA, quiet start', 'plain', 'orepa', 'quiet', STEM_LR_MULT),
+    'balanced': Arm(
+        'OREPA, balanced start', 'plain', 'orepa', 'balanced', STEM_LR_MULT
+    ),
     'scratch': Arm('OREPA, from scratch', 'orepa', 'orepa'),
 }
 # By block type.
-PRETRAININGS = {'none': 'pretrained plain', 'orepa': 'pretrained OREPA'}
+PRETRAININGS = {'plain': 'pretrained plain', 'orepa': 'pretrained OREPA'}
 TEXTS = {
     **{name: f'{name}, top-1 accuracy (%)' for name in PRETRAININGS.values()},
     **{name: arm.text for name, arm in ARMS.items()},
 }
+# Okabe and Ito's, as in tools/analysis_tools/charts.py.
+COLOURS = dict(quiet='#0072B2', balanced='#D55E00', scratch='#009E73')
 # What the others are compared with.
 REFERENCES = ('plain', 'quiet')
 
@@ -284,8 +288,7 @@ def plot(results: Results, path: Path) -> None:
     )
     for axes, (task, spec) in zip(panels[0], TASKS.items()):
         plain = values_of(results, task, 'plain')
-        names = [name for name in ARMS if name != 'plain']
-        for x, name in enumerate(names):
+        for x, (name, colour) in enumerate(COLOURS.items()):
             values = values_of(results, task, name)
             seeds = [seed for seed in values if seed in plain]
             axes.scatter(
@@ -293,19 +296,19 @@ def plot(results: Results, path: Path) -> None:
                 [values[seed] - plain[seed] for seed in seeds],
                 s=14,
                 alpha=0.6,
-                color=f'C{x}',
+                color=colour,
             )
             found = paired_difference(values, plain)
             if found and found.pairs > 1:
                 reach = found.high - found.mean
                 axes.errorbar(
-                    x + 0.12, found.mean, reach, fmt='o', capsize=4, color=f'C{x}'
+                    x + 0.12, found.mean, reach, fmt='o', capsize=4, color=colour
                 )
         axes.axhline(0, color='black', linewidth=0.8)
         axes.set_xticks(
-            range(len(names)), [TEXTS[n].replace(', ', '\n') for n in names]
+            range(len(COLOURS)), [TEXTS[n].replace(', ', '\n') for n in COLOURS]
         )
-        axes.set_xlim(-0.5, len(names) - 0.5)
+        axes.set_xlim(-0.5, len(COLOURS) - 0.5)
         axes.set(title=spec.text, ylabel='difference to plain, within a seed')
         axes.grid(alpha=0.3, axis='y')
     figure.suptitle('Each seed, and the mean with its 95 % interval', fontsize='medium')
