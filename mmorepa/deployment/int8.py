@@ -21,9 +21,13 @@ from .networks import require
 from .onnx_files import INPUT
 
 ACTIVATIONS = {'uint8': 'QUInt8', 'int8': 'QInt8'}
-# Not ONNX Runtime's 'Entropy': from as many bins as steps, it chooses what MinMax does.
-CALIBRATIONS = {'minmax': 'MinMax', 'percentile': 'Percentile'}
-PERCENTILE = 99.99
+# By name, ONNX Runtime's method and its options. Not 'Entropy': from as many bins as
+# steps, it chooses what MinMax does.
+CALIBRATIONS = dict(
+    average=('MinMax', dict(CalibMovingAverage=True)),
+    minmax=('MinMax', {}),
+    percentile=('Percentile', dict(CalibPercentile=99.99)),
+)
 _CONVS = ('Conv', 'Gemm')
 # What ONNX Runtime computes in one kernel with the conv before it.
 _ACTS = ('Relu', 'Clip', 'LeakyRelu', 'Sigmoid', 'HardSigmoid')
@@ -121,7 +125,7 @@ def quantize_onnx(
     images: Sequence[Tensor],
     per_channel: bool = True,
     activations: str = 'uint8',
-    calibration: str = 'minmax',
+    calibration: str = 'average',
     reduce_range: bool = False,
 ) -> None:
     """Quantizes weights and activations to 8 bits, as QuantizeLinear pairs (QDQ).
@@ -134,14 +138,16 @@ def quantize_onnx(
             own. Defaults to True.
         activations (str): ``'uint8'``, which suits x86, or ``'int8'``, which suits ARM
             and GPUs. Weights are int8. Defaults to ``'uint8'``.
-        calibration (str): How ranges of activations are chosen: ``'minmax'``, or
-            ``'percentile'``, the range of all but one in 10,000 values. Defaults to
-            ``'minmax'``.
+        calibration (str): How ranges of activations are chosen: ``'average'``, the
+            mean of the images' ranges; ``'minmax'``, the range of all; or
+            ``'percentile'``, that of all but one in 10,000 values. Defaults to
+            ``'average'``.
         reduce_range (bool): Whether weights have 7 bits, for x86 without VNNI, whose
             sums of products saturate. Defaults to False.
     """
     onnx = require('onnx')
     ort = require('onnxruntime.quantization')
+    method, options = CALIBRATIONS[calibration]
     with redirect_stdout(io.StringIO()):  # Calibrators tell of their bins.
         ort.quantize_static(
             str(source),
@@ -152,8 +158,8 @@ def quantize_onnx(
             reduce_range=reduce_range,
             activation_type=getattr(ort.QuantType, ACTIVATIONS[activations]),
             weight_type=ort.QuantType.QInt8,
-            calibrate_method=getattr(ort.CalibrationMethod, CALIBRATIONS[calibration]),
-            extra_options=dict(CalibPercentile=PERCENTILE),
+            calibrate_method=getattr(ort.CalibrationMethod, method),
+            extra_options=options,
         )
     model = onnx.load(str(target))
     _add_metadata(model, source)

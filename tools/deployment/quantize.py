@@ -174,8 +174,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--calibration',
         choices=CALIBRATIONS,
-        default='minmax',
-        help='how the ranges of activations are chosen (default: minmax)',
+        default='average',
+        help="how the ranges of activations are chosen: the mean of the images' own, the "
+        'widest, or without the outermost 0.01 % (default: average)',
     )
     parser.add_argument(
         '--activations',
@@ -209,7 +210,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     if args.backend == 'torchao' and (
         args.per_tensor
         or args.equalize
-        or args.calibration != 'minmax'
+        or args.calibration != 'average'
         or args.activations != 'uint8'
     ):
         parser.error(
