@@ -175,8 +175,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         '--calibration',
         choices=CALIBRATIONS,
         default='average',
-        help="how the ranges of activations are chosen: the mean of the images' own, the "
-        'widest, or without the outermost 0.01 % (default: average)',
+        help="how the ranges of activations are chosen: the mean of the images' own, "
+        'the widest, or without the outermost 0.01 % (default: average)',
     )
     parser.add_argument(
         '--activations',
