@@ -40,12 +40,14 @@ def quantize_program(
         program (torch.export.ExportedProgram): Of :func:`export_program`.
         images (Sequence[Tensor]): Batches of real images, for the ranges of the
             activations.
-        reduce_range (bool): Whether numbers have 7 bits, for x86 without VNNI. Defaults
-            to False.
+        reduce_range (bool): Whether activations have 7 bits, for x86 without VNNI.
+            Defaults to False.
 
     Returns:
         torch.export.ExportedProgram: Run as it is, it computes in float what INT8
-        gives; ``torch.compile`` makes INT8 of it.
+        gives; ``torch.compile`` makes INT8 of it, with ``freezing`` and by what
+        ``torchao.quantization.pt2e.quantizer.x86_inductor_quantizer`` registers when
+        it is imported.
 
     Raises:
         ImportError: If torchao is missing.

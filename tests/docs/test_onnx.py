@@ -1,5 +1,7 @@
-"""The tutorial's lines for ONNX Runtime, in a process that has nothing else."""
+"""The tutorial's lines for other programs, in processes that have nothing else."""
 
+import platform
+import shutil
 import subprocess
 import sys
 
@@ -7,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from documents import ROOT, code_blocks
-from helpers import import_models, trained_like
+from helpers import assert_near, import_models, trained_like
 from mmengine.config import Config
+from torch import nn
 
 from mmorepa import switch_to_deploy
 from mmorepa.deployment.onnx_files import export_onnx, preprocessing
+from mmorepa.deployment.pt2e import ProgramNetwork, export_program, quantize_program
 from mmorepa.engine.config import build_model
 
 ALONE = """
@@ -57,3 +61,48 @@ def test_without_this_package(channels, tmp_path):
     found = np.load(tmp_path / 'logits.npy')
     assert abs(found - expected).max() < 1e-4 * abs(expected).max()
     assert done.stdout.split() == ['class', str(expected.argmax())]
+
+
+COMPILED = """
+import sys
+for name in ('mmcv', 'mmengine', 'mmpretrain', 'mmorepa'):
+    sys.modules[name] = None
+{}
+from torch._inductor.utils import run_and_get_code
+images = torch.load('images.pt')
+with torch.no_grad():
+    found, sources = run_and_get_code(network, images)
+torch.save(found, 'found.pt')
+print('onednn.qconv' in ''.join(sources))
+"""
+
+
+@pytest.mark.slow
+def test_compiled_to_int8(tmp_path):
+    pytest.importorskip('torchao')
+    if platform.machine() not in ('x86_64', 'AMD64') or not shutil.which('g++'):
+        pytest.skip('torchao compiles to INT8 for x86')
+
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+        def forward(self, images, mode):
+            return self.fc(self.conv(images).relu().mean(dim=(2, 3)))
+
+    model = trained_like(Small()).eval()
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    program = quantize_program(export_program(model, images[:1]), images.split(1))
+    torch.export.save(program, tmp_path / 'network_int8.pt2')
+    torch.save(images, tmp_path / 'images.pt')
+    done = subprocess.run(
+        [sys.executable, '-c', COMPILED.format(code_with('network_int8.pt2'))],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ['True'], 'no conv is compiled to INT8'
+    expected = ProgramNetwork(program, model, images[:1])(images)
+    assert_near(torch.load(tmp_path / 'found.pt'), tuple(expected), 0.02)
