@@ -124,15 +124,17 @@ class OnnxNetwork(Network):
         return [torch.from_numpy(array) for array in found]
 
 
-def preprocessing(cfg: Config) -> dict:
+def preprocessing(cfg: Config, channels: int = 3) -> dict:
     """How images become what a network takes, for the metadata of a file.
 
     Args:
         cfg (Config): Of a classifier, segmenter or detector.
+        channels (int): Of the images. Defaults to 3.
 
     Returns:
         dict: ``mean`` and ``std`` of the channels (0 and 1 without normalisation), and
-        ``channels``, their order: ``'RGB'`` or ``'BGR'``.
+        ``channels``, what they are: ``'grey'``, ``'RGB'`` or ``'BGR'``; None where
+        there are neither one nor three.
     """
     found = {
         **(cfg.get('data_preprocessor') or {}),
@@ -140,8 +142,9 @@ def preprocessing(cfg: Config) -> dict:
     }
     # Images are read as BGR.
     swaps = [found.get(name) for name in ('to_rgb', 'bgr_to_rgb', 'rgb_to_bgr')]
+    kinds = {1: 'grey', 3: 'RGB' if any(swaps) else 'BGR'}
     return dict(
-        mean=list(found.get('mean') or [0.0] * 3),
-        std=list(found.get('std') or [1.0] * 3),
-        channels='RGB' if any(swaps) else 'BGR',
+        mean=list(found.get('mean') or [0.0] * channels),
+        std=list(found.get('std') or [1.0] * channels),
+        channels=kinds.get(channels),
     )

@@ -187,6 +187,9 @@ def test_metadata(onnx, images, tmp_path):
     assert found == dict(mean=[77.0] * 3, std=[95.0] * 3, channels='RGB')
     plain = Config(dict(model=dict(type='A')))
     assert preprocessing(plain) == dict(mean=[0] * 3, std=[1] * 3, channels='BGR')
+    grey = preprocessing(plain, 1)
+    assert grey == dict(mean=[0], std=[1], channels='grey')
+    assert preprocessing(plain, 4)['channels'] is None
     export_onnx(deployed('classifier'), images[:1], tmp_path / 'a.onnx', metadata=found)
     entries = OnnxNetwork(tmp_path / 'a.onnx').session.get_modelmeta()
     read = {k: json.loads(v) for k, v in entries.custom_metadata_map.items()}

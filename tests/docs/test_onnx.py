@@ -27,25 +27,37 @@ np.save('logits.npy', logits)
 """
 
 
-@pytest.mark.parametrize('channels', ['RGB', 'BGR'])
+def code_with(words):
+    """The block of the tutorial that has these words."""
+    text = (ROOT / 'docs/tutorial_onnx.md').read_text()
+    (code,) = (code for code in code_blocks(text, 'python') if words in code)
+    return code
+
+
+@pytest.mark.parametrize('channels', ['RGB', 'BGR', 'grey'])
 def test_without_this_package(channels, tmp_path):
     for package in ('onnx', 'onnxruntime', 'PIL'):
         pytest.importorskip(package)
     import_models('mmpretrain')
     from PIL import Image
 
-    text = (ROOT / 'docs/tutorial_onnx.md').read_text()
-    (code,) = (c for c in code_blocks(text, 'python') if "'image.png'" in c)
+    code = code_with("'image.png'")
     lines = [line for line in code.splitlines() if line and 'import' not in line]
     assert len(lines) <= 10
 
     cfg = Config.fromfile(ROOT / 'configs/digits/resnet18-slim-orepa_1xb64_digits.py')
     cfg.data_preprocessor.update(mean=[10.0, 20.0, 30.0], to_rgb=channels == 'RGB')
+    number = 1 if channels == 'grey' else 3
+    if number == 1:
+        cfg.data_preprocessor.update(mean=[10.0], std=[20.0])
+        cfg.model.backbone.in_channels = 1
     model = switch_to_deploy(trained_like(build_model(cfg)))
-    image = torch.zeros(1, 3, 32, 32)
-    export_onnx(model, image, tmp_path / 'network.onnx', metadata=preprocessing(cfg))
-    pixels = np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / 'image.png')
+    image = torch.zeros(1, number, 32, 32)
+    about = preprocessing(cfg, number)
+    export_onnx(model, image, tmp_path / 'network.onnx', metadata=about)
+    shape = (32, 32, number)
+    pixels = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
+    Image.fromarray(pixels.squeeze()).save(tmp_path / 'image.png')
     done = subprocess.run(
         [sys.executable, '-c', ALONE.format(code)],
         cwd=tmp_path,

@@ -157,7 +157,7 @@ def measure(folder: Path, number: int) -> dict[str, str]:
 
     with tempfile.TemporaryDirectory() as name:
         exported, float32, equalized, int8 = (Path(name, f'{i}.onnx') for i in range(4))
-        about = preprocessing(cfg)
+        about = preprocessing(cfg, shape[0])
         export_onnx(model, torch.randn(1, *shape), exported, metadata=about)
         prepare(exported, float32)
         prepare(exported, equalized, equalized=True)

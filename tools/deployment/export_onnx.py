@@ -105,7 +105,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, 'network.onnx')
         print(f'Exporting by {args.exporter} …', flush=True)
-        metadata = preprocessing(cfg)
+        metadata = preprocessing(cfg, shape[0])
         export_onnx(model, image, file, args.exporter, args.opset, metadata)
         exported = OnnxNetwork(file)
         differences = compare(network, exported, images)

@@ -84,8 +84,13 @@ def by_onnxruntime(
     """Exports the model as an ONNX file, and quantizes that."""
     exported = folder / 'exported.onnx'
     float32, int8 = files = [folder / f'{name}.onnx' for name in NAMES]
-    about = preprocessing(network.cfg)
-    export_onnx(network.model, network.image, exported, metadata=about)
+    about = preprocessing(network.cfg, network.image.shape[1])
+    try:
+        export_onnx(network.model, network.image, exported, metadata=about)
+    except ValueError as error:
+        raise ValueError(
+            f'ONNX Runtime cannot quantize this model, --backend torchao may: {error}'
+        ) from error
     pairs = prepare(exported, float32, args.equalize)
     networks = [OnnxNetwork(float32, network.pads)]
     networks[0](images[0])  # Raises for images of another size.
