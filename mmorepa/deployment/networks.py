@@ -21,14 +21,18 @@ def require(name: str) -> ModuleType:
         ModuleType: The module.
 
     Raises:
-        ImportError: If the package is missing; the message says how to install it.
+        ImportError: If the package, or this module of it, is missing; the message
+            says how to install it.
     """
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        package = (error.name or name).partition('.')[0]
+        missing = error.name or name
+        package = missing.partition('.')[0]
+        # A package that is there without it is too old.
+        options = '' if missing == package else '--upgrade '
         raise ImportError(
-            f'this needs the package {package}, which is missing: pip install {package}'
+            f'this needs {missing}, which is missing: pip install {options}{package}'
         ) from error
 
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Optional
+from unittest import mock
 
 import torch
 from mmengine.config import Config
@@ -43,7 +44,8 @@ def export_onnx(
 
     Raises:
         ImportError: If a package is missing.
-        ValueError: If the exporter is not known, or cannot write this model.
+        ValueError: If the exporter is not known, or cannot write this model in this
+            opset.
     """
     if exporter not in EXPORTERS:
         raise ValueError(f'the exporters are {", ".join(EXPORTERS)}; not {exporter!r}')
@@ -67,31 +69,40 @@ def export_onnx(
     try:
         with _quiet(), torch.no_grad():
             torch.onnx.export(network, (images,), stream, **options)
+        exported = onnx.load_from_string(stream.getvalue())
+        onnx.checker.check_model(exported, full_check=True)
+        versions = {entry.domain: entry.version for entry in exported.opset_import}
+        if versions[''] != opset:
+            raise ValueError(f'it gives opset {versions[""]}')
     except Exception as error:
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise ValueError(
-            f'the exporter {exporter!r} cannot write this model, and the other one may '
-            f'({" or ".join(EXPORTERS)}): {reason[0]}'
+            f'the exporter {exporter!r} cannot write this model in opset {opset}, and '
+            f'another exporter ({", ".join(EXPORTERS)}) or opset may: {reason[0]}'
         ) from error
-    exported = onnx.load_from_string(stream.getvalue())
     for key, value in (metadata or {}).items():
         exported.metadata_props.add(key=key, value=json.dumps(value))
-    onnx.checker.check_model(exported, full_check=True)
     onnx.save(exported, str(path))
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporters' advice to their developers."""
-    logger = logging.getLogger('torch.onnx')
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ('torch.onnx', 'onnxscript')]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with (
+            warnings.catch_warnings(),
+            # By it, PyTorch prints the whole graph where it cannot write it.
+            mock.patch.object(torch._C, '_jit_onnx_log', lambda *args: None),
+        ):
             warnings.simplefilter('ignore')
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 class OnnxNetwork(Network):

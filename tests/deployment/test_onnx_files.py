@@ -201,6 +201,27 @@ class TestErrors:
         with pytest.raises(ImportError, match='pip install no_such_package'):
             require('no_such_package.part')
 
+    def test_package_without_a_module(self):
+        with pytest.raises(ImportError, match='needs json.none.* --upgrade json'):
+            require('json.none')
+
+    @pytest.mark.parametrize(
+        ('exporter', 'opset'),
+        [('torchscript', 5), ('torchscript', 99), ('dynamo', 17)],
+    )
+    def test_opset(self, exporter, opset, onnx, images, tmp_path, capfd):
+        if exporter == 'dynamo':
+            pytest.importorskip('onnxscript')
+        with pytest.raises(
+            ValueError, match=f'{exporter}.* in opset {opset}, and anoth'
+        ):
+            export_onnx(
+                deployed('classifier'), images[:1], tmp_path / 'a', exporter, opset
+            )
+        # Not the graph, nor what else exporters tell their developers.
+        assert capfd.readouterr().out == ''
+        assert not list(tmp_path.iterdir())
+
     def test_exporter(self, images, tmp_path):
         with pytest.raises(ValueError, match="torchscript, dynamo; not 'x'"):
             export_onnx(nn.Identity(), images[:1], tmp_path / 'a', 'x')
