@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
+import torch
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 from torch import Tensor, nn
@@ -45,7 +46,8 @@ class LayerLoss(NamedTuple):
         kernel_snr (float): Power of the kernel over that of its error, in dB, as a
             mean over output channels: a wide one would hide what the others lose.
         output_snr (float): The same of the layer's output, with the errors of all
-            layers before it; NaN where the file does not quantize the output.
+            layers before it; NaN where the file does not quantize the output, or where
+            it is zero for all images.
     """
 
     name: str
@@ -180,6 +182,7 @@ def _reader(images: Sequence[Tensor]) -> Any:
     return Reader()
 
 
+@torch.no_grad()
 def evaluate(cfg: Config, model: nn.Module) -> dict[str, float]:
     """The metrics of the config's own evaluator on its validation data.
 
@@ -206,7 +209,10 @@ def evaluate(cfg: Config, model: nn.Module) -> dict[str, float]:
 
 
 def layer_losses(
-    source: PathLike, quantized: PathLike, images: Sequence[Tensor]
+    source: PathLike,
+    quantized: PathLike,
+    images: Sequence[Tensor],
+    modules: Sequence[str] = (),
 ) -> list[LayerLoss]:
     """What INT8 costs each conv and each linear layer, in the order of the file.
 
@@ -215,6 +221,8 @@ def layer_losses(
         quantized (str | Path): What became of it.
         images (Sequence[Tensor]): Batches of one image to measure the outputs with;
             all outputs of all layers for them are kept in memory.
+        modules (Sequence[str]): Names of the modules of the model, since a file may
+            lack the first part of one. Defaults to none.
 
     Returns:
         list[LayerLoss]: One entry for each layer with a quantized kernel; of one that
@@ -238,7 +246,7 @@ def layer_losses(
         channels = np.abs(kernel.reshape(len(kernel), -1)).max(axis=1)
         output = outputs.get(_output_of(graph, node), {})
         loss = LayerLoss(
-            _layer_name(node),
+            _layer_name(node, modules),
             float(channels.max()),
             float(channels.max() / max(np.median(channels), 1e-12)),
             _snr([kernel], [np.moveaxis(match['dequantized'], axis, 0)], len(kernel)),
@@ -304,7 +312,7 @@ def _output_of(graph: Any, node: Any) -> str:
     return node.output[0]
 
 
-def _layer_name(node: Any) -> str:
+def _layer_name(node: Any, modules: Sequence[str] = ()) -> str:
     """The module of a layer, by its kernel, or by its node if a norm is folded in."""
     name = node.input[1]
     if '::' in name:
@@ -312,7 +320,11 @@ def _layer_name(node: Any) -> str:
         # A list of modules is there twice: 'layer1', 'layer1.0'.
         pairs = zip(parts, [*parts[1:], ''])
         name = '.'.join(one for one, other in pairs if not other.startswith(f'{one}.'))
-    return name.removeprefix('model.').removesuffix('.weight').removesuffix('.conv')
+    name = name.removeprefix('model.').removesuffix('.weight').removesuffix('.conv')
+    if name in modules:
+        return name
+    # MMSegmentation calls the head's forward() itself, so that it is in no node's name.
+    return next((module for module in modules if module.endswith(f'.{name}')), name)
 
 
 def equalize(model: Any, sweeps: int = 20) -> int:

@@ -7,6 +7,11 @@ from rich.console import Console
 from rich.table import Table
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts: '1 thread', '2 threads'."""
+    return f'{number} {noun}' if number == 1 else f'{number} {noun}s'
+
+
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A plain-text table, the first column flush left and the others right.
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_near, trained_like
+from test_onnx_files import deployed
 from torch import nn
 
 from mmorepa.deployment.int8 import (
@@ -165,3 +166,17 @@ def test_names(onnx):
     assert name('model.head.fc.weight') == 'head.fc'
     node = '/model/backbone/layer1/layer1.0/conv1/Conv'
     assert name('onnx::Conv_12', node) == 'backbone.layer1.0.conv1'
+
+
+def test_names_in_the_head_of_a_segmenter(images, files, onnx):
+    """MMSegmentation calls its forward() itself, so that no node is named by it."""
+    model = deployed('segmenter')
+    images = [image.repeat(1, 1, 4, 4) for image in images[:1]]
+    exported, source, _ = files
+    export_onnx(model, images[0], exported)
+    prepare(exported, source)
+    modules = [name for name, _ in model.named_modules()]
+    nodes = onnx.load(source).graph.node
+    names = [_layer_name(n, modules) for n in nodes if n.op_type == 'Conv']
+    assert set(names) <= set(modules)
+    assert {'decode_head.bottleneck', 'decode_head.image_pool.1'} <= set(names)

@@ -1,6 +1,7 @@
 """A network leaves PyTorch: ONNX files in float32 and in INT8."""
 
 import json
+import re
 
 import mmcv
 import numpy as np
@@ -132,9 +133,22 @@ class TestQuantize:
             assert layer['outlier'] >= 1 and layer['kernel_snr'] > 25
         worst = min(found['layers'], key=lambda layer: layer['output_snr'])
         lines = text.splitlines()
-        start = lines.index('The 3 layers of 21 that lose most:')
+        start = lines.index('The layers that lose most, 3 of 21:')
         assert lines[start + 2].startswith(worst['name'])
         assert found['megabytes']['INT8'] < found['megabytes']['float32'] / 2
+
+    def test_outputs_of_zeros(self, config, checkpoint, tmp_path, capsys):
+        weights = torch.load(checkpoint)['state_dict']
+        weights['backbone.layer1.0.conv1.norm.bias'].fill_(-100)
+        path, figures = tmp_path / 'a.pth', tmp_path / 'a.json'
+        write_checkpoint(dict(state_dict=weights), path)
+        flags = ['--images', '4', '--worst', '99', '--json', figures]
+        found = run_here(QUANTIZE, config, path, tmp_path / 'a.onnx', *flags)
+        assert 'NaN' not in figures.read_text()
+        assert json.loads(figures.read_text()) == found
+        dead = [loss['name'] for loss in found['layers'] if loss['output_snr'] is None]
+        assert dead == ['backbone.layer1.0.conv1']
+        assert 'nan' in capsys.readouterr().out
 
     def test_flags(self, config, checkpoint, tmp_path, capsys):
         out = tmp_path / 'a.onnx'
@@ -143,6 +157,7 @@ class TestQuantize:
         assert found['equalized_pairs'] == 8  # One in each block.
         text = capsys.readouterr().out
         assert 'one scale a kernel, calibrated with 16 images' in text
+        assert 'on 1 thread:' in text
         assert '8 pairs of convs equalized' in text
 
     def test_torchao(self, config, checkpoint, tmp_path, capsys):
@@ -161,6 +176,30 @@ class TestQuantize:
             run_here(QUANTIZE, config, checkpoint, out, *flags, '--per-tensor')
         with pytest.raises(SystemExit, match=r'takes images of 64x64, found 32x32'):
             run_here(QUANTIZE, config, checkpoint, out, *flags, '--shape', '64', '64')
+
+    def test_two_stage_detector(self, digits, tmp_path, capsys):
+        import_models('mmdet')
+        config = (
+            ROOT / 'configs/digits/faster-rcnn_r18-slim-orepa_fpn_1xb2-10e_digits.py'
+        )
+        model = trained_like(build_model(Config.fromfile(config)))
+        path, out = tmp_path / 'a.pth', tmp_path / 'a.onnx'
+        write_checkpoint(dict(state_dict=model.state_dict()), path)
+        options = [
+            f'{phase}_dataloader.dataset.data_root={digits}/coco/'
+            for phase in ('train', 'val', 'test')
+        ]
+        options += ['val_dataloader.dataset.indices=2']
+        options += [
+            f'val_evaluator.ann_file={digits}/coco/annotations/instances_val2017.json'
+        ]
+        line = [QUANTIZE, config, path, out, '--images', '1', '--cfg-options', *options]
+        found = run_here(*line)
+        assert out.is_file() and 'coco/bbox_mAP' in found['metrics']['INT8']
+        text = capsys.readouterr().out
+        assert 'calibrated with 1 image,' in text
+        # Between 0 and 1, where two decimals would say little.
+        assert re.search(r'(?m)^coco/bbox_mAP +0\.\d{4} +0\.\d{4} +[-+]0\.\d{4}$', text)
 
     def test_without_the_data(self, config, checkpoint, tmp_path):
         for phase in ('train', 'val'):

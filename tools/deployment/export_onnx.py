@@ -31,7 +31,7 @@ from mmorepa.deployment.onnx_files import (
 )
 from mmorepa.engine.config import read_config
 from mmorepa.utils.files import atomic_write, check_outputs
-from mmorepa.utils.tables import format_table
+from mmorepa.utils.tables import counted, format_table
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -139,10 +139,11 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
         (name, f'{form["latency_ms"]:.2f}', f'{form["megabytes"]:.2f}')
         for name, form in figures['forms'].items()
     ]
-    print(
-        f'\nOne image of {shape[1]}x{shape[2]}, on {torch.get_num_threads()} threads:'
-    )
+    threads = counted(torch.get_num_threads(), 'thread')
+    print(f'\nOne image of {shape[1]}x{shape[2]}, on {threads}:')
     print(format_table(('deployed network', 'latency (ms)', 'size (MB)'), rows))
+    if hasattr(model, 'roi_head'):
+        print('The second stage is in the size of PyTorch, and not in the file.')
     for kind, difference in differences.items():
         print(
             f'Largest difference for {kind}: {difference.absolute:.2e} absolute, '

@@ -37,7 +37,7 @@ from mmorepa.deployment.onnx_files import OnnxNetwork, export_onnx, preprocessin
 from mmorepa.deployment.pt2e import ProgramNetwork, export_program, quantize_program
 from mmorepa.engine.config import check_data_folders, read_config
 from mmorepa.utils.files import atomic_write, check_outputs
-from mmorepa.utils.tables import format_table
+from mmorepa.utils.tables import counted, format_table
 
 # Their outputs are kept in memory for the comparison of the layers.
 LAYER_IMAGES = 8
@@ -104,7 +104,8 @@ def by_onnxruntime(
         args.reduce_range,
     )
     networks.append(OnnxNetwork(int8, network.pads))
-    losses = layer_losses(float32, int8, images[:LAYER_IMAGES])
+    modules = [name for name, _ in network.model.named_modules()]
+    losses = layer_losses(float32, int8, images[:LAYER_IMAGES], modules)
     return Quantized(dict(zip(NAMES, networks)), dict(zip(NAMES, files)), losses, pairs)
 
 
@@ -156,8 +157,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         '--backend',
         choices=BACKENDS,
         default='onnxruntime',
-        help='what quantizes (default: onnxruntime); torchao takes none of the next '
-        'options but --images and --reduce-range',
+        help='what quantizes (default: onnxruntime); torchao takes no --per-tensor, '
+        '--equalize, --calibration or --activations, and ranks no layers',
     )
     parser.add_argument(
         '--per-tensor',
@@ -192,7 +193,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--reduce-range',
         action='store_true',
-        help='weights of 7 bits, for x86 without VNNI, where sums saturate',
+        help='weights of 7 bits (activations, with torchao), for x86 without VNNI, '
+        'where sums saturate',
     )
     parser.add_argument(
         '--shape',
@@ -235,9 +237,15 @@ def saturates() -> bool:
         return False
 
 
+def in_digits(before: float, after: float) -> tuple[str, str, str]:
+    """Both numbers and their difference, to four decimals where none exceeds 1."""
+    form = '.2f' if max(abs(before), abs(after)) > 1 else '.4f'
+    return f'{before:{form}}', f'{after:{form}}', f'{after - before:+{form}}'
+
+
 def print_losses(losses: list[LayerLoss], most: int) -> None:
     """The layers whose outputs lose most, the worst first."""
-    # Where an output is not quantized, NaN, it cannot be ranked.
+    # NaN cannot be ranked.
     ranked = sorted(
         losses, key=lambda loss: (loss.output_snr != loss.output_snr, loss.output_snr)
     )
@@ -252,12 +260,13 @@ def print_losses(losses: list[LayerLoss], most: int) -> None:
         )
         for loss in ranked[:most]
     ]
-    print(f'\nThe {len(rows)} layers of {len(losses)} that lose most:')
+    print(f'\nThe layers that lose most, {len(rows)} of {len(losses)}:')
     print(format_table(headers, rows))
     print(
         'range: the largest weight. outlier: that of the widest channel over that of '
         'the\nmedian channel. SNR: signal over noise, a mean over channels; that of an '
-        'output has\nthe errors of all layers before it.'
+        'output has\nthe errors of all layers before it, and is nan where the output '
+        'is zero, or not\nquantized.'
     )
 
 
@@ -274,7 +283,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     shape = image_shape(model, test_batch(cfg), args.shape)
     if saturates() and not args.reduce_range:
         print('This CPU has no VNNI: if the accuracy falls, try --reduce-range.')
-    print(f'Reading {args.images} training images …', flush=True)
+    print(f'Reading {counted(args.images, "training image")} …', flush=True)
     images = calibration_images(cfg, model, args.images)
     # Their images differ in size.
     pads = any(hasattr(model, name) for name in ('bbox_head', 'rpn_head'))
@@ -307,7 +316,11 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
         latency_ms={name: 1000 * time for name, time in zip(NAMES, seconds)},
         megabytes=dict(zip(NAMES, sizes)),
         equalized_pairs=made.pairs,
-        layers=[loss._asdict() for loss in made.losses],
+        # JSON knows no NaN.
+        layers=[
+            {key: None if value != value else value for key, value in loss.items()}
+            for loss in (loss._asdict() for loss in made.losses)
+        ],
     )
     if args.json is not None:
         with atomic_write(args.json) as file:
@@ -319,15 +332,14 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     }
     if backend.is_timed:
         measured['latency (ms)'] = list(figures['latency_ms'].values())
-    rows = [
-        (name, f'{before:.2f}', f'{after:.2f}', f'{after - before:+.2f}')
-        for name, (before, after) in measured.items()
-    ]
+    rows = [(name, *in_digits(*values)) for name, values in measured.items()]
     kind = 'one scale a kernel' if args.per_tensor else 'one scale a channel'
-    print(f'\nINT8 by {backend.text}, {kind}, calibrated with {len(images)} images,')
+    number = counted(len(images), 'image')
+    print(f'\nINT8 by {backend.text}, {kind}, calibrated with {number},')
     if args.equalize:
-        print(f'{made.pairs} pairs of convs equalized,')
-    print(f'one image of {shape[1]}x{shape[2]} on {torch.get_num_threads()} threads:')
+        print(f'{counted(made.pairs, "pair")} of convs equalized,')
+    threads = counted(torch.get_num_threads(), 'thread')
+    print(f'one image of {shape[1]}x{shape[2]} on {threads}:')
     print(format_table(('', *NAMES, 'difference'), rows))
     if made.losses:
         print_losses(made.losses, args.worst)

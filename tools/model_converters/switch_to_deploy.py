@@ -41,7 +41,7 @@ from mmorepa.deployment.inputs import DEFAULT_SIZE, image_shape, test_batch
 from mmorepa.engine.config import build_model, read_config
 from mmorepa.utils.errors import OutputError
 from mmorepa.utils.files import atomic_write, check_outputs
-from mmorepa.utils.tables import format_table
+from mmorepa.utils.tables import counted, format_table
 
 # By this variable, the tool knows a config that it wrote.
 MARK = 'deployed_checkpoint'
@@ -184,9 +184,8 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
         for name, form in (('training form', before), ('deployed', after))
     ]
     headers = ('form', 'parameters', 'GFLOPs', 'latency (ms)', 'size (MB)')
-    print(
-        f'\nOne image of {shape[1]}x{shape[2]}, on {torch.get_num_threads()} threads:'
-    )
+    threads = counted(torch.get_num_threads(), 'thread')
+    print(f'\nOne image of {shape[1]}x{shape[2]}, on {threads}:')
     print(format_table(headers, rows))
     for kind, difference in differences.items():
         print(
