@@ -21,7 +21,7 @@ from ..utils.files import PathLike
 from .networks import require
 from .onnx_files import INPUT
 
-ACTIVATIONS = {'uint8': 'QUInt8', 'int8': 'QInt8'}
+ACTIVATIONS = {'uint8': 'QUInt8', 'int8': 'QInt8', 'uint16': 'QUInt16'}
 # By name, ONNX Runtime's method and its options. Not 'Entropy': from as many bins as
 # steps, it chooses what MinMax does.
 CALIBRATIONS = dict(
@@ -138,8 +138,9 @@ def quantize_onnx(
         images (Sequence[Tensor]): Batches of real images.
         per_channel (bool): Whether each output channel of a kernel has a scale of its
             own. Defaults to True.
-        activations (str): ``'uint8'``, which suits x86, or ``'int8'``, which suits ARM
-            and GPUs. Weights are int8. Defaults to ``'uint8'``.
+        activations (str): ``'uint8'``, which suits x86, ``'int8'``, which suits ARM and
+            GPUs, or ``'uint16'``, where accuracy is lost in the activations. Weights
+            are int8. Defaults to ``'uint8'``.
         calibration (str): How ranges of activations are chosen: ``'average'``, the
             mean of the images' ranges; ``'minmax'``, the range of all; or
             ``'percentile'``, that of all but one in 10,000 values. Defaults to

@@ -126,6 +126,9 @@ def test_percentile_and_int8_and_7_bits(images, files):
     ):
         _, target, losses, _ = quantized(model, images, files, **options)
         assert error(model, target, images) < 0.1
+    # What is left is the error of the weights.
+    target = quantized(model, images, files, activations='uint16')[1]
+    assert error(model, target, images) < 0.01
     # Half as many steps: 6 dB.
     full = quantized(model, images, files)[2]
     assert losses['two'].kernel_snr == pytest.approx(

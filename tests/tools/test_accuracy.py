@@ -346,7 +346,7 @@ def test_int8_of_trained_networks(toy, capsys):
     for row in rows:
         assert 25 < float(row['kernel_snr']) < 50 and 1 <= float(row['outlier']) < 20
         # Of twenty images of noise.
-        for scheme in ('per_channel', 'per_tensor', 'per_tensor_equalized'):
+        for scheme in tool(INT8).HEADERS:
             assert abs(float(row[scheme]) - float(row['float32'])) <= 25
     table = Path('int8/results.md').read_text()
     assert '| slim ResNet-18, OREPA | folded kernels |' in table

@@ -67,14 +67,21 @@ from mmorepa.engine.config import check_data_folders, read_config
 from mmorepa.utils.files import atomic_write, check_outputs
 
 # Of accuracies: in float, and with one scale for each channel or each kernel.
-SCHEMES = ('float32', 'per_channel', 'per_tensor', 'per_tensor_equalized')
+SCHEMES = (
+    'float32',
+    'per_channel',
+    'per_channel_minmax',
+    'per_tensor',
+    'per_tensor_equalized',
+)
 # Means over layers; the signal over noise of kernels with one scale each.
 VALUES = (*SCHEMES, 'outlier', 'kernel_snr')
 DECAYS = {STANDARD: 'branches', KERNEL_DECAY: 'folded kernels'}
 HEADERS = {
     'per_channel': 'INT8, one scale a channel',
+    'per_channel_minmax': 'one scale a channel, widest ranges',
     'per_tensor': 'one scale a kernel',
-    'per_tensor_equalized': 'the same, equalized',
+    'per_tensor_equalized': 'one scale a kernel, equalized',
 }
 # What layer_losses keeps the outputs of; only the kernels are of interest here.
 _LAYER_IMAGES = 1
@@ -162,12 +169,13 @@ def measure(folder: Path, number: int) -> dict[str, str]:
         prepare(exported, float32)
         prepare(exported, equalized, equalized=True)
         values = dict(float32=accuracy(float32))
-        for scheme, source, is_per_channel in (
-            ('per_channel', float32, True),
-            ('per_tensor_equalized', equalized, False),
-            ('per_tensor', float32, False),
+        for scheme, source, options in (
+            ('per_channel', float32, {}),
+            ('per_channel_minmax', float32, dict(calibration='minmax')),
+            ('per_tensor_equalized', equalized, dict(per_channel=False)),
+            ('per_tensor', float32, dict(per_channel=False)),
         ):
-            quantize_onnx(source, int8, images, is_per_channel)
+            quantize_onnx(source, int8, images, **options)
             values[scheme] = accuracy(int8)
         losses = layer_losses(float32, int8, images[:_LAYER_IMAGES])
     for column in ('outlier', 'kernel_snr'):
