@@ -321,6 +321,7 @@ def test_validations(study):
 
 
 INT8 = 'benchmarks/int8.py'
+INT8_ROWS = ROOT / 'docs/evidence/int8/results.csv'
 
 
 @pytest.mark.slow
@@ -361,6 +362,13 @@ def test_int8_of_trained_networks(toy, capsys):
     assert '0 of 2 jobs to do.' in capsys.readouterr().out
     assert rows_of('int8/results.csv') == rows
     assert '](int8/int8.png)' in Path('page.md').read_text()
+
+
+@pytest.mark.skipif(not INT8_ROWS.exists(), reason='the study has not been run')
+def test_document_has_the_figures_of_int8():
+    study = tool(INT8)
+    results = study.Results(INT8_ROWS, study.KEY, study.VALUES)
+    assert study.to_markdown(results, '10pct') in (ROOT / 'docs/int8.md').read_text()
 
 
 def test_int8_of_nothing(tmp_path):

@@ -33,6 +33,9 @@ from accuracy import (
     NETWORKS,
     REFERENCE,
     STANDARD,
+    STRONG,
+    STRONG_DECAY,
+    STRONG_KERNEL_DECAY,
     Line,
     draw_differences,
     folder_of,
@@ -76,9 +79,16 @@ SCHEMES = (
 )
 # Means over layers; the signal over noise of kernels with one scale each.
 VALUES = (*SCHEMES, 'outlier', 'kernel_snr')
-DECAYS = {STANDARD: 'branches', KERNEL_DECAY: 'folded kernels'}
+# The variants of the trainings.
+DECAYS = {
+    STANDARD: 'branches',
+    KERNEL_DECAY: 'folded kernels',
+    STRONG_DECAY: f'branches, {STRONG:g}',
+    STRONG_KERNEL_DECAY: f'folded kernels, {STRONG:g}',
+}
+OF_KERNELS = (KERNEL_DECAY, STRONG_KERNEL_DECAY)
 HEADERS = {
-    'per_channel': 'INT8, one scale a channel',
+    'per_channel': 'one scale a channel',
     'per_channel_minmax': 'one scale a channel, widest ranges',
     'per_tensor': 'one scale a kernel',
     'per_tensor_equalized': 'one scale a kernel, equalized',
@@ -201,6 +211,11 @@ def _rows_by_network(
                     yield network, block, variant, rows
 
 
+def _decay(block: str, variant: str) -> str:
+    decay = DECAYS[variant]
+    return decay.replace('branches', 'kernels') if block == REFERENCE else decay
+
+
 def _column(rows: Sequence[dict[str, str]], name: str) -> dict[str, float]:
     return {row['seed']: float(row[name]) for row in rows}
 
@@ -217,11 +232,10 @@ def to_markdown(results: Results, data: str) -> Optional[str]:
             f'{statistics.fmean(_column(rows, name).values()):.1f}'
             for name in ('outlier', 'kernel_snr')
         ]
-        decay = 'kernels' if block == REFERENCE else DECAYS[variant]
         lines.append(
             (
                 f'{NETWORKS[network]}, {BLOCKS[network][block]}',
-                decay,
+                _decay(block, variant),
                 mean_and_deviation([*float32.values()]),
                 *cells,
                 *means,
@@ -236,34 +250,34 @@ def to_markdown(results: Results, data: str) -> Optional[str]:
 def plot(results: Results, path: Path) -> None:
     """Each seed's difference to float, by scheme."""
     found = [(data, *rest) for data in DATA for rest in _rows_by_network(results, data)]
-    height = 1.6 + 0.36 * len(found)
+    several = {(data, network) for data, network, *_ in found}
     figure, all_axes = plt.subplots(
-        1,
-        len(HEADERS),
-        figsize=(5.0 * len(HEADERS), height),
+        2,
+        2,
+        figsize=(10, 1.6 + 0.7 * len(found)),
         layout='constrained',
         sharex=True,
     )
-    for axes, (scheme, title) in zip(all_axes, HEADERS.items()):
+    for axes, (scheme, title) in zip(all_axes.flat, HEADERS.items()):
         lines = []
         for data, network, block, variant, rows in found:
-            name = f'{NETWORKS[network]}, {BLOCKS[network][block]}'
-            if variant == KERNEL_DECAY:
-                name += ', kernels decay'
-            if len({data for data, *_ in found}) > 1:
-                name += f', {DATA[data]}'
+            name = f'{BLOCKS[network][block]}: {_decay(block, variant)}'
+            if len(several) > 1:
+                name = f'{NETWORKS[network]}, {DATA[data]}, {name}'
             columns = (
                 {row['seed']: dict(accuracy=row[column]) for row in rows}
                 for column in (scheme, 'float32')
             )
-            is_standard = variant == STANDARD
-            lines.append(Line(name, COLOURS[block], *columns, is_standard))
+            of_branches = variant not in OF_KERNELS
+            lines.append(Line(name, COLOURS[block], *columns, of_branches))
         draw_differences(axes, lines)
-        axes.set(title=title, xlabel='points of accuracy beyond float32')
-        axes.tick_params(labelleft=axes is all_axes[0])
+        axes.set(title=title)
+        axes.tick_params(labelleft=axes in all_axes[:, 0])
+    for axes in all_axes[-1]:
+        axes.set_xlabel('points of accuracy beyond float32')
     figure.suptitle(
-        'What INT8 changes: each seed, and the mean with its 95 % interval; weight '
-        'decay of branches (dots) or of folded kernels (squares)',
+        'What INT8 changes: each seed, and the mean with its 95 % interval.\n'
+        'Weight decay of branches (dots) or of folded kernels (squares)',
         fontsize='medium',
     )
     with atomic_write(path) as file:
