@@ -155,7 +155,8 @@ VARIANTS = {
     },
     'online': Variant('folded online', {'optim_wrapper.folded': False}),
 }
-ABLATIONS = [name for name in VARIANTS if name not in (STANDARD, LONGER, KERNEL_DECAY)]
+DECAYS = (KERNEL_DECAY, STRONG_DECAY, STRONG_KERNEL_DECAY)
+ABLATIONS = [name for name in VARIANTS if name not in (STANDARD, LONGER, *DECAYS)]
 
 
 def seeds(text: str) -> list[int]:
