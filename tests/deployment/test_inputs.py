@@ -1,8 +1,9 @@
+from pathlib import Path
+
 import pytest
 from helpers import import_models
 from mmengine.config import Config
 from mmengine.registry import MODELS
-from tool_runs import ROOT
 
 from mmorepa import switch_to_deploy
 from mmorepa.deployment.inputs import image_shape
@@ -12,7 +13,7 @@ from mmorepa.deployment.inputs import image_shape
 def classifier(request):
     import_models('mmpretrain')
     name = 'fashion_mnist/resnet18-slim-orepa_1xb64_fashion-mnist-10pct.py'
-    cfg = Config.fromfile(ROOT / 'configs' / name)
+    cfg = Config.fromfile(Path(__file__).parents[2] / 'configs' / name)
     cfg.model.backbone.in_channels = request.param
     return MODELS.build(dict(cfg.model, _scope_='mmpretrain')), request.param
 
