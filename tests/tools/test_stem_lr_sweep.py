@@ -3,7 +3,7 @@ import csv
 import matplotlib.image
 import pytest
 from helpers import import_models
-from tool_runs import run_here, tool
+from tool_runs import ROOT, run_here, tool
 
 TOOL = 'benchmarks/stem_lr_sweep.py'
 
@@ -52,3 +52,10 @@ def test_study(trainings, tmp_path, capsys):
     assert len(trainings) == 10
     run_here(TOOL, '--report-only', '--out', tmp_path)
     assert len(trainings) == 10
+
+
+def test_document_has_these_figures():
+    module = tool(TOOL)
+    rows = ROOT / 'docs/evidence/stem_lr_sweep/results.csv'
+    results = module.Results(rows, module.KEY, module.VALUES)
+    assert module.to_markdown(results) in (ROOT / 'docs/transfer.md').read_text()

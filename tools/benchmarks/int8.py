@@ -79,13 +79,14 @@ SCHEMES = (
 )
 # Means over layers; the signal over noise of kernels with one scale each.
 VALUES = (*SCHEMES, 'outlier', 'kernel_snr')
-# The variants of the trainings.
+# By the variants of the trainings.
 DECAYS = {
     STANDARD: 'branches',
     KERNEL_DECAY: 'folded kernels',
     STRONG_DECAY: f'branches, {STRONG:g}',
     STRONG_KERNEL_DECAY: f'folded kernels, {STRONG:g}',
 }
+TICKS = (-30, -10, -3, -1, -0.5, 0, 0.5, 1)
 OF_KERNELS = (KERNEL_DECAY, STRONG_KERNEL_DECAY)
 HEADERS = {
     'per_channel': 'one scale a channel',
@@ -254,7 +255,7 @@ def plot(results: Results, path: Path) -> None:
     figure, all_axes = plt.subplots(
         2,
         2,
-        figsize=(10, 1.6 + 0.7 * len(found)),
+        figsize=(10.5, 1.6 + 0.56 * len(found)),
         layout='constrained',
         sharex=True,
     )
@@ -271,10 +272,13 @@ def plot(results: Results, path: Path) -> None:
             of_branches = variant not in OF_KERNELS
             lines.append(Line(name, COLOURS[block], *columns, of_branches))
         draw_differences(axes, lines)
+        # One kind of network loses a hundred times what the others do.
+        axes.set_xscale('symlog', linthresh=1)
+        axes.set_xticks(TICKS, [f'{tick:g}' for tick in TICKS])
         axes.set(title=title)
         axes.tick_params(labelleft=axes in all_axes[:, 0])
     for axes in all_axes[-1]:
-        axes.set_xlabel('points of accuracy beyond float32')
+        axes.set_xlabel('points of accuracy beyond float32 (logarithmic beyond 1)')
     figure.suptitle(
         'What INT8 changes: each seed, and the mean with its 95 % interval.\n'
         'Weight decay of branches (dots) or of folded kernels (squares)',

@@ -16,8 +16,8 @@ class EquivalentKernelDecayHook(Hook):
     """Adds ``½ · weight_decay · Σ ‖K‖²`` over the equivalent kernels to the losses.
 
     L2 of the branches lets the folded kernel grow as long as every factor is small;
-    L2 of the kernel itself keeps its distribution narrow, which matters before
-    quantisation. It generalises RepVGG's "custom L2" to every block: see
+    L2 of the kernel itself is meant to keep its distribution narrow for quantisation.
+    It generalises RepVGG's "custom L2" to every block: see
     :meth:`mmorepa.layers.ReparamConv2d.regularized_kernel`. Its gradient for a plain
     conv is that of SGD's own weight decay. The term is logged as
     ``loss_kernel_decay``.
@@ -25,6 +25,10 @@ class EquivalentKernelDecayHook(Hook):
     Take the branches out of the optimizer's weight decay, or they decay twice:
     ``branch_decay_mult=0.`` of
     :class:`mmorepa.engine.OREPAOptimWrapperConstructor` does it.
+
+    Its gradient reaches the branches amplified by the fold, in the deep linear stem of
+    OREPA about a hundredfold: large coefficients diverge there, unless a small
+    ``stem_lr_mult`` evens it out. docs/int8.md has what it did to trained networks.
 
     Args:
         weight_decay (float): The coefficient. Defaults to 1e-4.
