@@ -30,8 +30,8 @@ from studies import (
     Job,
     Point,
     Results,
+    add_report_arguments,
     epochs_options,
-    fill_document,
     is_gpu_there,
     markdown_table,
     mean_and_deviation,
@@ -40,6 +40,7 @@ from studies import (
     raise_failures,
     run_jobs,
     train,
+    write_tables,
 )
 
 from mmorepa.cli import one_line_errors, positive
@@ -206,25 +207,12 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         '--epochs', type=positive, help='of each training (default: as in the config)'
     )
     parser.add_argument(
-        '--jobs',
-        type=positive,
-        default=len(os.sched_getaffinity(0)),
-        help='trainings side by side, on a GPU too (default: one for each core)',
-    )
-    parser.add_argument(
         '--workers',
         type=int,
         choices=(0, 1, 2),
         default=int(is_gpu_there()),
         help='processes that load the data of a training (default: 1 with a GPU, 0 '
         'without)',
-    )
-    parser.add_argument(
-        '--out',
-        type=Path,
-        default=Path('work_dirs/accuracy'),
-        help='the folder for results.csv, tables and figures, and for the logs '
-        '(default: work_dirs/accuracy)',
     )
     parser.add_argument(
         '--merge',
@@ -234,17 +222,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         metavar='CSV',
         help='take the rows of these files, too, such as those of other machines',
     )
-    parser.add_argument(
-        '--document',
-        type=Path,
-        help='put tables and figures into this Markdown file instead of tables.md, '
-        'between its comments <!-- begin NAME --> and <!-- end NAME -->',
-    )
-    parser.add_argument(
-        '--report-only',
-        action='store_true',
-        help='train nothing; write tables and figures of the rows that are there',
-    )
+    add_report_arguments(parser, 'accuracy', 'trainings, on a GPU too,', 'tables.md')
     args = parser.parse_args(argv)
     if 'ablations' in args.variants:
         names = [*args.variants, *ABLATIONS]
@@ -767,20 +745,11 @@ def report(results: Results, args: argparse.Namespace) -> None:
         args.out / 'ablations.png',
     )
     plot_budget(studies, args.out / 'budget.png')
+    figures = {
+        name: (args.out / f'{name}.png', caption) for name, caption in FIGURES.items()
+    }
     tables = tables_of(results, args.epochs)
-    text = '\n\n'.join(f'### {name}\n\n{table}' for name, table in tables.items())
-    print(f'{text}\n')
-    if args.document is None:
-        with atomic_write(args.out / 'tables.md') as file:
-            file.write_text(text + '\n')
-    else:
-        figures = {}
-        for name, caption in FIGURES.items():
-            path = args.out / f'{name}.png'
-            if path.is_file():
-                place = os.path.relpath(path, args.document.parent)
-                figures[name] = f'![{caption}]({place})'
-        fill_document(args.document, {**tables, **figures})
+    write_tables(tables, figures, args.out / 'tables.md', args.document)
     print(f"Wrote tables to '{args.document or args.out}', figures to '{args.out}'.")
 
 
@@ -809,8 +778,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if results.rows:
         report(results, args)
     raise_failures(failures)
-    if not results.rows:
-        raise ValueError(f"no rows in '{results.path}'; run without --report-only")
+    results.require_rows()
 
 
 if __name__ == '__main__':

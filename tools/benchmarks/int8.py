@@ -44,13 +44,14 @@ from accuracy import VALUES as TRAINING_VALUES
 from studies import (
     Job,
     Results,
-    fill_document,
+    add_report_arguments,
     last_checkpoint,
     markdown_table,
     mean_and_deviation,
     paired_difference,
     raise_failures,
     run_jobs,
+    write_tables,
 )
 
 from mmorepa.cli import one_line_errors, positive
@@ -114,29 +115,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         default=1000,
         help='training images to calibrate with (default: 1000)',
     )
-    parser.add_argument(
-        '--jobs',
-        type=positive,
-        default=len(os.sched_getaffinity(0)),
-        help='networks side by side (default: one for each core)',
-    )
-    parser.add_argument(
-        '--out',
-        type=Path,
-        default=Path('work_dirs/int8'),
-        help='the folder for results.csv, table and figure (default: work_dirs/int8)',
-    )
-    parser.add_argument(
-        '--document',
-        type=Path,
-        help='put tables and figure into this Markdown file instead of results.md, '
-        'between its comments <!-- begin NAME --> and <!-- end NAME -->',
-    )
-    parser.add_argument(
-        '--report-only',
-        action='store_true',
-        help='quantize nothing; write table and figure of the rows that are there',
-    )
+    add_report_arguments(parser, 'int8', 'networks', 'results.md')
     return parser.parse_args(argv)
 
 
@@ -295,15 +274,9 @@ def report(results: Results, args: argparse.Namespace) -> None:
     plot(results, figure)
     tables = {f'int8-{data}': to_markdown(results, data) for data in DATA}
     tables = {name: table for name, table in tables.items() if table}
-    text = '\n\n'.join(f'### {name}\n\n{table}' for name, table in tables.items())
-    print(f'{text}\n')
-    if args.document is None:
-        with atomic_write(args.out / 'results.md') as file:
-            file.write_text(text + '\n')
-    else:
-        place = os.path.relpath(figure, args.document.parent)
-        image = f'![What INT8 changes, network by network]({place})'
-        fill_document(args.document, {**tables, 'int8': image})
+    caption = 'What INT8 changes, network by network'
+    figures = dict(int8=(figure, caption))
+    write_tables(tables, figures, args.out / 'results.md', args.document)
     print(f"Wrote tables to '{args.document or args.out}', the figure to '{figure}'.")
 
 
@@ -324,7 +297,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                 'tools/benchmarks/accuracy.py --lr-factors 1 first, with '
                 '--variants standard kernel_decay'
             )
-        for _, folder in networks:
+        # The networks of a study share their data.
+        for folder in {key['data']: folder for key, folder in networks}.values():
             check_data_folders(read_config(str(folder / 'run.py')), ('train', 'val'))
         jobs = [
             Job(key, partial(measure, folder, args.images)) for key, folder in networks
@@ -333,8 +307,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if results.rows:
         report(results, args)
     raise_failures(failures)
-    if not results.rows:
-        raise ValueError(f"no rows in '{results.path}'; run without --report-only")
+    results.require_rows()
 
 
 if __name__ == '__main__':

@@ -152,6 +152,43 @@ def add_study_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     )
 
 
+def add_report_arguments(
+    parser: argparse.ArgumentParser, name: str, jobs: str, tables: str
+) -> None:
+    """Adds how many jobs run side by side, and where their tables and figures go.
+
+    Args:
+        parser (argparse.ArgumentParser): That of the study.
+        name (str): Of its folder below ``work_dirs``.
+        jobs (str): What runs side by side.
+        tables (str): The file in that folder that has the tables.
+    """
+    parser.add_argument(
+        '--jobs',
+        type=positive,
+        default=len(os.sched_getaffinity(0)),
+        help=f'{jobs} side by side (default: one for each core)',
+    )
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=Path('work_dirs', name),
+        help='the folder for results.csv, tables and figures, and for the logs '
+        f'(default: work_dirs/{name})',
+    )
+    parser.add_argument(
+        '--document',
+        type=Path,
+        help=f'put tables and figures into this Markdown file instead of {tables}, '
+        'between its comments <!-- begin NAME --> and <!-- end NAME -->',
+    )
+    parser.add_argument(
+        '--report-only',
+        action='store_true',
+        help='run nothing; write tables and figures of the rows that are there',
+    )
+
+
 def epochs_options(epochs: int, workers: int = 0) -> dict:
     """The options that give the recipes of ``configs/`` another length.
 
@@ -322,6 +359,11 @@ class Results:
         self.add(*new)
         return len(new)
 
+    def require_rows(self) -> None:
+        """Raises a ValueError if there are none."""
+        if not self.rows:
+            raise ValueError(f"no rows in '{self.path}'; run without --report-only")
+
     def add(self, *rows: Mapping[str, str]) -> None:
         """Appends rows, and writes the file."""
         self.rows += [{name: row[name] for name in self.fields} for row in rows]
@@ -464,8 +506,7 @@ def write_report(
     Raises:
         ValueError: If there are no rows.
     """
-    if not results.rows:
-        raise ValueError(f"no rows in '{results.path}'; run without --report-only")
+    results.require_rows()
     tables = to_markdown(results)
     with atomic_write(results.path.with_suffix('.md')) as file:
         file.write_text(tables + '\n')
@@ -552,3 +593,33 @@ def fill_document(path: Path, parts: dict[str, str]) -> None:
         text = f'{before}{begin}\n\n{part}\n\n{end}{rest.split(end)[1]}'
     with atomic_write(path) as file:
         file.write_text(text)
+
+
+def write_tables(
+    tables: Mapping[str, str],
+    figures: Mapping[str, tuple[Path, str]],
+    path: Path,
+    document: Optional[Path] = None,
+) -> None:
+    """Prints the tables of a study, and writes them.
+
+    Args:
+        tables (Mapping[str, str]): By name.
+        figures (Mapping[str, tuple[Path, str]]): Files and captions, by name; those
+            that are not there are left out.
+        path (Path): The file for the tables alone.
+        document (Path, optional): See :func:`fill_document`; it gets tables and
+            figures, and the file is not written.
+    """
+    text = '\n\n'.join(f'### {name}\n\n{table}' for name, table in tables.items())
+    print(f'{text}\n')
+    if document is None:
+        with atomic_write(path) as file:
+            file.write_text(text + '\n')
+        return
+    images = {
+        name: f'![{caption}]({os.path.relpath(figure, document.parent)})'
+        for name, (figure, caption) in figures.items()
+        if figure.is_file()
+    }
+    fill_document(document, {**tables, **images})

@@ -41,8 +41,6 @@ from mmorepa.utils.tables import counted, format_table
 
 # Their outputs are kept in memory for the comparison of the layers.
 LAYER_IMAGES = 8
-
-
 NAMES = FLOAT, INT8 = 'float32', 'INT8'
 
 
@@ -328,7 +326,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
             file.write_text(json.dumps(figures, indent=2) + '\n')
 
     measured = {
-        **{key: [metrics[n][key] for n in NAMES] for key in metrics['float32']},
+        **{key: [metrics[n][key] for n in NAMES] for key in metrics[FLOAT]},
         'size (MB)': sizes,
     }
     if backend.is_timed:
