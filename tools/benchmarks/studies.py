@@ -173,7 +173,7 @@ def add_report_arguments(
         '--out',
         type=Path,
         default=Path('work_dirs', name),
-        help='the folder for results.csv, tables and figures, and for the logs '
+        help='the folder for results.csv, tables, figures and what else is written '
         f'(default: work_dirs/{name})',
     )
     parser.add_argument(
