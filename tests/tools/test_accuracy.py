@@ -215,7 +215,7 @@ def test_report(out, study, capsys):
     ]
     assert [line for line in tables['ablations-10pct'] if line][2:] == [
         '| OREPA | 85.33 ± 4.51 |  | +2.00 [-10.71, +14.71] | 1.00 | 3 |',
-        '| plain stem | 80.00 | -1.00 | +0.00 | 2.00 | 1 |',
+        '| OREPA, plain stem | 80.00 | -1.00 | +0.00 | 2.00 | 1 |',
     ]
     assert [line for line in tables['budget-10pct'] if line][2:] == [
         '| slim ResNet-18, plain, 20 epochs | 81.00 ± 1.41 | 1.00 | '
@@ -285,8 +285,9 @@ def test_parts(study):
     assert count() == (4 + 3) * 3 * 2 * 8
     assert count('--variants', 'longer', '--lr-factors', 1, '--seeds', '0-1') == 7 * 4
     ablations = ('--variants', 'ablations', '--lr-factors', '1', '--data', 'full')
-    assert count(*ablations, '--seeds', '0-4') == len(study.ABLATIONS) * 5
-    assert count(*ablations, '--blocks', 'dbb') == 0
+    assert count(*ablations, '--seeds', '0-4') == (len(study.ABLATIONS) + 2) * 5
+    assert count(*ablations, '--blocks', 'dbb') == 8  # single_init
+    assert count(*ablations, '--blocks', 'none') == 0
 
 
 def test_bad_input(out, tmp_path, monkeypatch):

@@ -147,7 +147,9 @@ VARIANTS = {
         for branch in _BRANCHES
     },
     'plain_stem': Variant('plain stem', {'model.backbone.block': 'orepa_plain_stem'}),
-    'single_init': Variant('single_init', {_BLOCK_CFG: dict(single_init=True)}),
+    'single_init': Variant(
+        'single_init', {_BLOCK_CFG: dict(single_init=True)}, blocks=_ALL_BLOCKS[1:]
+    ),
     **{
         f'stem_lr_{mult:g}': Variant(
             f'stem learning rate x {mult:g}', {f'{_PARAMWISE}.stem_lr_mult': mult}
@@ -454,27 +456,30 @@ def rates_table(study: Study) -> Optional[str]:
 
 
 def ablation_table(study: Study) -> Optional[str]:
-    """OREPA without each of its parts, beside the whole and the plain network."""
-    network, block = 'resnet18', 'orepa'
-    whole, plain = study.of(network, block), study.of(network, REFERENCE)
-    rows = [
-        (
-            text,
-            mean_and_deviation([*accuracies(found).values()]),
-            '' if found is whole else _cell(_difference(found, whole)),
-            _cell(_difference(found, plain)),
-            _cell(relative_time(found, whole), '{:.2f}'),
-            str(len(found)),
-        )
-        for text, found in (
-            ('OREPA', whole),
-            *((VARIANTS[n].text, study.of(network, block, n)) for n in ABLATIONS),
-        )
-        if found
-    ]
-    headers = ('slim ResNet-18', 'top-1 accuracy (%)', 'minus OREPA', 'minus plain')
-    headers = (*headers, 'training time / OREPA', 'seeds')
-    return markdown_table(headers, rows) if len(rows) > 1 else None
+    """Blocks without each of their parts, beside the whole and the plain network."""
+    network, rows = 'resnet18', []
+    plain = study.of(network, REFERENCE)
+    for block, text in BLOCKS[network].items():
+        found = {
+            name: study.of(network, block, name) for name in (STANDARD, *ABLATIONS)
+        }
+        whole = found[STANDARD]
+        found = {name: of_one for name, of_one in found.items() if of_one}
+        for name, of_one in found.items() if len(found) > 1 else ():
+            is_whole = name == STANDARD
+            rows.append(
+                (
+                    text if is_whole else f'{text}, {VARIANTS[name].text}',
+                    mean_and_deviation([*accuracies(of_one).values()]),
+                    '' if is_whole else _cell(_difference(of_one, whole)),
+                    _cell(_difference(of_one, plain)),
+                    _cell(relative_time(of_one, whole), '{:.2f}'),
+                    str(len(of_one)),
+                )
+            )
+    headers = ('slim ResNet-18', 'top-1 accuracy (%)', 'minus the whole', 'minus plain')
+    headers = (*headers, 'training time / the whole', 'seeds')
+    return markdown_table(headers, rows) if rows else None
 
 
 def budget_table(study: Study) -> Optional[str]:
