@@ -76,10 +76,10 @@ def calibration_images(cfg: Config, model: nn.Module, number: int) -> list[Tenso
     if cfg.get('train_dataloader') is None:
         raise ValueError('the config has no train_dataloader to calibrate with')
     if cfg.get('test_dataloader') is not None:
-        source = _innermost(cfg.test_dataloader.dataset).get('pipeline')
-        target = _innermost(cfg.train_dataloader.dataset)
-        if source and 'pipeline' in target:
-            target.pipeline = source
+        pipeline = _unwrapped(cfg.test_dataloader.dataset).get('pipeline')
+        if pipeline:
+            dataset = _unwrapped(cfg.train_dataloader.dataset, pipeline)
+            cfg.train_dataloader.dataset = dataset
     cfg.train_dataloader.batch_size = 1
     # Batches by shape, as detectors have them, would wait for a second image.
     cfg.train_dataloader.pop('batch_sampler', None)
@@ -87,9 +87,18 @@ def calibration_images(cfg: Config, model: nn.Module, number: int) -> list[Tenso
     return [model.data_preprocessor(batch, False)['inputs'] for batch in batches]
 
 
-def _innermost(dataset: dict) -> dict:
+def _unwrapped(dataset: dict, pipeline: Optional[list] = None) -> dict:
+    """The dataset that reads the files, or several of them one after the other.
+
+    Without those around it, which repeat images, or mix them as they are augmented.
+    """
     while isinstance(dataset.get('dataset'), dict):
         dataset = dataset['dataset']
+    if 'datasets' in dataset:
+        parts = [_unwrapped(part, pipeline) for part in dataset['datasets']]
+        dataset['datasets'] = parts
+    elif pipeline and 'pipeline' in dataset:
+        dataset['pipeline'] = pipeline
     return dataset
 
 
@@ -183,6 +192,21 @@ def _reader(images: Sequence[Tensor]) -> Any:
     return Reader()
 
 
+def evaluation_phase(cfg: Config) -> str:
+    """``'val'``, or ``'test'`` for a config without validation.
+
+    Raises:
+        ValueError: If the config has neither, with data and an evaluator.
+    """
+    for phase in ('val', 'test'):
+        if cfg.get(f'{phase}_dataloader') and cfg.get(f'{phase}_evaluator'):
+            return phase
+    raise ValueError(
+        'the config has no data to test with: it needs val_dataloader and '
+        'val_evaluator, or test_dataloader and test_evaluator'
+    )
+
+
 @torch.no_grad()
 def evaluate(cfg: Config, model: nn.Module) -> dict[str, float]:
     """The metrics of the config's own evaluator on its validation data.
@@ -198,7 +222,7 @@ def evaluate(cfg: Config, model: nn.Module) -> dict[str, float]:
         FileNotFoundError: If the data are missing.
         ValueError: If the config has neither.
     """
-    phase = 'val' if cfg.get('val_dataloader') is not None else 'test'
+    phase = evaluation_phase(cfg)
     loader = build_loader(cfg, phase)
     evaluator = Evaluator(cfg[f'{phase}_evaluator'])
     evaluator.dataset_meta = getattr(loader.dataset, 'metainfo', None)

@@ -1,12 +1,15 @@
 import numpy as np
 import pytest
 import torch
-from helpers import assert_near, trained_like
+from helpers import assert_near, import_models, trained_like
+from mmengine.config import Config
 from test_onnx_files import deployed
 from torch import nn
 
 from mmorepa.deployment.int8 import (
     _layer_name,
+    calibration_images,
+    evaluation_phase,
     layer_losses,
     prepare,
     quantize_onnx,
@@ -183,3 +186,80 @@ def test_names_in_the_head_of_a_segmenter(images, files, onnx):
     names = [_layer_name(n, modules) for n in nodes if n.op_type == 'Conv']
     assert set(names) <= set(modules)
     assert {'decode_head.bottleneck', 'decode_head.image_pool.1'} <= set(names)
+
+
+class Unscaled(nn.Module):
+    """The preprocessor of a toolbox, to see the images themselves."""
+
+    def data_preprocessor(self, batch, training):
+        assert not training
+        return dict(inputs=torch.stack([*batch['inputs']]))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Images of one value each: 1 and 2 to train with, 3 to test with."""
+    import_models('mmpretrain')
+    import mmcv
+
+    for value in (1, 2, 3):
+        path = tmp_path / f'{value}' / 'class' / 'a.png'
+        mmcv.imwrite(np.full((6, 4, 3), value, np.uint8), str(path))
+
+    def dataset(value, *steps):
+        pipeline = [dict(type='LoadImageFromFile'), *steps, dict(type='PackInputs')]
+        root = str(tmp_path / f'{value}')
+        return dict(type='CustomDataset', data_root=root, pipeline=pipeline)
+
+    return dataset
+
+
+def loader(dataset):
+    sampler = dict(type='DefaultSampler', shuffle=False)
+    return dict(dataset=dataset, sampler=sampler, batch_size=2)
+
+
+CROP = dict(type='RandomCrop', crop_size=2)
+
+
+@pytest.mark.parametrize('around', ['nothing', 'repeat', 'mix', 'concat', 'concat mix'])
+def test_calibration_images_are_not_augmented(folder, around):
+    """Whatever is around the datasets that read the files."""
+    parts = [folder(1, CROP)]
+    if 'concat' in around:
+        parts.append(folder(2, CROP))
+    if 'repeat' in around:
+        parts = [dict(type='RepeatDataset', times=2, dataset=part) for part in parts]
+    if 'mix' in around:
+        # As of MMDetection: its own pipeline takes what the inner one gives.
+        mix = dict(type='MultiImageMixDataset', pipeline=[dict(type='Mosaic')])
+        parts = [dict(mix, dataset=part) for part in parts]
+    dataset = parts[0]
+    if 'concat' in around:
+        dataset = dict(type='ConcatDataset', datasets=parts)
+    test = dict(type='RepeatDataset', times=1, dataset=folder(3))
+    cfg = Config(dict(train_dataloader=loader(dataset), test_dataloader=loader(test)))
+    cfg.merge_from_dict(dict(default_scope='mmpretrain', model={}))
+    before = cfg.pretty_text
+    found = calibration_images(cfg, Unscaled(), 5)
+    assert cfg.pretty_text == before
+    assert [image.shape for image in found] == [(1, 3, 6, 4)] * len(found)
+    values = [image.unique().item() for image in found]
+    assert values == ([1, 2] if 'concat' in around else [1])
+
+
+def test_calibration_images_without_test_data(folder):
+    cfg = Config(dict(train_dataloader=loader(folder(1, CROP))))
+    cfg.merge_from_dict(dict(default_scope='mmpretrain', model={}))
+    (image,) = calibration_images(cfg, Unscaled(), 5)
+    assert image.shape == (1, 3, 2, 2)
+
+
+def test_evaluation_phase():
+    test = dict(test_dataloader=dict(a=1), test_evaluator=dict(a=1))
+    assert evaluation_phase(Config(test)) == 'test'
+    val = dict(val_dataloader=dict(a=1), val_evaluator=dict(a=1))
+    assert evaluation_phase(Config({**test, **val})) == 'val'
+    for part in ({}, dict(val_dataloader=dict(a=1), val_evaluator=None)):
+        with pytest.raises(ValueError, match='no data to test with: it needs val_data'):
+            evaluation_phase(Config(part))

@@ -165,7 +165,9 @@ class TestQuantize:
         out = tmp_path / 'a.pt2'
         flags = ['--backend', 'torchao', '--images', '16']
         found = run_here(QUANTIZE, config, checkpoint, out, *flags)
-        assert 'INT8 by torchao, one scale a channel' in capsys.readouterr().out
+        text = capsys.readouterr().out
+        assert 'INT8 by torchao, one scale a channel' in text
+        assert 'one image of 32x32:' in text  # Nothing was timed.
         metrics = {k: v['accuracy/top1'] for k, v in found['metrics'].items()}
         assert metrics['INT8'] == pytest.approx(metrics['float32'], abs=3)
         assert found['latency_ms'] == {} and found['layers'] == []
@@ -209,6 +211,12 @@ class TestQuantize:
                     *(QUANTIZE, config, checkpoint, tmp_path / 'a.onnx'),
                     *('--cfg-options', option),
                 )
+        nothing = [f'{phase}_evaluator={{}}' for phase in ('val', 'test')]
+        with pytest.raises(SystemExit, match='error: the config has no data to test'):
+            run_here(
+                *(QUANTIZE, config, checkpoint, tmp_path / 'a.onnx'),
+                *('--cfg-options', *nothing),
+            )
         assert not list(tmp_path.iterdir())
 
     def test_images_of_another_size(self, config, checkpoint, tmp_path):

@@ -28,6 +28,7 @@ from mmorepa.deployment.int8 import (
     LayerLoss,
     calibration_images,
     evaluate,
+    evaluation_phase,
     layer_losses,
     prepare,
     quantize_onnx,
@@ -278,7 +279,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
         require(package)
     cfg = read_config(args.config, args.cfg_options)
     model = load_deployed(cfg, read_checkpoint(args.checkpoint))
-    check_data_folders(cfg, ('train', 'val'))
+    check_data_folders(cfg, ('train', evaluation_phase(cfg)))
     shape = image_shape(model, test_batch(cfg), args.shape)
     if saturates() and not args.reduce_range:
         print('This CPU has no VNNI: if the accuracy falls, try --reduce-range.')
@@ -337,8 +338,8 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     print(f'\nINT8 by {backend.text}, {kind}, calibrated with {number},')
     if args.equalize:
         print(f'{counted(made.pairs, "pair")} of convs equalized,')
-    threads = counted(torch.get_num_threads(), 'thread')
-    print(f'one image of {shape[1]}x{shape[2]} on {threads}:')
+    threads = f' on {counted(torch.get_num_threads(), "thread")}'
+    print(f'one image of {shape[1]}x{shape[2]}{threads if backend.is_timed else ""}:')
     print(format_table(('', *NAMES, 'difference'), rows))
     if made.losses:
         print_losses(made.losses, args.worst)
