@@ -2,6 +2,7 @@ import csv
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -37,6 +38,16 @@ def study():
     return tool(TOOL)
 
 
+@pytest.fixture
+def runs(study):
+    return sys.modules['accuracy_runs']
+
+
+@pytest.fixture
+def reports(study):
+    return sys.modules['accuracy_report']
+
+
 def rows_of(path):
     with Path(path).open(newline='') as file:
         return list(csv.DictReader(file))
@@ -47,7 +58,7 @@ def train(*options):
 
 
 @pytest.mark.slow
-def test_trains_side_by_side(toy, capsys, monkeypatch):
+def test_trains_side_by_side(toy, runs, capsys, monkeypatch):
     blocks = ('--blocks', 'none', 'orepa', '--seeds', '3-4')
     train(*blocks, '--jobs', 2, '--out', 'out')
     rows = rows_of('out/results.csv')
@@ -57,22 +68,22 @@ def test_trains_side_by_side(toy, capsys, monkeypatch):
         assert row['lr'] == '0.2'
         # Deployed, both are the same network.
         assert row['deployed_parameters'] == rows[0]['deployed_parameters']
-        (point,) = toy.curve_of(row)
+        (point,) = runs.curve_of(row)
         assert point.epoch == 1 and f'{point.metric:.2f}' == row['accuracy']
         assert 0 <= point.seconds < float(row['seconds'])
         assert 0 <= point.cpu_seconds < float(row['cpu_seconds'])
-    runs = list(Path('out/runs').iterdir())
-    cfgs = [Config.fromfile(run / 'run.py') for run in runs]
+    folders = list(Path('out/runs').iterdir())
+    cfgs = [Config.fromfile(folder / 'run.py') for folder in folders]
     assert sorted(cfg.randomness.seed for cfg in cfgs) == [3, 3, 4, 4]
-    assert all(len(list(run.glob('*.pth'))) == 1 for run in runs)
+    assert all(len(list(folder.glob('*.pth'))) == 1 for folder in folders)
     assert matplotlib.image.imread('out/differences.png').ndim == 3
     assert matplotlib.image.imread('out/budget.png').ndim == 3
     assert not Path('out/ablations.png').exists()
     assert Path('out/tables.md').read_text() in capsys.readouterr().out
 
     # What is there stays; an ablation is new; one that fails stops no other.
-    broken = toy.Variant('broken', {'model.backbone.depth': 17})
-    monkeypatch.setattr(toy, 'VARIANTS', {'broken': broken, **toy.VARIANTS})
+    broken = runs.Variant('broken', {'model.backbone.depth': 17})
+    monkeypatch.setitem(runs.VARIANTS, 'broken', broken)
     variants = ('--variants', 'broken', 'standard', 'stem_lr_0.1')
     with pytest.raises(SystemExit, match=r'^error: 1 jobs failed.*broken.*output.log'):
         train(*blocks[:3], '--seeds', 3, *variants, '--jobs', 2, '--out', 'out')
@@ -140,9 +151,9 @@ def test_killed(toy):
     assert len(rows_of(path)) == len(before) + 1
 
 
-def row(block, seed, accuracy, factor='1', variant='standard', seconds=1.0, **other):
+def row(block, seed, reached, factor='1', variant='standard', seconds=1.0, **other):
     curve = ' '.join(
-        f'{epoch}:{accuracy - 20 + epoch:.2f}:{9 * seconds * epoch}:{seconds * epoch}'
+        f'{epoch}:{reached - 20 + epoch:.2f}:{9 * seconds * epoch}:{seconds * epoch}'
         for epoch in (1, 10, 20)
     )
     values = dict(
@@ -153,8 +164,9 @@ def row(block, seed, accuracy, factor='1', variant='standard', seconds=1.0, **ot
         lr_factor=factor,
         seed=str(seed),
         epochs='20',
-        accuracy=str(accuracy),
+        accuracy=str(reached),
         lr='0.05',
+        recipe='0123abcd',
         cpu_seconds='99',
         seconds='99',
         device='cpu',
@@ -186,7 +198,8 @@ ROWS = [
 def out(study, tmp_path):
     """The rows, in two files."""
     for name, rows in (('a', ROWS[:4]), ('b', ROWS[2:])):
-        results = study.Results(tmp_path / f'{name}.csv', study.KEY, study.VALUES)
+        path = tmp_path / f'{name}.csv'
+        results = study.Results(path, study.KEY, study.VALUES)
         results.add(*rows)
     return tmp_path / 'out'
 
@@ -205,22 +218,23 @@ def test_report(out, study, capsys):
     tables = {name: lines for name, *lines in map(str.splitlines, parts)}
     assert [line for line in tables['main-10pct'] if line][2:] == [
         '| slim ResNet-18, plain | 81.00 ± 1.41 |  | 1.00 | 12,345 | 2 |',
-        '| slim ResNet-18, OREPA | 85.33 ± 4.51 | +2.00 [-10.71, +14.71] | 1.50 | '
-        '12,345 | 3 |',
+        '| slim ResNet-18, OREPA | 85.33 ± 4.51 | +2.00 [-10.71, +14.71] (2 pairs) | '
+        '1.50 ± 0.00 | 12,345 | 3 |',
     ]
     assert [line for line in tables['rates-10pct'] if line][2:] == [
-        '| slim ResNet-18, plain | 60.00 | **81.00 ± 1.41** | 60.00 |  |',
-        '| slim ResNet-18, OREPA | 50.00 | 85.33 ± 4.51 | **99.00 ± 0.00** | '
+        '| slim ResNet-18, plain | 60.00, 1 | **81.00 ± 1.41**, 2 | 60.00, 1 |  |',
+        '| slim ResNet-18, OREPA | 50.00, 1 | 85.33 ± 4.51, 3 | **99.00 ± 0.00**, 2 | '
         '+18.00 [+5.29, +30.71] |',
     ]
     assert [line for line in tables['ablations-10pct'] if line][2:] == [
-        '| OREPA | 85.33 ± 4.51 |  | +2.00 [-10.71, +14.71] | 1.00 | 3 |',
+        '| OREPA | 85.33 ± 4.51 |  | +2.00 [-10.71, +14.71] (2 pairs) | 1.00 | 3 |',
         '| OREPA, plain stem | 80.00 | -1.00 | +0.00 | 2.00 | 1 |',
     ]
     assert [line for line in tables['budget-10pct'] if line][2:] == [
         '| slim ResNet-18, plain, 20 epochs | 81.00 ± 1.41 | 1.00 | '
         '+2.00 [-10.71, +14.71] | 2 |',
         '| slim ResNet-18, plain, 30 epochs | 83.00 | 1.50 | -2.00 | 1 |',
+        '| slim ResNet-18, OREPA, 20 epochs | 85.33 ± 4.51 | 1.50 ± 0.00 |  | 3 |',
     ]
     # Times of two devices have no ratio.
     assert [line for line in tables['main-full'] if line][2:] == [
@@ -234,25 +248,90 @@ def test_report(out, study, capsys):
     assert rows_of(out / 'results.csv') == ROWS
 
 
-def test_seconds(study):
+def test_seconds(runs):
     """Those of a core where there is no GPU, those of the clock where there is."""
-    assert study.training_seconds(ROWS[0]) == 20
+    assert runs.training_seconds(ROWS[0]) == 20
     on_gpu = dict(ROWS[0], device='H100')
-    assert study.training_seconds(on_gpu) == 180
-    first, *_ = study.curve_of(on_gpu)
-    assert study.training_seconds(on_gpu, first) == 9
+    assert runs.training_seconds(on_gpu) == 180
+    first, *_ = runs.curve_of(on_gpu)
+    assert runs.training_seconds(on_gpu, first) == 9
 
 
-def test_document(out, study, tmp_path):
+def study_of(reports, tmp_path, *rows):
+    path = tmp_path / 'results.csv'
+    results = reports.Results(path, reports.KEY, sys.modules['accuracy_runs'].VALUES)
+    results.add(*rows)
+    return reports.Study(results, '10pct')
+
+
+def test_best_rate_is_that_of_the_same_seeds(reports, tmp_path):
+    """More seeds of one rate must not make it look worse, nor a divergence better."""
+    means = {'1': (90, 90, 70, 70), '3': (85, 85), '1/3': (95, float('nan'))}
+    rows = [
+        row('none', seed, value, factor, accuracy=f'{value:.2f}')
+        for factor, values in means.items()
+        for seed, value in enumerate(values)
+    ]
+    study = study_of(reports, tmp_path, *rows)
+    assert study.best_factor('resnet18', 'none') == '1'
+    table = reports.rates_table(study)
+    assert '95.00 (1 diverged), 2 | **80.00 ± 11.55**, 4 | 85.00 ± 0.00, 2 |' in table
+    assert study.best_factor('resnet18', 'orepa') is None
+
+
+def test_trainings_that_diverged(reports, tmp_path, capsys):
+    """They are counted, and are in no mean and in no curve."""
+    plain = [row('none', seed, 80 + seed) for seed in range(3)]
+    orepa = [row('orepa', seed, 82 + seed) for seed in range(2)]
+    orepa.append(row('orepa', 2, 10, accuracy='nan'))
+    study = study_of(reports, tmp_path, *plain, *orepa)
+    assert (
+        '| slim ResNet-18, OREPA | 82.50 ± 0.71 (1 diverged) | +2.00 [+2.00, +2.00] |'
+    ) in reports.main_table(study)
+    run_here(TOOL, '--report-only', '--out', tmp_path)
+    assert '82.50 ± 0.71 (1 diverged)' in capsys.readouterr().out
+
+
+def test_changes_of_each_block(reports, tmp_path):
+    rows = [row('none', 0, 80), row('none', 0, 81, variant='strong_decay')]
+    rows += [row('dbb', 0, 70), row('dbb', 0, 79, variant='single_init')]
+    rows += [row('repvgg', 0, 75, variant='single_init')]  # There is no whole.
+    study = study_of(reports, tmp_path, *rows)
+    tables = {name: make(study) for name, make in reports.TABLES.items()}
+    assert tables['ablations'].splitlines()[2:] == [
+        '| DBB | 70.00 |  | -10.00 | 1.00 | 1 |',
+        '| DBB, single_init | 79.00 | +9.00 | -1.00 | 1.00 | 1 |',
+    ]
+    assert tables['decays'].splitlines()[2:] == [
+        '| plain | 80.00 |  |  | 1.00 | 1 |',
+        '| plain, strong weight decay | 81.00 | +1.00 | +1.00 | 1.00 | 1 |',
+    ]
+
+
+def test_rows_of_no_table(out, tmp_path, capsys):
+    report(out)
+    text = (out / 'tables.md').read_text()
+    assert 'Left out: 1 rows of other numbers of epochs' in capsys.readouterr().out
+    with pytest.raises(SystemExit, match='or of --epochs; found trainings of 3, 8, 20'):
+        report(out, '--epochs', 77)
+    assert (out / 'tables.md').read_text() == text
+
+
+def test_document(out, reports, tmp_path, capsys):
     path = tmp_path / 'page.md'
-    path.write_text('A\n')
-    with pytest.raises(
-        SystemExit, match="error: '.*' needs one '<!-- begin main-10pct"
-    ):
+    with pytest.raises(SystemExit, match="error: there is no document '.*page.md'"):
         report(out, '--document', path)
+    for bad in ('<!-- begin a -->', '<!-- end a --><!-- begin a -->'):
+        path.write_text(bad)
+        with pytest.raises(SystemExit, match='error: .* needs one .* and then one'):
+            report(out, '--document', path)
+        assert path.read_text() == bad and not out.exists()
+    path.write_text('A\n')
+    report(out, '--document', path)
     assert path.read_text() == 'A\n'
-    names = [f'{name}-{data}' for data in study.DATA for name in study.TABLES]
-    names += study.FIGURES
+    assert "page.md' has no place for: main-10pct, " in capsys.readouterr().out
+    names = [f'{name}-{data}' for data in reports.DATA for name in reports.TABLES]
+    names += reports.FIGURES
     places = [f'<!-- begin {name} -->\nold\n<!-- end {name} -->' for name in names]
     path.write_text('A\n' + '\nB\n'.join(places) + '\nC\n')
     for _ in range(2):
@@ -263,14 +342,15 @@ def test_document(out, study, tmp_path):
         assert text.count('](out/budget.png)') == text.count('(out/ablations.png)') == 1
         # Of rows that are not there, it says what it said.
         assert text.count('\nold\n') == text.count('begin') - 8
+    assert 'no place' not in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not ROWS_OF_DOCUMENT.exists(), reason='the study has not been run')
-def test_document_has_these_figures(study):
+def test_document_has_these_figures(reports, runs):
     """Of docs/evidence.md: they are made of the rows beside it."""
     assert ROWS_OF_DOCUMENT.stat().st_size < 1e6
-    results = study.Results(ROWS_OF_DOCUMENT, study.KEY, study.VALUES)
-    tables = study.tables_of(results)
+    results = reports.Results(ROWS_OF_DOCUMENT, runs.KEY, runs.VALUES, runs.check_row)
+    tables = reports.tables_of(results)
     text = (ROOT / 'docs/evidence.md').read_text()
     for table in tables.values():
         assert table in text
@@ -300,13 +380,62 @@ def test_bad_input(out, tmp_path, monkeypatch):
         train('--blocks', 'dbb', '--variants', 'plain_stem')
     with pytest.raises(SystemExit, match="error: no results at 'gone.csv'"):
         run_here(TOOL, '--report-only', '--merge', 'gone.csv')
-    for bad in ('3-', 'a', '-1'):
+    for bad in ('3-', 'a', '-1', '7-0'):
         with pytest.raises(SystemExit):
             train(f'--seeds={bad}')
     assert not Path('new').exists()
 
 
-def test_validations(study):
+@pytest.mark.slow
+def test_changed_recipe(toy, runs, monkeypatch):
+    """Rows of two recipes are not taken for those of one."""
+    train('--blocks', 'none', '--seeds', 0, '--out', 'out', '--jobs', 1)
+    (row,) = rows_of('out/results.csv')
+    assert (
+        row['recipe'] == runs.recipe_of(row) != runs.recipe_of({**row, 'block': 'dbb'})
+    )
+    assert row['recipe'] == runs.recipe_of({**row, 'seed': '5'})
+    # Without the data: there is nothing left to train.
+    Path('data').rename('elsewhere')
+    train('--blocks', 'none', '--seeds', 0, '--out', 'out')
+    runs._base('full', 'resnet18').optim_wrapper.optimizer.weight_decay = 1.0
+    try:
+        with pytest.raises(
+            SystemExit, match='error: the configs have changed: the row'
+        ):
+            train('--blocks', 'none', '--seeds', '0-1', '--out', 'out')
+    finally:
+        runs._base.cache_clear()
+
+
+def test_rows_that_no_training_gave(study, tmp_path, monkeypatch):
+    path = tmp_path / 'results.csv'
+    study.Results(path, study.KEY, study.VALUES).add(*ROWS[:2])
+    whole = path.read_text()
+    line = ('--report-only', '--out', tmp_path)
+    for old, new, words in (
+        ('20:82.00:180.0:20.0', '20:82.00:180.0:', 'could not convert string'),
+        ('20:82.00:180.0:20.0', '20:82.00', "no curve: '1:"),
+        ('20:82.00:180.0:20.0', '20:72.00:180.0:20.0', 'its curve does not end with'),
+        ('20:82.00:180.0:20.0', '20:82.00:180.0:0.0', 'it took no time'),
+        (',82,', ',many,', "could not convert string to float: 'many'"),
+        ('20:82.00:180.0:20.0\n', '20:82.00:180.0:2', 'it is not whole'),
+        ('10pct,resnet18,none,standard,1,1', '<<<<', 'it is not whole'),
+    ):
+        assert old in whole
+        path.write_text(whole.replace(old, new))
+        with pytest.raises(SystemExit, match=f'^error: .*, line 3: {words}.*; remove'):
+            run_here(TOOL, *line)
+    path.write_text('')
+    with pytest.raises(SystemExit, match=r'error: .* has the columns \[\], not those'):
+        run_here(TOOL, *line)
+    path.write_text(whole, encoding='utf-16')
+    with pytest.raises(SystemExit, match='error: .*csv. is not text in UTF-8'):
+        run_here(TOOL, *line)
+    assert [p.name for p in tmp_path.iterdir()] == ['results.csv']
+
+
+def test_validations(runs):
     """The epochs that the intervals stand for."""
 
     class Loop(EpochBasedTrainLoop):
@@ -316,7 +445,7 @@ def test_validations(study):
     runner, found = MagicMock(), []
     runner.val_loop.run.side_effect = lambda: found.append(loop.epoch)
     loader = DataLoader([0], batch_size=1)
-    loop = Loop(runner, loader, 20, dynamic_intervals=study.VALIDATIONS)
+    loop = Loop(runner, loader, 20, dynamic_intervals=runs.VALIDATIONS)
     loop.run()
     assert found == [1, 2, 4, 6, 8, 12, 16, 20]
 

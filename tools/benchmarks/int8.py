@@ -23,9 +23,9 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import torch
-from accuracy import (
+from accuracy_report import COLOURS, Line, draw_differences
+from accuracy_runs import (
     BLOCKS,
-    COLOURS,
     DATA,
     KERNEL_DECAY,
     KEY,
@@ -36,21 +36,22 @@ from accuracy import (
     STRONG,
     STRONG_DECAY,
     STRONG_KERNEL_DECAY,
-    Line,
-    draw_differences,
     folder_of,
 )
-from accuracy import VALUES as TRAINING_VALUES
+from accuracy_runs import VALUES as TRAINING_VALUES
 from studies import (
     Job,
     Results,
     add_report_arguments,
     last_checkpoint,
+    raise_failures,
+    run_jobs,
+)
+from study_reports import (
+    check_document,
     markdown_table,
     mean_and_deviation,
     paired_difference,
-    raise_failures,
-    run_jobs,
     write_tables,
 )
 
@@ -287,6 +288,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         require(package)
     outputs = [args.out / name for name in ('results.csv', 'results.md', 'int8.png')]
     check_outputs([*outputs, args.document], [args.study / 'results.csv'])
+    check_document(args.document)
     results = Results(outputs[0], KEY, VALUES)
     failures = []
     if not args.report_only:
@@ -304,9 +306,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             Job(key, partial(measure, folder, args.images)) for key, folder in networks
         ]
         failures = run_jobs(jobs, results, args.jobs)
-    if results.rows:
-        report(results, args)
-    raise_failures(failures)
+    try:
+        if results.rows:
+            report(results, args)
+    finally:
+        raise_failures(failures)
     results.require_rows()
 
 

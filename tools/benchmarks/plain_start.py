@@ -28,13 +28,15 @@ from studies import (
     add_study_arguments,
     epochs_options,
     last_checkpoint,
-    markdown_table,
-    mean_and_deviation,
     merged,
-    paired_difference,
     raise_failures,
     run_jobs,
     train,
+)
+from study_reports import (
+    markdown_table,
+    mean_and_deviation,
+    paired_difference,
     write_report,
 )
 

@@ -27,12 +27,14 @@ from studies import (
     Training,
     add_study_arguments,
     epochs_options,
-    markdown_table,
-    mean_and_deviation,
-    paired_difference,
     raise_failures,
     run_jobs,
     train,
+)
+from study_reports import (
+    markdown_table,
+    mean_and_deviation,
+    paired_difference,
     write_report,
 )
 

@@ -10,17 +10,18 @@ import copy
 import csv
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import resource
 import runpy
 import shutil
 import signal
-import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NamedTuple, Optional, Union
@@ -30,15 +31,16 @@ from typing import NamedTuple, Optional, Union
 os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')
 
 import torch
+from filelock import FileLock, Timeout
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from scipy import stats
 
 from mmorepa import switch_to_deploy
 from mmorepa.analysis.complexity import count_parameters
 from mmorepa.cli import positive
+from mmorepa.utils.errors import OutputError
 from mmorepa.utils.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +50,7 @@ class Training(NamedTuple):
     """What a training left.
 
     Args:
-        metric (float): What the last validation measured.
+        metric (float): What the last validation measured; NaN if the training diverged.
         seconds (float): How long the whole process took.
         cpu_seconds (float): Of all cores, by the process and those that it started.
         checkpoint (Path, optional): The weights after the last epoch, if saved.
@@ -112,6 +114,8 @@ class RecordHook(Hook):
         record = dict(
             device=torch.cuda.get_device_name() if is_gpu else 'cpu',
             deployed_parameters=count_parameters(deployed),
+            # A loss that is not finite leaves weights that are not.
+            diverged=not all(p.isfinite().all() for p in runner.model.parameters()),
             curve=self._curve,
         )
         (Path(runner.work_dir) / 'record.json').write_text(json.dumps(record))
@@ -142,8 +146,8 @@ def add_study_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         '--out',
         type=Path,
         default=Path('work_dirs', name),
-        help='the folder for results.csv, its tables and its figure, and the runs '
-        f'(default: work_dirs/{name})',
+        help='the folder for results.csv, its tables and its figure, and the runs; one '
+        f'process at a time works in it (default: work_dirs/{name})',
     )
     parser.add_argument(
         '--report-only',
@@ -173,8 +177,8 @@ def add_report_arguments(
         '--out',
         type=Path,
         default=Path('work_dirs', name),
-        help='the folder for results.csv, tables, figures and what else is written '
-        f'(default: work_dirs/{name})',
+        help='the folder for results.csv, tables, figures and what else is written; '
+        f'one process at a time works in it (default: work_dirs/{name})',
     )
     parser.add_argument(
         '--document',
@@ -185,7 +189,7 @@ def add_report_arguments(
     parser.add_argument(
         '--report-only',
         action='store_true',
-        help='run nothing; write tables and figures of the rows that are there',
+        help='run nothing; write tables and figures of all rows that are there',
     )
 
 
@@ -259,6 +263,8 @@ def train(config: Path, options: Mapping, work_dir: Path, metric: str) -> Traini
     seconds, used = time.perf_counter() - began, _seconds_of_children() - used
     if process.exitcode:
         *_, last = log.read_text().split('\n')[:-1] or ['no output']
+        if process.exitcode < 0:  # By a system without memory left, for one.
+            last = f'it was killed by signal {-process.exitcode}'
         raise RuntimeError(f'a training of {config.name} failed ({log}): {last}')
     record = json.loads((work_dir / 'record.json').read_text())
     curve = [
@@ -269,7 +275,7 @@ def train(config: Path, options: Mapping, work_dir: Path, metric: str) -> Traini
     if not curve:
         raise RuntimeError(f'no {metric!r} was measured, see {log}')
     return Training(
-        metric=curve[-1].metric,
+        metric=math.nan if record['diverged'] else curve[-1].metric,
         seconds=seconds,
         cpu_seconds=used,
         checkpoint=last_checkpoint(work_dir),
@@ -327,37 +333,106 @@ class Results:
         path (Path): The file. Rows that are in it are read.
         key (Sequence[str]): The columns that name a row.
         values (Sequence[str]): The other columns.
+        check (Callable[[dict[str, str]], None], optional): Raises a ValueError for a
+            row that has something else than it should. Defaults to none.
 
     Raises:
-        ValueError: If the file has other columns.
+        ValueError: If the file has other columns, or rows that are not whole.
     """
 
-    def __init__(self, path: Path, key: Sequence[str], values: Sequence[str]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        key: Sequence[str],
+        values: Sequence[str],
+        check: Optional[Callable[[dict[str, str]], None]] = None,
+    ) -> None:
         self.path = path
         self.key = tuple(key)
         self.fields = (*key, *values)
+        self.check = check or (lambda row: None)
         self.rows: list[dict[str, str]] = []
-        if not path.is_file():
+        self._read()
+
+    def _read(self) -> None:
+        if not self.path.is_file():
             return
-        with path.open(newline='') as file:
-            reader = csv.DictReader(file)
-            self.rows = list(reader)
-        if tuple(reader.fieldnames or ()) != self.fields:
+        try:
+            lines = self.path.read_text().splitlines(keepends=True)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"'{self.path}' is not text in UTF-8: {error}") from error
+        reader = csv.reader(lines)
+        found = tuple(next(reader, ()))
+        if found != self.fields:
             raise ValueError(
-                f"'{path}' has the columns {reader.fieldnames}, not those of this "
-                f'study, {list(self.fields)}; choose another folder'
+                f"'{self.path}' has the columns {list(found)}, not those of this "
+                f'study, {list(self.fields)}: it is of another study or version'
             )
+        rows = [dict(zip(self.fields, cells)) for cells in reader]
+        for number, row in enumerate(rows, 2):
+            try:
+                if len(row) < len(self.fields) or not lines[number - 1].endswith('\n'):
+                    raise ValueError('it is not whole')
+                self.check(row)
+            except ValueError as error:
+                raise ValueError(
+                    f"'{self.path}', line {number}: {error}; remove this line"
+                ) from error
+        self.rows = rows
 
-    def has(self, key: Mapping[str, str]) -> bool:
-        """Whether there is a row of this key."""
-        return any(self._key_of(row) == self._key_of(key) for row in self.rows)
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from writing, with the rows that there are by then.
 
-    def merge(self, path: Path) -> int:
-        """Takes the rows of another file that are not here; returns how many."""
-        rows = Results(path, self.key, self.fields[len(self.key) :]).rows
-        new = [row for row in rows if not self.has(row)]
-        self.add(*new)
-        return len(new)
+        Raises:
+            OutputError: If another process does so.
+        """
+        folder = self.path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / '.lock'
+        try:
+            with FileLock(path).acquire(timeout=0):
+                try:
+                    self._read()
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+        except Timeout as error:
+            raise OutputError(
+                f"another process works in '{folder}'; wait for it, or choose another "
+                'folder'
+            ) from error
+
+    def get(self, key: Mapping[str, str]) -> Optional[dict[str, str]]:
+        """The row of this key, if there is one."""
+        wanted = self._key_of(key)
+        return next((row for row in self.rows if self._key_of(row) == wanted), None)
+
+    def merge(self, *paths: Path) -> None:
+        """Takes the rows of other files that are not here, and says how many.
+
+        Args:
+            *paths (Path): The files. All are read before anything is written.
+
+        Raises:
+            FileNotFoundError: If one is missing.
+            ValueError: If one has other columns, or rows that are not whole.
+        """
+        for path in paths:
+            if not path.is_file():
+                raise FileNotFoundError(f"no results at '{path}'")
+        values = self.fields[len(self.key) :]
+        files = {p: Results(p, self.key, values, self.check).rows for p in paths}
+        with self.locked():
+            for path, rows in files.items():
+                known = {self._key_of(row): row for row in self.rows}
+                new = {self._key_of(row): row for row in rows}
+                differ = sum(row != known.get(key, row) for key, row in new.items())
+                new = {key: row for key, row in new.items() if key not in known}
+                self.add(*new.values())
+                print(f"{len(new)} rows are new in '{path}'.")
+                if differ:
+                    print(f'{differ} others have other values than here, which stay.')
 
     def require_rows(self) -> None:
         """Raises a ValueError if there are none."""
@@ -405,24 +480,40 @@ def run_jobs(
 
     Returns:
         list[str]: A line for each job that failed; the others ran.
+
+    Raises:
+        OutputError: If another process works in the same folder.
     """
-    left = [job for job in jobs if not results.has(job.key)]
+    with results.locked():
+        try:
+            return _run_jobs(jobs, results, processes, shown)
+        except KeyboardInterrupt:
+            sys.exit('Stopped. The same line goes on with the jobs that had not ended.')
+
+
+def _run_jobs(
+    jobs: Sequence[Job],
+    results: Results,
+    processes: int,
+    shown: Optional[Sequence[str]],
+) -> list[str]:
+    left = [job for job in jobs if results.get(job.key) is None]
     began = time.perf_counter()
     failures = []
     print(f'{len(left)} of {len(jobs)} jobs to do.', flush=True)
     for i, (job, values) in enumerate(_outcomes(left, processes), 1):
-        texts = [*job.key.values()]
-        if isinstance(values, RuntimeError):
-            failures.append(f'{", ".join(texts)}: {values}')
-            texts.append('FAILED')
+        text = ', '.join(f'{name} {value}' for name, value in job.key.items())
+        if isinstance(values, Exception):
+            failures.append(f'{text}: {values}')
+            text += ', FAILED'
         else:
             results.add({**job.key, **values})
-            texts += [f'{k} {v}' for k, v in values.items() if k in (shown or values)]
-        minutes = (time.perf_counter() - began) / i * (len(left) - i) / 60
-        print(
-            f'{i} of {len(left)}: {", ".join(texts)}. About {minutes:.0f} min left',
-            flush=True,
-        )
+            found = [f'{k} {v}' for k, v in values.items() if k in (shown or values)]
+            text = ', '.join([text, *found])
+        # Those that run are half done, by and large.
+        done = i + min(processes - 1, len(left) - i) / 2
+        minutes = (time.perf_counter() - began) / 60 * (len(left) - done) / done
+        print(f'{i} of {len(left)}: {text}. About {minutes:.0f} min left', flush=True)
     return failures
 
 
@@ -442,7 +533,7 @@ def raise_failures(failures: Sequence[str]) -> None:
         )
 
 
-_Outcome = tuple[Job, Union[dict[str, str], RuntimeError]]
+_Outcome = tuple[Job, Union[dict[str, str], Exception]]
 
 
 def _outcomes(jobs: Sequence[Job], processes: int) -> Iterator[_Outcome]:
@@ -453,7 +544,7 @@ def _outcomes(jobs: Sequence[Job], processes: int) -> Iterator[_Outcome]:
     for job in jobs:
         try:
             yield job, job.run()
-        except RuntimeError as error:
+        except Exception as error:
             yield job, error
 
 
@@ -489,137 +580,3 @@ def _run_and_send(job: Job, sender: Connection) -> None:
         sender.send(job.run())
     except Exception as error:
         sender.send(RuntimeError(str(error)))
-
-
-def write_report(
-    results: Results,
-    to_markdown: Callable[[Results], str],
-    plot: Callable[[Results, Path], None],
-) -> None:
-    """Writes the tables and the figure of a study beside its rows.
-
-    Args:
-        results (Results): The rows.
-        to_markdown (Callable[[Results], str]): Makes the tables.
-        plot (Callable[[Results, Path], None]): Draws the figure into a file.
-
-    Raises:
-        ValueError: If there are no rows.
-    """
-    results.require_rows()
-    tables = to_markdown(results)
-    with atomic_write(results.path.with_suffix('.md')) as file:
-        file.write_text(tables + '\n')
-    plot(results, results.path.with_suffix('.png'))
-    print(f'{tables}\n\nWrote results.md and results.png beside {results.path}.')
-
-
-class Difference(NamedTuple):
-    """A mean of differences of pairs, with its confidence interval.
-
-    Args:
-        mean (float): The mean.
-        low (float): The lower end of the interval, NaN for a single pair.
-        high (float): The upper end.
-        pairs (int): How many there are.
-    """
-
-    mean: float
-    low: float
-    high: float
-    pairs: int
-
-    def __str__(self) -> str:
-        if self.pairs < 2:
-            return f'{self.mean:+.2f}'
-        return f'{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]'
-
-
-def paired_difference(
-    values: Mapping[str, float],
-    reference: Mapping[str, float],
-    confidence: float = 0.95,
-) -> Optional[Difference]:
-    """The mean of ``value - reference`` over what both have, by Student's t.
-
-    Args:
-        values (Mapping[str, float]): By seed.
-        reference (Mapping[str, float]): By seed.
-        confidence (float): Of the interval. Defaults to 0.95.
-
-    Returns:
-        Difference, optional: None where they share nothing.
-    """
-    seeds = [seed for seed in values if seed in reference]
-    if not seeds:
-        return None
-    differences = [values[seed] - reference[seed] for seed in seeds]
-    mean = statistics.fmean(differences)
-    if len(seeds) < 2:
-        return Difference(mean, float('nan'), float('nan'), 1)
-    error = statistics.stdev(differences) / len(seeds) ** 0.5
-    reach = error * stats.t.ppf((1 + confidence) / 2, len(seeds) - 1)
-    return Difference(mean, mean - reach, mean + reach, len(seeds))
-
-
-def mean_and_deviation(values: Sequence[float]) -> str:
-    """``mean ± deviation``, as for a sample."""
-    mean = f'{statistics.fmean(values):.2f}'
-    return f'{mean} ± {statistics.stdev(values):.2f}' if len(values) > 1 else mean
-
-
-def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table, its first column flush left and the others right."""
-    lines = [headers, ['---', *['--:'] * (len(headers) - 1)], *rows]
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
-
-
-def fill_document(path: Path, parts: dict[str, str]) -> None:
-    """Replaces what is between the comments of each part.
-
-    Args:
-        path (Path): A Markdown file.
-        parts (dict[str, str]): Tables and figures, by name.
-
-    Raises:
-        ValueError: If one has no place in it.
-    """
-    text = path.read_text()
-    for name, part in parts.items():
-        begin, end = f'<!-- begin {name} -->', f'<!-- end {name} -->'
-        if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"'{path}' needs one '{begin}' and one '{end}'")
-        before, rest = text.split(begin)
-        text = f'{before}{begin}\n\n{part}\n\n{end}{rest.split(end)[1]}'
-    with atomic_write(path) as file:
-        file.write_text(text)
-
-
-def write_tables(
-    tables: Mapping[str, str],
-    figures: Mapping[str, tuple[Path, str]],
-    path: Path,
-    document: Optional[Path] = None,
-) -> None:
-    """Prints the tables of a study, and writes them.
-
-    Args:
-        tables (Mapping[str, str]): By name.
-        figures (Mapping[str, tuple[Path, str]]): Files and captions, by name; those
-            that are not there are left out.
-        path (Path): The file for the tables alone.
-        document (Path, optional): See :func:`fill_document`; it gets tables and
-            figures, and the file is not written.
-    """
-    text = '\n\n'.join(f'### {name}\n\n{table}' for name, table in tables.items())
-    print(f'{text}\n')
-    if document is None:
-        with atomic_write(path) as file:
-            file.write_text(text + '\n')
-        return
-    images = {
-        name: f'![{caption}]({os.path.relpath(figure, document.parent)})'
-        for name, (figure, caption) in figures.items()
-        if figure.is_file()
-    }
-    fill_document(document, {**tables, **images})

@@ -1,0 +1,279 @@
+"""The trainings of the accuracy study: networks, blocks, variants, and their rows."""
+
+import argparse
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+from mmengine.config import Config
+from studies import ROOT, Job, Point, Results, epochs_options, merged, train
+
+from mmorepa.layers import OREPAKernel
+
+KEY = ('data', 'network', 'block', 'variant', 'lr_factor', 'seed', 'epochs')
+VALUES = (
+    *('accuracy', 'lr', 'recipe', 'cpu_seconds', 'seconds', 'device'),
+    'deployed_parameters',
+    # A point for each validation, epoch:accuracy:seconds:cpu_seconds.
+    'curve',
+)
+METRIC = 'accuracy/top1'
+# For the curves. Without those of every epoch, which would take a third of the time on
+# a CPU: 1, 2, 4, 6, 8, 12, 16, 20.
+VALIDATIONS = [(3, 2), (9, 4)]
+
+DATA = {'10pct': '10 % of Fashion-MNIST', 'full': 'Fashion-MNIST'}
+_SUFFIX = {'10pct': '1xb64_fashion-mnist-10pct', 'full': '1xb256_fashion-mnist'}
+NETWORKS = {'resnet18': 'slim ResNet-18', 'repvgg-a0': 'slim RepVGG-A0'}
+BLOCKS = {
+    'resnet18': dict(none='plain', dbb='DBB', orepa='OREPA', repvgg='RepVGG'),
+    'repvgg-a0': dict(none='plain', repvgg='RepVGG', orepa='OREPA-RepVGG'),
+}
+REFERENCE = 'none'
+FACTORS = ('1/3', '1', '3')
+
+
+class Variant(NamedTuple):
+    """A change to a training.
+
+    Args:
+        text (str): What it is called in tables.
+        options (dict): What to change in the config.
+        networks (tuple[str, ...]): Those that it is for.
+        blocks (tuple[str, ...]): Those that it is for.
+        length (Fraction): Multiplies the epochs.
+    """
+
+    text: str
+    options: dict
+    networks: tuple[str, ...] = ('resnet18',)
+    blocks: tuple[str, ...] = ('orepa',)
+    length: Fraction = Fraction(1)
+
+    def epochs(self, standard: int) -> int:
+        """How long it trains, where the standard takes so many epochs."""
+        return round(standard * self.length)
+
+
+_PARAMWISE = 'optim_wrapper.paramwise_cfg'
+_BLOCK_CFG = 'model.backbone.block_cfg'
+_BRANCHES = tuple(OREPAKernel.INITIAL_SCALES)
+_FROZEN = {f'{_PARAMWISE}.scale_lr_mult': 0.0}
+ALL_BLOCKS = ('none', 'dbb', 'orepa', 'repvgg')
+STANDARD, LONGER = 'standard', 'longer'
+KERNEL_DECAY, STRONG_DECAY = 'kernel_decay', 'strong_decay'
+STRONG_KERNEL_DECAY = 'strong_kernel_decay'
+# The recipe's 1e-4 takes half a percent off the weights in 1,880 steps, this a third.
+STRONG = 0.01
+
+
+def kernel_decay(coefficient: float) -> dict:
+    """The options for weight decay of the folded kernels instead of the branches."""
+    hook = dict(type='EquivalentKernelDecayHook', weight_decay=coefficient)
+    return {'custom_hooks': [hook], f'{_PARAMWISE}.branch_decay_mult': 0.0}
+
+
+VARIANTS = {
+    STANDARD: Variant('', {}, tuple(NETWORKS), ALL_BLOCKS),
+    LONGER: Variant(
+        '1.5 x the epochs', {}, tuple(NETWORKS), ALL_BLOCKS, Fraction(3, 2)
+    ),
+    # Of a plain kernel, both are the same.
+    KERNEL_DECAY: Variant(
+        'weight decay of the folded kernels',
+        kernel_decay(1e-4),
+        tuple(NETWORKS),
+        ALL_BLOCKS[1:],
+    ),
+    STRONG_DECAY: Variant(
+        'strong weight decay',
+        {'optim_wrapper.optimizer.weight_decay': STRONG},
+        tuple(NETWORKS),
+        ALL_BLOCKS,
+    ),
+    STRONG_KERNEL_DECAY: Variant(
+        'strong weight decay of the folded kernels',
+        {'optim_wrapper.optimizer.weight_decay': STRONG, **kernel_decay(STRONG)},
+        tuple(NETWORKS),
+        ALL_BLOCKS[1:],
+    ),
+    'no_scaling': Variant(
+        'no linear scaling (all scales are 1)',
+        {**_FROZEN, _BLOCK_CFG: dict(initial_scales=dict.fromkeys(_BRANCHES, 1.0))},
+    ),
+    'frozen_scales': Variant('initial scales, not trained', _FROZEN),
+    **{
+        f'without_{branch}': Variant(
+            f'without {branch}',
+            {_BLOCK_CFG: dict(branches=[b for b in _BRANCHES if b != branch])},
+        )
+        for branch in _BRANCHES
+    },
+    'plain_stem': Variant('plain stem', {'model.backbone.block': 'orepa_plain_stem'}),
+    'single_init': Variant(
+        'single_init', {_BLOCK_CFG: dict(single_init=True)}, blocks=ALL_BLOCKS[1:]
+    ),
+    **{
+        f'stem_lr_{mult:g}': Variant(
+            f'stem learning rate x {mult:g}', {f'{_PARAMWISE}.stem_lr_mult': mult}
+        )
+        for mult in (0.1, 0.3, 3.0)
+    },
+    'online': Variant('folded online', {'optim_wrapper.folded': False}),
+}
+DECAYS = (KERNEL_DECAY, STRONG_DECAY, STRONG_KERNEL_DECAY)
+ABLATIONS = [name for name in VARIANTS if name not in (STANDARD, LONGER, *DECAYS)]
+
+
+def config_of(data: str, network: str) -> Path:
+    """The config of the network; its blocks are an option."""
+    name = f'{network}-slim_{_SUFFIX[data]}.py'
+    return ROOT / 'configs/fashion_mnist' / name
+
+
+@cache
+def standard_epochs(data: str, given: Optional[int]) -> int:
+    """How long trainings are, if nothing else is given: as the config says."""
+    return given or merged(config_of(data, 'resnet18'), {}).train_cfg.max_epochs
+
+
+def keys_of(args: argparse.Namespace) -> Iterator[dict[str, str]]:
+    """Those of all rows that are asked for.
+
+    Seed by seed, so that a part of the study is one of fewer seeds, and blocks in turn,
+    so that all of them meet the same machine.
+    """
+    for seed in args.seeds:
+        for data in args.data:
+            for network in args.networks:
+                for name in args.variants:
+                    variant = VARIANTS[name]
+                    for factor in args.lr_factors:
+                        for block in args.blocks:
+                            if (
+                                block in BLOCKS[network]
+                                and block in variant.blocks
+                                and network in variant.networks
+                            ):
+                                epochs = variant.epochs(
+                                    standard_epochs(data, args.epochs)
+                                )
+                                parts = (data, network, block, name, factor)
+                                parts = (*parts, str(seed), str(epochs))
+                                yield dict(zip(KEY, parts))
+
+
+def options_of(key: dict[str, str], workers: int = 0) -> dict:
+    """What the training of a row changes in its config."""
+    recipe = _base(key['data'], key['network']).optim_wrapper.optimizer.lr
+    options = {
+        **epochs_options(int(key['epochs']), workers),
+        'model.backbone.block': key['block'],
+        'optim_wrapper.optimizer.lr': recipe * float(Fraction(key['lr_factor'])),
+        'randomness.seed': int(key['seed']),
+        **VARIANTS[key['variant']].options,
+    }
+    if (key['variant'], key['lr_factor']) == (STANDARD, '1'):
+        # The others are compared at their end alone.
+        options['train_cfg.val_interval'] = 1
+        options['train_cfg.dynamic_intervals'] = VALIDATIONS
+    return options
+
+
+@cache
+def _base(data: str, network: str) -> Config:
+    return merged(config_of(data, network), {})
+
+
+def recipe_of(key: dict[str, str]) -> str:
+    """A fingerprint of all in its config that changes what a training learns."""
+    cfg = copy.deepcopy(_base(key['data'], key['network']))
+    cfg.merge_from_dict(options_of(key))
+    loader = cfg.train_dataloader
+    parts = (
+        cfg.model,
+        cfg.optim_wrapper,
+        cfg.param_scheduler,
+        cfg.get('custom_hooks', []),
+    )
+    parts = (*parts, cfg.train_cfg.max_epochs, loader.batch_size)
+    dataset = {k: v for k, v in loader.dataset.items() if k != 'data_root'}
+    parts = (*parts, dataset, cfg.val_dataloader.dataset.pipeline)
+    text = json.dumps(parts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def job_of(key: dict[str, str], workers: int, runs: Path) -> Job:
+    """The training that gives a row."""
+
+    def run() -> dict[str, str]:
+        options = options_of(key, workers)
+        config = config_of(key['data'], key['network'])
+        training = train(config, options, folder_of(key, runs), METRIC)
+        return dict(
+            accuracy=f'{training.metric:.2f}',
+            lr=f'{options["optim_wrapper.optimizer.lr"]:.4g}',
+            recipe=recipe_of(key),
+            cpu_seconds=f'{training.cpu_seconds:.1f}',
+            seconds=f'{training.seconds:.1f}',
+            device=training.device,
+            deployed_parameters=str(training.deployed_parameters),
+            curve=' '.join(
+                f'{p.epoch}:{p.metric:.2f}:{p.seconds:.1f}:{p.cpu_seconds:.1f}'
+                for p in training.curve
+            ),
+        )
+
+    return Job(key, run)
+
+
+def check_recipes(results: Results, keys: list[dict[str, str]]) -> None:
+    """Raises a ValueError for rows of these keys that the configs no longer give."""
+    for key in keys:
+        row = results.get(key)
+        if row and row['recipe'] != recipe_of(key):
+            raise ValueError(
+                f'the configs have changed: the row of {", ".join(key.values())} in '
+                f"'{results.path}' was trained with another recipe, {row['recipe']}; "
+                'choose another folder, or remove the rows'
+            )
+
+
+def folder_of(key: dict[str, str], runs: Path) -> Path:
+    """Where the training of a row leaves its logs and its last weights."""
+    return runs / '-'.join(key[name] for name in KEY).replace('/', 'of')
+
+
+def curve_of(row: dict[str, str]) -> list[Point]:
+    """The validations of a row."""
+    points = [point.split(':') for point in row['curve'].split()]
+    return [Point(int(epoch), *map(float, rest)) for epoch, *rest in points]
+
+
+def training_seconds(row: dict[str, str], point: Optional[Point] = None) -> float:
+    """What the epochs of a row took, up to a point or in all.
+
+    The seconds of its cores leave out what other work takes of a CPU, though not that
+    it slows this one down. A GPU has none.
+    """
+    point = point or curve_of(row)[-1]
+    return point.cpu_seconds if row['device'] == 'cpu' else point.seconds
+
+
+def check_row(row: dict[str, str]) -> None:
+    """Raises a ValueError for a row that no training gave."""
+    try:
+        accuracy = float(row['accuracy'])
+        if not math.isnan(accuracy) and curve_of(row)[-1].metric != accuracy:
+            raise ValueError('its curve does not end with its accuracy')
+        if training_seconds(row) <= 0:
+            raise ValueError('it took no time')
+        int(row['epochs']), int(row['deployed_parameters'])
+    except (IndexError, TypeError) as error:
+        raise ValueError(f"no curve: '{row['curve']}'") from error
