@@ -231,10 +231,11 @@ def test_report(out, study, capsys):
         '| OREPA, plain stem | 80.00 | -1.00 | +0.00 | 2.00 | 1 |',
     ]
     assert [line for line in tables['budget-10pct'] if line][2:] == [
-        '| slim ResNet-18, plain, 20 epochs | 81.00 ± 1.41 | 1.00 | '
+        '| slim ResNet-18, plain, 20 epochs | 81.00 ± 1.41 | 1.00 |  | '
         '+2.00 [-10.71, +14.71] | 2 |',
-        '| slim ResNet-18, plain, 30 epochs | 83.00 | 1.50 | -2.00 | 1 |',
-        '| slim ResNet-18, OREPA, 20 epochs | 85.33 ± 4.51 | 1.50 ± 0.00 |  | 3 |',
+        '| slim ResNet-18, plain, 30 epochs | 83.00 | 1.50 |  | -2.00 | 1 |',
+        '| slim ResNet-18, OREPA, 20 epochs | 85.33 ± 4.51 | 1.50 ± 0.00 | '
+        '+2.00 [-10.71, +14.71] (2 pairs) |  | 3 |',
     ]
     # Times of two devices have no ratio.
     assert [line for line in tables['main-full'] if line][2:] == [

@@ -43,6 +43,9 @@ from study_reports import (
 from mmorepa.utils.files import atomic_write
 from mmorepa.utils.tables import counted
 
+# By seed.
+Rows = dict[str, dict[str, str]]
+
 
 class Study:
     """The rows of one data set, by what they are compared by.
@@ -68,7 +71,7 @@ class Study:
 
     def of(
         self, network: str, block: str, variant: str = STANDARD, factor: str = '1'
-    ) -> dict[str, dict[str, str]]:
+    ) -> Rows:
         """Rows by seed."""
         wanted = (network, block, variant, factor)
         names = KEY[1:5]
@@ -95,14 +98,12 @@ class Study:
         return max(means, key=means.get, default=None)
 
 
-def accuracies(rows: dict[str, dict[str, str]]) -> dict[str, float]:
+def accuracies(rows: Rows) -> dict[str, float]:
     """By seed; NaN for a training that diverged."""
     return {seed: float(row['accuracy']) for seed, row in rows.items()}
 
 
-def relative_times(
-    rows: dict[str, dict[str, str]], reference: dict[str, dict[str, str]]
-) -> list[float]:
+def relative_times(rows: Rows, reference: Rows) -> list[float]:
     """Ratios of training time, of those seeds that are of one device."""
     return [
         training_seconds(row) / training_seconds(reference[seed])
@@ -112,8 +113,8 @@ def relative_times(
 
 
 def _time_cell(
-    rows: dict[str, dict[str, str]],
-    reference: dict[str, dict[str, str]],
+    rows: Rows,
+    reference: Rows,
     factor: Fraction = Fraction(1),
 ) -> str:
     if rows == reference:
@@ -121,16 +122,14 @@ def _time_cell(
     return mean_and_deviation([x * factor for x in relative_times(rows, reference)])
 
 
-def _difference(
-    rows: dict[str, dict[str, str]], reference: dict[str, dict[str, str]]
-) -> Optional[Difference]:
+def _difference(rows: Rows, reference: Rows) -> Optional[Difference]:
     return paired_difference(accuracies(rows), accuracies(reference))
 
 
 def _difference_cell(
-    rows: dict[str, dict[str, str]],
-    reference: dict[str, dict[str, str]],
-    beside: Optional[dict[str, dict[str, str]]] = None,
+    rows: Rows,
+    reference: Rows,
+    beside: Optional[Rows] = None,
 ) -> str:
     """With the number of pairs, if it is not that of the rows it stands beside."""
     found = _difference(rows, reference)
@@ -243,12 +242,14 @@ def budget_table(study: Study) -> Optional[str]:
                         f'{_names(network, block)}, {epochs} epochs',
                         mean_and_deviation([*accuracies(found).values()]),
                         _time_cell(standard, plain, VARIANTS[name].length),
+                        _difference_cell(found, study.of(network, REFERENCE, name)),
                         _difference_cell(orepa, found, beside=found),
                         str(len(found)),
                     )
                 )
     headers = ('', 'top-1 accuracy (%)', 'training time / plain')
-    headers = (*headers, 'standard OREPA minus this', 'seeds')
+    headers = (*headers, 'minus plain of as many epochs', 'standard OREPA minus this')
+    headers = (*headers, 'seeds')
     return markdown_table(headers, rows) if rows else None
 
 
@@ -284,8 +285,8 @@ class Line(NamedTuple):
 
     text: str
     colour: str
-    rows: dict[str, dict[str, str]]
-    reference: dict[str, dict[str, str]]
+    rows: Rows
+    reference: Rows
     is_filled: bool = True
 
 
