@@ -211,7 +211,7 @@ class TestQuantize:
                     *(QUANTIZE, config, checkpoint, tmp_path / 'a.onnx'),
                     *('--cfg-options', option),
                 )
-        nothing = [f'{phase}_evaluator={{}}' for phase in ('val', 'test')]
+        nothing = [f'{phase}_evaluator=None' for phase in ('val', 'test')]
         with pytest.raises(SystemExit, match='error: the config has no data to test'):
             run_here(
                 *(QUANTIZE, config, checkpoint, tmp_path / 'a.onnx'),
