@@ -351,7 +351,7 @@ def test_document_has_these_figures(reports, runs):
     """Of docs/evidence.md: they are made of the rows beside it."""
     assert ROWS_OF_DOCUMENT.stat().st_size < 1e6
     results = reports.Results(ROWS_OF_DOCUMENT, runs.KEY, runs.VALUES, runs.check_row)
-    tables = reports.tables_of(results)
+    tables = reports.tables_of(reports.studies_of(results))
     text = (ROOT / 'docs/evidence.md').read_text()
     for table in tables.values():
         assert table in text
@@ -399,14 +399,14 @@ def test_changed_recipe(toy, runs, monkeypatch):
     # Without the data: there is nothing left to train.
     Path('data').rename('elsewhere')
     train('--blocks', 'none', '--seeds', 0, '--out', 'out')
-    runs._base('full', 'resnet18').optim_wrapper.optimizer.weight_decay = 1.0
+    runs.base_config('full', 'resnet18').optim_wrapper.optimizer.weight_decay = 1.0
     try:
         with pytest.raises(
             SystemExit, match='error: the configs have changed: the row'
         ):
             train('--blocks', 'none', '--seeds', '0-1', '--out', 'out')
     finally:
-        runs._base.cache_clear()
+        runs.base_config.cache_clear()
 
 
 def test_rows_that_no_training_gave(study, tmp_path, monkeypatch):

@@ -27,9 +27,9 @@ from accuracy_runs import (
     STANDARD,
     VALUES,
     VARIANTS,
+    base_config,
     check_recipes,
     check_row,
-    config_of,
     job_of,
     keys_of,
 )
@@ -37,7 +37,6 @@ from studies import (
     Results,
     add_report_arguments,
     is_gpu_there,
-    merged,
     raise_failures,
     run_jobs,
 )
@@ -149,7 +148,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         check_recipes(results, keys)
         if any(results.get(key) is None for key in keys):
             for data in args.data:
-                config = merged(config_of(data, args.networks[0]), {})
+                config = base_config(data, args.networks[0])
                 check_data_folders(config, ('train', 'val'))
         jobs = [job_of(key, args.workers, args.out / 'runs') for key in keys]
         shown = ('accuracy', 'seconds', 'device')

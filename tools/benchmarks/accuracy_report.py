@@ -262,11 +262,16 @@ TABLES: dict[str, Callable[[Study], Optional[str]]] = dict(
 )
 
 
-def tables_of(results: Results, epochs: Optional[int] = None) -> dict[str, str]:
+def studies_of(results: Results, epochs: Optional[int] = None) -> dict[str, Study]:
+    """By data set."""
+    return {data: Study(results, data, epochs) for data in DATA}
+
+
+def tables_of(studies: dict[str, Study]) -> dict[str, str]:
     """Markdown tables by name, like ``main-10pct``; those without rows are left out."""
     found = {
-        f'{name}-{data}': make(Study(results, data, epochs))
-        for data in DATA
+        f'{name}-{data}': make(study)
+        for data, study in studies.items()
         for name, make in TABLES.items()
     }
     return {name: table for name, table in found.items() if table}
@@ -490,8 +495,8 @@ FIGURES = dict(
 
 def report(results: Results, args: argparse.Namespace) -> None:
     """Writes tables and figures of all rows."""
-    studies = {data: Study(results, data, args.epochs) for data in DATA}
-    tables = tables_of(results, args.epochs)
+    studies = studies_of(results, args.epochs)
+    tables = tables_of(studies)
     if not tables:
         found = sorted({row['epochs'] for row in results.rows}, key=int)
         raise ValueError(

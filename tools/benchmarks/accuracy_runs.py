@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, Optional
 
 from mmengine.config import Config
-from studies import ROOT, Job, Point, Results, epochs_options, merged, train
+from studies import ROOT, Job, Point, Results, epochs_options, train
 
 from mmorepa.layers import OREPAKernel
 
@@ -138,9 +138,14 @@ def config_of(data: str, network: str) -> Path:
 
 
 @cache
+def base_config(data: str, network: str) -> Config:
+    """What is in that config, read once; it is left as it is."""
+    return Config.fromfile(config_of(data, network))
+
+
 def standard_epochs(data: str, given: Optional[int]) -> int:
     """How long trainings are, if nothing else is given: as the config says."""
-    return given or merged(config_of(data, 'resnet18'), {}).train_cfg.max_epochs
+    return given or base_config(data, 'resnet18').train_cfg.max_epochs
 
 
 def keys_of(args: argparse.Namespace) -> Iterator[dict[str, str]]:
@@ -171,7 +176,7 @@ def keys_of(args: argparse.Namespace) -> Iterator[dict[str, str]]:
 
 def options_of(key: dict[str, str], workers: int = 0) -> dict:
     """What the training of a row changes in its config."""
-    recipe = _base(key['data'], key['network']).optim_wrapper.optimizer.lr
+    recipe = base_config(key['data'], key['network']).optim_wrapper.optimizer.lr
     options = {
         **epochs_options(int(key['epochs']), workers),
         'model.backbone.block': key['block'],
@@ -186,14 +191,9 @@ def options_of(key: dict[str, str], workers: int = 0) -> dict:
     return options
 
 
-@cache
-def _base(data: str, network: str) -> Config:
-    return merged(config_of(data, network), {})
-
-
 def recipe_of(key: dict[str, str]) -> str:
     """A fingerprint of all in its config that changes what a training learns."""
-    cfg = copy.deepcopy(_base(key['data'], key['network']))
+    cfg = copy.deepcopy(base_config(key['data'], key['network']))
     cfg.merge_from_dict(options_of(key))
     loader = cfg.train_dataloader
     parts = (
