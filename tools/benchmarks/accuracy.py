@@ -10,6 +10,7 @@ import argparse
 import os
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Optional
 
@@ -37,7 +38,7 @@ from studies import (
     Results,
     add_report_arguments,
     is_gpu_there,
-    raise_failures,
+    report_and_raise,
     run_jobs,
 )
 from study_reports import check_document
@@ -153,12 +154,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         jobs = [job_of(key, args.workers, args.out / 'runs') for key in keys]
         shown = ('accuracy', 'seconds', 'device')
         failures = run_jobs(jobs, results, args.jobs, shown)
-    try:
-        if results.rows:
-            report(results, args)
-    finally:
-        raise_failures(failures)
-    results.require_rows()
+    report_and_raise(results, failures, partial(report, results, args))
 
 
 if __name__ == '__main__':

@@ -44,7 +44,7 @@ from studies import (
     Results,
     add_report_arguments,
     last_checkpoint,
-    raise_failures,
+    report_and_raise,
     run_jobs,
 )
 from study_reports import (
@@ -306,12 +306,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             Job(key, partial(measure, folder, args.images)) for key, folder in networks
         ]
         failures = run_jobs(jobs, results, args.jobs)
-    try:
-        if results.rows:
-            report(results, args)
-    finally:
-        raise_failures(failures)
-    results.require_rows()
+    report_and_raise(results, failures, partial(report, results, args))
 
 
 if __name__ == '__main__':

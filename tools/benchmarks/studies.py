@@ -533,6 +533,27 @@ def raise_failures(failures: Sequence[str]) -> None:
         )
 
 
+def report_and_raise(
+    results: Results, failures: Sequence[str], report: Callable[[], None]
+) -> None:
+    """Ends a study: reports the rows that there are, then raises what went wrong.
+
+    Args:
+        results (Results): The rows.
+        failures (Sequence[str]): What :func:`run_jobs` returned.
+        report (Callable[[], None]): Writes tables and figures.
+
+    Raises:
+        ValueError: If jobs failed, whatever the report raises, or if there are no rows.
+    """
+    try:
+        if results.rows:
+            report()
+    finally:
+        raise_failures(failures)
+    results.require_rows()
+
+
 _Outcome = tuple[Job, Union[dict[str, str], Exception]]
 
 
