@@ -186,7 +186,7 @@ ROWS = [
     *(row('orepa', seed, 99, '3') for seed in range(2)),
     row('orepa', 0, 50, '1/3'),
     row('orepa', 0, 80, variant='plain_stem', seconds=3.0),
-    row('none', 0, 83, variant='longer', epochs='30', seconds=1.5),
+    row('none', 0, 83, variant='epochs_1.5', epochs='30', seconds=1.5),
     # Of another length, and of another machine.
     row('none', 2, 10, epochs='3'),
     row('none', 0, 90, data='full', epochs='8', device='H100'),
@@ -364,7 +364,9 @@ def test_parts(study):
 
     assert count('--seeds', 3, '--data', '10pct') == (4 + 3) * 3
     assert count() == (4 + 3) * 3 * 2 * 8
-    assert count('--variants', 'longer', '--lr-factors', 1, '--seeds', '0-1') == 7 * 4
+    assert (
+        count('--variants', 'epochs_1.5', '--lr-factors', 1, '--seeds', '0-1') == 7 * 4
+    )
     ablations = ('--variants', 'ablations', '--lr-factors', '1', '--data', 'full')
     assert count(*ablations, '--seeds', '0-4') == (len(study.ABLATIONS) + 2) * 5
     assert count(*ablations, '--blocks', 'dbb') == 8  # single_init

@@ -227,12 +227,15 @@ def budget_table(study: Study) -> Optional[str]:
     rows = []
     for network, blocks in BLOCKS.items():
         orepa, plain = study.of(network, 'orepa'), study.of(network, REFERENCE)
-        longer = {block: study.of(network, block, LONGER) for block in blocks}
+        has_longer = {
+            block: any(study.of(network, block, name) for name in LONGER)
+            for block in blocks
+        }
         for block in blocks:
-            for name in (STANDARD, LONGER) if any(longer.values()) else ():
+            for name in (STANDARD, *LONGER) if any(has_longer.values()) else ():
                 found = study.of(network, block, name)
                 is_orepa = (block, name) == ('orepa', STANDARD)
-                if not found or not (longer[block] or is_orepa):
+                if not found or not (has_longer[block] or is_orepa):
                     continue
                 epochs = next(iter(found.values()))['epochs']
                 # An epoch takes as long, however many there are.
@@ -417,9 +420,9 @@ def plot_budget(studies: dict[str, Study], path: Path) -> bool:
     )
     title += 'number is in brackets.\nDotted: where plain ends.'
     if any(
-        row['variant'] == LONGER for study in studies.values() for row in study.rows
+        row['variant'] in LONGER for study in studies.values() for row in study.rows
     ):
-        title += ' Rings: trainings of 1.5 x the epochs.'
+        title += ' Rings: trainings of more epochs.'
     figure.suptitle(title, fontsize='medium')
     _save(figure, path)
     return True
@@ -458,12 +461,14 @@ def _draw_budget(axes: plt.Axes, study: Study, network: str) -> None:
         ends.append(means[-1])
         if block == REFERENCE:
             axes.axvline(xs[-1], color=colour, linestyle=':', linewidth=1)
-        longer = of(block, LONGER)
-        if longer:
+        for name, length in LONGER.items():
+            longer = of(block, name)
+            if not longer:
+                continue
             _, means, deviations = _mean_curve(longer)
             style = dict(fmt='o', markersize=8, markerfacecolor='none', capsize=3)
             # An epoch takes as long, however many there are.
-            end = xs[-1] * float(VARIANTS[LONGER].length)
+            end = xs[-1] * float(length)
             axes.errorbar(end, means[-1], deviations[-1], color=colour, **style)
             ends.append(means[-1])
     # The first epochs would take all of the height.

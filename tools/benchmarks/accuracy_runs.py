@@ -66,7 +66,9 @@ _BLOCK_CFG = 'model.backbone.block_cfg'
 _BRANCHES = tuple(OREPAKernel.INITIAL_SCALES)
 _FROZEN = {f'{_PARAMWISE}.scale_lr_mult': 0.0}
 ALL_BLOCKS = ('none', 'dbb', 'orepa', 'repvgg')
-STANDARD, LONGER = 'standard', 'longer'
+STANDARD = 'standard'
+# Trainings that take as long as others of fewer epochs.
+LONGER = {'epochs_1.25': Fraction(5, 4), 'epochs_1.5': Fraction(3, 2)}
 KERNEL_DECAY, STRONG_DECAY = 'kernel_decay', 'strong_decay'
 STRONG_KERNEL_DECAY = 'strong_kernel_decay'
 # The recipe's 1e-4 takes half a percent off the weights in 1,880 steps, this a third.
@@ -81,9 +83,12 @@ def kernel_decay(coefficient: float) -> dict:
 
 VARIANTS = {
     STANDARD: Variant('', {}, tuple(NETWORKS), ALL_BLOCKS),
-    LONGER: Variant(
-        '1.5 x the epochs', {}, tuple(NETWORKS), ALL_BLOCKS, Fraction(3, 2)
-    ),
+    **{
+        name: Variant(
+            f'{float(length):g} x the epochs', {}, tuple(NETWORKS), ALL_BLOCKS, length
+        )
+        for name, length in LONGER.items()
+    },
     # Of a plain kernel, both are the same.
     KERNEL_DECAY: Variant(
         'weight decay of the folded kernels',
@@ -128,7 +133,8 @@ VARIANTS = {
     'online': Variant('folded online', {'optim_wrapper.folded': False}),
 }
 DECAYS = (KERNEL_DECAY, STRONG_DECAY, STRONG_KERNEL_DECAY)
-ABLATIONS = [name for name in VARIANTS if name not in (STANDARD, LONGER, *DECAYS)]
+_OTHERS = (STANDARD, *LONGER, *DECAYS)
+ABLATIONS = [name for name in VARIANTS if name not in _OTHERS]
 
 
 def config_of(data: str, network: str) -> Path:
