@@ -352,6 +352,7 @@ def test_document_has_these_figures(reports, runs):
     assert ROWS_OF_DOCUMENT.stat().st_size < 1e6
     results = reports.Results(ROWS_OF_DOCUMENT, runs.KEY, runs.VALUES, runs.check_row)
     tables = reports.tables_of(reports.studies_of(results))
+    assert {'main-10pct', 'main-full', 'ablations-10pct'} <= tables.keys()
     text = (ROOT / 'docs/evidence.md').read_text()
     for table in tables.values():
         assert table in text
