@@ -217,9 +217,10 @@ def test_report(out, study, capsys):
     _, *parts = (out / 'tables.md').read_text().split('### ')
     tables = {name: lines for name, *lines in map(str.splitlines, parts)}
     assert [line for line in tables['main-10pct'] if line][2:] == [
-        '| slim ResNet-18, plain | 81.00 ± 1.41 |  | 1.00 | 12,345 | 2 |',
-        '| slim ResNet-18, OREPA | 85.33 ± 4.51 | +2.00 [-10.71, +14.71] (2 pairs) | '
-        '1.50 ± 0.00 | 12,345 | 3 |',
+        '| slim ResNet-18, plain | 81.00 ± 1.41 |  | +2.00 [-10.71, +14.71] | 1.00 | '
+        '12,345 | 2 |',
+        '| slim ResNet-18, OREPA | 85.33 ± 4.51 | +2.00 [-10.71, +14.71] (2 pairs) |  '
+        '| 1.50 ± 0.00 | 12,345 | 3 |',
     ]
     assert [line for line in tables['rates-10pct'] if line][2:] == [
         '| slim ResNet-18, plain | 60.00, 1 | **81.00 ± 1.41**, 2 | 60.00, 1 |  |',
@@ -227,8 +228,8 @@ def test_report(out, study, capsys):
         '+18.00 [+5.29, +30.71] |',
     ]
     assert [line for line in tables['ablations-10pct'] if line][2:] == [
-        '| OREPA | 85.33 ± 4.51 |  | +2.00 [-10.71, +14.71] (2 pairs) | 1.00 | 3 |',
-        '| OREPA, plain stem | 80.00 | -1.00 | +0.00 | 2.00 | 1 |',
+        '| OREPA | 85.33 ± 4.51 |  | +2.00 [-10.71, +14.71] (2 pairs) |  | 3 |',
+        '| OREPA, plain stem | 80.00 | -1.00 | +0.00 |  | 1 |',
     ]
     assert [line for line in tables['budget-10pct'] if line][2:] == [
         '| slim ResNet-18, plain, 20 epochs | 81.00 ± 1.41 | 1.00 |  | '
@@ -239,8 +240,8 @@ def test_report(out, study, capsys):
     ]
     # Times of two devices have no ratio.
     assert [line for line in tables['main-full'] if line][2:] == [
-        '| slim ResNet-18, plain | 90.00 |  | 1.00 | 12,345 | 1 |',
-        '| slim ResNet-18, OREPA | 91.00 | +1.00 |  | 12,345 | 1 |',
+        '| slim ResNet-18, plain | 90.00 |  | +1.00 | 1.00 | 12,345 | 1 |',
+        '| slim ResNet-18, OREPA | 91.00 | +1.00 |  |  | 12,345 | 1 |',
     ]
     for name in ('differences', 'ablations', 'budget'):
         assert matplotlib.image.imread(out / f'{name}.png').ndim == 3
@@ -287,7 +288,8 @@ def test_trainings_that_diverged(reports, tmp_path, capsys):
     orepa.append(row('orepa', 2, 10, accuracy='nan'))
     study = study_of(reports, tmp_path, *plain, *orepa)
     assert (
-        '| slim ResNet-18, OREPA | 82.50 ± 0.71 (1 diverged) | +2.00 [+2.00, +2.00] |'
+        '| slim ResNet-18, OREPA | 82.50 ± 0.71 (1 diverged) | '
+        '+2.00 [+2.00, +2.00] (2 pairs) |'
     ) in reports.main_table(study)
     run_here(TOOL, '--report-only', '--out', tmp_path)
     assert '82.50 ± 0.71 (1 diverged)' in capsys.readouterr().out
@@ -297,15 +299,16 @@ def test_changes_of_each_block(reports, tmp_path):
     rows = [row('none', 0, 80), row('none', 0, 81, variant='strong_decay')]
     rows += [row('dbb', 0, 70), row('dbb', 0, 79, variant='single_init')]
     rows += [row('repvgg', 0, 75, variant='single_init')]  # There is no whole.
+    rows += [row('orepa', 0, 90)]
     study = study_of(reports, tmp_path, *rows)
     tables = {name: make(study) for name, make in reports.TABLES.items()}
     assert tables['ablations'].splitlines()[2:] == [
-        '| DBB | 70.00 |  | -10.00 | 1.00 | 1 |',
-        '| DBB, single_init | 79.00 | +9.00 | -1.00 | 1.00 | 1 |',
+        '| DBB | 70.00 |  | -10.00 | +20.00 | 1 |',
+        '| DBB, single_init | 79.00 | +9.00 | -1.00 | +11.00 | 1 |',
     ]
     assert tables['decays'].splitlines()[2:] == [
-        '| plain | 80.00 |  |  | 1.00 | 1 |',
-        '| plain, strong weight decay | 81.00 | +1.00 | +1.00 | 1.00 | 1 |',
+        '| plain | 80.00 |  |  | +10.00 | 1 |',
+        '| plain, strong weight decay | 81.00 | +1.00 | +1.00 | +9.00 | 1 |',
     ]
 
 

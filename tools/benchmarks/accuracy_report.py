@@ -135,7 +135,7 @@ def _difference_cell(
     found = _difference(rows, reference)
     if found is None or rows == reference:
         return ''
-    seeds = len(finite(accuracies(rows if beside is None else beside)))
+    seeds = len(rows if beside is None else beside)
     pairs = '' if found.pairs == seeds else f' ({counted(found.pairs, "pair")})'
     return f'{found}{pairs}'
 
@@ -161,13 +161,14 @@ def main_table(study: Study) -> Optional[str]:
                     _names(network, block),
                     mean_and_deviation([*accuracies(found).values()]),
                     _difference_cell(found, plain),
+                    _difference_cell(study.of(network, 'orepa'), found, beside=found),
                     _time_cell(found, plain),
                     f'{int(next(iter(found.values()))["deployed_parameters"]):,}',
                     str(len(found)),
                 )
             )
-    headers = ('', 'top-1 accuracy (%)', 'minus plain', 'training time / plain')
-    headers = (*headers, 'deployed parameters', 'seeds')
+    headers = ('', 'top-1 accuracy (%)', 'minus plain', 'OREPA minus this')
+    headers = (*headers, 'training time / plain', 'deployed parameters', 'seeds')
     return markdown_table(headers, rows) if rows else None
 
 
@@ -200,7 +201,7 @@ def rates_table(study: Study) -> Optional[str]:
 def variants_table(study: Study, names: Sequence[str]) -> Optional[str]:
     """Blocks with each of these changes, beside the whole and the plain network."""
     network, rows = 'resnet18', []
-    plain = study.of(network, REFERENCE)
+    plain, orepa = study.of(network, REFERENCE), study.of(network, 'orepa')
     for block, text in BLOCKS[network].items():
         whole = study.of(network, block)
         changed = {VARIANTS[n].text: study.of(network, block, n) for n in names}
@@ -213,12 +214,14 @@ def variants_table(study: Study, names: Sequence[str]) -> Optional[str]:
                         mean_and_deviation([*accuracies(found).values()]),
                         _difference_cell(found, whole),
                         _difference_cell(found, plain),
-                        _time_cell(found, whole),
+                        ''
+                        if block == 'orepa'
+                        else _difference_cell(orepa, found, beside=found),
                         str(len(found)),
                     )
                 )
     headers = ('slim ResNet-18', 'top-1 accuracy (%)', 'minus unchanged', 'minus plain')
-    headers = (*headers, 'training time / unchanged', 'seeds')
+    headers = (*headers, 'OREPA minus this', 'seeds')
     return markdown_table(headers, rows) if rows else None
 
 
@@ -318,7 +321,8 @@ def block_lines(study: Study) -> list[Line]:
                 study.of(network, name, factor=factor)
                 for name, factor in zip((block, REFERENCE), best)
             )
-            lines.append(Line('best learning rates', colour, rows, plain, False))
+            text = f'{BLOCKS[network][block]}, best rates\n{NETWORKS[network]}'
+            lines.append(Line(text, colour, rows, plain, False))
     return [line for line in lines if _difference(line.rows, line.reference)]
 
 
@@ -382,6 +386,7 @@ def plot_differences(
         figsize=(max(6.5, 5.2 * len(panels)), height),
         layout='constrained',
         squeeze=False,
+        sharex=True,
     )
     for axes, (data, lines) in zip(all_axes[0], panels.items()):
         draw_differences(axes, lines)
@@ -390,6 +395,10 @@ def plot_differences(
     figure.suptitle(textwrap.fill(title, width), fontsize='medium')
     _save(figure, path)
     return True
+
+
+# Times plain's training, on the figure of the budget.
+MOST_TIME = 2.5
 
 
 def plot_budget(studies: dict[str, Study], path: Path) -> bool:
@@ -440,7 +449,7 @@ def _mean_curve(rows: Sequence[dict[str, str]]) -> tuple[list, list, list]:
 
 
 def _draw_budget(axes: plt.Axes, study: Study, network: str) -> None:
-    ends = []
+    ends, plain_end = [], math.inf
     device = next(iter(study.of(network, REFERENCE).values()))['device']
 
     def of(block: str, variant: str = STANDARD) -> list[dict[str, str]]:
@@ -454,13 +463,18 @@ def _draw_budget(axes: plt.Axes, study: Study, network: str) -> None:
         if not rows:
             continue
         xs, means, deviations = _mean_curve(rows)
-        axes.plot(xs, means, marker='.', color=colour, label=f'{text} ({len(rows)})')
+        if block == REFERENCE:
+            plain_end = xs[-1]
+            axes.axvline(plain_end, color=colour, linestyle=':', linewidth=1)
+        label = f'{text} ({len(rows)})'
+        if xs[-1] > MOST_TIME * plain_end:
+            label += f': {means[-1]:.1f} % after {xs[-1]:.0f} s'
+        else:
+            ends.append(means[-1])
+        axes.plot(xs, means, marker='.', color=colour, label=label)
         axes.plot(xs[-1], means[-1], marker='o', color=colour)
         band = ([m + sign * d for m, d in zip(means, deviations)] for sign in (-1, 1))
         axes.fill_between(xs, *band, color=colour, alpha=0.15, linewidth=0)
-        ends.append(means[-1])
-        if block == REFERENCE:
-            axes.axvline(xs[-1], color=colour, linestyle=':', linewidth=1)
         for name, length in LONGER.items():
             longer = of(block, name)
             if not longer:
@@ -470,11 +484,20 @@ def _draw_budget(axes: plt.Axes, study: Study, network: str) -> None:
             # An epoch takes as long, however many there are.
             end = xs[-1] * float(length)
             axes.errorbar(end, means[-1], deviations[-1], color=colour, **style)
+            axes.annotate(
+                f'{longer[0]["epochs"]} epochs ({len(longer)})',
+                (end, means[-1]),
+                xytext=(7, -12),
+                textcoords='offset points',
+                color=colour,
+                fontsize='small',
+            )
             ends.append(means[-1])
     # The first epochs would take all of the height.
     reach = max(max(ends, default=0) - min(ends, default=0), 1.0)
-    axes.set_ylim(min(ends, default=0) - 3 * reach, max(ends, default=0) + 0.8 * reach)
-    axes.set_xlim(left=0)
+    axes.set_ylim(min(ends, default=0) - 2 * reach, max(ends, default=0) + 0.8 * reach)
+    # A curve of several times the others' length would squeeze them together.
+    axes.set_xlim(0, min(axes.get_xlim()[1], MOST_TIME * plain_end))
     axes.grid(alpha=0.3)
     axes.legend(loc='lower right')
     unit = ', of one core' if device == 'cpu' else f' on a shared {device}'
@@ -493,7 +516,7 @@ def _save(figure: plt.Figure, path: Path) -> None:
 
 FIGURES = dict(
     differences='Differences to plain, seed by seed, with their means and intervals',
-    ablations='Differences to OREPA without its parts',
+    ablations='Differences to OREPA without its parts, or changed',
     budget='Accuracy over seconds of training',
 )
 
@@ -529,8 +552,8 @@ def report(results: Results, args: argparse.Namespace) -> None:
             studies,
             ablation_lines,
             'points of accuracy beyond OREPA',
-            'OREPA without its parts: small dots are seeds, the large one is their '
-            'mean, with its 95 % interval and the number of seeds',
+            'OREPA without its parts, or changed: small dots are seeds, the large one '
+            'is their mean, with its 95 % interval and the number of seeds',
             paths['ablations'],
         ),
         budget=plot_budget(studies, paths['budget']),

@@ -71,7 +71,8 @@ STANDARD = 'standard'
 LONGER = {'epochs_1.25': Fraction(5, 4), 'epochs_1.5': Fraction(3, 2)}
 KERNEL_DECAY, STRONG_DECAY = 'kernel_decay', 'strong_decay'
 STRONG_KERNEL_DECAY = 'strong_kernel_decay'
-# The recipe's 1e-4 takes half a percent off the weights in 1,880 steps, this a third.
+# By itself, with the momentum of 0.9, the recipe's 1e-4 takes 5 % off the weights in
+# 1,880 steps, and this 99 %.
 STRONG = 0.01
 
 
