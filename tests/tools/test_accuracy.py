@@ -1,5 +1,6 @@
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -359,6 +360,19 @@ def test_document_has_these_figures(reports, runs):
     text = (ROOT / 'docs/evidence.md').read_text()
     for table in tables.values():
         assert table in text
+
+
+@pytest.mark.skipif(not ROWS_OF_DOCUMENT.exists(), reason='the study has not been run')
+def test_document_has_the_commands_of_these_figures(study):
+    text = (ROOT / 'docs/evidence.md').read_text().replace('\\\n', '')
+    found = set()
+    for line in re.findall(r'^python tools/benchmarks/accuracy.py (.+)', text, re.M):
+        args = study.parse_args(line.split())
+        if not args.report_only:
+            found |= {tuple(key.values()) for key in study.keys_of(args)}
+    rows = rows_of(ROWS_OF_DOCUMENT)
+    assert {tuple(row[name] for name in study.KEY) for row in rows} == found
+    assert f'These lines are {len(found)}\ntrainings' in text
 
 
 def test_parts(study):
