@@ -487,8 +487,9 @@ def _draw_budget(axes: plt.Axes, study: Study, network: str) -> None:
             axes.annotate(
                 f'{longer[0]["epochs"]} epochs ({len(longer)})',
                 (end, means[-1]),
-                xytext=(7, -12),
+                xytext=(-7, 5),
                 textcoords='offset points',
+                ha='right',
                 color=colour,
                 fontsize='small',
             )
