@@ -313,6 +313,13 @@ def test_changes_of_each_block(reports, tmp_path):
     ]
 
 
+def test_rows_without_a_table(reports, tmp_path, capsys):
+    study_of(reports, tmp_path, row('none', 0, 80, '3'))
+    run_here(TOOL, '--report-only', '--out', tmp_path)
+    assert 'No tables yet' in capsys.readouterr().out
+    assert not (tmp_path / 'tables.md').exists()
+
+
 def test_rows_of_no_table(out, tmp_path, capsys):
     report(out)
     text = (out / 'tables.md').read_text()

@@ -525,19 +525,25 @@ FIGURES = dict(
 def report(results: Results, args: argparse.Namespace) -> None:
     """Writes tables and figures of all rows."""
     studies = studies_of(results, args.epochs)
-    tables = tables_of(studies)
-    if not tables:
+    shown = sum(len(study.rows) for study in studies.values())
+    if not shown:
         found = sorted({row['epochs'] for row in results.rows}, key=int)
         raise ValueError(
             f"no row of '{results.path}' is of the configs' number of epochs, or of "
             f'--epochs; found trainings of {", ".join(found)}'
         )
-    left_out = len(results.rows) - sum(len(study.rows) for study in studies.values())
-    if left_out:
+    if shown < len(results.rows):
         print(
-            f'Left out: {left_out} rows of other numbers of epochs, or of variants '
-            'that are not known.'
+            f'Left out: {len(results.rows) - shown} rows of other numbers of epochs, '
+            'or of variants that are not known.'
         )
+    tables = tables_of(studies)
+    if not tables:
+        print(
+            f"No tables yet: each compares with trainings of '--variants {STANDARD} "
+            f"--lr-factors 1', and '{results.path}' has none."
+        )
+        return
     paths = {name: args.out / f'{name}.png' for name in FIGURES}
     drawn = dict(
         differences=plot_differences(
