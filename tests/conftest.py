@@ -5,6 +5,16 @@ import torch
 from mmengine.logging import MMLogger
 
 
+def pytest_configure():
+    """Lets tests fork in any order.
+
+    At its first backward, PyTorch starts a thread for each GPU, and forbids autograd in
+    what is forked from then on. An export before it pretends that there is a GPU.
+    """
+    if not torch.cuda.is_available():
+        torch.ones((), requires_grad=True).backward()
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
