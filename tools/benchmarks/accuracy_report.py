@@ -448,6 +448,25 @@ def _mean_curve(rows: Sequence[dict[str, str]]) -> tuple[list, list, list]:
     return xs, means, deviations
 
 
+def _draw_ring(
+    axes: plt.Axes, rows: Sequence[dict[str, str]], seconds: float, colour: str
+) -> float:
+    """Where trainings of more epochs end; returns their mean accuracy."""
+    _, means, deviations = _mean_curve(rows)
+    style = dict(fmt='o', markersize=8, markerfacecolor='none', capsize=3)
+    axes.errorbar(seconds, means[-1], deviations[-1], color=colour, **style)
+    axes.annotate(
+        f'{rows[0]["epochs"]} epochs ({len(rows)})',
+        (seconds, means[-1]),
+        xytext=(-7, 5),
+        textcoords='offset points',
+        ha='right',
+        color=colour,
+        fontsize='small',
+    )
+    return means[-1]
+
+
 def _draw_budget(axes: plt.Axes, study: Study, network: str) -> None:
     ends, plain_end = [], math.inf
     device = next(iter(study.of(network, REFERENCE).values()))['device']
@@ -477,23 +496,10 @@ def _draw_budget(axes: plt.Axes, study: Study, network: str) -> None:
         axes.fill_between(xs, *band, color=colour, alpha=0.15, linewidth=0)
         for name, length in LONGER.items():
             longer = of(block, name)
-            if not longer:
-                continue
-            _, means, deviations = _mean_curve(longer)
-            style = dict(fmt='o', markersize=8, markerfacecolor='none', capsize=3)
-            # An epoch takes as long, however many there are.
-            end = xs[-1] * float(length)
-            axes.errorbar(end, means[-1], deviations[-1], color=colour, **style)
-            axes.annotate(
-                f'{longer[0]["epochs"]} epochs ({len(longer)})',
-                (end, means[-1]),
-                xytext=(-7, 5),
-                textcoords='offset points',
-                ha='right',
-                color=colour,
-                fontsize='small',
-            )
-            ends.append(means[-1])
+            if longer:
+                # An epoch takes as long, however many there are.
+                seconds = xs[-1] * float(length)
+                ends.append(_draw_ring(axes, longer, seconds, colour))
     # The first epochs would take all of the height.
     reach = max(max(ends, default=0) - min(ends, default=0), 1.0)
     axes.set_ylim(min(ends, default=0) - 2 * reach, max(ends, default=0) + 0.8 * reach)

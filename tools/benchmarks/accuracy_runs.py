@@ -134,8 +134,7 @@ VARIANTS = {
     'online': Variant('folded online', {'optim_wrapper.folded': False}),
 }
 DECAYS = (KERNEL_DECAY, STRONG_DECAY, STRONG_KERNEL_DECAY)
-_OTHERS = (STANDARD, *LONGER, *DECAYS)
-ABLATIONS = [name for name in VARIANTS if name not in _OTHERS]
+ABLATIONS = [name for name in VARIANTS if name not in (STANDARD, *LONGER, *DECAYS)]
 
 
 def config_of(data: str, network: str) -> Path:
