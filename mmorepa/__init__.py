@@ -23,6 +23,7 @@ from .layers import (  # noqa: E402
     folded,
     is_switchable,
     reparameterize,
+    set_channels_last,
     switch_to_deploy,
 )
 from .version import __version__  # noqa: E402
@@ -43,5 +44,6 @@ __all__ = [
     'layers',
     'list_configs',
     'reparameterize',
+    'set_channels_last',
     'switch_to_deploy',
 ]

@@ -73,9 +73,14 @@ def published(request):
             # The published blocks with an identity branch have a row that no
             # branch uses.
             ours[key] = value[:5]
-        if key.endswith('weight_pointwise_kxk_2'):
-            # Ours have the channels last.
-            ours[key] = value.permute(0, 2, 3, 1)
+        # Ours have the input channels last.
+        taps = value.shape[-1] if value.dim() == 4 else 1
+        if taps == 3 and key.endswith(('weight_pointwise_kxk_2', 'weight_origin')):
+            ours[key] = value.flatten(2).transpose(1, 2)
+        if key.endswith('weight_separable'):
+            ours[key] = value.view(len(value), -1, 8).transpose(1, 2)
+        if key.endswith('weight_depthwise'):
+            ours[key] = value.view(-1, 8, 9).permute(1, 2, 0)
     return request.param, build, ours, classifier
 
 

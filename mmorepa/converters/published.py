@@ -8,13 +8,14 @@ sides is accounted for.
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple, Optional
 
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..functional import frequency_prior, identity_1x1
+from ..functional import BranchSum, frequency_prior, identity_1x1
 from ..layers import (
     DBBConv2d,
     OREPAConv2d,
@@ -336,19 +337,13 @@ def _conv_pairs(conv: ReparamConv2d) -> Iterator[_Pair]:
         path, dot, entry = (prefixes[here] + key.removeprefix(here)).rpartition('.')
         there = path + dot
         pair = _Pair(there + _ENTRIES.get(entry, entry).format(kind), key)
-        if entry == 'weight_separable' and conv.groups > 1:
-            # The published code interleaves the groups in the rows of this one.
+        kernel = conv.get_submodule(key.rpartition('.')[0])
+        if isinstance(kernel, OREPAKernel):
             pair = pair._replace(
-                to_ours=lambda x: _swap_rows(x, -1, conv.groups),
-                to_theirs=lambda x: _swap_rows(x, conv.groups, -1),
-            )
-        if entry == 'weight_pointwise_kxk_2':
-            pair = pair._replace(
-                to_ours=lambda x: x.permute(0, 2, 3, 1).contiguous(),
-                to_theirs=lambda x: x.permute(0, 3, 1, 2).contiguous(),
+                to_ours=partial(_to_ours, kernel.branch_sum, entry),
+                to_theirs=partial(_to_theirs, kernel.branch_sum, entry),
             )
         yield pair
-        kernel = conv.get_submodule(key.rpartition('.')[0])
         if entry == 'scale' and isinstance(kernel, OREPAKernel):
             yield from _fixed_pairs(kernel, there, kind)
     if isinstance(conv, DBBConv2d) and not conv.deployed:
@@ -380,6 +375,20 @@ def _deployed_name(conv: ReparamConv2d) -> str:
     if size == 1:
         return 'or1x1_reparam'
     return 'orepa_reparam' if size < DEEP_LINEAR_FROM else 'or_large_reparam'
+
+
+def _to_ours(spec: BranchSum, name: str, weight: Tensor) -> Tensor:
+    if name == 'weight_separable':
+        # The published code interleaves the groups in the rows of this one.
+        weight = _swap_rows(weight, -1, spec.groups)
+    return spec.as_stored(name, weight)
+
+
+def _to_theirs(spec: BranchSum, name: str, stored: Tensor) -> Tensor:
+    weight = spec.as_conv(name, stored)
+    if name == 'weight_separable':
+        weight = _swap_rows(weight, spec.groups, -1)
+    return weight.contiguous()
 
 
 def _swap_rows(weight: Tensor, outer: int, inner: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The algebra of re-parameterisation: pure functions on tensors."""
 
 from .branch_sum import BranchSum
-from .closed_forms import fold_kernel, fold_kernels, is_followed, recomputed
+from .closed_forms import fold_kernel, is_followed, recomputed
 from .fusion import fuse_bn
 from .inverses import solve_deep_linear, solve_scaled_sum
 from .kernels import (
@@ -31,7 +31,6 @@ __all__ = [
     'embed_1x1',
     'filtered_kernel',
     'fold_kernel',
-    'fold_kernels',
     'frequency_prior',
     'fuse_bn',
     'identity_1x1',

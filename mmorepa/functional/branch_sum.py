@@ -40,12 +40,26 @@ def _filtered(spec: 'BranchSum', weight: Tensor) -> Tensor:
 
 def _composed(spec: 'BranchSum', first: Tensor, second: Tensor) -> Tensor:
     identity = constant(identity_1x1, *first.shape[:2], like=first)
-    return compose_1x1_kxk(first + identity, second.permute(0, 3, 1, 2), spec.groups)
+    second = spec.as_conv('weight_pointwise_kxk_2', second)
+    return compose_1x1_kxk(first + identity, second, spec.groups)
+
+
+def _separable(spec: 'BranchSum', separable: Tensor, depthwise: Tensor) -> Tensor:
+    return depthwise_separable_kernel(
+        spec.as_conv('weight_depthwise', depthwise),
+        spec.as_conv('weight_separable', separable),
+        spec.groups,
+        spec.expansion,
+    )
 
 
 # In the order in which the compiled code takes the parameters.
 _BRANCHES = {
-    'origin': _Branch('origin', {'weight_origin': 'origin'}, lambda spec, w: w),
+    'origin': _Branch(
+        'origin',
+        {'weight_origin': 'origin'},
+        lambda spec, w: spec.as_conv('weight_origin', w),
+    ),
     'pointwise_kxk': _Branch(
         'composed',
         {'weight_pointwise_kxk_1': 'first', 'weight_pointwise_kxk_2': 'second'},
@@ -70,9 +84,7 @@ _BRANCHES = {
     'depthwise_separable': _Branch(
         'separable',
         {'weight_separable': 'separable', 'weight_depthwise': 'depthwise'},
-        lambda spec, pointwise, depthwise: depthwise_separable_kernel(
-            depthwise, pointwise, spec.groups, spec.expansion
-        ),
+        _separable,
     ),
 }
 _FILTERED = ('average', 'frequency', 'pointwise')
@@ -115,17 +127,65 @@ class BranchSum:
         """Whether the identity is added to ``first``."""
         return 'pointwise_kxk' in self.names
 
-    def filters(self, like: Tensor, count: int = 1) -> Optional[Tensor]:
+    def filters(self, like: Tensor) -> Optional[Tensor]:
         """The filters of :attr:`filtered`, if there are any.
 
         Args:
             like (Tensor): Has the dtype and the device.
-            count (int): How often they are repeated. Defaults to 1.
 
         Returns:
-            Tensor | None: Shape (count·O, F, k²), not to be written to.
+            Tensor | None: Shape (F, O, k²), not to be written to.
         """
-        return constant(_filters, self, count, like=like) if self.filtered else None
+        return constant(_filters, self, like=like) if self.filtered else None
+
+    def as_stored(self, name: str, weight: Tensor) -> Tensor:
+        """The weight of a conv in the order in which a kernel stores it.
+
+        Input channels come last, as in the memory of a kernel with channels last:
+        ``weight_origin`` is (O, k², Ig), ``weight_pointwise_kxk_2`` (O, k², T/g),
+        ``weight_separable`` (O, m, Ig) and ``weight_depthwise`` (m, k², I). All others
+        are stored as they are.
+
+        Args:
+            name (str): The name of the parameter.
+            weight (Tensor): As :func:`torch.nn.functional.conv2d` takes it.
+        """
+        if name in ('weight_origin', 'weight_pointwise_kxk_2'):
+            return weight.flatten(2).transpose(1, 2).contiguous()
+        if name == 'weight_separable':
+            maps = weight.reshape(len(weight), -1, self.expansion)
+            return maps.transpose(1, 2).contiguous()
+        if name == 'weight_depthwise':
+            maps = weight.reshape(-1, self.expansion, self.shape[-1] ** 2)
+            return maps.permute(1, 2, 0).contiguous()
+        return weight
+
+    def as_conv(self, name: str, stored: Tensor) -> Tensor:
+        """The inverse of :meth:`as_stored`."""
+        size = self.shape[-2:]
+        if stored.dim() != 3:
+            return stored
+        if name == 'weight_separable':
+            return stored.transpose(1, 2).flatten(1)[:, :, None, None]
+        if name == 'weight_depthwise':
+            return stored.permute(2, 0, 1).reshape(-1, 1, *size)
+        return stored.transpose(1, 2).unflatten(2, size)
+
+    def from_former(self, name: str, tensor: Tensor) -> Tensor:
+        """A parameter of an earlier checkpoint, or its state, as it is stored now.
+
+        These had the weights of convs, with ``weight_pointwise_kxk_2`` as
+        (O, k, k, T/g).
+
+        Args:
+            name (str): The name of the parameter.
+            tensor (Tensor): Of either order.
+        """
+        if tensor.dim() != 4:
+            return tensor
+        if name == 'weight_pointwise_kxk_2':
+            return tensor.flatten(1, 2)
+        return self.as_stored(name, tensor)
 
     def kernel(self, *tensors: Tensor) -> Tensor:
         """The kernel by the plain formulas.
@@ -157,10 +217,8 @@ class BranchSum:
         }
 
 
-def _filters(
-    spec: BranchSum, count: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def _filters(spec: BranchSum, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The kernels of the filtered branches for weights of one."""
     ones = torch.ones(spec.shape[0], 1, 1, 1, dtype=dtype, device=device)
     filters = [_BRANCHES[part].kernel(spec, ones).flatten(1) for part in spec.filtered]
-    return torch.stack(filters, dim=1).repeat(count, 1, 1)
+    return torch.stack(filters)

@@ -1,22 +1,26 @@
-"""OREPA's folds as differentiable functions, with derivatives worked out by hand.
+"""OREPA's fold as a differentiable function, with a derivative worked out by hand.
 
 What ``autograd`` makes of the formulas in :mod:`.kernels` keeps every term of the
-sum, each as large as the kernel, and walks through memory for each operation. Here a
-fold is one matrix product and a few passes, its derivative two products and a few
-passes, and the graph keeps nothing but references to the parameters. Kernels of one
-shape are folded together, as one batch. On a CPU, :mod:`.compiled` does the work where
-it can.
+sum, each as large as the kernel. Here the graph keeps nothing but references to the
+parameters. On a CPU, :mod:`.compiled` does the same work where it can.
+
+All is held as (O, K, I), with ``K = k²`` taps, which is the memory of a kernel with
+channels last: nothing is transposed, and every operation runs along the input channels.
+With ``s_b`` the scale of a branch (see docs/mathematics.md for the other letters)::
+
+    W[o,k,:] = s_0[o]·V[o,k,:]                            origin
+             + s_1[o]·B[o,k,:] @ (C + E)                  composed
+             + Σ_m s_2[o]·F[o,m,:]·G[m,k,:]               separable
+             + Σ_b s_b[o]·f_b[o,k]·q_b[o,:]               filtered: average, …
+
+With groups, outputs and channels of a group are multiplied among themselves.
 
 Where the operations themselves are followed (by compilers, tracers, ``torch.func``, or
 a second derivative), the plain formulas run instead. The tests hold one against the
 other.
-
-``T`` stands for the channels between two composed convs, ``K = k²`` for the taps, ``m``
-for the maps of the depthwise conv, ``n`` for the kernels of a batch, ``G`` for the
-gradient of a kernel and ``s`` for the scale of a branch.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Optional
 
 import torch
@@ -27,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import compiled
 from .branch_sum import BranchSum
+from .kernels import constant, identity_1x1
 
 # By its newer name where there is one: the older then warns.
 _is_traced_by_fx = getattr(
@@ -42,27 +47,11 @@ def fold_kernel(spec: BranchSum, *tensors: Tensor) -> Tensor:
         *tensors (Tensor): The parameters, in the order of ``spec.roles``.
 
     Returns:
-        Tensor: Shape (O, Ig, k, k).
-    """
-    return fold_kernels(spec, [tensors])[0]
-
-
-def fold_kernels(spec: BranchSum, sets: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """:func:`fold_kernel` for several sets of parameters of the same shapes.
-
-    Args:
-        spec (BranchSum): The sum of branches to fold.
-        sets (Sequence[Sequence[Tensor]]): The parameters of each kernel. They have one
-            dtype and device.
-
-    Returns:
-        list[Tensor]: Each of shape (O, Ig, k, k).
+        Tensor: Shape (O, Ig, k, k), with channels last in memory.
     """
     if is_followed():
-        return [spec.kernel(*tensors) for tensors in sets]
-    if spec.groups != 1:
-        return [recomputed(spec.kernel, *tensors) for tensors in sets]
-    return list(_ClosedForm.apply(spec, len(sets), *_flat(sets)))
+        return spec.kernel(*tensors)
+    return _ClosedForm.apply(spec, *tensors)
 
 
 def is_followed() -> bool:
@@ -89,199 +78,148 @@ def recomputed(function: Callable[..., Tensor], *args) -> Tensor:
 
 
 class _ClosedForm(torch.autograd.Function):
-    """The kernels of a batch, one after another, and their derivative."""
+    @staticmethod
+    def forward(spec: BranchSum, *tensors: Tensor) -> Tensor:
+        if compiled.takes(spec, tensors):
+            return compiled.fold(spec, tensors)
+        return _as_kernel(_Terms(spec, tensors).fold(), spec)
 
     @staticmethod
-    def forward(spec: BranchSum, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        kernels = compiled.call('fold', spec, tensors)
-        return tuple(kernels or _fold_batch(spec, _split(tensors, count)))
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
-        ctx.spec, ctx.count, *tensors = inputs
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.spec, *tensors = inputs
         ctx.save_for_backward(*tensors)
-        # What a kernel that is not used does not depend on has no gradient.
-        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, *grads: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
-        used = [grad for grad in grads if grad is not None]
-        sets = _split(ctx.saved_tensors, ctx.count)
-        own = [t for t, grad in zip(sets, grads) if grad is not None]
-        rest = iter(_gradients(ctx.spec, own, used) if used else ())
-        unused = [None] * len(ctx.spec.roles)
-        found = _flat(
-            unused if g is None else [next(rest) for _ in unused] for g in grads
-        )
-        needed = ctx.needs_input_grad[2:]
-        return None, None, *(g if n else None for g, n in zip(found, needed))
+    def backward(ctx, grad: Tensor) -> tuple[Optional[Tensor], ...]:
+        spec, tensors = ctx.spec, ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():
+            # Where a graph of the derivative is asked for, it is that of the formulas.
+            trained = [t for t, n in zip(tensors, needed) if n]
+            kernel = spec.kernel(*tensors)
+            found = iter(torch.autograd.grad(kernel, trained, grad, create_graph=True))
+            return None, *(next(found) if n else None for n in needed)
+        if compiled.takes(spec, (*tensors, grad)):
+            gradients = compiled.fold_gradients(spec, grad, tensors)
+        else:
+            gradients = _Terms(spec, tensors).gradients(_as_rows(grad))
+        return None, *(g if n else None for g, n in zip(gradients, needed))
 
 
-def _gradients(
-    spec: BranchSum, sets: Sequence[Sequence[Tensor]], grads: Sequence[Tensor]
-) -> list[Optional[Tensor]]:
-    if torch.is_grad_enabled():
-        # Where a graph of the derivative is asked for, it is that of the formulas.
-        return _formula_gradients(spec, sets, grads)
-    found = compiled.call('fold_gradients', spec, grads, _flat(sets))
-    return found or _batch_gradients(spec, sets, grads)
+def _as_rows(kernel: Tensor) -> Tensor:
+    """From (O, I, k, k) to (O, K, I), a view of what has channels last."""
+    return kernel.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
-def _formula_gradients(
-    spec: BranchSum, sets: Sequence[Sequence[Tensor]], grads: Sequence[Tensor]
-) -> list[Optional[Tensor]]:
-    trained = [t for t in _flat(sets) if t.requires_grad]
-    kernels = [spec.kernel(*tensors) for tensors in sets]
-    found = iter(torch.autograd.grad(kernels, trained, grads, create_graph=True))
-    return [next(found) if t.requires_grad else None for t in _flat(sets)]
+def _as_kernel(rows: Tensor, spec: BranchSum) -> Tensor:
+    return rows.unflatten(1, spec.shape[2:]).permute(0, 3, 1, 2)
 
 
-def _split(items: Sequence, count: int) -> list[Sequence]:
-    size = len(items) // count
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def _flat(sets: Iterable[Sequence]) -> list:
-    return [item for own in sets for item in own]
-
-
-# ---- in operations of PyTorch, as a batch ------------------------------------------
-
-
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    # A view of the only one.
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
-
-
-class _Batch:
-    """The parameters of n kernels in the shapes of the products that they enter.
+class _Terms:
+    """The parameters in the shapes in which they are multiplied.
 
     Attributes:
-        scale (dict[str, Tensor]): By part, each of shape (n, O, 1, 1).
-        origin (Tensor): Shape (n, O, I, K).
-        first (Tensor): Shape (n, T, I), without the identity.
-        second (Tensor): Shape (n, O·K, T).
-        separable (Tensor): Shape (n, O, I, m).
-        depthwise (Tensor): Shape (n, I, m, K).
-        weights (Tensor): Those of the F filters, shape (n, O, F, I).
-        filters (Tensor): Shape (n·O, F, K).
-        filter_scales (Tensor): Shape (n, O, F).
+        scale (dict[str, Tensor]): By part, each of shape (O, 1, 1).
+        origin (Tensor): Shape (O, K, I).
+        first (Tensor): ``C + E``, shape (g, T/g, I).
+        second (Tensor): Shape (g, O/g·K, T/g).
+        separable (Tensor): Shape (g, O/g, m, I).
+        depthwise (Tensor): Shape (g, m, K, I).
+        weights (Tensor): Those of the F filtered branches, shape (O, F, I).
+        filters (Tensor): Shape (O, F, K).
     """
 
-    def __init__(self, spec: BranchSum, sets: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(self, spec: BranchSum, tensors: Sequence[Tensor]) -> None:
         outputs, inputs, size, _ = spec.shape
-        n, taps = len(sets), size * size
-        shapes = {
-            'origin': (outputs, inputs, taps),
-            'first': (-1, inputs),
-            'second': (outputs * taps, -1),
-            'separable': (outputs, inputs, -1),
-            'depthwise': (inputs, -1, taps),
-        }
-        columns = dict(zip(spec.roles.values(), zip(*sets)))
-        for role in shapes.keys() & columns.keys():
-            setattr(self, role, _stack(columns[role]).reshape(n, *shapes[role]))
-        scale = _stack(columns['scale']).view(n, -1, outputs, 1, 1)
-        self.scale = {part: scale[:, row] for part, row in spec.rows.items()}
-        self.has_identity = spec.has_identity
+        groups = spec.groups
+        self.spec, self.tensors = spec, tensors
+        self.rows = (outputs, size * size, inputs)
+        p = dict(zip(spec.roles.values(), tensors))
+        scale = p['scale'][:, :, None, None]
+        self.scale = {part: scale[row] for part, row in spec.rows.items()}
+        if 'origin' in p:
+            self.origin = p['origin'].reshape(self.rows).contiguous()
+        if 'first' in p:
+            first = p['first'].flatten(1)
+            if spec.has_identity:
+                first = first + constant(
+                    identity_1x1, *first.shape, like=first
+                ).flatten(1)
+            self.first = first.reshape(groups, -1, inputs)
+            hidden = self.first.shape[1]
+            self.second = p['second'].reshape(groups, -1, hidden)
+        if 'separable' in p:
+            self.separable = p['separable'].unflatten(0, (groups, -1))
+            depthwise = p['depthwise'].unflatten(2, (groups, inputs))
+            self.depthwise = depthwise.permute(2, 0, 1, 3)
         if spec.filtered:
-            own = zip(*(columns[name] for name in spec.filtered))
-            weights = _stack([weight for kernel in own for weight in kernel])
-            weights = weights.view(n, len(spec.filtered), outputs, inputs)
-            self.weights = weights.transpose(1, 2)
-            self.filters = spec.filters(like=scale, count=n)
-            scales = [self.scale[name].flatten(1) for name in spec.filtered]
-            self.filter_scales = torch.stack(scales, dim=2)
+            weights = [p[part].flatten(1) for part in spec.filtered]
+            self.weights = torch.stack(weights, dim=1)
+            self.filters = spec.filters(like=scale).transpose(0, 1)
 
-    def composed(self, by_tap: Tensor, matrix: Tensor) -> Tensor:
-        """``by_tap · (matrix + E)`` with the identity E where there is one."""
-        if self.has_identity:
-            return torch.baddbmm(by_tap, by_tap, matrix)
-        return torch.bmm(by_tap, matrix)
+    def fold(self) -> Tensor:
+        """The kernel, shape (O, K, I)."""
+        scale = self.scale
+        if 'origin' in scale:
+            kernel = self.origin * scale['origin']
+        else:
+            kernel = self.tensors[0].new_zeros(self.rows)
+        if 'composed' in scale:
+            product = torch.bmm(self.second, self.first)
+            kernel.addcmul_(product.view(self.rows), scale['composed'])
+        if 'separable' in scale:
+            product = torch.einsum('gomi,gmki->goki', self.separable, self.depthwise)
+            kernel.addcmul_(product.reshape(self.rows), scale['separable'])
+        if self.spec.filtered:
+            scales = torch.cat([scale[part] for part in self.spec.filtered], dim=1)
+            kernel.baddbmm_((self.filters * scales).mT, self.weights)
+        return kernel
 
+    def gradients(self, grad: Tensor) -> list[Tensor]:
+        """``Jᵀ·grad`` for every parameter.
 
-def _by_input(tensor: Tensor, scale: Optional[Tensor] = None) -> Tensor:
-    """From (n, O, I, x) to (n·I, O, x), scaled on the way."""
-    moved = tensor.transpose(1, 2)
-    if scale is not None:
-        out = torch.empty(moved.shape, dtype=tensor.dtype, device=tensor.device)
-        moved = torch.mul(moved, scale.transpose(1, 2), out=out)
-    return moved.reshape(-1, *moved.shape[2:])
+        The gradient of a kernel is ``s·G``, that of one factor of a product is ``s·G``
+        times the other one, and that of ``s`` is the inner product of ``G`` and the
+        branch's kernel, taken where it is cheap: ``⟨G, B·C⟩ = ⟨B, G·Cᵀ⟩``.
 
+        Args:
+            grad (Tensor): ``G``, that of the kernel, shape (O, K, I).
 
-def _fold_batch(spec: BranchSum, sets: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    b = _Batch(spec, sets)
-    outputs, inputs, size, _ = spec.shape
-    n, taps = len(sets), size * size
-    if 'origin' in spec.rows:
-        kernel = b.origin * b.scale['origin']
-    else:
-        kernel = sets[0][0].new_zeros(n, outputs, inputs, taps)
-    if 'composed' in spec.rows:
-        composed = b.composed(b.second, b.first).view(n, outputs, taps, inputs)
-        kernel.addcmul_(composed.transpose(2, 3), b.scale['composed'])
-    if 'separable' in spec.rows:
-        product = torch.bmm(_by_input(b.separable), b.depthwise.flatten(0, 1))
-        product = product.view(n, inputs, outputs, taps).transpose(1, 2)
-        kernel.addcmul_(product, b.scale['separable'])
-    if spec.filtered:
-        filters = b.filters * b.filter_scales.reshape(n * outputs, -1, 1)
-        weights = b.weights.reshape(n * outputs, -1, inputs).transpose(1, 2)
-        kernel.view(n * outputs, inputs, taps).baddbmm_(weights, filters)
-    return list(kernel.view(n, *spec.shape).unbind())
+        Returns:
+            list[Tensor]: In the order of ``spec.roles``.
+        """
+        spec, scale, groups = self.spec, self.scale, self.spec.groups
+        d, d_scale = {}, {}
 
+        def inner(one: Tensor, other: Tensor) -> Tensor:
+            return (one * other).reshape(len(grad), -1).sum(dim=1)
 
-def _batch_gradients(
-    spec: BranchSum, sets: Sequence[Sequence[Tensor]], grads: Sequence[Tensor]
-) -> list[Tensor]:
-    """``Jᵀ·G`` for every parameter.
-
-    The gradient of a kernel is ``s·G``, that of one factor of a product is ``s·G``
-    times the other one, and that of ``s`` is the inner product of ``G`` and the
-    branch's kernel, taken where it is cheap: ``⟨G, W₂·C⟩ = ⟨W₂, G·Cᵀ⟩``.
-    """
-    b = _Batch(spec, sets)
-    outputs, inputs, size, _ = spec.shape
-    n, taps = len(sets), size * size
-    grad = _stack([g.reshape(outputs, inputs, taps) for g in grads])
-    d, d_scale = {}, {}
-
-    def inner(one: Tensor, other: Tensor) -> Tensor:
-        """``⟨one[n, o], other[n, o]⟩``, shape (n, O)."""
-        rows = one.reshape(n * outputs, 1, -1)
-        return torch.bmm(rows, other.reshape(n * outputs, -1, 1)).view(n, outputs)
-
-    if 'origin' in spec.rows:
-        d['origin'] = grad * b.scale['origin']
-        d_scale['origin'] = inner(b.origin, grad)
-    if 'composed' in spec.rows:
-        by_tap = grad.transpose(2, 3).reshape(n, outputs * taps, inputs)
-        product = b.composed(by_tap, b.first.transpose(1, 2))
-        d_scale['composed'] = inner(b.second, product)
-        d['second'] = product.view(n, outputs, taps, -1) * b.scale['composed']
-        scaled = by_tap.view(n, outputs, taps, -1) * b.scale['composed']
-        d['first'] = torch.bmm(b.second.transpose(1, 2), scaled.view_as(by_tap))
-    if 'separable' in spec.rows:
-        scale, by_input = b.scale['separable'], _by_input(grad)
-        product = torch.bmm(by_input, b.depthwise.flatten(0, 1).transpose(1, 2))
-        product = product.view(n, inputs, outputs, -1).transpose(1, 2)
-        d_scale['separable'] = (product * b.separable).sum(dim=(2, 3))
-        d['separable'] = torch.mul(product, scale, out=torch.empty_like(b.separable))
-        scaled = _by_input(b.separable, scale)
-        d['depthwise'] = torch.bmm(scaled.transpose(1, 2), by_input)
-        d['depthwise'] = d['depthwise'].view_as(b.depthwise)
-    if spec.filtered:
-        products = torch.bmm(b.filters, grad.flatten(0, 1).transpose(1, 2))
-        products = products.view(n, outputs, -1, inputs)
-        sums = (products * b.weights).sum(dim=3)
-        d_weights = torch.empty_like(b.weights.transpose(1, 2)).transpose(1, 2)
-        torch.mul(products, b.filter_scales[..., None], out=d_weights)
-        for i, branch in enumerate(spec.filtered):
-            d_scale[branch], d[branch] = sums[:, :, i], d_weights[:, :, i]
-    rows = sorted(spec.rows, key=spec.rows.__getitem__)
-    d['scale'] = torch.stack([d_scale[part] for part in rows], dim=1)
-    return [
-        d[role][i].reshape(t.shape)
-        for i, own in enumerate(sets)
-        for role, t in zip(spec.roles.values(), own)
-    ]
+        if 'origin' in scale:
+            d['origin'] = grad * scale['origin']
+            d_scale['origin'] = inner(self.origin, grad)
+        if 'composed' in scale:
+            by_group = (groups, -1, grad.shape[2])
+            product = torch.bmm(grad.view(by_group), self.first.mT)
+            d_scale['composed'] = inner(self.second, product)
+            d['second'] = product.view(*self.rows[:2], -1) * scale['composed']
+            scaled = (grad * scale['composed']).view(by_group)
+            d['first'] = torch.bmm(self.second.mT, scaled)
+        if 'separable' in scale:
+            by_group = grad.unflatten(0, (groups, -1))
+            product = torch.einsum('goki,gmki->gomi', by_group, self.depthwise)
+            d_scale['separable'] = inner(self.separable, product)
+            product = product.flatten(0, 1).contiguous()
+            d['separable'] = product * scale['separable']
+            scaled = (grad * scale['separable']).unflatten(0, (groups, -1))
+            product = torch.einsum('gomi,goki->mkgi', self.separable, scaled)
+            d['depthwise'] = product.contiguous()
+        if spec.filtered:
+            products = torch.bmm(self.filters, grad)
+            sums = (products * self.weights).sum(dim=2)
+            for i, part in enumerate(spec.filtered):
+                d_scale[part] = sums[:, i]
+                d[part] = products[:, i] * scale[part].flatten(1)
+        rows = sorted(spec.rows, key=spec.rows.__getitem__)
+        d['scale'] = torch.stack([d_scale[part] for part in rows])
+        roles = spec.roles.values()
+        return [d[role].reshape(t.shape) for role, t in zip(roles, self.tensors)]

@@ -23,6 +23,8 @@ from .branch_sum import BranchSum
 
 _SOURCE = Path(__file__).with_name('csrc') / 'fold.cpp'
 _NAME = 'mmorepa_fold'
+# In the order of the compiled code.
+_PARTS = ('origin', 'composed', 'average', 'frequency', 'pointwise', 'separable')
 _FLAGS = ['-O3', '-fopenmp', '-fno-math-errno']
 # The flags of every set of instructions that PyTorch tells apart.
 _INSTRUCTIONS = {
@@ -118,39 +120,54 @@ def _flags() -> list[str]:
     return [*_FLAGS, *_INSTRUCTIONS.get(capability, [])]
 
 
-def call(name: str, spec: BranchSum, *lists: Sequence[Tensor]) -> list[Tensor]:
-    """Computes a fold or its derivative by compiled code, where there is some.
-
-    Args:
-        name (str): ``'fold'`` or ``'fold_gradients'``.
-        spec (BranchSum): The sum of branches to fold.
-        *lists (Sequence[Tensor]): The parameters in the order of ``spec.roles``, of
-            one kernel after another; for the derivative, the gradients of the kernels
-            before them, each of shape (O, I, k, k).
-
-    Returns:
-        list[Tensor]: The kernels, or the gradients of the parameters; empty if the code
-        is not compiled, or the tensors are of another kind, device, layout or size than
-        it takes.
-    """
-    like = lists[0][0]
-    if not takes(spec, like):
-        return []
-    rows, filters = list(spec.rows.values()), spec.filters(like)
-    return getattr(_library(), name)(*lists, rows, spec.has_identity, filters)
-
-
-def takes(spec: BranchSum, like: Tensor) -> bool:
-    """Whether there is compiled code for such a fold, layouts and sizes apart.
+def takes(spec: BranchSum, tensors: Sequence[Tensor]) -> bool:
+    """Whether there is compiled code for such a fold.
 
     Args:
         spec (BranchSum): The sum of branches to fold.
-        like (Tensor): A parameter, or the gradient of a kernel.
+        tensors (Sequence[Tensor]): The parameters, and gradients of the kernel.
     """
+    dtype = tensors[0].dtype
     return (
+        spec.groups == 1
+        and spec.shape[-1] in (1, 3, 5)
+        and 0 not in spec.shape
+        and dtype in (torch.float32, torch.float64)
         # A subclass might stand for something else than memory.
-        type(like) in (Tensor, nn.Parameter)
-        and like.device.type == 'cpu'
-        and {'origin', 'composed'} <= spec.rows.keys()
+        and all(
+            type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype is dtype
+            for t in tensors
+        )
         and _library() is not None
     )
+
+
+def fold(spec: BranchSum, tensors: Sequence[Tensor]) -> Tensor:
+    """The kernel, shape (O, I, k, k), in the memory of channels last.
+
+    Args:
+        spec (BranchSum): A sum that :func:`takes` says yes to.
+        tensors (Sequence[Tensor]): The parameters, in the order of ``spec.roles``.
+
+    Raises:
+        RuntimeError: If one of them has another size than it should.
+    """
+    return _library().fold(tensors, *_options(spec, tensors))
+
+
+def fold_gradients(
+    spec: BranchSum, grad: Tensor, tensors: Sequence[Tensor]
+) -> list[Tensor]:
+    """The gradients of the parameters, in the order of ``spec.roles``.
+
+    Args:
+        spec (BranchSum): As for :func:`fold`.
+        grad (Tensor): That of the kernel, shape (O, I, k, k).
+        tensors (Sequence[Tensor]): As for :func:`fold`.
+    """
+    return _library().fold_gradients(grad, tensors, *_options(spec, tensors))
+
+
+def _options(spec: BranchSum, tensors: Sequence[Tensor]) -> tuple:
+    rows = [spec.rows.get(part, -1) for part in _PARTS]
+    return spec.shape, rows, spec.has_identity, spec.filters(like=tensors[0])

@@ -5,6 +5,7 @@ from .dbb import DBBConv2d
 from .deep_linear import DeepLinearConv2d, DeepLinearKernel
 from .folded_kernel import FoldedKernel
 from .holding import HeldKernel, backward_to_branches, folded, held
+from .memory_format import faster_in_channels_last, set_channels_last
 from .multi_branch import MultiBranchConv2d
 from .orepa import (
     OREPAConv2d,
@@ -43,12 +44,14 @@ __all__ = [
     'ReparamConv2d',
     'build_conv',
     'build_reparameterized',
+    'faster_in_channels_last',
     'folded',
     'held',
     'is_switchable',
     'outermost',
     'backward_to_branches',
     'reparameterize',
+    'set_channels_last',
     'switch_to_deploy',
     'log_plain_starts',
 ]

@@ -3,7 +3,6 @@
 import copy
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 import torch.fx
@@ -17,7 +16,6 @@ from ..functional import (
     solve_deep_linear,
 )
 from .blocks import BLOCKS
-from .folded_kernel import folded_together
 from .plain import PlainKernel
 from .reparam_conv import ReparamConv2d
 
@@ -107,12 +105,10 @@ class DeepLinearKernel(nn.Module):
 
 class _Factors(nn.ModuleList):
     def forward(self, groups: int) -> Tensor:
-        # PyTorch 2.6 compiles no block of a context manager of ours.
-        with nullcontext() if is_followed() else folded_together(self):
-            kernel, *others = (factor() for factor in self)
+        kernel, *others = (factor() for factor in self)
         for other in others:
             kernel = compose_deep_linear(kernel, other, groups)
-        return kernel.contiguous()
+        return kernel
 
 
 @BLOCKS.register_module('deep_linear')

@@ -1,8 +1,4 @@
-"""Kernels that are folds of :mod:`mmorepa.functional`, one by one or together."""
-
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Optional
+"""Kernels that are folds of :mod:`mmorepa.functional`, as modules."""
 
 import torch
 import torch.fx
@@ -11,11 +7,8 @@ from torch import Tensor, nn
 from ..functional import (
     BranchSum,
     fold_kernel,
-    fold_kernels,
-    is_followed,
     solve_scaled_sum,
 )
-from ..utils.autocast import HALF_DTYPES, no_autocast
 
 # A symbolic trace shows the fold as one node, a function of the branches.
 torch.fx.wrap('fold_kernel')
@@ -29,12 +22,9 @@ class FoldedKernel(nn.Module):
 
     branch_sum: BranchSum
     branch_names: tuple[str, ...]  # Their names, in the order of the rows of ``scale``.
-    _folded: Optional[Tensor] = None  # In folded_together() alone.
 
     def forward(self) -> Tensor:
         """Returns the kernel, shape (O, Ig, k, k)."""
-        if self._folded is not None:
-            return self._folded
         return fold_kernel(self.branch_sum, *self.tensors())
 
     @property
@@ -82,7 +72,9 @@ class FoldedKernel(nn.Module):
                 'the other branches have weights that are not finite, or were never '
                 'written (to_empty)'
             )
-        origin.copy_(solve_scaled_sum(kernel, rest, self.scale[row]))
+        solved = solve_scaled_sum(kernel, rest, self.scale[row])
+        stored = self.branch_sum.as_stored('weight_origin', solved)
+        origin.copy_(stored.view_as(origin))
 
     @torch.no_grad()
     def rescale(self, factor: Tensor) -> None:
@@ -107,37 +99,3 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
             'torch.nn.utils.parametrize.remove_parametrizations before'
         )
     return module._parameters[name]
-
-
-@contextmanager
-def folded_together(kernels: Iterable[nn.Module]) -> Iterator[None]:
-    """Folds kernels of one shape as one batch, for the time of the block.
-
-    Args:
-        kernels (Iterable[nn.Module]): The ``forward()`` of every
-            :class:`FoldedKernel` among them returns what is folded here.
-    """
-    groups: dict[tuple, list[FoldedKernel]] = {}
-    for kernel in kernels:
-        # Others, and subclasses, compute something else; hooks (pruning) set weights.
-        if (
-            is_followed()
-            or kernel._forward_pre_hooks
-            or getattr(type(kernel), 'forward', None) is not FoldedKernel.forward
-        ):
-            continue
-        tensors = kernel.tensors()
-        key = kernel.branch_sum, tensors[0].dtype, tensors[0].device
-        if tensors[0].dtype not in HALF_DTYPES:
-            groups.setdefault(key, []).append(kernel)
-    try:
-        for (branch_sum, _, device), group in groups.items():
-            with no_autocast(device.type):
-                found = fold_kernels(branch_sum, [kernel.tensors() for kernel in group])
-            for kernel, tensor in zip(group, found):
-                kernel._folded = tensor
-        yield
-    finally:
-        for group in groups.values():
-            for kernel in group:
-                kernel._folded = None

@@ -11,7 +11,6 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from .folded_kernel import folded_together
 from .reparam_conv import ReparamConv2d
 
 
@@ -77,13 +76,11 @@ def _hold(model: nn.Module) -> list['HeldKernel']:
     convs = [conv for conv in _training_forms(model) if conv.is_held_in_training]
     fresh = [c for c in convs if c.held is None or c.held.depth == 0]
     with torch.enable_grad(), torch.inference_mode(False):
-        with folded_together(conv.branches for conv in fresh):
-            kernels = [conv.folded_kernel() for conv in fresh]
-        for conv, kernel in zip(fresh, kernels):
+        for conv in fresh:
             if conv.reduced_kernel is not None:
                 _check_is_reduced(model, conv)
             conv.held = conv.reduced_kernel or HeldKernel()
-            conv.held.take(kernel, tuple(conv.branches.parameters()))
+            conv.held.take(conv.folded_kernel(), tuple(conv.branches.parameters()))
     found = [conv.held for conv in convs]
     for kernel in found:
         kernel.depth += 1

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Optional
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..functional import BranchSum, identity_1x1
 from .blocks import BLOCKS
@@ -71,33 +71,39 @@ class OREPAKernel(FoldedKernel):
         shape = (out_channels, inputs, kernel_size, kernel_size)
         self.branch_sum = BranchSum(self.branch_names, shape, groups, self.EXPANSION)
 
-        def weight(rows: int, columns: int, size: int = 1) -> nn.Parameter:
-            return _kaiming_uniform((rows, columns, size, size), kaiming_a)
+        def add(name: str, rows: int, columns: int, size: int = 1) -> None:
+            weight = torch.empty(rows, columns, size, size)
+            nn.init.kaiming_uniform_(weight, a=kaiming_a)
+            setattr(self, name, nn.Parameter(self.branch_sum.as_stored(name, weight)))
 
         if 'origin' in scales:
-            self.weight_origin = weight(out_channels, inputs, kernel_size)
+            add('weight_origin', out_channels, inputs, kernel_size)
         if 'average' in scales:
-            self.weight_average = weight(out_channels, inputs)
+            add('weight_average', out_channels, inputs)
         if 'frequency' in scales:
-            self.weight_frequency = weight(out_channels, inputs)
+            add('weight_frequency', out_channels, inputs)
         if 'pointwise_kxk' in scales:
             hidden = in_channels if groups <= 4 else 2 * in_channels
             # Learns the difference from the identity.
             self.weight_pointwise_kxk_1 = nn.Parameter(
                 torch.zeros(hidden, inputs, 1, 1)
             )
-            second = weight(out_channels, hidden // groups, kernel_size)
-            # Stored with the channels last, (O, k, k, T/g), as its product with the
-            # first conv takes it.
-            self.weight_pointwise_kxk_2 = nn.Parameter(
-                second.detach().permute(0, 2, 3, 1).contiguous()
-            )
+            add('weight_pointwise_kxk_2', out_channels, hidden // groups, kernel_size)
         if 'pointwise' in scales:
-            self.weight_pointwise = weight(out_channels, inputs)
+            add('weight_pointwise', out_channels, inputs)
         if 'depthwise_separable' in scales:
-            self.weight_depthwise = weight(self.EXPANSION * in_channels, 1, kernel_size)
-            self.weight_separable = weight(out_channels, self.EXPANSION * inputs)
+            add('weight_depthwise', self.EXPANSION * in_channels, 1, kernel_size)
+            add('weight_separable', out_channels, self.EXPANSION * inputs)
         self.scale = _scale(scales, out_channels)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs
+    ) -> None:
+        for name in self.branch_sum.roles:
+            key = prefix + name
+            if key in state_dict:
+                state_dict[key] = self.branch_sum.from_former(name, state_dict[key])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class OREPAPointwiseKernel(FoldedKernel):

@@ -73,6 +73,8 @@ class ReparamConv2d(nn.Conv2d):
     held: Optional['HeldKernel'] = None
     reduced_kernel: Optional['HeldKernel'] = None
     _served: Optional[dict] = None
+    # Of the kernel: see mmorepa.set_channels_last.
+    memory_format = torch.contiguous_format
     # Whether damaged weights that are loaded are told of.
     warns_of_flaws = True
     # Whether the last state dict held a plain kernel.
@@ -183,9 +185,13 @@ class ReparamConv2d(nn.Conv2d):
         _check_is_whole(tensors.values())
         with no_autocast(like.device.type):
             if like.dtype not in HALF_DTYPES:
-                return self.branches()
-            wide = {name: tensor.float() for name, tensor in tensors.items()}
-            return functional_call(self.branches, wide, ()).to(like.dtype)
+                kernel = self.branches()
+            else:
+                wide = {name: tensor.float() for name, tensor in tensors.items()}
+                kernel = functional_call(self.branches, wide, ()).to(like.dtype)
+            if is_followed():
+                return kernel
+            return kernel.contiguous(memory_format=self.memory_format)
 
     @property
     def is_held_in_training(self) -> bool:
@@ -520,6 +526,7 @@ class ReparamConv2d(nn.Conv2d):
             # the training that goes on around it.
             options.update(device=like.device, dtype=like.dtype)
             plain = skip_init(nn.Conv2d, *shape, **options)
+        plain.to(memory_format=self.memory_format)
         self._parameters.clear()  # In the order of a plain conv.
         self.weight, self.bias = plain.weight, plain.bias
         self._forget()

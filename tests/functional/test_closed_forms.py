@@ -13,9 +13,8 @@ from mmorepa.functional import (
     closed_forms,
     compiled,
     fold_kernel,
-    fold_kernels,
 )
-from mmorepa.layers import OREPAConv2d
+from mmorepa.layers import OREPAConv2d, held
 from mmorepa.layers.orepa import OREPAKernel, OREPAPointwiseKernel
 
 ALL = tuple(OREPAKernel.INITIAL_SCALES)
@@ -27,6 +26,9 @@ KERNELS = {
     'one_channel': lambda: OREPAKernel(1, 1, 3),
     '5x5': lambda: OREPAKernel(4, 3, 5),
     'grouped': lambda: OREPAKernel(4, 6, 3, groups=2),
+    'many_groups': lambda: OREPAKernel(16, 8, 3, groups=8),
+    'depthwise': lambda: OREPAKernel(8, 8, 5, groups=8),
+    'deep_5x5': lambda: OREPAKernel(7, 35, 5),
     **{f'only_{b}': lambda b=b: OREPAKernel(4, 6, 3, branches=[b]) for b in ALL},
     **{
         f'no_{b}': lambda b=b: OREPAKernel(4, 6, 3, branches=[x for x in ALL if x != b])
@@ -60,22 +62,33 @@ def formulas(kernel):
     return kernel.branch_sum.kernel(*kernel.tensors())
 
 
-@pytest.mark.parametrize('contiguous', [True, False])
-def test_equals_the_plain_formulas(kernel, contiguous):
-    if not contiguous:
-        # As `.to(memory_format=…)` and views of flat parameters leave them.
-        for t in kernel.parameters():
-            if t.dim() > 1:
-                t.data = t.data.transpose(0, 1).contiguous().transpose(0, 1)
+def transposed(tensor):
+    return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+LAYOUTS = {
+    'own': lambda t: t,
+    'default': lambda t: t.contiguous(),
+    # Views of others, with any strides.
+    'transposed': transposed,
+    'every_second': lambda t: t.repeat_interleave(2, dim=-1)[..., ::2],
+}
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_equals_the_plain_formulas(kernel, layout):
+    """Whatever the strides of parameters and gradients are."""
+    for t in kernel.parameters():
+        t.data = LAYOUTS[layout](t.data)
     expected, actual = formulas(kernel), kernel()
-    assert actual.is_contiguous() or not contiguous
+    assert actual.is_contiguous(memory_format=torch.channels_last)
     assert actual.requires_grad
     assert_near(actual, expected, 1e-14)
     names, parameters = zip(*kernel.named_parameters())
     for grad in (
-        torch.randn_like(expected),
-        # That of a conv with channels last comes in another order.
-        torch.randn_like(expected).contiguous(memory_format=torch.channels_last),
+        torch.randn(expected.shape, dtype=expected.dtype),
+        torch.randn_like(actual),
+        transposed(torch.randn_like(actual)),
     ):
         wanted = torch.autograd.grad(expected, parameters, grad, retain_graph=True)
         found = torch.autograd.grad(actual, parameters, grad, retain_graph=True)
@@ -96,34 +109,43 @@ def test_numerical_derivatives(kernel):
     assert torch.autograd.gradgradcheck(fold, tensors, fast_mode=True)
 
 
-def test_batch(kernel):
-    """Kernels of one shape; one of them is not used, one is trained in part."""
-    fold, sets = kernel.branch_sum, []
-    for seed in range(3):
-        twin = trained_like(
-            nn.ParameterDict({n: torch.empty_like(t) for n, t in named(kernel)}), seed
-        )
-        sets.append([twin[name] for name in fold.roles])
-    for tensor in sets[2][:-1]:
+def test_trained_in_part(kernel):
+    """What is frozen gets no gradient, and changes nothing of the others'."""
+    tensors = kernel.tensors()
+    for tensor in tensors[:-1]:
         tensor.requires_grad_(False)
-    folded = fold_kernels(fold, sets)
-    for tensors, found in zip(sets, folded):
-        assert_near(found, fold.kernel(*tensors), 1e-14)
-    grads = torch.randn_like(torch.stack([folded[0], folded[2]]))
-    wanted = [*sets[0], sets[2][-1]]
-    found = torch.autograd.grad(
-        [folded[0], folded[2]], [*wanted, *sets[1]], [*grads], allow_unused=True
-    )
-    expected = torch.autograd.grad(
-        [fold.kernel(*sets[0]), fold.kernel(*sets[2])], wanted, [*grads]
-    )
-    for one, other in zip(found, expected):
-        assert_near(one, other, 1e-13)
-    assert found[len(wanted) :] == (None,) * len(sets[1])
+    grad = torch.randn(kernel.branch_sum.shape, dtype=torch.float64)
+    expected = torch.autograd.grad(formulas(kernel), tensors[-1], grad)
+    folded = kernel()
+    assert_near(torch.autograd.grad(folded, tensors[-1], grad), expected, 1e-13)
 
 
-def named(kernel):
-    return zip(kernel.branch_sum.roles, kernel.tensors())
+def test_gradients_are_taken_over_as_they_are(kernel):
+    """PyTorch copies a gradient whose strides are not those of its parameter."""
+    found = {}
+    for name, parameter in kernel.named_parameters():
+        parameter.register_hook(lambda g, name=name: found.update({name: g.data_ptr()}))
+    folded = kernel()
+    folded.backward(torch.randn_like(folded))
+    assert found == {n: p.grad.data_ptr() for n, p in kernel.named_parameters()}
+
+
+def test_former_order():
+    """Of parameters in earlier checkpoints, and of states of their optimizers."""
+    spec = BranchSum(ALL, (6, 4, 3, 3))
+    separable, depthwise = torch.randn(6, 32, 1, 1), torch.randn(32, 1, 3, 3)
+    second = torch.randn(6, 4, 3, 3)
+    former = {
+        'weight_separable': (separable, separable),
+        'weight_depthwise': (depthwise, depthwise),
+        'weight_pointwise_kxk_2': (second, second.permute(0, 2, 3, 1)),
+        'weight_origin': (second, second),
+    }
+    for name, (weight, stored_before) in former.items():
+        stored = spec.as_stored(name, weight)
+        assert torch.equal(spec.as_conv(name, stored), weight)
+        assert torch.equal(spec.from_former(name, stored_before), stored)
+        assert spec.from_former(name, stored) is stored
 
 
 def test_scales_of_zero():
@@ -193,14 +215,11 @@ class Doubled(OREPAKernel):
 
 
 def test_subclasses_fold_as_they_say():
-    """A batch takes those alone whose forward() is the fold."""
     convs = nn.Sequential(*(OREPAConv2d(4, 4, 3, padding=1) for _ in range(3)))
     convs[1].branches.__class__ = Doubled
     trained_like(convs.double())
     x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
     expected = convs(x)
-    from mmorepa.layers import held
-
     with held(convs):
         assert_near(convs(x), expected, 1e-13)
     assert_near(convs[1].kernel(), 2 * formulas(convs[1].branches), 1e-13)

@@ -73,16 +73,16 @@ def check_kernel(kernel, inputs, groups, a, names, size=3):
     hidden = inputs if groups <= 4 else 2 * inputs
     outputs = kernel.scale.shape[1]
     shapes = {
-        'weight_origin': ((outputs, own, size, size), own * taps),
+        'weight_origin': ((outputs, taps, own), own * taps),
         'weight_average': ((outputs, own, 1, 1), own),
         'weight_frequency': ((outputs, own, 1, 1), own),
         'weight_pointwise_kxk_2': (
-            (outputs, size, size, hidden // groups),
+            (outputs, taps, hidden // groups),
             hidden // groups * taps,
         ),
         'weight_pointwise': ((outputs, own, 1, 1), own),
-        'weight_depthwise': ((8 * inputs, 1, size, size), taps),
-        'weight_separable': ((outputs, 8 * own, 1, 1), 8 * own),
+        'weight_depthwise': ((8, taps, inputs), taps),
+        'weight_separable': ((outputs, 8, own), 8 * own),
     }
     if 'pointwise' not in names:
         del shapes['weight_pointwise']
@@ -217,7 +217,9 @@ class TestOptions:
             OREPAConv2d(16, 24, 3, groups=2, single_init=True),
             OREPAConv2d(16, 24, 1, single_init=True),
         ):
-            assert_near(conv.kernel(), conv.branches.weight_origin, 1e-7)
+            origin = conv.branches.weight_origin
+            origin = conv.branches.branch_sum.as_conv('weight_origin', origin)
+            assert_near(conv.kernel(), origin, 1e-7)
 
     def test_scales_by_name(self):
         cfg = dict(initial_scales=dict(frequency=0.125, pointwise_pointwise=0.0))
@@ -265,7 +267,7 @@ class TestOptions:
 
 def terms(kernel):
     """The branches of a 3×3 kernel, unscaled, from its weights."""
-    outputs, own = kernel.weight_origin.shape[:2]
+    outputs, _, own = kernel.weight_origin.shape
     groups = kernel.groups
 
     def grouped(weight):
@@ -277,14 +279,16 @@ def terms(kernel):
         identity[t, t % own] = 1
     first = grouped(first + identity)[..., 0, 0]
     second = grouped(kernel.weight_pointwise_kxk_2)
-    composed = torch.einsum('goyxT,gTi->goiyx', second, first).flatten(0, 1)
-    depthwise = kernel.weight_depthwise.view(groups, own, 8, 3, 3)
-    separable = kernel.weight_separable.view(groups, -1, own, 8)
-    product = torch.einsum('goit,gityx->goiyx', separable, depthwise).flatten(0, 1)
+    composed = torch.einsum('gokT,gTi->goik', second, first).flatten(0, 1)
+    composed = composed.unflatten(2, (3, 3))
+    depthwise = kernel.weight_depthwise.view(8, 9, groups, own)
+    separable = kernel.weight_separable.view(groups, -1, 8, own)
+    product = torch.einsum('goti,tkgi->goik', separable, depthwise).flatten(0, 1)
+    product = product.unflatten(2, (3, 3))
     centre = torch.zeros(3, 3)
     centre[1, 1] = 1
     return {
-        'origin': kernel.weight_origin,
+        'origin': kernel.weight_origin.transpose(1, 2).unflatten(2, (3, 3)),
         'average': kernel.weight_average * torch.ones(3, 3) / 9,
         'frequency': kernel.weight_frequency * frequency_prior(outputs, 3)[:, None],
         'pointwise_kxk': composed,

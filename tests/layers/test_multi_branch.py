@@ -242,7 +242,10 @@ def test_single_init_is_the_plain_conv():
     conv = DBBConv2d(4, 4, 3, padding=1, bias=False, single_init=True).eval()
     assert_near(conv(x), conv.branches.origin(x))
     conv = OREPAConv2d(4, 4, 3, padding=1, bias=False, single_init=True)
-    assert torch.equal(conv.kernel(), conv.branches.weight_origin)
+    origin = conv.branches.branch_sum.as_conv(
+        'weight_origin', conv.branches.weight_origin
+    )
+    assert torch.equal(conv.kernel(), origin)
     conv = OREPAConv2d(4, 4, 1, bias=False, single_init=True)
     assert torch.equal(conv.kernel(), conv.branches.weight_origin)
 

@@ -25,7 +25,7 @@ from mmorepa.layers import (
 def run_branches(kernel, x, groups):
     """The six branches on a feature map that was padded beforehand, valid borders."""
     out_channels, in_channels = kernel.weight_origin.shape[0], x.shape[1]
-    k = kernel.weight_origin.shape[-1]
+    k = kernel.kernel_size
     half = out_channels / 2
 
     average = F.avg_pool2d(
@@ -46,20 +46,25 @@ def run_branches(kernel, x, groups):
     for t in range(first.shape[0]):
         identity[t, t % (in_channels // groups)] = 1
     hidden = F.conv2d(x, first + identity, groups=groups)
-    second = kernel.weight_pointwise_kxk_2.permute(0, 3, 1, 2)
+    # Stored with the input channels last: (O, k², Ig), (O, k², T/g), (m, k², I) and
+    # (O, m, Ig).
+    origin = kernel.weight_origin.transpose(1, 2).unflatten(2, (k, k))
+    second = kernel.weight_pointwise_kxk_2.transpose(1, 2).unflatten(2, (k, k))
+    depthwise = kernel.weight_depthwise.permute(2, 0, 1).reshape(-1, 1, k, k)
+    separable = kernel.weight_separable.transpose(1, 2).reshape(out_channels, -1, 1, 1)
     pointwise_kxk = F.conv2d(hidden, second, groups=groups)
 
     margin = k // 2
     inner = x[:, :, margin:-margin, margin:-margin]
 
-    maps = F.conv2d(x, kernel.weight_depthwise, groups=in_channels)
+    maps = F.conv2d(x, depthwise, groups=in_channels)
     outputs = [
-        F.conv2d(x, kernel.weight_origin, groups=groups),
+        F.conv2d(x, origin, groups=groups),
         average,
         frequency,
         pointwise_kxk,
         F.conv2d(inner, kernel.weight_pointwise, groups=groups),
-        F.conv2d(maps, kernel.weight_separable, groups=groups),
+        F.conv2d(maps, separable, groups=groups),
     ]
     return sum(
         scale[:, None, None] * output for scale, output in zip(kernel.scale, outputs)
@@ -146,9 +151,9 @@ def test_kernel_by_size(k, kind):
 def test_width_of_the_composed_branch(groups, hidden):
     kernel = OREPAKernel(16, 8, 3, groups)
     assert kernel.weight_pointwise_kxk_1.shape == (hidden, 8 // groups, 1, 1)
-    assert kernel.weight_pointwise_kxk_2.shape == (16, 3, 3, hidden // groups)
-    assert kernel.weight_depthwise.shape == (64, 1, 3, 3)
-    assert kernel.weight_separable.shape == (16, 64 // groups, 1, 1)
+    assert kernel.weight_pointwise_kxk_2.shape == (16, 9, hidden // groups)
+    assert kernel.weight_depthwise.shape == (8, 9, 8)
+    assert kernel.weight_separable.shape == (16, 8, 8 // groups)
 
 
 def assert_kaiming_uniform(weight, a):
@@ -171,7 +176,8 @@ def test_initialisation_of_the_kxk_kernel(a):
         'weight_depthwise',
         'weight_separable',
     ):
-        assert_kaiming_uniform(getattr(kernel, name), a)
+        weight = kernel.branch_sum.as_conv(name, getattr(kernel, name))
+        assert_kaiming_uniform(weight, a)
     assert not kernel.weight_pointwise_kxk_1.any()
     rows = torch.tensor([0.25, 0.25, 0.0, 0.5, 1.0, 0.5])
     assert torch.equal(kernel.scale, rows[:, None].expand(6, 32))
@@ -207,7 +213,7 @@ def test_initialisation_of_the_pointwise_kernel(channels, groups):
 def test_deep_linear_factors(k, factors):
     kernel = OREPADeepLinearKernel(8, 3, k)
     shapes = [tuple(factor.weight_origin.shape) for factor in kernel.factors]
-    assert shapes == [(8, 3, 3, 3)] + [(8, 8, 3, 3)] * (factors - 1)
+    assert shapes == [(8, 9, 3)] + [(8, 9, 8)] * (factors - 1)
     assert kernel().shape == (8, 3, k, k)
 
 

@@ -98,7 +98,8 @@ def test_quiet_start_moves_like_a_plain_conv():
     for module in (conv, plain):
         module(x).square().sum().backward()
     branches = conv.branches
-    assert_near(branches.weight_origin.grad, plain.weight.grad, 1e-5)
+    origin = branches.branch_sum.as_conv('weight_origin', branches.weight_origin.grad)
+    assert_near(origin, plain.weight.grad, 1e-5)
     assert not branches.weight_average.grad.any()
     assert branches.scale.grad[1:].any(dim=1).all(), 'a branch that never wakes up'
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from functools import partial
 from typing import Optional, Union
 
 import torch
@@ -32,7 +33,9 @@ from ...layers import (
     OREPAPointwiseKernel,
     PlainConv2d,
     ReparamConv2d,
+    faster_in_channels_last,
     outermost,
+    set_channels_last,
 )
 from ...utils.tables import format_table
 from ..distributed import FoldedDistributedDataParallel
@@ -75,6 +78,11 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     ``AmpOptimWrapper`` or ``BFloat16OptimWrapper`` becomes its folded form, such as
     :class:`FoldedOptimWrapper`, unless ``folded=False`` stands beside its type.
 
+    Convs run with channels last in memory where that was measured to be faster: ResNets
+    and RepVGGs, as whole models or as backbones, on a CPU, and in mixed precision on a
+    GPU. ``channels_last=False`` beside the type leaves the default order,
+    ``channels_last=True`` takes the whole model, see :func:`mmorepa.set_channels_last`.
+
     Parameters with the same settings share one group, and an optimizer of PyTorch's
     updates them in one fused loop where it can, unless its config says ``fused`` or
     ``foreach``; the groups are logged as one table.
@@ -102,6 +110,11 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     ) -> None:
         optim_wrapper_cfg = dict(optim_wrapper_cfg)
         self.folded = optim_wrapper_cfg.pop('folded', True)
+        self.channels_last = optim_wrapper_cfg.pop('channels_last', 'auto')
+        if self.channels_last not in (True, False, 'auto'):
+            raise ValueError(
+                f"channels_last is True, False or 'auto', found {self.channels_last!r}"
+            )
         kind = _class_of(optim_wrapper_cfg.get('type'), OPTIM_WRAPPERS)
         if not self.folded and kind in _FOLDED.values():
             raise ValueError(
@@ -129,12 +142,35 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if self.folded and held:
             kind = _FOLDED.get(_class_of(kind, OPTIM_WRAPPERS), kind)
             self.optim_wrapper_cfg['type'] = kind
+        parts = self._set_channels_last(model, _class_of(kind, OPTIM_WRAPPERS))
         wrapper = super().__call__(model)
         _give_all_a_momentum(wrapper.optimizer)
-        self._log_choices(wrapper, held, model)
+        wrapper.optimizer.register_load_state_dict_post_hook(
+            partial(_reorder_states, model)
+        )
+        self._log_choices(wrapper, held, model, parts)
         return wrapper
 
-    def _log_choices(self, wrapper: OptimWrapper, held: int, model: nn.Module) -> None:
+    def _set_channels_last(self, model: nn.Module, kind: type) -> list[nn.Module]:
+        """Chooses the order of memory, and returns what has channels last."""
+        is_half = issubclass(kind, (AmpOptimWrapper, BFloat16OptimWrapper))
+        if self.channels_last == 'auto':
+            is_cpu = next(model.parameters()).device.type == 'cpu'
+            parts = faster_in_channels_last(model) if is_cpu or is_half else []
+        else:
+            parts = [model] if self.channels_last else []
+            set_channels_last(model, self.channels_last)
+        for part in parts:
+            set_channels_last(part)
+        return parts
+
+    def _log_choices(
+        self,
+        wrapper: OptimWrapper,
+        held: int,
+        model: nn.Module,
+        parts: list[nn.Module],
+    ) -> None:
         """Logs in one line how the model will be trained."""
         if not held:
             way = 'no kernels to fold'
@@ -149,15 +185,17 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         device = next(model.parameters()).device.type
         folds = 'compiled for this CPU' if compiled.is_available() else 'not compiled'
         if device != 'cpu':
-            folds = f'batched on {device}'
+            folds = f'as operations on {device}'
         update = 'fused' if wrapper.optimizer.defaults.get('fused') else 'not fused'
         convs = [conv for _, conv in outermost(model, _ConvNd)]
         turned = sum(_is_reparameterized(conv) for conv in convs)
         twice = sum(getattr(conv, 'has_second_norm', False) for conv in convs)
+        names = ', '.join(type(part).__name__ for part in parts) or 'nothing'
         second = f'; the norms of {twice} are followed by another one' if twice else ''
         MMLogger.get_current_instance().info(
             f'{type(wrapper).__name__}: {way} (folds {folds}; '
-            f'{type(wrapper.optimizer).__name__} {update}); {turned} convs of the '
+            f'{type(wrapper.optimizer).__name__} {update}; channels last in '
+            f'{names}); {turned} convs of the '
             f'model are re-parameterised, {len(convs) - turned} are not{second}'
         )
 
@@ -300,6 +338,28 @@ def _give_all_a_momentum(optimizer: Optimizer) -> None:
         if type(optimizer) is SGD and group.get('fused') and is_safe:
             for param in group['params']:
                 optimizer.state[param]['momentum_buffer'] = torch.zeros_like(param)
+
+
+def _reorder_states(model: nn.Module, optimizer: Optimizer) -> None:
+    """Gives loaded states the order of memory that their parameters have.
+
+    A fused update takes both for memory of one order, and checkpoints bring another
+    one: that of an earlier version, or of a model without channels last.
+    """
+    reorder = {
+        kernel.get_parameter(name): partial(kernel.branch_sum.from_former, name)
+        for kernel in model.modules()
+        if isinstance(kernel, OREPAKernel)
+        for name in kernel.branch_sum.roles.keys() & kernel._parameters.keys()
+    }
+    for param, state in optimizer.state.items():
+        for name, value in state.items():
+            if not isinstance(value, torch.Tensor) or value.dim() == 0:
+                continue
+            value = reorder.get(param, lambda x: x)(value)
+            if value.shape == param.shape and value.stride() != param.stride():
+                value = torch.empty_like(param, dtype=value.dtype).copy_(value)
+            state[name] = value
 
 
 def _norm_biases(module: nn.Module, options: dict) -> list[nn.Parameter]:
