@@ -13,7 +13,7 @@ NAMES = {
     'mmorepa.functional': """
         Fold average_kernel compose_1x1_kxk compose_deep_linear constant
         constant_response depthwise_separable_kernel embed_1x1 filtered_kernel
-        fold_kernel fold_kernels frequency_prior fuse_bn identity_1x1 is_followed
+        fold_kernel frequency_prior fuse_bn identity_1x1 is_followed
         recomputed scaled_sum solve_deep_linear solve_scaled_sum
     """,
     'mmorepa.layers': """

@@ -151,9 +151,12 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         self._log_choices(wrapper, held, model, parts)
         return wrapper
 
-    def _set_channels_last(self, model: nn.Module, kind: type) -> list[nn.Module]:
+    def _set_channels_last(
+        self, model: nn.Module, kind: Optional[type]
+    ) -> list[nn.Module]:
         """Chooses the order of memory, and returns what has channels last."""
-        is_half = issubclass(kind, (AmpOptimWrapper, BFloat16OptimWrapper))
+        half = (AmpOptimWrapper, BFloat16OptimWrapper)
+        is_half = isinstance(kind, type) and issubclass(kind, half)
         if self.channels_last == 'auto':
             is_cpu = next(model.parameters()).device.type == 'cpu'
             parts = faster_in_channels_last(model) if is_cpu or is_half else []
