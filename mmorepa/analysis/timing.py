@@ -13,7 +13,7 @@ import torch
 T = TypeVar('T')
 # Beside busy processes, a short function has some round to itself among many.
 ROUNDS, SECONDS = 15, 2.0
-# Of a calm machine, less what its own housekeeping takes.
+# The share of a calm machine is about 0.95.
 CALM = 0.8
 
 
@@ -62,14 +62,14 @@ def busy_warning(core_share: float) -> str:
         core_share (float): See :attr:`Clock.core_share`.
 
     Returns:
-        str: A sentence, or an empty text if the machine was calm.
+        str: Two lines, or an empty text if the machine was calm.
     """
     if core_share >= CALM:
         return ''
     return (
         'The machine was busy: the threads of this process had a core for '
-        f'{core_share:.0%} of the time. These times say little; measure again when '
-        'no other program runs.'
+        f'{core_share:.0%} of the time.\nThe figures may be much too high; measure '
+        'again when no other program runs.'
     )
 
 
