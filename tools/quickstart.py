@@ -137,7 +137,8 @@ def pretrain(epochs: int, seconds_before: int) -> None:
     seconds = seconds_before + round(time.monotonic() - started)
     arguments = ['--seconds', seconds, '--training-seconds', training_seconds]
     arguments += ['--plain-training-seconds', plain_seconds]
-    run('analysis_tools/quickstart_summary.py', WORK, *arguments)
+    tool = 'analysis_tools/quickstart_summary.py'
+    run(tool, WORK, CONFIG, pretrained(epochs), *arguments)
 
 
 def train(config: Path, folder: Path, epochs: int, options: Sequence[str]) -> int:

@@ -2,12 +2,15 @@
 
 import argparse
 import os
+import runpy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Optional
 
-# Before PyTorch is loaded: see tools/train.py.
-if 'OMP_WAIT_POLICY' not in os.environ:
-    os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+# Before PyTorch is loaded.
+os.environ.update(
+    runpy.run_path(str(Path(__file__).resolve().parent / 'waiting.py'))['ENV']
+)
 
 import mmengine
 from mmengine.config import Config

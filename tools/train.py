@@ -2,13 +2,15 @@
 
 import argparse
 import os
+import runpy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Optional
 
-# Before PyTorch is loaded. Threads that wait for others shall soon sleep: on a machine
-# that is busy with other work, they would take the time of those that they wait for.
-if 'OMP_WAIT_POLICY' not in os.environ:
-    os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+# Before PyTorch is loaded.
+os.environ.update(
+    runpy.run_path(str(Path(__file__).resolve().parent / 'waiting.py'))['ENV']
+)
 
 from mmorepa.cli import add_common_arguments, load_config, one_line_errors
 from mmorepa.engine.config import add_hook, build_runner, use_amp

@@ -1,6 +1,6 @@
 """Differences between outputs, branches, amplification of steps, and cost.
 
-The cost is in :mod:`.complexity`, which is slow to import.
+Parameters and FLOPs are counted in :mod:`.complexity`, time is taken in :mod:`.timing`.
 """
 
 from .amplification import (

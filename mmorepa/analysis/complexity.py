@@ -1,13 +1,10 @@
-"""What a network costs: parameters, multiply-adds, time."""
+"""What a network costs: parameters, bytes, multiply-adds."""
 
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from mmengine.analysis import FlopAnalyzer
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from .amplification import folded_convs
 from .comparison import network_outputs
@@ -71,28 +68,3 @@ def _folded_beforehand(model: nn.Module) -> Iterator[None]:
     finally:
         for conv in convs:
             del conv.kernel
-
-
-def median_seconds(
-    functions: Sequence[Callable[[], object]], rounds: int = 15, warmup: int = 3
-) -> list[float]:
-    """Times functions in turn, so that all of them meet the same machine.
-
-    Args:
-        functions (Sequence[Callable]): Each takes nothing.
-        rounds (int): Counted calls of each. Defaults to 15.
-        warmup (int): Calls of each before. Defaults to 3.
-
-    Returns:
-        list[float]: The median time of each, in seconds.
-    """
-    timers = [
-        Timer(
-            'function()', globals=dict(function=f), num_threads=torch.get_num_threads()
-        )
-        for f in functions
-    ]
-    for timer in timers:
-        timer.timeit(warmup)
-    times = [[timer.timeit(1).mean for timer in timers] for _ in range(rounds)]
-    return [statistics.median(column) for column in zip(*times)]

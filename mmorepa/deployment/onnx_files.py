@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Optional
+from typing import Any, Optional, Union
 from unittest import mock
 
 import torch
@@ -105,6 +105,25 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+def inference_session(model: Union[str, bytes]) -> Any:
+    """A session of ONNX Runtime on the CPU, with as many threads as PyTorch has.
+
+    Args:
+        model (str | bytes): A path, or what is in the file.
+
+    Raises:
+        ImportError: If ONNX Runtime is missing.
+    """
+    onnxruntime = require('onnxruntime')
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads would go on to spin through the turns of others.
+    options.add_session_config_entry('session.intra_op.allow_spinning', '0')
+    return onnxruntime.InferenceSession(
+        model, options, providers=['CPUExecutionProvider']
+    )
+
+
 class OnnxNetwork(Network):
     """An ONNX file as a function, run by ONNX Runtime on the CPU.
 
@@ -118,14 +137,7 @@ class OnnxNetwork(Network):
     """
 
     def __init__(self, path: PathLike, pads: bool = False) -> None:
-        onnxruntime = require('onnxruntime')
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        # Its threads would go on to spin through the turns of others.
-        options.add_session_config_entry('session.intra_op.allow_spinning', '0')
-        self.session = onnxruntime.InferenceSession(
-            str(path), options, providers=['CPUExecutionProvider']
-        )
+        self.session = inference_session(str(path))
         names = [output.name for output in self.session.get_outputs()]
         size = tuple(self.session.get_inputs()[0].shape[-2:])
         super().__init__(names, size, pads)

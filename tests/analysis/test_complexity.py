@@ -1,6 +1,4 @@
 import copy
-import time
-from itertools import groupby
 
 import pytest
 import torch
@@ -10,12 +8,7 @@ from mmengine.registry import MODELS, DefaultScope
 from runners import TinyClassifier
 
 from mmorepa import switch_to_deploy
-from mmorepa.analysis.complexity import (
-    count_bytes,
-    count_gflops,
-    count_parameters,
-    median_seconds,
-)
+from mmorepa.analysis.complexity import count_bytes, count_gflops, count_parameters
 
 
 def classifier(**backbone):
@@ -87,20 +80,3 @@ def test_parameters_of_a_conv_count_all_branches():
     model = TinyClassifier()
     assert count_parameters(model) == sum(p.numel() for p in model.parameters())
     assert count_parameters(model) > count_parameters(TinyClassifier(deploy=True))
-
-
-def test_median_seconds():
-    calls = []
-
-    def work(name, seconds):
-        calls.append(name)
-        # All of one round: an outlier does not move a median.
-        time.sleep(0.1 if 8 <= calls.count(name) <= 10 else seconds)
-
-    slow, fast = median_seconds(
-        [lambda: work('slow', 0.02), lambda: work('fast', 0.001)], rounds=5, warmup=2
-    )
-    assert 0.02 <= slow < 0.09
-    assert 0.001 <= fast < slow
-    # Once for the warm-up, then in turn.
-    assert [name for name, _ in groupby(calls)] == ['slow', 'fast'] * 6

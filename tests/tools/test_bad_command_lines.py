@@ -271,7 +271,8 @@ def lines():
         ('analysis_tools/quickstart_summary.py', '.'),
         (
             'analysis_tools/quickstart_summary.py',
-            '. --seconds 1 --training-seconds 1 --plain-training-seconds 1',
+            '. config.py good.pth --seconds 1 --training-seconds 1 '
+            '--plain-training-seconds 1',
         ),
         ('analysis_tools/transfer_summary.py', '. --det-seconds 1 --seg-seconds 1'),
         ('analysis_tools/model_zoo.py', '--only nothing'),

@@ -17,7 +17,18 @@ runpy.run_path(sys.argv[1])
 """
 
 
-@pytest.mark.parametrize('name', ['train.py', 'test.py'])
+NAMES = (
+    'train.py',
+    'test.py',
+    'model_converters/switch_to_deploy.py',
+    'deployment/export_onnx.py',
+    'deployment/quantize.py',
+    'analysis_tools/quickstart_summary.py',
+    'benchmarks/train_cost.py',
+)
+
+
+@pytest.mark.parametrize('name', NAMES)
 def test_policy_is_set_before_torch_is_loaded(name, monkeypatch):
     for variable in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'):
         monkeypatch.delenv(variable, raising=False)
@@ -25,6 +36,21 @@ def test_policy_is_set_before_torch_is_loaded(name, monkeypatch):
     assert run_apart(*line).stdout.split() == ['1000']
     assert run_apart(*line, GOMP_SPINCOUNT='7').stdout.split() == ['7']
     assert run_apart(*line, OMP_WAIT_POLICY='ACTIVE').stdout.split() == ['None']
+
+
+@pytest.mark.slow
+def test_tools_do_not_look_for_cuda():
+    """Where there is no GPU, importing this warns of it."""
+    code = (
+        'import runpy, sys\n'
+        'for path in sys.argv[1:]:\n'
+        '    sys.path[0] = path.rpartition("/")[0]\n'
+        '    runpy.run_path(path)\n'
+        'assert "torch" in sys.modules\n'
+        'print("torch.utils.cpp_extension" in sys.modules)'
+    )
+    run = run_apart(sys.executable, '-c', code, *(TOOLS / name for name in NAMES))
+    assert run.stdout.split() == ['False'], run.stderr
 
 
 @pytest.mark.slow

@@ -2,23 +2,30 @@ import json
 
 import mmcv
 import pytest
-from tool_runs import run_here, tool
+from helpers import import_models, trained_like
+from tool_runs import ROOT, run_here, tool
+
+from mmorepa.analysis import largest_difference
+from mmorepa.converters import write_checkpoint
+from mmorepa.engine.config import build_model, read_config
 
 TOOL = 'analysis_tools/quickstart_summary.py'
 SECONDS = ('--seconds', 90, '--training-seconds', 60, '--plain-training-seconds', 40)
 
 
 @pytest.fixture
-def work_dir(tmp_path):
+def work_dir(tmp_path, monkeypatch):
     """A folder as tools/quickstart.sh leaves it, of two epochs of three steps."""
-    form = dict(gflops=1.0, megabytes=8.0)
+    timed = [0.0035, 0.00125, 0.0015], 0.9
+    monkeypatch.setattr(tool(TOOL), 'time_forms', lambda *_: timed)
+    form = dict(gflops=1.0, megabytes=8.0, latency_ms=99)
     write(tmp_path / 'test.json', {'accuracy/top1': 91.25})
     write(tmp_path / 'test_deploy.json', {'accuracy/top1': 91.5})
     write(
         tmp_path / 'switch.json',
         dict(
-            training_form=dict(form, params=2000, latency_ms=3.5),
-            deployed=dict(form, params=500, latency_ms=1.25),
+            training_form=dict(form, params=2000),
+            deployed=dict(form, params=500),
             differences={
                 'random input': dict(absolute=9e-1, relative=9e-1),
                 'test images': dict(absolute=2e-5, relative=1e-6),
@@ -29,8 +36,8 @@ def work_dir(tmp_path):
     write(
         tmp_path / 'plain/switch.json',
         dict(
-            training_form=dict(form, params=600, latency_ms=2.0),
-            deployed=dict(form, params=501, latency_ms=1.5),
+            training_form=dict(form, params=600),
+            deployed=dict(form, params=501),
         ),
     )
     for folder, time, loss in (
@@ -55,7 +62,7 @@ def write(path, content):
 
 
 def summarize(work_dir):
-    run_here(TOOL, work_dir, *SECONDS)
+    run_here(TOOL, work_dir, 'config.py', 'epoch_2.pth', *SECONDS)
 
 
 def test_deployed_form_is_tested_by_its_own_config(tmp_path, monkeypatch):
@@ -84,6 +91,7 @@ def test_figures(work_dir, capsys):
         latency_ms_train_form=3.5,
         latency_ms_deploy=1.25,
         latency_ms_plain=1.5,
+        core_share=0.9,
         training_seconds=60,
         plain_training_seconds=40,
         seconds=90,
@@ -96,6 +104,39 @@ def test_figures(work_dir, capsys):
     assert '2.0e-05' in text and 'Everything took 90 s' in text
     assert ['training', '(s)', '60', '40'] in rows
     assert str(work_dir / 'summary.json') in text
+    assert 'had a core' not in text
+
+
+def test_busy_machine(work_dir, monkeypatch, capsys):
+    monkeypatch.setattr(tool(TOOL), 'time_forms', lambda *_: ([1, 1, 1], 0.5))
+    summarize(work_dir)
+    assert 'had a core for 50% of the time' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_forms_are_timed_together(tmp_path, monkeypatch):
+    """Training form, deployed form and plain twin, with the weights that were saved."""
+    calls = []
+    monkeypatch.setattr(tool(TOOL), 'least_seconds', lambda f: calls.extend(f))
+    import_models('mmpretrain')
+    switch = 'model_converters/switch_to_deploy.py'
+    monkeypatch.setattr(tool(switch), 'least_seconds', lambda f: ([0] * len(f), 1.0))
+    for folder, name in (
+        (tmp_path, 'resnet18-slim-orepa_1xb64_digits'),
+        (tmp_path / 'plain', 'resnet18-slim_1xb64_digits'),
+    ):
+        config = folder / 'config.py'
+        folder.mkdir(exist_ok=True)
+        base = str(ROOT / f'configs/digits/{name}.py')
+        config.write_text(f'_base_ = {base!r}\ntest_dataloader = None\n')
+        model = trained_like(build_model(read_config(str(config))))
+        write_checkpoint(dict(state_dict=model.state_dict()), folder / 'epoch_1.pth')
+        run_here(switch, config, folder / 'epoch_1.pth', folder / 'deploy.pth')
+    checkpoint = str(tmp_path / 'epoch_1.pth')
+    tool(TOOL).time_forms(tmp_path, str(tmp_path / 'config.py'), checkpoint)
+    training, deployed, plain = ([*f()] for f in calls)
+    assert largest_difference(training, deployed).relative < 1e-4
+    assert largest_difference(deployed, plain).relative > 1e-2
 
 
 def test_curves(work_dir):

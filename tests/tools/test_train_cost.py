@@ -10,6 +10,7 @@ from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 from tool_runs import command, run_apart, tool
 
+from mmorepa.analysis.timing import CALM
 from mmorepa.layers import OREPAKernel, OREPAPointwiseKernel
 
 CONFIG = 'configs/digits/resnet18-slim-orepa_1xb64_digits.py'
@@ -62,6 +63,8 @@ def test_report(result):
     assert {*figures['fold']} == {'floor', 'naive', 'online', 'folded'}
     assert 'OREPA, deployed' in figures['inference']
     Image.open(out / 'train_cost.png').verify()
+    assert 0 < figures['core_share'] <= 1
+    assert ('had a core for' in text) == (figures['core_share'] < CALM)
 
 
 def test_colours():

@@ -2,15 +2,30 @@
 
 import argparse
 import json
+import os
+import runpy
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Optional
 
+# Before PyTorch is loaded.
+os.environ.update(
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / 'waiting.py'))['ENV']
+)
+
 import matplotlib.pyplot as plt
+import torch
 from charts import SERIES, save
 from training_curves import Run, draw_losses, draw_metric, plot_branches, read_run
 
+from mmorepa.analysis import network_outputs
+from mmorepa.analysis.timing import busy_warning, least_seconds
 from mmorepa.cli import one_line_errors
+from mmorepa.converters import load_training_form, read_checkpoint
+from mmorepa.deployment import load_deployed
+from mmorepa.deployment.inputs import image_shape, test_batch
+from mmorepa.engine.config import build_model, read_config
 from mmorepa.utils.files import atomic_write, check_outputs
 from mmorepa.utils.tables import format_table
 
@@ -23,20 +38,39 @@ PLAIN_INPUTS = ('plain/switch.json', 'plain/test.json')
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Sums up what the quickstart did.')
     parser.add_argument('work_dir', type=Path, help='the folder of the quickstart')
+    parser.add_argument('config', help='the config of the training form')
+    parser.add_argument('checkpoint', help='the checkpoint of the training form')
     parser.add_argument('--seconds', type=int, required=True, help='of the whole run')
     parser.add_argument('--training-seconds', type=int, required=True)
     parser.add_argument('--plain-training-seconds', type=int, required=True)
     return parser.parse_args(argv)
 
 
-def summarize(
-    work_dir: Path, seconds: int, training_seconds: int, plain_training_seconds: int
-) -> dict:
+def time_forms(
+    work_dir: Path, config: str, checkpoint: str
+) -> tuple[list[float], float]:
+    """Times training form, deployed form and plain twin: see :func:`least_seconds`."""
+    cfg = read_config(config)
+    training = build_model(cfg)
+    load_training_form(training, read_checkpoint(checkpoint)['state_dict'])
+    models = [training]
+    for folder in (work_dir, work_dir / 'plain'):
+        deployed = read_config(str(folder / 'deploy_config.py'))
+        weights = read_checkpoint(str(folder / 'deploy.pth'))
+        models.append(load_deployed(deployed, weights))
+    image = torch.randn(1, *image_shape(training, test_batch(cfg)))
+    return least_seconds([partial(network_outputs, m, image) for m in models])
+
+
+def summarize(args: argparse.Namespace) -> dict:
     """Collects the figures from the files that the tools have written."""
+    work_dir = args.work_dir
     switch, test, test_deploy = (_read(work_dir / name) for name in INPUTS)
     plain_switch, plain_test = (_read(work_dir / name) for name in PLAIN_INPUTS)
     before, after = switch['training_form'], switch['deployed']
     plain = plain_switch['deployed']
+    seconds, core_share = time_forms(work_dir, args.config, args.checkpoint)
+    training_ms, deployed_ms, plain_ms = (1000 * time for time in seconds)
     return dict(
         train_top1=test[ACCURACY],
         deploy_top1=test_deploy[ACCURACY],
@@ -45,12 +79,13 @@ def summarize(
         params_train=before['params'],
         params_deploy=after['params'],
         params_plain=plain['params'],
-        latency_ms_train_form=before['latency_ms'],
-        latency_ms_deploy=after['latency_ms'],
-        latency_ms_plain=plain['latency_ms'],
-        training_seconds=training_seconds,
-        plain_training_seconds=plain_training_seconds,
-        seconds=seconds,
+        latency_ms_train_form=training_ms,
+        latency_ms_deploy=deployed_ms,
+        latency_ms_plain=plain_ms,
+        core_share=core_share,
+        training_seconds=args.training_seconds,
+        plain_training_seconds=args.plain_training_seconds,
+        seconds=args.seconds,
     )
 
 
@@ -79,9 +114,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     curves, branches, target = (args.work_dir / name for name in names)
     inputs = [args.work_dir / name for name in (*INPUTS, *PLAIN_INPUTS)]
     check_outputs([curves, branches, target], inputs)
-    summary = summarize(
-        args.work_dir, args.seconds, args.training_seconds, args.plain_training_seconds
-    )
+    summary = summarize(args)
     plain = read_run(args.work_dir / 'plain/train', 'plain')
     orepa = read_run(args.work_dir / 'train', 'OREPA, training form')
     plot([plain, orepa], summary, curves)
@@ -106,6 +139,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     ]
     seconds = (str(args.training_seconds), '', str(args.plain_training_seconds))
     print(format_table(headers, [*table, ('training (s)', *seconds)]))
+    if warning := busy_warning(summary['core_share']):
+        print(warning)
     print(
         f'Largest difference of a logit: {summary["max_abs_logit_diff"]:.1e}. '
         f'Everything took {args.seconds} s.'

@@ -13,7 +13,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Optional
@@ -55,6 +54,7 @@ def measure(steps: int) -> list[float]:
     import torch
     from mmengine.optim import build_optim_wrapper
 
+    from mmorepa.analysis.timing import Clock
     from mmorepa.backbones import OREPAResNet
 
     model = OREPAResNet(depth=18, base_channels=16)
@@ -64,14 +64,14 @@ def measure(steps: int) -> list[float]:
     )
     wrapper = build_optim_wrapper(model, config)
     images = torch.randn(16, 3, 64, 64)
-    times = []
-    for _ in range(steps + 3):
-        start = time.perf_counter()
+
+    def step() -> None:
         with wrapper.optim_context(model):
             loss = model(images)[-1].square().mean()
         wrapper.update_params(loss)
-        times.append(1e3 * (time.perf_counter() - start))
-    return times[3:]
+
+    clock = Clock()
+    return [1e3 * clock.seconds(step) for _ in range(steps + 3)][3:]
 
 
 def _spin() -> None:

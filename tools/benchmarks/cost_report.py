@@ -7,8 +7,8 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 from step_costs import OREPA
-from timing import Spread
 
+from mmorepa.analysis.timing import Spread, busy_warning
 from mmorepa.utils.files import atomic_write
 from mmorepa.utils.tables import format_table
 
@@ -89,6 +89,8 @@ def print_tables(result: dict) -> None:
         for n, r in result['inference'].items()
     ]
     print(format_table(('inference', 'ms', 'x plain, folded'), rows))
+    if warning := busy_warning(result['core_share']):
+        print(f'\n{warning}')
 
 
 def plot(results: list[dict], path: Path) -> None:

@@ -15,13 +15,21 @@ from mmengine.config import Config
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS
-from timing import Clock, Spread, in_turn, measure_seconds, ratios, say
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmorepa import switch_to_deploy
+from mmorepa.analysis.timing import (
+    Clock,
+    Spread,
+    in_turn,
+    measure_seconds,
+    ratios,
+    say,
+)
+from mmorepa.deployment.onnx_files import inference_session
 from mmorepa.engine import FoldedDistributedDataParallel, FoldedOptimWrapper
 from mmorepa.functional import compiled, compose_deep_linear
 from mmorepa.layers import (
@@ -144,7 +152,8 @@ def measure_steps(
             clock.seconds(trainer.optimize),
         )
 
-    phases = in_turn({n: step_of(t) for n, t in trainers.items()}, rounds, 'steps')
+    steps = {name: step_of(trainer) for name, trainer in trainers.items()}
+    phases = in_turn(steps, clock, rounds, what='steps')
     totals = {name: [sum(pair) for pair in pairs] for name, pairs in phases.items()}
     return {
         name: dict(
@@ -410,7 +419,7 @@ def onnx_session(model: nn.Module, images: Tensor) -> Optional[object]:
     """The model in ONNX Runtime on the CPU, None where that is not installed."""
     try:
         import onnx  # noqa: F401
-        import onnxruntime
+        import onnxruntime  # noqa: F401
     except ImportError:
         say('ONNX Runtime is left out: pip install onnx onnxruntime\n')
         return None
@@ -420,10 +429,4 @@ def onnx_session(model: nn.Module, images: Tensor) -> Optional[object]:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         torch.onnx.export(model, (images,), file, dynamo=False)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # Its threads would go on to spin through the others' turns.
-    options.add_session_config_entry('session.intra_op.allow_spinning', '0')
-    return onnxruntime.InferenceSession(
-        file.getvalue(), options, providers=['CPUExecutionProvider']
-    )
+    return inference_session(file.getvalue())

@@ -9,11 +9,18 @@ noise.
 
 import argparse
 import json
+import os
 import platform
 import re
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
+
+# Before PyTorch is loaded.
+os.environ.update(
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / 'waiting.py'))['ENV']
+)
 
 import torch
 from cost_report import PAPER_BATCH, plot, print_tables
@@ -35,8 +42,8 @@ from step_costs import (
     measure_steps,
     process_group,
 )
-from timing import Clock
 
+from mmorepa.analysis.timing import Clock
 from mmorepa.cli import one_line_errors, positive
 from mmorepa.engine.config import read_config
 from mmorepa.functional import compiled
@@ -140,6 +147,7 @@ def measure(path: str, cfg: Config, batch_size: int, args: argparse.Namespace) -
         fold=fold,
         optimizers=optimizers,
         inference=inference,
+        core_share=clock.core_share,
         added_over_floor=added / fold['floor']['seconds'].median,
         # The fold does not know the batch, and the plain step grows with it.
         ratio_at_64=1 + added / (plain * PAPER_BATCH / batch_size),

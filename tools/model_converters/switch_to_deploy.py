@@ -9,9 +9,16 @@ import copy
 import json
 import os
 import re
+import runpy
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Optional
+
+# Before PyTorch is loaded.
+os.environ.update(
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / 'waiting.py'))['ENV']
+)
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +30,8 @@ from mmorepa.analysis import (
     network_outputs,
     raw_outputs,
 )
-from mmorepa.analysis.complexity import (
-    count_bytes,
-    count_gflops,
-    count_parameters,
-    median_seconds,
-)
+from mmorepa.analysis.complexity import count_bytes, count_gflops, count_parameters
+from mmorepa.analysis.timing import busy_warning, least_seconds
 from mmorepa.cli import add_config_options, one_line_errors, positive
 from mmorepa.converters import (
     deploy_checkpoint,
@@ -109,11 +112,15 @@ def compare(
     return differences
 
 
-def measure(training: nn.Module, deployed: nn.Module, image: Tensor) -> list[dict]:
-    """The figures of both forms."""
+def measure(
+    training: nn.Module, deployed: nn.Module, image: Tensor
+) -> tuple[list[dict], float]:
+    """The figures of both forms, and the share of the cores while they were timed."""
     forms = (training, deployed)
-    seconds = median_seconds([lambda m=m: network_outputs(m, image) for m in forms])
-    return [
+    seconds, core_share = least_seconds(
+        [partial(network_outputs, model, image) for model in forms]
+    )
+    figures = [
         dict(
             params=count_parameters(model),
             gflops=count_gflops(model, image),
@@ -122,6 +129,7 @@ def measure(training: nn.Module, deployed: nn.Module, image: Tensor) -> list[dic
         )
         for model, latency in zip(forms, seconds)
     ]
+    return figures, core_share
 
 
 @one_line_errors()
@@ -156,10 +164,11 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
             f'tolerance {args.tolerance:.0e}; nothing was written. Are the running '
             'variances of the checkpoint near zero, or its weights in half precision?'
         )
-    before, after = measure(training, deployed, image)
+    (before, after), core_share = measure(training, deployed, image)
     figures = dict(
         training_form=before,
         deployed=after,
+        core_share=core_share,
         differences={k: d._asdict() for k, d in differences.items()},
     )
     write_checkpoint(result, args.out)
@@ -187,6 +196,8 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     threads = counted(torch.get_num_threads(), 'thread')
     print(f'\nOne image of {shape[1]}x{shape[2]}, on {threads}:')
     print(format_table(headers, rows))
+    if warning := busy_warning(core_share):
+        print(warning)
     for kind, difference in differences.items():
         print(
             f'Largest difference for {kind}: {difference.absolute:.2e} absolute, '

@@ -1,0 +1,185 @@
+"""Times functions in turn, so that all of them meet the same machine."""
+
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import torch
+
+T = TypeVar('T')
+# Beside busy processes, a short function has some round to itself among many.
+ROUNDS, SECONDS = 15, 2.0
+# The share of a calm machine is about 0.95.
+CALM = 0.8
+
+
+class Clock:
+    """Reads the time of a device, in seconds, and sees whether other programs run.
+
+    Args:
+        device (str): Waited for before the time is read. Defaults to ``'cpu'``.
+    """
+
+    def __init__(self, device: str = 'cpu') -> None:
+        self.is_cuda = torch.device(device).type == 'cuda'
+        self._numbers = torch.ones(torch.get_num_threads() << 19)
+        self._used = self._given = 0.0
+
+    def now(self) -> float:
+        if self.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def seconds(self, function: Callable[[], object]) -> float:
+        start = self.now()
+        function()
+        return self.now() - start
+
+    def look_around(self) -> None:
+        """Runs all threads for some milliseconds, none of which waits for another.
+
+        On a calm machine, each has a core all the time.
+        """
+        start, used = time.perf_counter(), time.process_time()
+        self._numbers.digamma()
+        self._used += time.process_time() - used
+        self._given += (time.perf_counter() - start) * torch.get_num_threads()
+
+    @property
+    def core_share(self) -> float:
+        """The part of the time that the threads of this process had a core."""
+        return min(1.0, self._used / self._given)
+
+
+def busy_warning(core_share: float) -> str:
+    """What to say of figures that were taken beside other programs.
+
+    Args:
+        core_share (float): See :attr:`Clock.core_share`.
+
+    Returns:
+        str: Two lines, or an empty text if the machine was calm.
+    """
+    if core_share >= CALM:
+        return ''
+    return (
+        'The machine was busy: the threads of this process had a core for '
+        f'{core_share:.0%} of the time.\nThe figures may be much too high; measure '
+        'again when no other program runs.'
+    )
+
+
+def in_turn(
+    functions: dict[str, Callable[[], T]],
+    clock: Clock,
+    rounds: int,
+    seconds: float = 0.0,
+    what: str = '',
+) -> dict[str, list[T]]:
+    """Calls all functions once in each round, and returns what they returned.
+
+    Every round begins with another one; two rounds before are not counted.
+
+    Args:
+        functions (dict[str, Callable]): Each takes nothing.
+        clock (Clock): It looks around after every round.
+        rounds (int): How many there are at least.
+        seconds (float): How long they go on at least. Defaults to 0.
+        what (str): What is measured, for a line of progress. Defaults to none.
+
+    Returns:
+        dict[str, list]: What each function returned, round by round.
+    """
+    names = list(functions)
+    results: dict[str, list[T]] = {name: [] for name in names}
+    end = clock.now() + seconds
+    for index in itertools.count(-2):
+        shift = index % len(names)
+        for name in names[shift:] + names[:shift]:
+            result = functions[name]()
+            if index >= 0:
+                results[name].append(result)
+        clock.look_around()
+        if what:
+            say(f'{what}: round {max(index + 1, 0)} of {rounds}')
+        if index + 1 >= rounds and clock.now() >= end:
+            break
+    if what:
+        sys.stderr.write('\n')
+    return results
+
+
+def least_seconds(
+    functions: Sequence[Callable[[], object]],
+) -> tuple[list[float], float]:
+    """The least time of each function over many rounds, in turn.
+
+    Other programs only lengthen a call, so the least is nearest to a calm machine's.
+
+    Args:
+        functions (Sequence[Callable]): Each takes nothing.
+
+    Returns:
+        tuple[list[float], float]: Seconds of each, and :attr:`Clock.core_share`.
+    """
+    clock = Clock()
+    timed = {str(i): partial(clock.seconds, f) for i, f in enumerate(functions)}
+    found = in_turn(timed, clock, ROUNDS, SECONDS)
+    return [min(times) for times in found.values()], clock.core_share
+
+
+def say(text: str) -> None:
+    end = '' if sys.stderr.isatty() else '\n'
+    sys.stderr.write(f'\r{text}{end}')
+    sys.stderr.flush()
+
+
+class Spread(NamedTuple):
+    """Median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> 'Spread':
+        low, median, high = statistics.quantiles(values, n=4, method='inclusive')
+        return cls(median, low, high)
+
+    def __format__(self, spec: str) -> str:
+        low, high = format(self.low, spec), format(self.high, spec)
+        return f'{format(self.median, spec)} [{low}, {high}]'
+
+
+def ratios(measured: Sequence[float], reference: Sequence[float]) -> Spread:
+    """Ratios within each round, since a machine's speed changes between rounds."""
+    return Spread.of([a / b for a, b in zip(measured, reference)])
+
+
+def measure_seconds(
+    functions: dict[str, Callable[[], object]],
+    reference: str,
+    rounds: int,
+    what: str,
+    clock: Clock,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, dict]:
+    """Seconds of each function, in turn, and over those of ``reference``.
+
+    ``before`` is called before each, and not counted.
+    """
+
+    def timed(function: Callable[[], object]) -> float:
+        before()
+        return clock.seconds(function)
+
+    named = {name: partial(timed, function) for name, function in functions.items()}
+    seconds = in_turn(named, clock, rounds, what=what)
+    return {
+        name: dict(seconds=Spread.of(times), ratio=ratios(times, seconds[reference]))
+        for name, times in seconds.items()
+    }
