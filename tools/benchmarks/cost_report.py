@@ -6,7 +6,7 @@ import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
-from step_costs import OREPA
+from step_costs import OREPA, STOCK
 
 from mmorepa.analysis.timing import Spread, busy_warning
 from mmorepa.utils.files import atomic_write
@@ -17,10 +17,12 @@ MEGABYTE = 1e6
 PAPER_BATCH = 64
 # Okabe and Ito's, as in tools/analysis_tools/charts.py.
 COLOURS = {
+    'plain, default layout': '#999999',
     'plain': '#000000',
     'DBB': '#E69F00',
     'OREPA, naive': '#CC79A7',
     'OREPA, online': '#56B4E9',
+    'OREPA, folded, default layout': '#009E73',
     'OREPA, folded': '#0072B2',
 }
 
@@ -50,7 +52,7 @@ def print_tables(result: dict) -> None:
         )
         for name, r in steps.items()
     ]
-    head = ('training', 'step (ms)', 'x plain', 'forward+backward', 'optimizer phase')
+    head = ('training', 'step (ms)', 'x stock', 'forward+backward', 'optimizer phase')
     print(format_table(head, rows))
     columns = {
         'saved_bytes': 'saved for backward',
@@ -60,7 +62,7 @@ def print_tables(result: dict) -> None:
         'all_reduced_bytes': 'all-reduced',
         'peak_memory_bytes': 'peak of a step',
     }
-    columns = {k: title for k, title in columns.items() if k in steps['plain']}
+    columns = {k: title for k, title in columns.items() if k in steps[STOCK]}
     rows = [(n, *(mb(r[key]) for key in columns)) for n, r in steps.items()]
     print()
     print(format_table(('MB', *columns.values()), rows))
@@ -94,27 +96,27 @@ def print_tables(result: dict) -> None:
 
 
 def plot(results: list[dict], path: Path) -> None:
-    """Draws what a step costs over the plain network's, one panel for each budget."""
+    """Draws what a step costs over the stock network's, one panel for each budget."""
     panels = {
-        'time of a step': lambda r, plain: r['ratio'].median,
-        'saved for backward': lambda r, plain: r['saved_bytes'] / plain['saved_bytes'],
-        'all-reduced': lambda r, plain: (
-            r['all_reduced_bytes'] / plain['all_reduced_bytes']
+        'time of a step': lambda r, stock: r['ratio'].median,
+        'saved for backward': lambda r, stock: r['saved_bytes'] / stock['saved_bytes'],
+        'all-reduced': lambda r, stock: (
+            r['all_reduced_bytes'] / stock['all_reduced_bytes']
         ),
     }
-    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.8), layout='constrained')
+    figure, axes = plt.subplots(1, len(panels), figsize=(15, 4.6), layout='constrained')
     width = 0.8 / len(COLOURS)
     for axis, (title, value) in zip(axes, panels.items()):
         for index, (name, colour) in enumerate(COLOURS.items()):
-            heights = [value(r['steps'][name], r['steps']['plain']) for r in results]
+            heights = [value(r['steps'][name], r['steps'][STOCK]) for r in results]
             places = [
                 n + (index - (len(COLOURS) - 1) / 2) * width
                 for n in range(len(results))
             ]
             bars = axis.bar(places, heights, width * 0.92, label=name, color=colour)
-            axis.bar_label(bars, fmt='%.2f', fontsize=7, padding=1)
+            axis.bar_label(bars, fmt='%.2f', fontsize=8, padding=1)
         axis.axhline(1, color='black', linewidth=0.8)
-        axis.set_title(f'{title}, x plain')
+        axis.set_title(f'{title}, x stock')
         axis.set_xticks(
             range(len(results)),
             [
@@ -124,7 +126,7 @@ def plot(results: list[dict], path: Path) -> None:
         )
         axis.margins(y=0.12)
     figure.legend(
-        *axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=5
+        *axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4
     )
     with atomic_write(path) as file:
         figure.savefig(file, dpi=130, format='png')

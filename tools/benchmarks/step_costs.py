@@ -47,24 +47,31 @@ class Variant(NamedTuple):
     """One way to train.
 
     Args:
-        block (str): The block type.
+        block (str): The block type; empty for the network of MMPretrain.
         folded (bool): Whether the fold is outside of the graph.
         naive (bool): Whether every pass differentiates the plain formulas.
+        channels_last (bool): The layout of the convs.
     """
 
     block: str
     folded: bool = False
     naive: bool = False
+    channels_last: bool = True
 
 
 VARIANTS = {
+    'stock': Variant('', channels_last=False),
+    'plain, default layout': Variant('plain', channels_last=False),
     'plain': Variant('plain'),
     'DBB': Variant('dbb'),
     'OREPA, naive': Variant('orepa', naive=True),
     'OREPA, online': Variant('orepa'),
+    'OREPA, folded, default layout': Variant('orepa', True, channels_last=False),
     'OREPA, folded': Variant('orepa', folded=True),
 }
-OREPA = 'OREPA, folded'
+# What a user has today, and what others are compared with; the same network with the
+# layout of this package's; and the result.
+STOCK, PLAIN, OREPA = 'stock', 'plain', 'OREPA, folded'
 # What a fold and its derivative spend their time on, by operator.
 PARTS = {
     'the products of the floor': ('aten::mm', 'aten::addmm', 'aten::addmm_'),
@@ -92,14 +99,18 @@ class Trainer:
     def __init__(self, cfg: Config, variant: Variant, device: str) -> None:
         torch.manual_seed(0)
         model = copy.deepcopy(cfg.model)
-        model.backbone.block = variant.block
+        options = copy.deepcopy(cfg.optim_wrapper)
+        if variant.block:
+            model.backbone.block = variant.block
+            options.update(folded=variant.folded, channels_last=variant.channels_last)
+        else:
+            model.backbone = stock_backbone(model.backbone)
+            options = dict(optimizer=options.optimizer)
         self.network = MODELS.build(model).to(device).train()
         self.model: nn.Module = self.network
         if variant.naive:
             for conv in folded_convs(self.network):
                 conv.kernel = functools.partial(naive_kernel, conv.branches)
-        options = copy.deepcopy(cfg.optim_wrapper)
-        options.folded = variant.folded
         self.wrapper: OptimWrapper = build_optim_wrapper(self.network, options)
 
     def forward(self, inputs: Tensor, samples: list) -> Tensor:
@@ -125,6 +136,15 @@ class Trainer:
 
     def gradients(self) -> list[Tensor]:
         return [p.grad for p in self.parameters() if p.grad is not None]
+
+
+def stock_backbone(backbone: dict) -> dict:
+    """The config of MMPretrain's own network for one of this package's."""
+    stock = {k: v for k, v in backbone.items() if k not in ('block', 'block_cfg')}
+    stock['type'] = 'mmpretrain.' + backbone['type'].removeprefix('OREPA')
+    if 'base_channels' in stock:
+        stock['stem_channels'] = stock['base_channels']
+    return stock
 
 
 def folded_convs(network: nn.Module) -> list[OREPAConv2d]:
@@ -160,8 +180,8 @@ def measure_steps(
             step=Spread.of(totals[name]),
             forward_backward=Spread.of([pair[0] for pair in phases[name]]),
             optimizer=Spread.of([pair[1] for pair in phases[name]]),
-            ratio=ratios(totals[name], totals['plain']),
-            added=Spread.of([a - b for a, b in zip(totals[name], totals['plain'])]),
+            ratio=ratios(totals[name], totals[STOCK]),
+            added=Spread.of([a - b for a, b in zip(totals[name], totals[PLAIN])]),
         )
         for name in trainers
     }

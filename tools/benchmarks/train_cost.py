@@ -1,10 +1,10 @@
 """Measures what a re-parameterised network costs in training and deployed.
 
-For each config, the plain network, DBB, and OREPA with a naive fold, with online
-folding and with folded training are trained in turn, one step each in every round, so
-that all of them meet the same machine; figures are medians over the rounds. Prints
-tables, and writes them as JSON and as a chart. Nothing is learned: the images are
-noise.
+For each config, the network of MMPretrain, the plain network in both layouts, DBB, and
+OREPA with a naive fold, with online folding and with folded training are trained in
+turn, one step each in every round, so that all of them meet the same machine; figures
+are medians over the rounds. Prints tables, and writes them as JSON and as a chart.
+Nothing is learned: the images are noise.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from mmengine.registry import init_default_scope
 from mmpretrain.structures import DataSample
 from step_costs import (
     OREPA,
+    PLAIN,
     VARIANTS,
     Trainer,
     count_operations,
@@ -137,7 +138,7 @@ def measure(path: str, cfg: Config, batch_size: int, args: argparse.Namespace) -
     trainers.clear()
     optimizers = measure_optimizers(cfg, args.rounds, clock, args.device)
     inference = measure_inference(cfg, images, args.rounds, clock)
-    plain, added = steps['plain']['step'].median, steps[OREPA]['added'].median
+    plain, added = steps[PLAIN]['step'].median, steps[OREPA]['added'].median
     return dict(
         config=path,
         batch_size=batch_size,
