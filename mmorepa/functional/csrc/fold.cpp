@@ -36,9 +36,12 @@ namespace {
 using at::IntArrayRef;
 using at::Tensor;
 using at::TensorList;
+using OptionalTensor = std::optional<Tensor>;
 
 // The elements of a block of rows, which the caches are to hold between two steps.
 constexpr int64_t BLOCK = 1 << 19;
+// The elements of a kernel from which on results go past the caches.
+constexpr int64_t LARGE = 1 << 18;
 // Rows that are done together, so that a depthwise filter is loaded once for them.
 constexpr int GROUP = 2;
 
@@ -53,17 +56,13 @@ constexpr int BYTES = 32;
 template <typename S>
 struct VectorOf {
   typedef S type __attribute__((vector_size(BYTES)));
-  static constexpr int lanes = BYTES / sizeof(S);
 };
 template <typename S>
 using Vector = typename VectorOf<S>::type;
 template <typename S>
-constexpr int LANES = VectorOf<S>::lanes;
+constexpr int LANES = BYTES / sizeof(S);
 
-// Numbers of lanes, as `n` below: all of them, known to the compiler, or fewer.
-template <typename S>
-using All = std::integral_constant<int, LANES<S>>;
-
+// `n` lanes: all of them, known to the compiler, or fewer.
 template <typename S, typename N>
 INLINE Vector<S> load(const S* from, N n) {
   Vector<S> v{};
@@ -79,13 +78,14 @@ INLINE void store(S* to, Vector<S> v, N n) {
 // As store(), past the caches where that is possible: for results that are not needed
 // soon and would have to be fetched first, only to be overwritten.
 template <typename S, typename N>
-INLINE void stream(S* to, Vector<S> v, N n) {
-#if defined(__AVX512F__)
-  if (n == LANES<S> && reinterpret_cast<uintptr_t>(to) % BYTES == 0)
+INLINE void stream(S* to, Vector<S> v, N n, bool is_large) {
+#ifdef __AVX__
+  if (is_large && n == LANES<S> && reinterpret_cast<uintptr_t>(to) % BYTES == 0)
+#ifdef __AVX512F__
     return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)v);
-#elif defined(__AVX__)
-  if (n == LANES<S> && reinterpret_cast<uintptr_t>(to) % BYTES == 0)
+#else
     return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)v);
+#endif
 #endif
   store(to, v, n);
 }
@@ -101,26 +101,8 @@ INLINE S sum(Vector<S> v) {
 template <typename S, typename F>
 INLINE void for_lanes(int64_t size, F f) {
   int64_t i = 0;
-  for (; i + LANES<S> <= size; i += LANES<S>) f(i, All<S>{});
+  for (; i + LANES<S> <= size; i += LANES<S>) f(i, std::integral_constant<int, LANES<S>>{});
   if (i < size) f(i, static_cast<int>(size - i));
-}
-
-// Calls f(o, R) for R rows from o on, for all rows from start to stop, in parallel.
-template <typename F>
-INLINE void for_rows(int64_t start, int64_t stop, int64_t tasks, F f) {
-  const int64_t groups = (stop - start + GROUP - 1) / GROUP;
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      int64_t o = start + groups * task / tasks * GROUP;
-      const int64_t last = std::min(start + groups * (task + 1) / tasks * GROUP, stop);
-      for (; o + GROUP <= last; o += GROUP)
-        f(task, o, std::integral_constant<int, GROUP>{});
-      for (; o < last; ++o) f(task, o, std::integral_constant<int, 1>{});
-    }
-#ifdef __AVX__
-    _mm_sfence();  // What was streamed is visible to others from here on.
-#endif
-  });
 }
 
 // ---- the branches --------------------------------------------------------------------
@@ -129,73 +111,58 @@ INLINE void for_rows(int64_t start, int64_t stop, int64_t tasks, F f) {
 // where a part is missing.
 enum { ORIGIN, COMPOSED, FILTERED, SEPARABLE = FILTERED + 3, PARTS };
 
-// All parameters, or all gradients; null where a branch is missing.
+// All parameters, or all gradients, in the order of BranchSum.roles; null where a branch
+// is missing.
 template <typename S>
 struct Terms {
-  S *scale[PARTS] = {}, *origin = nullptr, *first = nullptr, *second = nullptr;
-  S *weight[3] = {}, *separable = nullptr, *depthwise = nullptr;
+  S *scale[PARTS] = {}, *origin = nullptr, *second = nullptr, *weight[3] = {};
+  S *separable = nullptr, *depthwise = nullptr;
   int64_t maps = 0;
 
   Terms(TensorList tensors, IntArrayRef rows, int64_t O) {
-    size_t next = 1;
+    int next = 1;
     auto take = [&] { return tensors[next++].data_ptr<S>(); };
     for (int part = 0; part < PARTS; ++part)
-      if (rows[part] >= 0)
-        scale[part] = tensors[0].data_ptr<S>() + rows[part] * O;
-    if (rows[ORIGIN] >= 0) origin = take();
-    if (rows[COMPOSED] >= 0) first = take(), second = take();
+      if (rows[part] >= 0) scale[part] = tensors[0].data_ptr<S>() + rows[part] * O;
+    if (scale[ORIGIN]) origin = take();
+    if (scale[COMPOSED]) take(), second = take();
     for (int q = 0; q < 3; ++q)
-      if (rows[FILTERED + q] >= 0) weight[q] = take();
-    if (rows[SEPARABLE] < 0) return;
-    maps = tensors[next].size(1);
-    separable = take(), depthwise = take();
+      if (scale[FILTERED + q]) weight[q] = take();
+    if (scale[SEPARABLE])
+      maps = tensors[next].size(1), separable = take(), depthwise = take();
   }
 };
 
-// W[r,k,:] for R rows from o on; `product` is W2·(C1+E) there.
+// R rows of the kernel from o on; `product` is B·(C + E) there, `filters` by branch.
 template <typename S, int K, int R>
 INLINE void fold_rows(int64_t I, int64_t o, S* kernel, const S* product,
-                      const Terms<S>& p, const S* const* filters) {
+                      const Terms<S>& p, S* const* filters, bool is_large) {
   for_lanes<S>(I, [&](int64_t i, auto n) INLINE_LAMBDA {
-    Vector<S> w[R][K];
-#pragma GCC unroll 32
+    Vector<S> w[R][K] = {}, x[R];
     for (int r = 0; r < R; ++r)
-#pragma GCC unroll 32
       for (int k = 0; k < K; ++k) {
-        w[r][k] = Vector<S>{};
         if (p.second)
           w[r][k] += p.scale[COMPOSED][o + r] * load(product + (r * K + k) * I + i, n);
         if (p.origin)
           w[r][k] += p.scale[ORIGIN][o + r] * load(p.origin + ((o + r) * K + k) * I + i, n);
       }
     for (int64_t m = 0; m < p.maps; ++m) {
-      Vector<S> x[R];
-#pragma GCC unroll 32
       for (int r = 0; r < R; ++r)
         x[r] = p.scale[SEPARABLE][o + r] *
                load(p.separable + ((o + r) * p.maps + m) * I + i, n);
-#pragma GCC unroll 32
       for (int k = 0; k < K; ++k) {
         const auto filter = load(p.depthwise + (m * K + k) * I + i, n);
-#pragma GCC unroll 32
         for (int r = 0; r < R; ++r) w[r][k] += x[r] * filter;
       }
     }
-    for (int q = 0; q < 3; ++q) {
-      if (!p.weight[q]) continue;
-#pragma GCC unroll 32
-      for (int r = 0; r < R; ++r) {
-        const auto x =
-            p.scale[FILTERED + q][o + r] * load(p.weight[q] + (o + r) * I + i, n);
-#pragma GCC unroll 32
-        for (int k = 0; k < K; ++k) w[r][k] += filters[q][(o + r) * K + k] * x;
+    for (int q = 0; q < 3; ++q)
+      for (int r = 0; r < R && p.weight[q]; ++r) {
+        x[r] = p.scale[FILTERED + q][o + r] * load(p.weight[q] + (o + r) * I + i, n);
+        for (int k = 0; k < K; ++k) w[r][k] += filters[q][(o + r) * K + k] * x[r];
       }
-    }
-#pragma GCC unroll 32
     for (int r = 0; r < R; ++r)
-#pragma GCC unroll 32
       for (int k = 0; k < K; ++k)
-        stream(kernel + ((o + r) * K + k) * I + i, w[r][k], n);
+        stream(kernel + ((o + r) * K + k) * I + i, w[r][k], n, is_large);
   });
 }
 
@@ -204,77 +171,64 @@ INLINE void fold_rows(int64_t I, int64_t o, S* kernel, const S* product,
 template <typename S, int K, int R>
 INLINE void gradient_rows(int64_t I, int64_t o, const S* grad, S* scaled,
                           const Terms<S>& p, const Terms<S>& d, S* d_depthwise,
-                          const S* const* filters) {
-  Vector<S> total[R][PARTS] = {};
+                          S* const* filters, bool is_large) {
+  Vector<S> total[PARTS][R] = {};
   for_lanes<S>(I, [&](int64_t i, auto n) INLINE_LAMBDA {
-    Vector<S> g[R][K];
-#pragma GCC unroll 32
+    Vector<S> g[R][K], x[R], weight[R];
     for (int r = 0; r < R; ++r)
-#pragma GCC unroll 32
       for (int k = 0; k < K; ++k) {
         const int64_t place = ((o + r) * K + k) * I + i;
         g[r][k] = load(grad + place, n);
         if (p.second)
           store(scaled + (r * K + k) * I + i, p.scale[COMPOSED][o + r] * g[r][k], n);
-        if (p.origin) {
-          total[r][ORIGIN] += g[r][k] * load(p.origin + place, n);
-          stream(d.origin + place, p.scale[ORIGIN][o + r] * g[r][k], n);
-        }
+        if (!p.origin) continue;
+        total[ORIGIN][r] += g[r][k] * load(p.origin + place, n);
+        stream(d.origin + place, p.scale[ORIGIN][o + r] * g[r][k], n, is_large);
       }
-    for (int q = 0; q < 3; ++q) {
-      if (!p.weight[q]) continue;
-#pragma GCC unroll 32
-      for (int r = 0; r < R; ++r) {
+    for (int q = 0; q < 3; ++q)
+      for (int r = 0; r < R && p.weight[q]; ++r) {
         const int64_t place = (o + r) * I + i;
-        Vector<S> x{};
-#pragma GCC unroll 32
-        for (int k = 0; k < K; ++k) x += filters[q][(o + r) * K + k] * g[r][k];
-        total[r][FILTERED + q] += x * load(p.weight[q] + place, n);
-        stream(d.weight[q] + place, p.scale[FILTERED + q][o + r] * x, n);
+        x[r] = Vector<S>{};
+        for (int k = 0; k < K; ++k) x[r] += filters[q][(o + r) * K + k] * g[r][k];
+        total[FILTERED + q][r] += x[r] * load(p.weight[q] + place, n);
+        stream(d.weight[q] + place, p.scale[FILTERED + q][o + r] * x[r], n, is_large);
       }
-    }
     for (int64_t m = 0; m < p.maps; ++m) {
-      Vector<S> weight[R], x[R];
-#pragma GCC unroll 32
       for (int r = 0; r < R; ++r) {
         weight[r] = load(p.separable + ((o + r) * p.maps + m) * I + i, n);
         x[r] = Vector<S>{};
       }
-#pragma GCC unroll 32
       for (int k = 0; k < K; ++k) {
         const int64_t place = (m * K + k) * I + i;
         const auto filter = load(p.depthwise + place, n);
         auto sum = load(d_depthwise + place, n);
-#pragma GCC unroll 32
         for (int r = 0; r < R; ++r) {
           x[r] += filter * g[r][k];
           sum += (p.scale[SEPARABLE][o + r] * weight[r]) * g[r][k];
         }
         store(d_depthwise + place, sum, n);
       }
-#pragma GCC unroll 32
       for (int r = 0; r < R; ++r) {
-        total[r][SEPARABLE] += x[r] * weight[r];
+        total[SEPARABLE][r] += x[r] * weight[r];
         stream(d.separable + ((o + r) * p.maps + m) * I + i,
-               p.scale[SEPARABLE][o + r] * x[r], n);
+               p.scale[SEPARABLE][o + r] * x[r], n, is_large);
       }
     }
   });
-  for (int r = 0; r < R; ++r)
-    for (int part = 0; part < PARTS; ++part)
-      if (d.scale[part] && part != COMPOSED)
-        d.scale[part][o + r] = sum<S>(total[r][part]);
+  for (int part = 0; part < PARTS; ++part)
+    for (int r = 0; r < R && d.scale[part] && part != COMPOSED; ++r)
+      d.scale[part][o + r] = sum<S>(total[part][r]);
 }
 
-// The gradients of the composed branch's scale and second conv, from G·(C1+E)ᵀ.
+// The gradients of the composed branch's scale and second conv, from G·(C + E)ᵀ.
 template <typename S>
 INLINE void composed_row(int64_t size, int64_t o, const S* product, const Terms<S>& p,
-                         const Terms<S>& d) {
+                         const Terms<S>& d, bool is_large) {
   Vector<S> total{};
   for_lanes<S>(size, [&](int64_t j, auto n) INLINE_LAMBDA {
     const auto x = load(product + j, n);
     total += x * load(p.second + o * size + j, n);
-    stream(d.second + o * size + j, p.scale[COMPOSED][o] * x, n);
+    stream(d.second + o * size + j, p.scale[COMPOSED][o] * x, n, is_large);
   });
   d.scale[COMPOSED][o] = sum<S>(total);
 }
@@ -294,13 +248,7 @@ Tensor scratch(Purpose purpose, IntArrayRef shape, const Tensor& like) {
   return tensor.narrow(0, 0, size).view(shape);
 }
 
-// A kernel's shape, (O, I, k, k), in the memory (O, K, I).
-Tensor empty_kernel(IntArrayRef shape, const Tensor& like) {
-  const int64_t I = shape[1], k = shape[2];
-  return at::empty_strided(shape, {k * k * I, 1, k * I, I}, like.options());
-}
-
-// The parameters of a sum in the order of their memory, as many as they should be.
+// The parameters of a sum: as many as they should be, and in one piece each.
 struct Sum {
   std::vector<Tensor> tensors;
   IntArrayRef rows;
@@ -310,34 +258,33 @@ struct Sum {
   Sum(TensorList parameters, IntArrayRef shape, IntArrayRef rows, bool has_identity)
       : rows(rows), O(shape[0]), I(shape[1]), K(shape[2] * shape[3]) {
     for (const Tensor& t : parameters) tensors.push_back(t.contiguous());
-    check(0, *std::max_element(rows.begin(), rows.end()) + 1, O);
-    int next = 1;
-    if (rows[ORIGIN] >= 0) check(next++, O * K, I);
+    int next = 0;
+    auto check = [&](int64_t height, int64_t width) {
+      const Tensor& t = tensors[next++];
+      TORCH_CHECK(t.numel() == height * width && t.const_data_ptr() != nullptr,
+                  "a parameter of a kernel has the shape ", t.sizes(), ", not ", height,
+                  " x ", width);
+      return t;
+    };
+    check(*std::max_element(rows.begin(), rows.end()) + 1, O);
+    if (rows[ORIGIN] >= 0) check(O * K, I);
     if (rows[COMPOSED] >= 0) {
       T = tensors[next].numel() / I;
-      check(next, T, I);
-      first = tensors[next++].view({T, I});
-      check(next, O * K, T);
-      second = tensors[next++].view({O * K, T});
+      first = check(T, I).view({T, I});
+      second = check(O * K, T).view({O * K, T});
     }
     for (int q = FILTERED; q < SEPARABLE; ++q)
-      if (rows[q] >= 0) check(next++, O, I);
+      if (rows[q] >= 0) check(O, I);
     if (rows[SEPARABLE] >= 0) {
       const int64_t maps = tensors[next].size(1);
-      check(next, O * maps, I);
-      check(next + 1, maps * K, I);
+      check(O * maps, I), check(maps * K, I);
     }
     if (!has_identity) return;
     first = scratch(MATRIX, first.sizes(), first).copy_(first);
     first.diagonal().add_(1);
   }
 
-  void check(size_t index, int64_t rows, int64_t columns) const {
-    const Tensor& t = tensors[index];
-    TORCH_CHECK(t.numel() == rows * columns && t.const_data_ptr() != nullptr,
-                "a parameter of a folded kernel has the shape ", t.sizes(), ", not ",
-                rows, " x ", columns);
-  }
+  bool is_large() const { return O * K * I >= LARGE; }
 
   // Calls f(start, stop) for blocks of rows.
   template <typename F>
@@ -348,7 +295,7 @@ struct Sum {
 
   // Calls f(S, K, filters by part).
   template <typename F>
-  void dispatch(const std::optional<Tensor>& filters, F f) const {
+  void dispatch(const OptionalTensor& filters, F f) const {
     auto with_type = [&](auto zero) {
       using S = decltype(zero);
       S *of[3] = {}, *next = filters ? filters->data_ptr<S>() : nullptr;
@@ -362,15 +309,35 @@ struct Sum {
   }
 };
 
+// Calls f(task, o, R) for R rows from o on, for all rows from start to stop.
+template <typename F>
+void for_rows(int64_t start, int64_t stop, int64_t tasks, F f) {
+  const int64_t groups = (stop - start + GROUP - 1) / GROUP;
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      int64_t o = start + groups * task / tasks * GROUP;
+      const int64_t last = std::min(start + groups * (task + 1) / tasks * GROUP, stop);
+      for (; o + GROUP <= last; o += GROUP)
+        f(task, o, std::integral_constant<int, GROUP>{});
+      for (; o < last; ++o) f(task, o, std::integral_constant<int, 1>{});
+    }
+#ifdef __AVX__
+    _mm_sfence();  // What was streamed is visible to others from here on.
+#endif
+  });
+}
+
 // ---- what Python calls ---------------------------------------------------------------
 
 // The kernel, (O, I, k, k).
 Tensor fold(TensorList parameters, IntArrayRef shape, IntArrayRef rows, bool has_identity,
-            const std::optional<Tensor>& filters) {
+            const OptionalTensor& filters) {
   // What follows is written into new tensors and scratch memory.
   at::AutoDispatchBelowADInplaceOrView guard;
   const Sum sum(parameters, shape, rows, has_identity);
-  const Tensor kernel = empty_kernel(shape, parameters[0]);
+  const int64_t I = sum.I, k = shape[2];
+  const Tensor kernel =
+      at::empty_strided(shape, {k * k * I, 1, k * I, I}, parameters[0].options());
   sum.dispatch(filters, [&](auto zero, auto taps, auto filter) {
     using S = decltype(zero);
     constexpr int K = taps;
@@ -385,7 +352,8 @@ Tensor fold(TensorList parameters, IntArrayRef shape, IntArrayRef rows, bool has
       }
       for_rows(start, stop, at::get_num_threads(), [&](int64_t, int64_t o, auto R) {
         fold_rows<S, K, R>(sum.I, o, kernel.data_ptr<S>(),
-                           product + (o - start) * K * sum.I, p, filter);
+                           product + (o - start) * K * sum.I, p, filter,
+                           sum.is_large());
       });
     });
   });
@@ -396,7 +364,7 @@ Tensor fold(TensorList parameters, IntArrayRef shape, IntArrayRef rows, bool has
 std::vector<Tensor> fold_gradients(const Tensor& gradient, TensorList parameters,
                                    IntArrayRef shape, IntArrayRef rows,
                                    bool has_identity,
-                                   const std::optional<Tensor>& filters) {
+                                   const OptionalTensor& filters) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const Sum sum(parameters, shape, rows, has_identity);
   TORCH_CHECK(gradient.sizes() == shape, "a gradient of the shape ", gradient.sizes(),
@@ -419,7 +387,8 @@ std::vector<Tensor> fold_gradients(const Tensor& gradient, TensorList parameters
       for_rows(start, stop, tasks, [&](int64_t task, int64_t o, auto R) {
         gradient_rows<S, K, R>(sum.I, o, grad.data_ptr<S>(),
                                scaled.data_ptr<S>() + (o - start) * K * sum.I, p, d,
-                               sums.data_ptr<S>() + task * size, filter);
+                               sums.data_ptr<S>() + task * size, filter,
+                               sum.is_large());
       });
       if (!p.second) return;
       Tensor product = scratch(PRODUCT, {count, sum.T}, grad);
@@ -427,7 +396,7 @@ std::vector<Tensor> fold_gradients(const Tensor& gradient, TensorList parameters
       for_rows(start, stop, tasks, [&](int64_t, int64_t first, auto R) {
         for (int64_t o = first; o < first + R; ++o)
           composed_row<S>(K * sum.T, o, product.data_ptr<S>() + (o - start) * K * sum.T,
-                          p, d);
+                          p, d, sum.is_large());
       });
       at::addmm_out(d_first, d_first, sum.second.narrow(0, from, count).t(), scaled,
                     start > 0);
