@@ -150,23 +150,24 @@ def test_balanced_start(block):
 @pytest.mark.parametrize('is_whole', [False, True])
 def test_openmmlab(prefix, is_whole, log):
     """mmpretrain's, mmdet's and mmseg's ResNets have the same keys."""
-    plain = mm_net('ResNet', depth=50, base_channels=16, stem_channels=16).double()
+    plain = mm_net('ResNet', depth=50, base_channels=16, stem_channels=16)
     state = {prefix + name: value for name, value in plain.state_dict().items()}
     state['head.fc.weight'] = torch.zeros(2, 4)
-    net = OREPAResNet(50, 'dbb', base_channels=16).double().eval()
+    net = OREPAResNet(50, 'dbb', base_channels=16).eval()
     if is_whole:
         if not prefix:
             return
         net = nn.ModuleDict(dict(backbone=net))
+    log.clear()  # Of the scope that an earlier test left.
     net.load_state_dict(state, strict=False)
     assert log == [
         'OREPAResNet: 53 re-parameterised convs start from the plain kernels of the '
         'checkpoint (quiet start)'
     ]
-    x = image(torch.float64)
+    x = image()
     net = net['backbone'] if is_whole else net
     with torch.no_grad():
-        assert_near(net(x)[-1], plain(x)[-1], 1e-10)
+        assert_near(net(x)[-1], plain(x)[-1], 1e-4)
 
 
 @pytest.mark.parametrize('deploy', [False, True])
