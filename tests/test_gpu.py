@@ -221,7 +221,8 @@ def test_tools(tmp_path, options):
     tested = run(tools / 'test.py', config, 'out.pth', '--cfg-options',
                  'model.backbone.deploy=True')  # fmt: skip
     trained = run(tools / 'test.py', config, checkpoint)
-    assert accuracy(tested) == pytest.approx(accuracy(trained), abs=0.3)
+    # Kernels are rounded to TF32, and three digits may be as good as undecided.
+    assert accuracy(tested) == pytest.approx(accuracy(trained), abs=1)
 
 
 def accuracy(output: str) -> float:

@@ -265,7 +265,9 @@ set_up_fold() {
   if [[ ! -f $state/fold-library || ! -f $(<"$state/fold-library") ]]; then
     rm -f "$state/fold"
   fi
-  step fold "$(text_of torch && cat "${sources[@]}" && uname -n && echo "${MMOREPA_CACHE:-}")" \
+  # By ATEN_CPU_CAPABILITY, PyTorch and the folds take another CPU's instructions.
+  local place="${MMOREPA_CACHE:-} ${ATEN_CPU_CAPABILITY:-}"
+  step fold "$(text_of torch && cat "${sources[@]}" && uname -n && echo "$place")" \
     'Compile the folds for this CPU (20 s)' build_fold
 }
 

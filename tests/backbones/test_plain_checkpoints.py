@@ -158,6 +158,7 @@ def test_openmmlab(prefix, is_whole, log):
         if not prefix:
             return
         net = nn.ModuleDict(dict(backbone=net))
+    log.clear()  # Of the scope that an earlier test left.
     net.load_state_dict(state, strict=False)
     assert log == [
         'OREPAResNet: 53 re-parameterised convs start from the plain kernels of the '

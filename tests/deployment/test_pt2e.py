@@ -9,7 +9,15 @@ from mmorepa.deployment.pt2e import ProgramNetwork, export_program, quantize_pro
 
 @pytest.fixture
 def images():
-    return torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    """Of a colour each, which tells their outputs apart."""
+    generator = torch.Generator().manual_seed(0)
+    colours = torch.randn(4, 3, 1, 1, generator=generator)
+    return colours + torch.randn(4, 3, 64, 64, generator=generator)
+
+
+def distance(one, other):
+    """The mean square of the difference, relative to the other."""
+    return ((one - other).square().mean() / other.square().mean()).item()
 
 
 DETECTORS = {'retinanet', 'faster_rcnn'}
@@ -29,10 +37,13 @@ def test_close_to_float(name, images, tmp_path):
     torch.export.save(quantized, path)
     network = ProgramNetwork(torch.export.load(path), model, images[:1])
     found = network(images)
-    assert_near(network(images[:1]), [tensor[:1] for tensor in found])
-    for one, other in zip(found, expected):
-        noise = (one - other).square().mean() / other.square().mean()
+    for alone, several, exact in zip(network(images[:1]), found, expected):
+        noise = distance(several, exact)
         assert 1e-7 < noise < 0.05
+        # The last bits of a sum depend on the batch, and near an edge the step that it
+        # is rounded to depends on them: the noise of INT8 once more.
+        assert distance(alone, several[:1]) < 4 * noise
+        assert distance(several[1:2], several[:1]) > 8 * noise, 'images too similar'
     # Kernels are there once, as INT8.
     tensors = quantized.state_dict.values()
     sizes = {tensor.dtype: 0 for tensor in tensors}

@@ -72,7 +72,12 @@ def test_without_this_package(channels, tmp_path):
         expected = model(inputs, mode='tensor').numpy()
     found = np.load(tmp_path / 'logits.npy')
     assert abs(found - expected).max() < 1e-4 * abs(expected).max()
-    assert done.stdout.split() == ['class', str(expected.argmax())]
+    word, number = done.stdout.split()
+    assert word == 'class'
+    # The best, or one that is as good as equal.
+    allowed = 1e-4 * abs(expected).max()
+    assert expected[0, int(number)] >= expected.max() - allowed
+    assert expected.std() > 10 * allowed
 
 
 COMPILED = """

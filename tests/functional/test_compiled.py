@@ -157,8 +157,13 @@ def test_the_name_tells_builds_apart(monkeypatch, tmp_path):
     monkeypatch.setenv('MMOREPA_CACHE', str(tmp_path))
     path = compiled.library_path()
     assert path.parent == tmp_path and path == compiled.library_path()
-    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'other')
-    assert compiled.library_path() != path
+    paths = set()
+    for name in ('DEFAULT', 'AVX2', 'AVX512'):
+        monkeypatch.setattr(
+            torch.backends.cpu, 'get_cpu_capability', lambda name=name: name
+        )
+        paths.add(compiled.library_path())
+    assert len(paths) == 3
 
 
 @pytest.fixture

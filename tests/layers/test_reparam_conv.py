@@ -311,7 +311,8 @@ def test_folded_checkpoint_equals_switch(load):
     loaded = model.state_dict()
     assert list(loaded) == list(switched)
     for name, value in switched.items():
-        assert torch.equal(loaded[name], value), name
+        # Folded in float64, and rounded to float32.
+        torch.testing.assert_close(loaded[name], value, rtol=2e-7, atol=0, msg=name)
 
 
 def test_folding_keeps_the_precision_of_the_checkpoint():
@@ -326,7 +327,9 @@ def test_folding_keeps_the_precision_of_the_checkpoint():
     half = network(deploy=True).bfloat16()
     half.load_state_dict(trained.state_dict())
     expected = deployed_twin(trained).bfloat16().state_dict()
-    assert all(torch.equal(v, expected[n]) for n, v in half.state_dict().items())
+    for name, value in half.state_dict().items():
+        # To a step of bfloat16, which the last bit of a fold may decide.
+        torch.testing.assert_close(value, expected[name], rtol=2**-7, atol=0)
 
 
 def test_training_form_into_itself(load):

@@ -214,7 +214,7 @@ class TestDeployment:
     ):
         expected = metrics_of(config, checkpoint, tmp_path)
         assert expected['accuracy/top1'] == pytest.approx(
-            records(trained)[1][-1]['accuracy/top1']
+            records(trained)[1][-1]['accuracy/top1'], abs=CLOSE
         )
         deploy = ['model.backbone.deploy=True']
         for file, flags, options in (
@@ -583,7 +583,7 @@ class TestOtherTools:
             *mmpretrain_tools.NO_WORKERS,
         )
         assert json.loads(out.read_text())['accuracy/top1'] == pytest.approx(
-            records(trained)[1][-1]['accuracy/top1']
+            records(trained)[1][-1]['accuracy/top1'], abs=CLOSE
         )
 
     def test_conversion_of_mmpretrain(self, config, checkpoint, tmp_path):
@@ -673,7 +673,8 @@ class TestLaunchers:
         accuracies = [
             records(tmp_path / name)[1][0]['accuracy/top1'] for name in ('one', 'two')
         ]
-        assert accuracies[0] == pytest.approx(accuracies[1], abs=CLOSE)
+        # As far apart as the weights may be, more digits are undecided.
+        assert accuracies[0] == pytest.approx(accuracies[1], abs=3 * CLOSE)
 
         out = tmp_path / 'metrics.json'
         done = run_apart(

@@ -68,13 +68,15 @@ def short_config(scenes_folder, tmp_path_factory):
             'train_dataloader = dict(**data)\n'
             'val_dataloader = data\n'
             'test_dataloader = data\n'
-            # Statistics that a few steps suffice for, small steps, and no threshold,
-            # so that there are boxes, with scores to compare.
+            # Statistics that a few steps suffice for, small steps, and no threshold of
+            # scores or overlaps, so that there are boxes, with scores to compare, and
+            # none comes or goes with the last bit of a sum.
             "norm_cfg = dict(type='BN', requires_grad=True, momentum=0.9)\n"
             'model = dict(backbone=dict(init_cfg=None, norm_cfg=norm_cfg))\n'
             + (
                 'optim_wrapper = dict(optimizer=dict(lr=0.001))\n'
-                "model['test_cfg'] = dict(rcnn=dict(score_thr=0.0), score_thr=0.0)\n"
+                'every = dict(score_thr=0.0, nms=dict(iou_threshold=1.0))\n'
+                "model['test_cfg'] = dict(rpn=every, rcnn=every, **every)\n"
                 if is_detector
                 else ''
             )

@@ -104,7 +104,7 @@ def test_equal_through_the_hook(name, trained, tmp_path):
             largest = logits.abs().max().item()
             assert torch.allclose(logits, b.seg_logits.data, atol=1e-4 * largest)
         else:
-            # Boxes near the threshold may come or go with the rounding.
+            # Of the last boxes, some may come or go with the rounding.
             first, second = (x.pred_instances.scores[:20] for x in (a, b))
             assert len(first) == len(second) == 20
             assert first.max() > 1e-3
