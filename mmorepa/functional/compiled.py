@@ -25,7 +25,11 @@ _SOURCE = Path(__file__).with_name('csrc') / 'fold.cpp'
 _NAME = 'mmorepa_fold'
 # In the order of the compiled code.
 _PARTS = ('origin', 'composed', 'average', 'frequency', 'pointwise', 'separable')
-_FLAGS = ['-O3', '-fopenmp', '-fno-math-errno']
+_FLAGS = [
+    *('-O3', '-fopenmp', '-fno-math-errno'),
+    # The loops over taps and branches are written out, so that registers hold them.
+    *('--param=max-completely-peeled-insns=2000', '--param=max-completely-peel-times=25'),
+]
 # The flags of every set of instructions that PyTorch tells apart.
 _INSTRUCTIONS = {
     'AVX2': ['-mavx2', '-mfma'],

@@ -42,8 +42,6 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t BLOCK = 1 << 19;
 // The elements of a kernel from which on results go past the caches.
 constexpr int64_t LARGE = 1 << 18;
-// Rows that are done together, so that a depthwise filter is loaded once for them.
-constexpr int GROUP = 2;
 
 // ---- vectors -------------------------------------------------------------------------
 
@@ -116,119 +114,100 @@ enum { ORIGIN, COMPOSED, FILTERED, SEPARABLE = FILTERED + 3, PARTS };
 template <typename S>
 struct Terms {
   S *scale[PARTS] = {}, *origin = nullptr, *second = nullptr, *weight[3] = {};
-  S *separable = nullptr, *depthwise = nullptr;
+  S *separable = nullptr, *depthwise = nullptr, *filter[3] = {};
   int64_t maps = 0;
+  bool is_large;
 
-  Terms(TensorList tensors, IntArrayRef rows, int64_t O) {
+  Terms(TensorList tensors, IntArrayRef shape, IntArrayRef rows,
+        const OptionalTensor& filters)
+      : is_large(c10::multiply_integers(shape) >= LARGE) {
     int next = 1;
     auto take = [&] { return tensors[next++].data_ptr<S>(); };
     for (int part = 0; part < PARTS; ++part)
-      if (rows[part] >= 0) scale[part] = tensors[0].data_ptr<S>() + rows[part] * O;
+      if (rows[part] >= 0) scale[part] = tensors[0].data_ptr<S>() + rows[part] * shape[0];
     if (scale[ORIGIN]) origin = take();
     if (scale[COMPOSED]) take(), second = take();
-    for (int q = 0; q < 3; ++q)
-      if (scale[FILTERED + q]) weight[q] = take();
+    for (int q = 0, at = 0; q < 3; ++q)
+      if (scale[FILTERED + q]) weight[q] = take(), filter[q] = (*filters)[at++].data_ptr<S>();
     if (scale[SEPARABLE])
       maps = tensors[next].size(1), separable = take(), depthwise = take();
   }
 };
 
-// R rows of the kernel from o on; `product` is B·(C + E) there, `filters` by branch.
-template <typename S, int K, int R>
-INLINE void fold_rows(int64_t I, int64_t o, S* kernel, const S* product,
-                      const Terms<S>& p, S* const* filters, bool is_large) {
+// A row of the kernel; `product` is that of B·(C + E).
+template <typename S, int K>
+INLINE void fold_row(int64_t I, int64_t o, S* kernel, const S* product,
+                     const Terms<S>& p) {
+  const S *origin = p.origin + o * K * I, *separable = p.separable + o * p.maps * I;
   for_lanes<S>(I, [&](int64_t i, auto n) INLINE_LAMBDA {
-    Vector<S> w[R][K] = {}, x[R];
-    for (int r = 0; r < R; ++r)
-      for (int k = 0; k < K; ++k) {
-        if (p.second)
-          w[r][k] += p.scale[COMPOSED][o + r] * load(product + (r * K + k) * I + i, n);
-        if (p.origin)
-          w[r][k] += p.scale[ORIGIN][o + r] * load(p.origin + ((o + r) * K + k) * I + i, n);
-      }
-    for (int64_t m = 0; m < p.maps; ++m) {
-      for (int r = 0; r < R; ++r)
-        x[r] = p.scale[SEPARABLE][o + r] *
-               load(p.separable + ((o + r) * p.maps + m) * I + i, n);
-      for (int k = 0; k < K; ++k) {
-        const auto filter = load(p.depthwise + (m * K + k) * I + i, n);
-        for (int r = 0; r < R; ++r) w[r][k] += x[r] * filter;
-      }
+    Vector<S> w[K] = {};
+    for (int k = 0; k < K; ++k) {
+      if (p.second) w[k] += p.scale[COMPOSED][o] * load(product + k * I + i, n);
+      if (p.origin) w[k] += p.scale[ORIGIN][o] * load(origin + k * I + i, n);
     }
-    for (int q = 0; q < 3; ++q)
-      for (int r = 0; r < R && p.weight[q]; ++r) {
-        x[r] = p.scale[FILTERED + q][o + r] * load(p.weight[q] + (o + r) * I + i, n);
-        for (int k = 0; k < K; ++k) w[r][k] += filters[q][(o + r) * K + k] * x[r];
-      }
-    for (int r = 0; r < R; ++r)
-      for (int k = 0; k < K; ++k)
-        stream(kernel + ((o + r) * K + k) * I + i, w[r][k], n, is_large);
+    for (int64_t m = 0; m < p.maps; ++m) {
+      const auto x = p.scale[SEPARABLE][o] * load(separable + m * I + i, n);
+      for (int k = 0; k < K; ++k) w[k] += x * load(p.depthwise + (m * K + k) * I + i, n);
+    }
+    for (int q = 0; q < 3; ++q) {
+      if (!p.weight[q]) continue;
+      const auto x = p.scale[FILTERED + q][o] * load(p.weight[q] + o * I + i, n);
+      for (int k = 0; k < K; ++k) w[k] += p.filter[q][o * K + k] * x;
+    }
+    for (int k = 0; k < K; ++k) stream(kernel + k * I + i, w[k], n, p.is_large);
   });
 }
 
-// The gradients of all branches but the composed one, from R rows of that of the kernel;
-// `scaled` gets these rows, scaled as the composed branch, `d_depthwise` is added to.
-template <typename S, int K, int R>
-INLINE void gradient_rows(int64_t I, int64_t o, const S* grad, S* scaled,
-                          const Terms<S>& p, const Terms<S>& d, S* d_depthwise,
-                          S* const* filters, bool is_large) {
-  Vector<S> total[PARTS][R] = {};
+// The gradients of all branches but the composed one, from a row of that of the kernel;
+// `scaled` gets this row, scaled as the composed branch, `d_depthwise` is added to.
+template <typename S, int K>
+INLINE void gradient_row(int64_t I, int64_t o, const S* grad, S* scaled, S* d_depthwise,
+                         const Terms<S>& p, const Terms<S>& d) {
+  Vector<S> total[PARTS] = {};
   for_lanes<S>(I, [&](int64_t i, auto n) INLINE_LAMBDA {
-    Vector<S> g[R][K], x[R], weight[R];
-    for (int r = 0; r < R; ++r)
-      for (int k = 0; k < K; ++k) {
-        const int64_t place = ((o + r) * K + k) * I + i;
-        g[r][k] = load(grad + place, n);
-        if (p.second)
-          store(scaled + (r * K + k) * I + i, p.scale[COMPOSED][o + r] * g[r][k], n);
-        if (!p.origin) continue;
-        total[ORIGIN][r] += g[r][k] * load(p.origin + place, n);
-        stream(d.origin + place, p.scale[ORIGIN][o + r] * g[r][k], n, is_large);
-      }
-    for (int q = 0; q < 3; ++q)
-      for (int r = 0; r < R && p.weight[q]; ++r) {
-        const int64_t place = (o + r) * I + i;
-        x[r] = Vector<S>{};
-        for (int k = 0; k < K; ++k) x[r] += filters[q][(o + r) * K + k] * g[r][k];
-        total[FILTERED + q][r] += x[r] * load(p.weight[q] + place, n);
-        stream(d.weight[q] + place, p.scale[FILTERED + q][o + r] * x[r], n, is_large);
-      }
+    Vector<S> g[K];
+    for (int k = 0; k < K; ++k) {
+      g[k] = load(grad + k * I + i, n);
+      if (p.second) store(scaled + k * I + i, p.scale[COMPOSED][o] * g[k], n);
+      if (!p.origin) continue;
+      const int64_t at = (o * K + k) * I + i;
+      total[ORIGIN] += g[k] * load(p.origin + at, n);
+      stream(d.origin + at, p.scale[ORIGIN][o] * g[k], n, p.is_large);
+    }
+    for (int q = 0; q < 3; ++q) {
+      if (!p.weight[q]) continue;
+      Vector<S> x{};
+      for (int k = 0; k < K; ++k) x += p.filter[q][o * K + k] * g[k];
+      total[FILTERED + q] += x * load(p.weight[q] + o * I + i, n);
+      stream(d.weight[q] + o * I + i, p.scale[FILTERED + q][o] * x, n, p.is_large);
+    }
     for (int64_t m = 0; m < p.maps; ++m) {
-      for (int r = 0; r < R; ++r) {
-        weight[r] = load(p.separable + ((o + r) * p.maps + m) * I + i, n);
-        x[r] = Vector<S>{};
-      }
+      const int64_t at = (o * p.maps + m) * I + i;
+      const auto weight = load(p.separable + at, n);
+      const auto by = p.scale[SEPARABLE][o] * weight;
+      Vector<S> x{};
       for (int k = 0; k < K; ++k) {
-        const int64_t place = (m * K + k) * I + i;
-        const auto filter = load(p.depthwise + place, n);
-        auto sum = load(d_depthwise + place, n);
-        for (int r = 0; r < R; ++r) {
-          x[r] += filter * g[r][k];
-          sum += (p.scale[SEPARABLE][o + r] * weight[r]) * g[r][k];
-        }
-        store(d_depthwise + place, sum, n);
+        const int64_t tap = (m * K + k) * I + i;
+        x += load(p.depthwise + tap, n) * g[k];
+        store(d_depthwise + tap, load(d_depthwise + tap, n) + by * g[k], n);
       }
-      for (int r = 0; r < R; ++r) {
-        total[SEPARABLE][r] += x[r] * weight[r];
-        stream(d.separable + ((o + r) * p.maps + m) * I + i,
-               p.scale[SEPARABLE][o + r] * x[r], n, is_large);
-      }
+      total[SEPARABLE] += x * weight;
+      stream(d.separable + at, p.scale[SEPARABLE][o] * x, n, p.is_large);
     }
   });
   for (int part = 0; part < PARTS; ++part)
-    for (int r = 0; r < R && d.scale[part] && part != COMPOSED; ++r)
-      d.scale[part][o + r] = sum<S>(total[part][r]);
+    if (d.scale[part] && part != COMPOSED) d.scale[part][o] = sum<S>(total[part]);
 }
 
 // The gradients of the composed branch's scale and second conv, from G·(C + E)ᵀ.
 template <typename S>
 INLINE void composed_row(int64_t size, int64_t o, const S* product, const Terms<S>& p,
-                         const Terms<S>& d, bool is_large) {
+                         const Terms<S>& d) {
   Vector<S> total{};
   for_lanes<S>(size, [&](int64_t j, auto n) INLINE_LAMBDA {
     const auto x = load(product + j, n);
     total += x * load(p.second + o * size + j, n);
-    stream(d.second + o * size + j, p.scale[COMPOSED][o] * x, n, is_large);
+    stream(d.second + o * size + j, p.scale[COMPOSED][o] * x, n, p.is_large);
   });
   d.scale[COMPOSED][o] = sum<S>(total);
 }
@@ -248,79 +227,49 @@ Tensor scratch(Purpose purpose, IntArrayRef shape, const Tensor& like) {
   return tensor.narrow(0, 0, size).view(shape);
 }
 
-// The parameters of a sum: as many as they should be, and in one piece each.
-struct Sum {
-  std::vector<Tensor> tensors;
-  IntArrayRef rows;
-  int64_t O, I, K, T = 0;
-  Tensor first, second;  // Of the composed branch, (T, I) and (O·K, T).
+// The factors of the composed branch, (T, I) with the identity, and (O·K, T).
+struct Factors {
+  Tensor first, second;
 
-  Sum(TensorList parameters, IntArrayRef shape, IntArrayRef rows, bool has_identity)
-      : rows(rows), O(shape[0]), I(shape[1]), K(shape[2] * shape[3]) {
-    for (const Tensor& t : parameters) tensors.push_back(t.contiguous());
-    int next = 0;
-    auto check = [&](int64_t height, int64_t width) {
-      const Tensor& t = tensors[next++];
-      TORCH_CHECK(t.numel() == height * width && t.const_data_ptr() != nullptr,
-                  "a parameter of a kernel has the shape ", t.sizes(), ", not ", height,
-                  " x ", width);
-      return t;
-    };
-    check(*std::max_element(rows.begin(), rows.end()) + 1, O);
-    if (rows[ORIGIN] >= 0) check(O * K, I);
-    if (rows[COMPOSED] >= 0) {
-      T = tensors[next].numel() / I;
-      first = check(T, I).view({T, I});
-      second = check(O * K, T).view({O * K, T});
-    }
-    for (int q = FILTERED; q < SEPARABLE; ++q)
-      if (rows[q] >= 0) check(O, I);
-    if (rows[SEPARABLE] >= 0) {
-      const int64_t maps = tensors[next].size(1);
-      check(O * maps, I), check(maps * K, I);
-    }
+  Factors(TensorList t, IntArrayRef rows, bool has_identity) {
+    if (rows[COMPOSED] < 0) return;
+    const int at = rows[ORIGIN] < 0 ? 1 : 2;
+    first = t[at].flatten(1);
+    second = t[at + 1].reshape({-1, first.size(0)});
     if (!has_identity) return;
     first = scratch(MATRIX, first.sizes(), first).copy_(first);
     first.diagonal().add_(1);
   }
-
-  bool is_large() const { return O * K * I >= LARGE; }
-
-  // Calls f(start, stop) for blocks of rows.
-  template <typename F>
-  void for_blocks(F f) const {
-    const int64_t step = std::max(BLOCK / (K * I) / GROUP * GROUP, int64_t(GROUP));
-    for (int64_t start = 0; start < O; start += step) f(start, std::min(start + step, O));
-  }
-
-  // Calls f(S, K, filters by part).
-  template <typename F>
-  void dispatch(const OptionalTensor& filters, F f) const {
-    auto with_type = [&](auto zero) {
-      using S = decltype(zero);
-      S *of[3] = {}, *next = filters ? filters->data_ptr<S>() : nullptr;
-      for (int q = 0; q < 3; ++q)
-        if (rows[FILTERED + q] >= 0) of[q] = next, next += O * K;
-      if (K == 1) f(zero, std::integral_constant<int, 1>{}, of);
-      if (K == 9) f(zero, std::integral_constant<int, 9>{}, of);
-      if (K == 25) f(zero, std::integral_constant<int, 25>{}, of);
-    };
-    tensors[0].dtype() == at::kFloat ? with_type(float()) : with_type(double());
-  }
 };
 
-// Calls f(task, o, R) for R rows from o on, for all rows from start to stop.
+// Calls f(S, K) with the number type and the taps of a kernel.
 template <typename F>
-void for_rows(int64_t start, int64_t stop, int64_t tasks, F f) {
-  const int64_t groups = (stop - start + GROUP - 1) / GROUP;
+void dispatch(const Tensor& like, int64_t taps, F f) {
+  auto with_type = [&](auto zero) {
+    if (taps == 1) f(zero, std::integral_constant<int, 1>{});
+    if (taps == 9) f(zero, std::integral_constant<int, 9>{});
+    if (taps == 25) f(zero, std::integral_constant<int, 25>{});
+  };
+  like.dtype() == at::kFloat ? with_type(float()) : with_type(double());
+}
+
+// Calls f(start, stop) for blocks of rows of a kernel.
+template <typename F>
+void for_blocks(int64_t rows, int64_t size, F f) {
+  const int64_t step = std::max(BLOCK / size, int64_t(1));
+  for (int64_t start = 0; start < rows; start += step)
+    f(start, std::min(start + step, rows));
+}
+
+// Calls f(o, task) for the rows from start to stop, as many tasks as there are threads.
+template <typename F>
+void for_rows(int64_t start, int64_t stop, F f) {
+  const int64_t tasks = at::get_num_threads(), rows = stop - start;
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      int64_t o = start + groups * task / tasks * GROUP;
-      const int64_t last = std::min(start + groups * (task + 1) / tasks * GROUP, stop);
-      for (; o + GROUP <= last; o += GROUP)
-        f(task, o, std::integral_constant<int, GROUP>{});
-      for (; o < last; ++o) f(task, o, std::integral_constant<int, 1>{});
-    }
+    for (int64_t task = begin; task < end; ++task)
+      for (int64_t o = start + rows * task / tasks; o < start + rows * (task + 1) / tasks;
+           ++o)
+        f(o, task);
 #ifdef __AVX__
     _mm_sfence();  // What was streamed is visible to others from here on.
 #endif
@@ -329,31 +278,30 @@ void for_rows(int64_t start, int64_t stop, int64_t tasks, F f) {
 
 // ---- what Python calls ---------------------------------------------------------------
 
-// The kernel, (O, I, k, k).
-Tensor fold(TensorList parameters, IntArrayRef shape, IntArrayRef rows, bool has_identity,
+// The kernel, (O, I, k, k), from parameters in one piece.
+Tensor fold(TensorList t, IntArrayRef shape, IntArrayRef rows, bool has_identity,
             const OptionalTensor& filters) {
   // What follows is written into new tensors and scratch memory.
   at::AutoDispatchBelowADInplaceOrView guard;
-  const Sum sum(parameters, shape, rows, has_identity);
-  const int64_t I = sum.I, k = shape[2];
+  const int64_t O = shape[0], I = shape[1], k = shape[2];
+  const Factors factors(t, rows, has_identity);
   const Tensor kernel =
-      at::empty_strided(shape, {k * k * I, 1, k * I, I}, parameters[0].options());
-  sum.dispatch(filters, [&](auto zero, auto taps, auto filter) {
+      at::empty_strided(shape, {k * k * I, 1, k * I, I}, t[0].options());
+  dispatch(kernel, k * k, [&](auto zero, auto taps) {
     using S = decltype(zero);
     constexpr int K = taps;
-    const Terms<S> p(sum.tensors, rows, sum.O);
-    sum.for_blocks([&](int64_t start, int64_t stop) {
+    const Terms<S> p(t, shape, rows, filters);
+    for_blocks(O, K * I, [&](int64_t start, int64_t stop) {
       const S* product = nullptr;
       if (p.second) {
-        const int64_t from = start * K, count = (stop - start) * K;
-        Tensor composed = scratch(PRODUCT, {count, sum.I}, kernel);
-        at::mm_out(composed, sum.second.narrow(0, from, count), sum.first);
+        const int64_t count = (stop - start) * K;
+        Tensor composed = scratch(PRODUCT, {count, I}, kernel);
+        at::mm_out(composed, factors.second.narrow(0, start * K, count), factors.first);
         product = composed.data_ptr<S>();
       }
-      for_rows(start, stop, at::get_num_threads(), [&](int64_t, int64_t o, auto R) {
-        fold_rows<S, K, R>(sum.I, o, kernel.data_ptr<S>(),
-                           product + (o - start) * K * sum.I, p, filter,
-                           sum.is_large());
+      for_rows(start, stop, [&](int64_t o, int64_t) {
+        fold_row<S, K>(I, o, kernel.data_ptr<S>() + o * K * I,
+                       product + (o - start) * K * I, p);
       });
     });
   });
@@ -361,45 +309,41 @@ Tensor fold(TensorList parameters, IntArrayRef shape, IntArrayRef rows, bool has
 }
 
 // The gradients of the parameters, in their order.
-std::vector<Tensor> fold_gradients(const Tensor& gradient, TensorList parameters,
+std::vector<Tensor> fold_gradients(const Tensor& gradient, TensorList t,
                                    IntArrayRef shape, IntArrayRef rows,
-                                   bool has_identity,
-                                   const OptionalTensor& filters) {
+                                   bool has_identity, const OptionalTensor& filters) {
   at::AutoDispatchBelowADInplaceOrView guard;
-  const Sum sum(parameters, shape, rows, has_identity);
-  TORCH_CHECK(gradient.sizes() == shape, "a gradient of the shape ", gradient.sizes(),
-              " for a kernel of ", shape);
-  const Tensor grad = gradient.permute({0, 2, 3, 1}).contiguous().view({-1, sum.I});
+  const int64_t O = shape[0], I = shape[1], tasks = at::get_num_threads();
+  const Factors factors(t, rows, has_identity);
+  const Tensor grad = gradient.permute({0, 2, 3, 1}).contiguous().view({-1, I});
   std::vector<Tensor> gradients;
-  for (const Tensor& tensor : sum.tensors) gradients.push_back(at::empty_like(tensor));
-  sum.dispatch(filters, [&](auto zero, auto taps, auto filter) {
+  for (const Tensor& tensor : t) gradients.push_back(at::empty_like(tensor));
+  dispatch(grad, shape[2] * shape[3], [&](auto zero, auto taps) {
     using S = decltype(zero);
     constexpr int K = taps;
-    const Terms<S> p(sum.tensors, rows, sum.O), d(gradients, rows, sum.O);
+    const Terms<S> p(t, shape, rows, filters), d(gradients, shape, rows, filters);
+    const int64_t size = p.maps * K * I;
     // A sum for every task: added up in the order in which threads finish, it would be
     // another one in every run.
-    const int64_t tasks = at::get_num_threads(), size = p.maps * K * sum.I;
     Tensor sums = scratch(D_DEPTHWISE, {tasks, size}, grad).zero_(), d_first;
-    if (p.second) d_first = gradients[rows[ORIGIN] >= 0 ? 2 : 1].view({sum.T, sum.I});
-    sum.for_blocks([&](int64_t start, int64_t stop) {
-      const int64_t from = start * K, count = (stop - start) * K;
-      const Tensor scaled = scratch(ROWS, {count, sum.I}, grad);
-      for_rows(start, stop, tasks, [&](int64_t task, int64_t o, auto R) {
-        gradient_rows<S, K, R>(sum.I, o, grad.data_ptr<S>(),
-                               scaled.data_ptr<S>() + (o - start) * K * sum.I, p, d,
-                               sums.data_ptr<S>() + task * size, filter,
-                               sum.is_large());
+    if (p.second) d_first = gradients[p.origin ? 2 : 1].view(factors.first.sizes());
+    for_blocks(O, K * I, [&](int64_t start, int64_t stop) {
+      const int64_t count = (stop - start) * K;
+      const Tensor scaled = scratch(ROWS, {count, I}, grad);
+      for_rows(start, stop, [&](int64_t o, int64_t task) {
+        gradient_row<S, K>(I, o, grad.data_ptr<S>() + o * K * I,
+                           scaled.data_ptr<S>() + (o - start) * K * I,
+                           sums.data_ptr<S>() + task * size, p, d);
       });
       if (!p.second) return;
-      Tensor product = scratch(PRODUCT, {count, sum.T}, grad);
-      at::mm_out(product, grad.narrow(0, from, count), sum.first.t());
-      for_rows(start, stop, tasks, [&](int64_t, int64_t first, auto R) {
-        for (int64_t o = first; o < first + R; ++o)
-          composed_row<S>(K * sum.T, o, product.data_ptr<S>() + (o - start) * K * sum.T,
-                          p, d, sum.is_large());
+      const int64_t T = factors.first.size(0);
+      Tensor product = scratch(PRODUCT, {count, T}, grad);
+      at::mm_out(product, grad.narrow(0, start * K, count), factors.first.t());
+      for_rows(start, stop, [&](int64_t o, int64_t) {
+        composed_row<S>(K * T, o, product.data_ptr<S>() + (o - start) * K * T, p, d);
       });
-      at::addmm_out(d_first, d_first, sum.second.narrow(0, from, count).t(), scaled,
-                    start > 0);
+      at::addmm_out(d_first, d_first, factors.second.narrow(0, start * K, count).t(),
+                    scaled, start > 0);
     });
     if (p.maps) {
       Tensor d_depthwise = gradients.back().view({size});
