@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up the environment, checks style and types, and runs the test suite.
 # Arguments go to pytest, as in: bash tools/run_tests.sh -m 'not slow' -x
+# A process for each core shares the tests out; with -n0 one process runs them all.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,7 +15,9 @@ bash tools/setup_env.sh --ops --tests
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"
 # What uses the GPU by itself where there is one is compared with a CPU in these tests.
-CUDA_VISIBLE_DEVICES='' "$VENV/bin/python" -m pytest --durations=15 "$@"
+# The tests of a file stay together, and share what its fixtures made.
+workers=(-n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
+CUDA_VISIBLE_DEVICES='' "$VENV/bin/python" -m pytest "${workers[@]}" --durations=15 "$@"
 if (($# == 0)) && nvidia-smi >/dev/null 2>&1; then
   "$VENV/bin/python" -m pytest tests/test_gpu.py
 fi

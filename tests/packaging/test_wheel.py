@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from distributions import build, contents
 
 import mmorepa
@@ -143,13 +144,11 @@ def test_quickstart(run, tmp_path):
     assert summary['train_top1'] == pytest.approx(summary['deploy_top1'], abs=0.3)
 
 
-def test_conversion(run, python, tmp_path):
+def test_conversion(run, tmp_path):
     """By name of the config, from a plain network; and to the published layout."""
     pytest.importorskip('mmpretrain')
-    python(
-        'import torchvision, torch\ntorch.manual_seed(0)\n'
-        "torch.save(torchvision.models.resnet18().state_dict(), 'plain.pth')"
-    )
+    models = pytest.importorskip('torchvision.models')
+    torch.save(models.resnet18().state_dict(), tmp_path / 'plain.pth')
     config = 'resnet18-orepa_4xb64_in1k'
     line = [sys.executable, '-m', 'mmorepa']
     run(*line, 'convert_plain', 'plain.pth', config, 'ours.pth')

@@ -116,28 +116,18 @@ def test_equals_one_process_and_rank_0_writes(config, single, tmp_path, world):
     args = [world, '--work-dir', work]
     succeeded('dist_train.sh', config, *args, options=options, **writes)
     assert_near_all(weights(work / 'epoch_2.pth'), single, 1e-4)
-    out = tmp_path / 'metrics.json'
-    succeeded(
-        'dist_test.sh',
-        config,
-        work / 'epoch_2.pth',
-        *args,
-        '--deploy',
-        '--out',
-        out,
-        '--out-item',
-        'metrics',
-        **writes,
-    )
-    assert 'accuracy' in json.loads(out.read_text())
     assert (work / 'epoch_2_deploy.pth').is_file()
+    if world == 2:  # More processes test as two do.
+        args += ['--deploy', '--out', work / 'metrics.json', '--out-item', 'metrics']
+        succeeded('dist_test.sh', config, work / 'epoch_2.pth', *args, **writes)
+        assert 'accuracy' in json.loads((work / 'metrics.json').read_text())
+        assert 'metrics.json' in (notes / 'rank0').read_text()
     for rank in range(1, world):
         written = (notes / f'rank{rank}').read_text().splitlines()
         written = [Path(path) for path in written if path.startswith(str(tmp_path))]
         # Where MMEngine's LoggerHook has every process write the metrics of a test.
         assert all(path.stem == path.parent.name for path in written)
-    written = (notes / 'rank0').read_text()
-    assert 'epoch_2_deploy.pth' in written and out.name in written
+    assert 'epoch_2_deploy.pth' in (notes / 'rank0').read_text()
 
 
 @pytest.mark.parametrize(

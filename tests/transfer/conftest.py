@@ -1,10 +1,9 @@
-import importlib.util
 import os
 import subprocess
 import sys
 
 import pytest
-from scenes import CONFIGS, ROOT
+from scenes import CONFIGS, ROOT, digits_tool
 
 
 @pytest.fixture(scope='session')
@@ -28,10 +27,7 @@ def run_python():
 @pytest.fixture(scope='session')
 def scenes_folder(tmp_path_factory):
     """A few scenes of real digits, as COCO and as Cityscapes have them."""
-    path = ROOT / 'tools/dataset_converters/digits.py'
-    spec = importlib.util.spec_from_file_location('tool_digits', path)
-    digits = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(digits)
+    digits = digits_tool()
     digits.NUM_SCENES = dict(train=6, val=3)
     out = tmp_path_factory.mktemp('scenes')
     splits = digits.split_digits()

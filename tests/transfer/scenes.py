@@ -1,5 +1,6 @@
 """Detectors and segmenters, and batches for them, small enough for a test."""
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,15 @@ NAMES = [
     if Config.fromfile(CONFIGS / name).default_scope in ('mmdet', 'mmseg')
 ]
 SIZE = 64
+
+
+def digits_tool():
+    """The tool that writes the digits, as a module whose sizes a test may change."""
+    path = ROOT / 'tools/dataset_converters/digits.py'
+    spec = importlib.util.spec_from_file_location('tool_digits', path)
+    digits = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(digits)
+    return digits
 
 
 def load(name):

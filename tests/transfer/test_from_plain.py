@@ -2,8 +2,6 @@
 
 import copy
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from helpers import assert_near, import_models, trained_like
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
-from scenes import CONFIGS, NAMES, ROOT, batch, load
+from scenes import CONFIGS, NAMES, batch, digits_tool, load
 
 from mmorepa import is_switchable, switch_to_deploy
 from mmorepa.analysis import raw_outputs
@@ -65,11 +63,23 @@ def test_starts_as_the_plain_network(name, tmp_path):
         assert_near(found, expected, 1e-4)
 
 
+SCENE = (96, 128)
+
+
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory):
-    out = tmp_path_factory.mktemp('data') / 'digits'
-    tool = ROOT / 'tools/dataset_converters/digits.py'
-    subprocess.run([sys.executable, tool, '--out', out], check=True, cwd=ROOT)
+    """Single digits, and small scenes whose digits are all of one class."""
+    tool = digits_tool()
+    tool.SCENE, tool.DIGIT_SIZES = SCENE, (28, 56)
+    tool.NUM_SCENES = dict(train=100, val=30)
+    out = tmp_path_factory.mktemp('data')
+    splits = tool.split_digits()
+    tool.write_image_folder(splits, out)
+    one_class = {
+        split: [digit._replace(label=0) for digit in digits]
+        for split, digits in splits.items()
+    }
+    tool.write_coco(one_class, out / 'coco')
     return out
 
 
@@ -88,13 +98,42 @@ def runner_of(path, folder, options):
     return Runner.from_cfg(cfg)
 
 
+def detector_options(coco, epochs):
+    """Small heads and few proposals, which learn to find digits within minutes."""
+    small = dict(out_channels=32)
+    ann_file = f'{coco}/annotations/instances_val2017.json'
+    data = dict(data_root=f'{coco}/', metainfo=dict(classes=('0',)))
+    return {
+        'model.neck': small,
+        'model.rpn_head': dict(in_channels=32, feat_channels=32),
+        'model.roi_head.bbox_roi_extractor': small,
+        'model.roi_head.bbox_head': dict(
+            in_channels=32, fc_out_channels=64, num_classes=1
+        ),
+        'model.train_cfg.rpn_proposal': dict(nms_pre=100, max_per_img=64),
+        'model.train_cfg.rcnn.sampler.num': 64,
+        'model.test_cfg.rpn': dict(nms_pre=100, max_per_img=50),
+        **{f'{p}_dataloader.dataset': data for p in ('train', 'val', 'test')},
+        **{
+            f'{phase}_dataloader.dataset.pipeline.2.scale': SCENE[::-1]
+            for phase in ('train', 'val', 'test')
+        },
+        'val_evaluator.ann_file': ann_file,
+        'test_evaluator.ann_file': ann_file,
+        # After so short a pretraining, a single step could lead to NaN.
+        'optim_wrapper.clip_grad': dict(max_norm=35),
+        'param_scheduler.1': dict(T_max=epochs, end=epochs),
+        'train_cfg': dict(max_epochs=epochs, val_interval=epochs),
+    }
+
+
 @pytest.mark.slow
 def test_plain_classifier_to_detector(digits, tmp_path):
     """A detector with OREPA learns no less than its plain twin, from plain weights."""
     roots = {
         f'{name}_dataloader.dataset.data_root': str(digits) for name in ('train', 'val')
     }
-    options = {'train_cfg.max_epochs': 10, 'train_cfg.val_interval': 10, **roots}
+    options = {'train_cfg.max_epochs': 3, 'train_cfg.val_interval': 3, **roots}
     path = CONFIGS / 'digits/resnet18-slim_1xb64_digits.py'
     classifier = runner_of(path, tmp_path / 'plain', options)
     classifier.train()
@@ -105,30 +144,22 @@ def test_plain_classifier_to_detector(digits, tmp_path):
     wide = dict(inner_mult=4)
     for block, multiplier, cfg in (('plain', 1, None), ('orepa', 0.02, wide)):
         path = CONFIGS / 'digits/faster-rcnn_r18-slim-orepa_fpn_1xb2-10e_digits.py'
-        coco = f'{digits}/coco'
         options = {
             'model.backbone.block': block,
             'model.backbone.block_cfg': cfg,
             'model.backbone.init_cfg.checkpoint': checkpoint,
             'optim_wrapper.paramwise_cfg.stem_lr_mult': multiplier,
-            # At 0.02 the plain detector can go to NaN after so short a pretraining.
-            'optim_wrapper.optimizer.lr': 0.01,
-            'train_cfg.max_epochs': 4,
-            'train_cfg.val_interval': 4,
-            'train_dataloader.dataset.data_root': f'{coco}/',
-            'val_dataloader.dataset.data_root': f'{coco}/',
-            'test_dataloader.dataset.data_root': f'{coco}/',
-            'val_evaluator.ann_file': f'{coco}/annotations/instances_val2017.json',
-            'test_evaluator.ann_file': f'{coco}/annotations/instances_val2017.json',
+            **detector_options(digits / 'coco', 6),
         }
         runner = runner_of(path, tmp_path / block, options)
-        data = batch('mmdet', 10)
+        data = batch('mmdet', 1)
         runner.train()
-        found[block] = runner.message_hub.get_scalar('val/coco/bbox_mAP').current()
-    print(f'box AP, plain and OREPA: {found}')
+        metric = 'val/coco/bbox_mAP_50'
+        found[block] = runner.message_hub.get_scalar(metric).current()
+    print(f'box AP at an overlap of 0.5, plain and OREPA: {found}')
     assert found['plain'] > 0.05
-    # Runs of four epochs differ by that much with their seed.
-    assert found['orepa'] > max(found['plain'] - 0.1, 0.05)
+    # Runs of so few steps differ by that much with their seed.
+    assert found['orepa'] > max(found['plain'] - 0.2, 0.05)
 
     model = runner.model.eval()
     expected = raw_outputs(model, data)

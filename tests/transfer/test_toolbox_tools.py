@@ -92,29 +92,34 @@ def mmcv_read(path):
 
 INFER = """
 import json, sys
-scope, config, checkpoint, image = sys.argv[1:]
-if scope == 'mmdet':
-    from mmdet.apis import DetInferencer
-    infer = DetInferencer(config, checkpoint, device='cpu', show_progress=False)
-    found = infer(image)['predictions'][0]['scores'][:20]
-elif scope == 'mmseg':
-    from mmseg.apis import MMSegInferencer
-    infer = MMSegInferencer(config, checkpoint, device='cpu')
-    sample = infer(image, return_datasamples=True)
-    found = sample.seg_logits.data[:, ::8, ::8].flatten().tolist()
-else:
-    from mmpretrain import ImageClassificationInferencer
-    infer = ImageClassificationInferencer(config, checkpoint, device='cpu')
-    found = infer(image)[0]['pred_scores'].tolist()
-from mmorepa import is_switchable
-print('RESULT', json.dumps([is_switchable(infer.model), found]))
+scope, image, *files = sys.argv[1:]
+for config, checkpoint in zip(files[::2], files[1::2]):
+    if scope == 'mmdet':
+        from mmdet.apis import DetInferencer
+        infer = DetInferencer(config, checkpoint, device='cpu', show_progress=False)
+        found = infer(image)['predictions'][0]['scores'][:20]
+    elif scope == 'mmseg':
+        from mmseg.apis import MMSegInferencer
+        infer = MMSegInferencer(config, checkpoint, device='cpu')
+        sample = infer(image, return_datasamples=True)
+        found = sample.seg_logits.data[:, ::8, ::8].flatten().tolist()
+    else:
+        from mmpretrain import ImageClassificationInferencer
+        infer = ImageClassificationInferencer(config, checkpoint, device='cpu')
+        found = infer(image)[0]['pred_scores'].tolist()
+    from mmorepa import is_switchable  # The configs have to do without.
+    print('RESULT', json.dumps([is_switchable(infer.model), found]))
 """
 
 
-def infer(run_python, scope, config, checkpoint, image):
-    out = run_python('-c', INFER, scope, config, checkpoint, image)
-    (line,) = (x for x in out.splitlines() if 'RESULT ' in x)
-    return json.loads(line.split('RESULT ')[1])
+def infer(run_python, scope, forms, image):
+    """The result of each form, all in one process, whose imports take longest."""
+    files = [file for pair in forms.values() for file in pair]
+    out = run_python('-c', INFER, scope, image, *files)
+    lines = [line for line in out.splitlines() if 'RESULT ' in line]
+    assert len(lines) == len(forms)
+    results = [json.loads(line.split('RESULT ')[1]) for line in lines]
+    return dict(zip(forms, results))
 
 
 def check_forms(results):
@@ -132,9 +137,7 @@ def check_forms(results):
 def test_inferencers(trained, run_python, scenes_folder):
     scope, forms = trained
     image = next(scenes_folder.glob('coco/val2017/*.png'))
-    check_forms(
-        {form: infer(run_python, scope, *files, image) for form, files in forms.items()}
-    )
+    check_forms(infer(run_python, scope, forms, image))
 
 
 def test_predictions_side_by_side(trained, run_python, tmp_path):
@@ -184,12 +187,7 @@ def test_inferencer_of_classifiers(run_python, scenes_folder, tmp_path):
         'folded while loading': (deployed, tmp_path / 'train.pth'),
     }
     image = next(scenes_folder.glob('coco/val2017/*.png'))
-    check_forms(
-        {
-            form: infer(run_python, 'mmpretrain', *files, image)
-            for form, files in forms.items()
-        }
-    )
+    check_forms(infer(run_python, 'mmpretrain', forms, image))
 
 
 @pytest.mark.parametrize('scope', TOOLBOXES)
