@@ -1,6 +1,6 @@
 """The sum of branches that a kernel is folded from, and its plain formulas."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Optional
 
@@ -126,6 +126,27 @@ class BranchSum:
     def has_identity(self) -> bool:
         """Whether the identity is added to ``first``."""
         return 'pointwise_kxk' in self.names
+
+    def has_sizes_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether parameters have as many elements as they should.
+
+        Args:
+            tensors (Sequence[Tensor]): In the order of :attr:`roles`.
+        """
+        outputs, inputs, size, _ = self.shape
+        taps = size * size
+        p = dict(zip(self.roles.values(), tensors))
+        hidden = len(p['first']) if 'first' in p else 0
+        expected = {
+            'scale': len(self.names) * outputs,
+            'origin': outputs * taps * inputs,
+            'first': hidden * inputs,
+            'second': outputs * taps * hidden,
+            'separable': outputs * self.expansion * inputs,
+            'depthwise': self.expansion * taps * inputs,
+        }
+        filtered = outputs * inputs
+        return all(t.numel() == expected.get(role, filtered) for role, t in p.items())
 
     def filters(self, like: Tensor) -> Optional[Tensor]:
         """The filters of :attr:`filtered`, if there are any.

@@ -28,7 +28,10 @@ _PARTS = ('origin', 'composed', 'average', 'frequency', 'pointwise', 'separable'
 _FLAGS = [
     *('-O3', '-fopenmp', '-fno-math-errno'),
     # The loops over taps and branches are written out, so that registers hold them.
-    *('--param=max-completely-peeled-insns=2000', '--param=max-completely-peel-times=25'),
+    *(
+        '--param=max-completely-peeled-insns=2000',
+        '--param=max-completely-peel-times=25',
+    ),
 ]
 # The flags of every set of instructions that PyTorch tells apart.
 _INSTRUCTIONS = {
@@ -129,7 +132,8 @@ def takes(spec: BranchSum, tensors: Sequence[Tensor]) -> bool:
 
     Args:
         spec (BranchSum): The sum of branches to fold.
-        tensors (Sequence[Tensor]): The parameters, and gradients of the kernel.
+        tensors (Sequence[Tensor]): The parameters, in the order of ``spec.roles``,
+            and gradients of the kernel.
     """
     dtype = tensors[0].dtype
     return (
@@ -142,6 +146,8 @@ def takes(spec: BranchSum, tensors: Sequence[Tensor]) -> bool:
             type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype is dtype
             for t in tensors
         )
+        # Others would be read beyond their end.
+        and spec.has_sizes_of(tensors)
         and _library() is not None
     )
 
@@ -153,10 +159,9 @@ def fold(spec: BranchSum, tensors: Sequence[Tensor]) -> Tensor:
         spec (BranchSum): A sum that :func:`takes` says yes to.
         tensors (Sequence[Tensor]): The parameters, in the order of ``spec.roles``.
 
-    Raises:
-        RuntimeError: If one of them has another size than it should.
     """
-    return _library().fold(tensors, *_options(spec, tensors))
+    pieces = [t.contiguous() for t in tensors]
+    return _library().fold(pieces, *_options(spec, tensors))
 
 
 def fold_gradients(
@@ -169,9 +174,11 @@ def fold_gradients(
         grad (Tensor): That of the kernel, shape (O, I, k, k).
         tensors (Sequence[Tensor]): As for :func:`fold`.
     """
-    return _library().fold_gradients(grad, tensors, *_options(spec, tensors))
+    pieces = [t.contiguous() for t in tensors]
+    return _library().fold_gradients(grad, pieces, *_options(spec, tensors))
 
 
 def _options(spec: BranchSum, tensors: Sequence[Tensor]) -> tuple:
     rows = [spec.rows.get(part, -1) for part in _PARTS]
-    return spec.shape, rows, spec.has_identity, spec.filters(like=tensors[0])
+    shape = *spec.shape, spec.expansion
+    return shape, rows, spec.has_identity, spec.filters(like=tensors[0])

@@ -97,15 +97,6 @@ def test_other_sizes(name, shape):
         kernel()
 
 
-@needs_compiled
-def test_gradients_of_other_sizes():
-    kernel = OREPAKernel(4, 5, 3)
-    with pytest.raises(RuntimeError):
-        compiled.fold_gradients(
-            kernel.branch_sum, torch.ones(4, 5, 1, 1), kernel.tensors()
-        )
-
-
 def test_another_expansion(monkeypatch):
     monkeypatch.setattr(OREPAKernel, 'EXPANSION', 3)
     kernel = trained_like(OREPAKernel(4, 5, 3))

@@ -1,38 +1,17 @@
 // The folds of closed_forms.py and their derivatives, compiled for a CPU.
 //
-// On a CPU a fold waits for memory more than it computes. Between the matrix products,
-// all that is done to a row of the kernel is done here in one walk through memory.
-//
-// Names and shapes are those of closed_forms.py: O outputs, K taps, I inputs, T channels
-// between two composed convs, m maps of each input in the separable branch. A row is what
-// belongs to one output, (K, I). Input channels are the lanes of the vectors.
+// Between the matrix products, all that is done to a row of the kernel, (K, I), is done
+// in one walk through memory, for which a fold waits more than it computes. Names and
+// shapes are those of closed_forms.py. Input channels are the lanes of the vectors.
 
+#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/empty_strided.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/sum.h>
 #include <torch/library.h>
-
-#include <algorithm>
-#include <cstring>
-#include <optional>
-#include <type_traits>
-#include <vector>
-
-#ifdef __AVX__
-#include <immintrin.h>
-#endif
 
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
 
 namespace {
-
 using at::IntArrayRef;
 using at::Tensor;
 using at::TensorList;
@@ -40,10 +19,6 @@ using OptionalTensor = std::optional<Tensor>;
 
 // The elements of a block of rows, which the caches are to hold between two steps.
 constexpr int64_t BLOCK = 1 << 19;
-// The elements of a kernel from which on results go past the caches.
-constexpr int64_t LARGE = 1 << 18;
-
-// ---- vectors -------------------------------------------------------------------------
 
 #ifdef __AVX512F__
 constexpr int BYTES = 64;
@@ -52,13 +27,7 @@ constexpr int BYTES = 32;
 #endif
 
 template <typename S>
-struct VectorOf {
-  typedef S type __attribute__((vector_size(BYTES)));
-};
-template <typename S>
-using Vector = typename VectorOf<S>::type;
-template <typename S>
-constexpr int LANES = BYTES / sizeof(S);
+using Vector [[gnu::vector_size(BYTES)]] = S;
 
 // `n` lanes: all of them, known to the compiler, or fewer.
 template <typename S, typename N>
@@ -68,69 +37,52 @@ INLINE Vector<S> load(const S* from, N n) {
   return v;
 }
 
-template <typename S, typename N>
-INLINE void store(S* to, Vector<S> v, N n) {
+template <typename S, typename V, typename N>
+INLINE void store(S* to, const V& v, N n) {
   std::memcpy(to, &v, n * sizeof(S));
 }
 
-// As store(), past the caches where that is possible: for results that are not needed
-// soon and would have to be fetched first, only to be overwritten.
-template <typename S, typename N>
-INLINE void stream(S* to, Vector<S> v, N n, bool is_large) {
-#ifdef __AVX__
-  if (is_large && n == LANES<S> && reinterpret_cast<uintptr_t>(to) % BYTES == 0)
-#ifdef __AVX512F__
-    return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)v);
-#else
-    return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)v);
-#endif
-#endif
-  store(to, v, n);
-}
-
-template <typename S>
-INLINE S sum(Vector<S> v) {
+template <typename S, typename V>
+INLINE S sum(const V& v) {
   S total = 0;
-  for (int j = 0; j < LANES<S>; ++j) total += v[j];
+  for (size_t j = 0; j < BYTES / sizeof(S); ++j) total += v[j];
   return total;
 }
 
 // Calls f(i, n) for every n numbers from i on.
 template <typename S, typename F>
 INLINE void for_lanes(int64_t size, F f) {
+  constexpr int LANES = BYTES / sizeof(S);
   int64_t i = 0;
-  for (; i + LANES<S> <= size; i += LANES<S>) f(i, std::integral_constant<int, LANES<S>>{});
+  for (; i + LANES <= size; i += LANES) f(i, std::integral_constant<int, LANES>{});
   if (i < size) f(i, static_cast<int>(size - i));
 }
 
-// ---- the branches --------------------------------------------------------------------
-
-// The parts of the sum, in the order of `rows`: the row of `scale` that is theirs, or -1
-// where a part is missing.
+// The parts of the sum, in the order of `rows`: their rows of `scale`, or -1 if missing.
 enum { ORIGIN, COMPOSED, FILTERED, SEPARABLE = FILTERED + 3, PARTS };
 
-// All parameters, or all gradients, in the order of BranchSum.roles; null where a branch
-// is missing.
+// Parameters or gradients, in the order of BranchSum.roles; null where a part is missing.
 template <typename S>
 struct Terms {
   S *scale[PARTS] = {}, *origin = nullptr, *second = nullptr, *weight[3] = {};
   S *separable = nullptr, *depthwise = nullptr, *filter[3] = {};
   int64_t maps = 0;
-  bool is_large;
 
   Terms(TensorList tensors, IntArrayRef shape, IntArrayRef rows,
-        const OptionalTensor& filters)
-      : is_large(c10::multiply_integers(shape) >= LARGE) {
+        const OptionalTensor& filters) {
     int next = 1;
     auto take = [&] { return tensors[next++].data_ptr<S>(); };
+    for (const Tensor& t : tensors)
+      TORCH_CHECK(t.const_data_ptr(), "a parameter of a kernel has no memory");
     for (int part = 0; part < PARTS; ++part)
-      if (rows[part] >= 0) scale[part] = tensors[0].data_ptr<S>() + rows[part] * shape[0];
+      if (rows[part] >= 0)
+        scale[part] = tensors[0].data_ptr<S>() + rows[part] * shape[0];
     if (scale[ORIGIN]) origin = take();
     if (scale[COMPOSED]) take(), second = take();
     for (int q = 0, at = 0; q < 3; ++q)
-      if (scale[FILTERED + q]) weight[q] = take(), filter[q] = (*filters)[at++].data_ptr<S>();
-    if (scale[SEPARABLE])
-      maps = tensors[next].size(1), separable = take(), depthwise = take();
+      if (scale[FILTERED + q])
+        weight[q] = take(), filter[q] = (*filters)[at++].data_ptr<S>();
+    if (scale[SEPARABLE]) maps = shape[4], separable = take(), depthwise = take();
   }
 };
 
@@ -147,14 +99,15 @@ INLINE void fold_row(int64_t I, int64_t o, S* kernel, const S* product,
     }
     for (int64_t m = 0; m < p.maps; ++m) {
       const auto x = p.scale[SEPARABLE][o] * load(separable + m * I + i, n);
-      for (int k = 0; k < K; ++k) w[k] += x * load(p.depthwise + (m * K + k) * I + i, n);
+      for (int k = 0; k < K; ++k)
+        w[k] += x * load(p.depthwise + (m * K + k) * I + i, n);
     }
     for (int q = 0; q < 3; ++q) {
       if (!p.weight[q]) continue;
       const auto x = p.scale[FILTERED + q][o] * load(p.weight[q] + o * I + i, n);
       for (int k = 0; k < K; ++k) w[k] += p.filter[q][o * K + k] * x;
     }
-    for (int k = 0; k < K; ++k) stream(kernel + k * I + i, w[k], n, p.is_large);
+    for (int k = 0; k < K; ++k) store(kernel + k * I + i, w[k], n);
   });
 }
 
@@ -172,14 +125,14 @@ INLINE void gradient_row(int64_t I, int64_t o, const S* grad, S* scaled, S* d_de
       if (!p.origin) continue;
       const int64_t at = (o * K + k) * I + i;
       total[ORIGIN] += g[k] * load(p.origin + at, n);
-      stream(d.origin + at, p.scale[ORIGIN][o] * g[k], n, p.is_large);
+      store(d.origin + at, p.scale[ORIGIN][o] * g[k], n);
     }
     for (int q = 0; q < 3; ++q) {
       if (!p.weight[q]) continue;
       Vector<S> x{};
       for (int k = 0; k < K; ++k) x += p.filter[q][o * K + k] * g[k];
       total[FILTERED + q] += x * load(p.weight[q] + o * I + i, n);
-      stream(d.weight[q] + o * I + i, p.scale[FILTERED + q][o] * x, n, p.is_large);
+      store(d.weight[q] + o * I + i, p.scale[FILTERED + q][o] * x, n);
     }
     for (int64_t m = 0; m < p.maps; ++m) {
       const int64_t at = (o * p.maps + m) * I + i;
@@ -192,30 +145,15 @@ INLINE void gradient_row(int64_t I, int64_t o, const S* grad, S* scaled, S* d_de
         store(d_depthwise + tap, load(d_depthwise + tap, n) + by * g[k], n);
       }
       total[SEPARABLE] += x * weight;
-      stream(d.separable + at, p.scale[SEPARABLE][o] * x, n, p.is_large);
+      store(d.separable + at, p.scale[SEPARABLE][o] * x, n);
     }
   });
   for (int part = 0; part < PARTS; ++part)
     if (d.scale[part] && part != COMPOSED) d.scale[part][o] = sum<S>(total[part]);
 }
 
-// The gradients of the composed branch's scale and second conv, from G·(C + E)ᵀ.
-template <typename S>
-INLINE void composed_row(int64_t size, int64_t o, const S* product, const Terms<S>& p,
-                         const Terms<S>& d) {
-  Vector<S> total{};
-  for_lanes<S>(size, [&](int64_t j, auto n) INLINE_LAMBDA {
-    const auto x = load(product + j, n);
-    total += x * load(p.second + o * size + j, n);
-    stream(d.second + o * size + j, p.scale[COMPOSED][o] * x, n, p.is_large);
-  });
-  d.scale[COMPOSED][o] = sum<S>(total);
-}
-
-// ---- the tensors ---------------------------------------------------------------------
-
-// What is needed for the time of a call, kept for the next one: memory from the system
-// is cleared, page by page, before use, which takes as long as half of a small fold.
+// What is needed for the time of a call, kept for the next one: the system clears fresh
+// memory, page by page, which takes as long as half of a small fold.
 enum Purpose { ROWS, PRODUCT, MATRIX, D_DEPTHWISE, PURPOSES };
 
 Tensor scratch(Purpose purpose, IntArrayRef shape, const Tensor& like) {
@@ -227,20 +165,14 @@ Tensor scratch(Purpose purpose, IntArrayRef shape, const Tensor& like) {
   return tensor.narrow(0, 0, size).view(shape);
 }
 
-// The factors of the composed branch, (T, I) with the identity, and (O·K, T).
-struct Factors {
-  Tensor first, second;
-
-  Factors(TensorList t, IntArrayRef rows, bool has_identity) {
-    if (rows[COMPOSED] < 0) return;
-    const int at = rows[ORIGIN] < 0 ? 1 : 2;
-    first = t[at].flatten(1);
-    second = t[at + 1].reshape({-1, first.size(0)});
-    if (!has_identity) return;
-    first = scratch(MATRIX, first.sizes(), first).copy_(first);
-    first.diagonal().add_(1);
-  }
-};
+// The factors of the composed branch: C, (T, I), with the identity, and B, (O·K, T).
+std::tuple<Tensor, Tensor> factors(TensorList t, IntArrayRef rows, bool has_identity) {
+  const int at = rows[ORIGIN] < 0 ? 1 : 2;
+  const Tensor first = t[at].flatten(1), second = t[at + 1].view({-1, first.size(0)});
+  if (!has_identity) return {first, second};
+  const Tensor sum = scratch(MATRIX, first.sizes(), first).copy_(first);
+  return {(sum.diagonal().add_(1), sum), second};
+}
 
 // Calls f(S, K) with the number type and the taps of a kernel.
 template <typename F>
@@ -256,9 +188,8 @@ void dispatch(const Tensor& like, int64_t taps, F f) {
 // Calls f(start, stop) for blocks of rows of a kernel.
 template <typename F>
 void for_blocks(int64_t rows, int64_t size, F f) {
-  const int64_t step = std::max(BLOCK / size, int64_t(1));
-  for (int64_t start = 0; start < rows; start += step)
-    f(start, std::min(start + step, rows));
+  const int64_t step = std::max<int64_t>(BLOCK / size, 1);
+  for (int64_t i = 0; i < rows; i += step) f(i, std::min(i + step, rows));
 }
 
 // Calls f(o, task) for the rows from start to stop, as many tasks as there are threads.
@@ -267,41 +198,31 @@ void for_rows(int64_t start, int64_t stop, F f) {
   const int64_t tasks = at::get_num_threads(), rows = stop - start;
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task)
-      for (int64_t o = start + rows * task / tasks; o < start + rows * (task + 1) / tasks;
-           ++o)
-        f(o, task);
-#ifdef __AVX__
-    _mm_sfence();  // What was streamed is visible to others from here on.
-#endif
+      for (int64_t o = rows * task / tasks; o < rows * (task + 1) / tasks; ++o)
+        f(start + o, task);
   });
 }
-
-// ---- what Python calls ---------------------------------------------------------------
 
 // The kernel, (O, I, k, k), from parameters in one piece.
 Tensor fold(TensorList t, IntArrayRef shape, IntArrayRef rows, bool has_identity,
             const OptionalTensor& filters) {
-  // What follows is written into new tensors and scratch memory.
-  at::AutoDispatchBelowADInplaceOrView guard;
+  at::AutoDispatchBelowADInplaceOrView guard;  // What follows is written in place.
   const int64_t O = shape[0], I = shape[1], k = shape[2];
-  const Factors factors(t, rows, has_identity);
   const Tensor kernel =
-      at::empty_strided(shape, {k * k * I, 1, k * I, I}, t[0].options());
+      at::empty_strided({O, I, k, k}, {k * k * I, 1, k * I, I}, t[0].options());
   dispatch(kernel, k * k, [&](auto zero, auto taps) {
     using S = decltype(zero);
     constexpr int K = taps;
     const Terms<S> p(t, shape, rows, filters);
+    Tensor first, second, composed;
+    if (p.second) std::tie(first, second) = factors(t, rows, has_identity);
     for_blocks(O, K * I, [&](int64_t start, int64_t stop) {
-      const S* product = nullptr;
-      if (p.second) {
-        const int64_t count = (stop - start) * K;
-        Tensor composed = scratch(PRODUCT, {count, I}, kernel);
-        at::mm_out(composed, factors.second.narrow(0, start * K, count), factors.first);
-        product = composed.data_ptr<S>();
-      }
+      const int64_t count = (stop - start) * K;
+      composed = scratch(PRODUCT, {count, I}, kernel);
+      if (p.second) at::mm_out(composed, second.narrow(0, start * K, count), first);
       for_rows(start, stop, [&](int64_t o, int64_t) {
         fold_row<S, K>(I, o, kernel.data_ptr<S>() + o * K * I,
-                       product + (o - start) * K * I, p);
+                       composed.data_ptr<S>() + (o - start) * K * I, p);
       });
     });
   });
@@ -314,7 +235,6 @@ std::vector<Tensor> fold_gradients(const Tensor& gradient, TensorList t,
                                    bool has_identity, const OptionalTensor& filters) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const int64_t O = shape[0], I = shape[1], tasks = at::get_num_threads();
-  const Factors factors(t, rows, has_identity);
   const Tensor grad = gradient.permute({0, 2, 3, 1}).contiguous().view({-1, I});
   std::vector<Tensor> gradients;
   for (const Tensor& tensor : t) gradients.push_back(at::empty_like(tensor));
@@ -325,8 +245,12 @@ std::vector<Tensor> fold_gradients(const Tensor& gradient, TensorList t,
     const int64_t size = p.maps * K * I;
     // A sum for every task: added up in the order in which threads finish, it would be
     // another one in every run.
-    Tensor sums = scratch(D_DEPTHWISE, {tasks, size}, grad).zero_(), d_first;
-    if (p.second) d_first = gradients[p.origin ? 2 : 1].view(factors.first.sizes());
+    Tensor sums = scratch(D_DEPTHWISE, {tasks, size}, grad).zero_();
+    Tensor first, second, d_first, product;
+    if (p.second) {
+      std::tie(first, second) = factors(t, rows, has_identity);
+      d_first = gradients[p.origin ? 2 : 1].view(first.sizes());
+    }
     for_blocks(O, K * I, [&](int64_t start, int64_t stop) {
       const int64_t count = (stop - start) * K;
       const Tensor scaled = scratch(ROWS, {count, I}, grad);
@@ -336,19 +260,22 @@ std::vector<Tensor> fold_gradients(const Tensor& gradient, TensorList t,
                            sums.data_ptr<S>() + task * size, p, d);
       });
       if (!p.second) return;
-      const int64_t T = factors.first.size(0);
-      Tensor product = scratch(PRODUCT, {count, T}, grad);
-      at::mm_out(product, grad.narrow(0, start * K, count), factors.first.t());
+      const int64_t T = first.size(0);
+      product = scratch(PRODUCT, {count, T}, grad);
+      at::mm_out(product, grad.narrow(0, start * K, count), first.t());
       for_rows(start, stop, [&](int64_t o, int64_t) {
-        composed_row<S>(K * T, o, product.data_ptr<S>() + (o - start) * K * T, p, d);
+        Vector<S> total{};
+        for_lanes<S>(K * T, [&](int64_t j, auto n) INLINE_LAMBDA {
+          const auto x = load(product.data_ptr<S>() + (o - start) * K * T + j, n);
+          total += x * load(p.second + o * K * T + j, n);
+          store(d.second + o * K * T + j, p.scale[COMPOSED][o] * x, n);
+        });
+        d.scale[COMPOSED][o] = sum<S>(total);
       });
-      at::addmm_out(d_first, d_first, factors.second.narrow(0, start * K, count).t(),
-                    scaled, start > 0);
+      at::addmm_out(d_first, d_first, second.narrow(0, start * K, count).t(), scaled,
+                    start > 0);
     });
-    if (p.maps) {
-      Tensor d_depthwise = gradients.back().view({size});
-      at::sum_out(d_depthwise, sums, 0);
-    }
+    if (p.maps) gradients.back().view({size}).copy_(sums.sum(0));
   });
   return gradients;
 }
@@ -356,12 +283,9 @@ std::vector<Tensor> fold_gradients(const Tensor& gradient, TensorList t,
 }  // namespace
 
 TORCH_LIBRARY(mmorepa, library) {
-  library.def(
-      "fold(Tensor[] parameters, int[] shape, int[] rows, bool has_identity, "
-      "Tensor? filters) -> Tensor");
-  library.def(
-      "fold_gradients(Tensor grad, Tensor[] parameters, int[] shape, int[] rows, "
-      "bool has_identity, Tensor? filters) -> Tensor[]");
+#define ARGS "Tensor[] t, int[] shape, int[] rows, bool has_identity, Tensor? filters)"
+  library.def("fold(" ARGS " -> Tensor");
+  library.def("fold_gradients(Tensor grad, " ARGS " -> Tensor[]");
 }
 
 // For the CPU alone, so that tracers and other modes see whole folds.
@@ -372,6 +296,6 @@ TORCH_LIBRARY_IMPL(mmorepa, CPU, library) {
 
 // No graph is built: the caller says what the derivative is.
 TORCH_LIBRARY_IMPL(mmorepa, Autograd, library) {
-  for (const char* name : {"fold", "fold_gradients"})
-    library.impl(name, torch::CppFunction::makeFallthrough());
+  library.impl("fold", torch::CppFunction::makeFallthrough());
+  library.impl("fold_gradients", torch::CppFunction::makeFallthrough());
 }
