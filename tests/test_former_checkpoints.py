@@ -1,0 +1,94 @@
+"""Checkpoints in the order in which an earlier version stored the branches."""
+
+import pytest
+import torch
+from helpers import assert_near
+from mmengine.optim import build_optim_wrapper
+from torch import nn
+
+from mmorepa.layers import OREPAConv2d, OREPAKernel
+
+
+@pytest.fixture
+def saved():
+    return torch.load('tests/goldens/former_order.pth', weights_only=True)
+
+
+def build(deploy=False):
+    return nn.Sequential(
+        OREPAConv2d(
+            *(3, 8, 7),
+            padding=3,
+            bias=False,
+            norm_cfg=dict(type='BN'),
+            act_cfg=dict(type='ReLU'),
+            deploy=deploy,
+        ),
+        OREPAConv2d(
+            *(8, 8, 3),
+            padding=1,
+            groups=2,
+            bias=False,
+            norm_cfg=dict(type='BN'),
+            deploy=deploy,
+        ),
+        OREPAConv2d(8, 6, 5, padding=2, deploy=deploy),
+        OREPAConv2d(6, 3, 3, padding=1, deploy=deploy),
+        OREPAConv2d(3, 4, 1, deploy=deploy),
+    )
+
+
+def outputs(net, x):
+    with torch.no_grad():
+        return net.eval()(x)
+
+
+@pytest.mark.parametrize('assign', [False, True])
+@pytest.mark.parametrize('deploy', [False, True])
+def test_they_load(saved, assign, deploy):
+    net = build(deploy)
+    net.load_state_dict(saved['state_dict'], assign=assign)
+    assert_near(outputs(net, saved['x']), saved['before'])
+
+
+def test_what_is_loaded_is_saved_in_todays_order(saved):
+    net = build()
+    net.load_state_dict(saved['state_dict'])
+    again = build()
+    again.load_state_dict(net.state_dict())
+    assert torch.equal(outputs(again, saved['x']), outputs(net, saved['x']))
+
+
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('optimizer', ['fused', 'loop'])
+def test_a_training_goes_on(saved, channels_last, optimizer):
+    """With the momenta of its parameters, whose order is another one, too."""
+    net = build()
+    options = dict(type='SGD', lr=0.001, momentum=0.9)
+    if optimizer == 'loop':
+        options.update(foreach=False)
+    wrapper = build_optim_wrapper(
+        net,
+        dict(
+            constructor='OREPAOptimWrapperConstructor',
+            channels_last=channels_last,
+            optimizer=options,
+        ),
+    )
+    net.load_state_dict(saved['state_dict'])
+    wrapper.load_state_dict(saved['optimizer'])
+    net.train()
+    for _ in range(2):
+        with wrapper.optim_context(net):
+            loss = net(saved['x']).square().mean()
+        wrapper.update_params(loss)
+    moved = (saved['after'] - saved['before']).abs().max() / saved['after'].abs().max()
+    assert moved > 0.1
+    assert_near(outputs(net, saved['x']), saved['after'], 1e-4)
+    kernels = [m for m in net.modules() if isinstance(m, OREPAKernel)]
+    assert len(kernels) == 6
+    for kernel in kernels:
+        for parameter in kernel.parameters():
+            state = wrapper.optimizer.state[parameter]['momentum_buffer']
+            assert state.shape == parameter.shape
+            assert state.stride() == parameter.stride()
