@@ -20,7 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmorepa import switch_to_deploy
+from mmorepa import set_channels_last, switch_to_deploy
 from mmorepa.analysis.timing import (
     Clock,
     Spread,
@@ -408,30 +408,32 @@ def measure_inference(
     cfg: Config, images: Tensor, rounds: int, clock: Clock
 ) -> dict[str, dict]:
     """Seconds of a forward pass in eval mode, over the plain network's folded one."""
-    in_a_block = 'OREPA, in a folded() block'
     device = str(images.device)
 
-    def build(block: str) -> nn.Module:
+    def build(block: str, channels_last: bool) -> nn.Module:
         torch.manual_seed(0)
         model = copy.deepcopy(cfg.model)
         model.backbone.block = block
-        return MODELS.build(model).to(device).eval()
+        model = MODELS.build(model).to(device).eval()
+        return set_channels_last(model, channels_last)
 
-    deployed = switch_to_deploy(build('orepa'))
-    reference = 'plain, BatchNorm folded'
-    networks = {
-        reference: switch_to_deploy(build('plain')),
-        'plain': build('plain'),
-        'OREPA, training form': build('orepa'),
-        in_a_block: build('orepa'),
-        'OREPA, deployed': deployed,
-    }
+    reference, networks, in_blocks = 'plain, BatchNorm folded', {}, []
+    for layout, channels_last in (('', False), (', channels last', True)):
+        plain, orepa = build('plain', channels_last), build('orepa', channels_last)
+        in_blocks.append(copy.deepcopy(orepa))
+        networks |= {
+            reference + layout: switch_to_deploy(copy.deepcopy(plain)),
+            'plain' + layout: plain,
+            'OREPA, training form' + layout: orepa,
+            'OREPA, in a folded() block' + layout: in_blocks[-1],
+            'OREPA, deployed' + layout: switch_to_deploy(copy.deepcopy(orepa)),
+        }
     functions = {n: lambda net=net: net(images) for n, net in networks.items()}
-    session = onnx_session(deployed, images)
+    session = onnx_session(networks['OREPA, deployed'], images)
     if session is not None:
         feed = {session.get_inputs()[0].name: images.cpu().numpy()}
         functions['OREPA, deployed, ONNX Runtime'] = lambda: session.run(None, feed)
-    with folded(networks[in_a_block]):
+    with folded(in_blocks[0]), folded(in_blocks[1]):
         return measure_seconds(functions, reference, rounds, 'inference', clock)
 
 
