@@ -1,4 +1,4 @@
-"""Compiles OREPA's folds for this CPU, once, in about 20 seconds; prints where it is.
+"""Compiles OREPA's folds for this CPU, once, in about 30 seconds; prints where it is.
 
 Training on a CPU is faster with them, and the same without.
 """

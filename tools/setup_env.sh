@@ -268,7 +268,7 @@ set_up_fold() {
   # By ATEN_CPU_CAPABILITY, PyTorch and the folds take another CPU's instructions.
   local place="${MMOREPA_CACHE:-} ${ATEN_CPU_CAPABILITY:-}"
   step fold "$(text_of torch && cat "${sources[@]}" && uname -n && echo "$place")" \
-    'Compile the folds for this CPU (20 s)' build_fold
+    'Compile the folds for this CPU (30 s)' build_fold
 }
 
 main() {

@@ -56,7 +56,7 @@ def library_path() -> Path:
 
 
 def build() -> Path:
-    """Compiles the folds, unless that is done; takes about 20 seconds.
+    """Compiles the folds, unless that is done; takes about 30 seconds.
 
     Returns:
         Path: The library.
