@@ -178,16 +178,17 @@ class ReparamConv2d(nn.Conv2d):
         Returns:
             Tensor: Shape (O, Ig, k, k), in the dtype of the branches.
         """
-        tensors = _named_tensors(self.branches)
-        like = next(iter(tensors.values())) if tensors else None
-        if like is None:  # A wrapper has put other tensors in the parameters' place.
+        tensors = [*self.branches.parameters(), *self.branches.buffers()]
+        if not tensors:  # A wrapper has put other tensors in the parameters' place.
             return self.branches()
-        _check_is_whole(tensors.values())
+        _check_is_whole(tensors)
+        like = tensors[0]
         with no_autocast(like.device.type):
             if like.dtype not in HALF_DTYPES:
                 kernel = self.branches()
             else:
-                wide = {name: tensor.float() for name, tensor in tensors.items()}
+                named = _named_tensors(self.branches)
+                wide = {name: tensor.float() for name, tensor in named.items()}
                 kernel = functional_call(self.branches, wide, ()).to(like.dtype)
             if is_followed():
                 return kernel
@@ -196,12 +197,10 @@ class ReparamConv2d(nn.Conv2d):
     @property
     def is_held_in_training(self) -> bool:
         """Whether folded training makes a leaf of the kernel."""
-        return (
-            self.folds_online
-            and not self.deployed
-            and any(p.requires_grad for p in self.branches.parameters())
-            and not _is_sharded(self.branches.parameters())
-        )
+        if self.deployed or not self.folds_online:
+            return False
+        parameters = list(self.branches.parameters())
+        return any(p.requires_grad for p in parameters) and not _is_sharded(parameters)
 
     @contextmanager
     def serve_folds(self) -> Iterator[None]:
