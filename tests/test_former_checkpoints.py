@@ -11,7 +11,7 @@ from mmorepa.layers import OREPAConv2d, OREPAKernel
 
 @pytest.fixture
 def saved():
-    return torch.load('tests/goldens/former_order.pth', weights_only=True)
+    return torch.load('tests/goldens/former_order.pt', weights_only=True)
 
 
 def build(deploy=False):

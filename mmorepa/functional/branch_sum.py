@@ -1,5 +1,6 @@
 """The sum of branches that a kernel is folded from, and its plain formulas."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Optional
@@ -127,8 +128,8 @@ class BranchSum:
         """Whether the identity is added to ``first``."""
         return 'pointwise_kxk' in self.names
 
-    def has_sizes_of(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether parameters have as many elements as they should.
+    def check_shapes(self, tensors: Sequence[Tensor]) -> None:
+        """Raises a ValueError for parameters that a closed form would misread.
 
         Args:
             tensors (Sequence[Tensor]): In the order of :attr:`roles`.
@@ -136,17 +137,26 @@ class BranchSum:
         outputs, inputs, size, _ = self.shape
         taps = size * size
         p = dict(zip(self.roles.values(), tensors))
-        hidden = len(p['first']) if 'first' in p else 0
+        hidden = len(p['first']) if 'first' in p and p['first'].dim() else 0
         expected = {
-            'scale': len(self.names) * outputs,
-            'origin': outputs * taps * inputs,
-            'first': hidden * inputs,
-            'second': outputs * taps * hidden,
-            'separable': outputs * self.expansion * inputs,
-            'depthwise': self.expansion * taps * inputs,
+            'scale': (len(self.names), outputs),
+            'origin': (outputs, taps, inputs),
+            'first': (hidden, inputs, 1, 1),
+            'second': (outputs, taps, hidden // self.groups),
+            'separable': (outputs, self.expansion, inputs),
+            'depthwise': (self.expansion, taps, inputs * self.groups),
         }
-        filtered = outputs * inputs
-        return all(t.numel() == expected.get(role, filtered) for role, t in p.items())
+        filtered = (outputs, inputs, 1, 1)
+        for name, (role, tensor) in zip(self.roles, p.items()):
+            shape = expected.get(role, filtered)
+            # 1×1 kernels are stored as those of convs.
+            is_flat = taps == 1 and tensor.numel() == math.prod(shape)
+            if tensor.shape != shape and not is_flat:
+                raise ValueError(
+                    f'{name} has the shape {tuple(tensor.shape)}, and a kernel of '
+                    f'{tuple(self.shape)} takes {shape}; weights of an earlier version '
+                    'are reordered where a state dict is loaded'
+                )
 
     def filters(self, like: Tensor) -> Optional[Tensor]:
         """The filters of :attr:`filtered`, if there are any.
@@ -206,6 +216,8 @@ class BranchSum:
             return tensor
         if name == 'weight_pointwise_kxk_2':
             return tensor.flatten(1, 2)
+        if name == 'weight_depthwise' and tensor.shape[2:] != self.shape[2:]:
+            return tensor  # Of another kernel, which the loader says.
         return self.as_stored(name, tensor)
 
     def kernel(self, *tensors: Tensor) -> Tensor:

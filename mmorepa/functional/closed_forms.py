@@ -48,7 +48,11 @@ def fold_kernel(spec: BranchSum, *tensors: Tensor) -> Tensor:
 
     Returns:
         Tensor: Shape (O, Ig, k, k), with channels last in memory.
+
+    Raises:
+        ValueError: If a parameter has another shape than it should.
     """
+    spec.check_shapes(tensors)
     if is_followed():
         return spec.kernel(*tensors)
     return _ClosedForm.apply(spec, *tensors)

@@ -146,8 +146,6 @@ def takes(spec: BranchSum, tensors: Sequence[Tensor]) -> bool:
             type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype is dtype
             for t in tensors
         )
-        # Others would be read beyond their end.
-        and spec.has_sizes_of(tensors)
         and _library() is not None
     )
 

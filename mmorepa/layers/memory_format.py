@@ -1,18 +1,22 @@
 """Channels last: the order of memory in which convs and folds are fastest."""
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parallel import DistributedDataParallel
 
 from .plain import PlainKernel
 from .reparam_conv import ReparamConv2d
 
 # Where channels last was tried and is faster: networks, by the name of their class or
-# of one that it inherits from, if they are made of modules of these packages and files.
+# of one that it inherits from, if they are made of modules of these packages, or of
+# these files of OpenMMLab's.
 _NETWORKS = {'StagedBackbone', 'ResNet', 'RepVGG'}
 _PACKAGES = {'torch', 'torchvision', 'timm', 'mmengine', 'mmorepa'}
+_OPENMMLAB = {'mmcv', 'mmpretrain', 'mmdet', 'mmseg'}
 _FILES = {'resnet', 'resnext', 'res_layer', 'repvgg', 'drop'}
 
 
@@ -21,12 +25,15 @@ def set_channels_last(module: nn.Module, on: bool = True) -> nn.Module:
 
     A fold gives a kernel with channels last, which costs no copy then; on CPUs, the
     whole network is faster as well. Numbers stay the same but for rounding. Call it
-    before the optimizer is built: a fused update takes a parameter and its state for
-    memory of one order.
+    before the optimizer is built, since a fused update takes a parameter and its state
+    for memory of one order, and before a wrapper for data parallelism, which remembers
+    the order.
 
-    Other modules see nothing of it: what ``module`` returns is contiguous again, and so
-    is what reaches the operators of MMCV inside of it (RoIAlign, deformable convs),
-    which read memory in the default order without a look at the strides.
+    Other modules see nothing of it: maps that ``module`` returns, also in tuples, lists
+    and dicts, are contiguous again. So are those that reach modules of ``mmcv.ops``
+    inside of it (RoIAlign, deformable convs), which read memory in the default order
+    without a look at the strides; functions of ``mmcv.ops`` have to be given contiguous
+    maps by who calls them.
 
     Args:
         module (nn.Module): A backbone or a whole model, in place.
@@ -34,7 +41,15 @@ def set_channels_last(module: nn.Module, on: bool = True) -> nn.Module:
 
     Returns:
         nn.Module: ``module`` itself.
+
+    Raises:
+        RuntimeError: If it is wrapped for data parallelism.
     """
+    if any(isinstance(part, DistributedDataParallel) for part in module.modules()):
+        raise RuntimeError(
+            'the model is wrapped for data parallelism, which would average gradients '
+            'in the former order of memory: call set_channels_last before the wrapper'
+        )
     memory_format = torch.channels_last if on else torch.contiguous_format
     operators = [part for part in module.modules() if _is_operator(part)]
     left = {inner for operator in operators for inner in operator.modules()}
@@ -42,14 +57,22 @@ def set_channels_last(module: nn.Module, on: bool = True) -> nn.Module:
         if part in left:
             continue
         if isinstance(part, ReparamConv2d):
-            part.memory_format = memory_format
+            part.channels_last = on
         if isinstance(part, (_ConvNd, PlainKernel)):
             weight = part._parameters.get('weight')
             if weight is not None and weight.dim() == 4:
                 weight.data = weight.data.contiguous(memory_format=memory_format)
+                if weight.grad is not None:
+                    weight.grad = weight.grad.contiguous(memory_format=memory_format)
     for operator in operators:
-        _hook(operator, '_forward_pre_hooks', _with_contiguous_inputs, on)
-    _hook(module, '_forward_hooks', _with_contiguous_outputs, on)
+        _unhook(operator._forward_pre_hooks, _with_contiguous_inputs)
+        if on:
+            operator.register_forward_pre_hook(
+                _with_contiguous_inputs, with_kwargs=True
+            )
+    _unhook(module._forward_hooks, _with_contiguous_outputs)
+    if on:
+        module.register_forward_hook(_with_contiguous_outputs)
     return module
 
 
@@ -74,25 +97,22 @@ def faster_in_channels_last(model: nn.Module) -> list[nn.Module]:
 
 
 def _is_tried(module: nn.Module) -> bool:
-    package, *_, file = type(module).__module__.split('.')
-    return package in _PACKAGES or file in _FILES
+    names = type(module).__module__.split('.')
+    is_known = names[0] in _OPENMMLAB and names[-1] in _FILES
+    return is_known or names[0] in _PACKAGES
 
 
 def _is_operator(module: nn.Module) -> bool:
-    return type(module).__module__.startswith('mmcv.ops')
+    return any(cls.__module__.startswith('mmcv.ops') for cls in type(module).__mro__)
 
 
-def _hook(module: nn.Module, kind: str, hook: Any, on: bool) -> None:
-    hooks = getattr(module, kind)
+def _unhook(hooks: dict, hook: Any) -> None:
     for key in [key for key, other in hooks.items() if other is hook]:
         del hooks[key]
-    if on:
-        register = 'register_' + kind.strip('_').removesuffix('s')
-        getattr(module, register)(hook)
 
 
-def _with_contiguous_inputs(module: nn.Module, args: tuple) -> tuple:
-    return _contiguous(args)
+def _with_contiguous_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple:
+    return _contiguous(args), _contiguous(kwargs)
 
 
 def _with_contiguous_outputs(module: nn.Module, args: tuple, output: Any) -> Any:
@@ -100,8 +120,12 @@ def _with_contiguous_outputs(module: nn.Module, args: tuple, output: Any) -> Any
 
 
 def _contiguous(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.dim() == 4:
-        return value.contiguous()
+    if isinstance(value, Tensor):
+        return value.contiguous() if value.dim() == 4 else value
+    if isinstance(value, tuple) and hasattr(value, '_fields'):
+        return type(value)(*map(_contiguous, value))
     if type(value) in (tuple, list):
         return type(value)(map(_contiguous, value))
+    if type(value) in (dict, OrderedDict):
+        return type(value)((k, _contiguous(v)) for k, v in value.items())
     return value

@@ -96,6 +96,13 @@ class OREPAKernel(FoldedKernel):
             add('weight_separable', out_channels, self.EXPANSION * inputs)
         self.scale = _scale(scales, out_channels)
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)  # A whole module that an earlier version saved.
+        for name in self.branch_sum.roles:
+            parameter = self._parameters.get(name)
+            if parameter is not None:
+                parameter.data = self.branch_sum.from_former(name, parameter.data)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs
     ) -> None:

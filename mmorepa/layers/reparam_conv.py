@@ -73,8 +73,8 @@ class ReparamConv2d(nn.Conv2d):
     held: Optional['HeldKernel'] = None
     reduced_kernel: Optional['HeldKernel'] = None
     _served: Optional[dict] = None
-    # Of the kernel: see mmorepa.set_channels_last.
-    memory_format = torch.contiguous_format
+    # The memory of the kernel: see mmorepa.set_channels_last.
+    channels_last = False
     # Whether damaged weights that are loaded are told of.
     warns_of_flaws = True
     # Whether the last state dict held a plain kernel.
@@ -454,6 +454,11 @@ class ReparamConv2d(nn.Conv2d):
                 norms = [k.flatten(1).norm(dim=1) for k in (kernel, own)]
                 self.branches.rescale(norms[0] / norms[1].clamp_min(1e-12))
         self._forget()
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """That of the kernel. It is not stored, since no file can hold it."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     @property
     def _kernel_shape(self) -> tuple[int, ...]:

@@ -17,7 +17,10 @@ SCOPES = ['mmpretrain', 'mmdet', 'mmseg']
 
 def registry(scope):
     import_models(scope)
-    return import_modules_from_strings(f'{scope}.registry').MODELS
+    models = import_modules_from_strings(f'{scope}.registry').MODELS
+    # What is imported under another default scope registers elsewhere.
+    models.import_from_location()
+    return models
 
 
 @pytest.mark.parametrize('scope', SCOPES)

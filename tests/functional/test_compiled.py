@@ -84,16 +84,21 @@ def test_it_declines_what_is_not_in_memory(calls):
     assert folded.shape == (4, 5, 3, 3) and not any(calls)
 
 
-@needs_compiled
-@pytest.mark.parametrize(
-    'name', [n for n, _ in OREPAKernel(4, 5, 3).named_parameters()]
-)
+@pytest.mark.parametrize('name', OREPAKernel(4, 5, 3).branch_sum.roles)
 @pytest.mark.parametrize('shape', [(1,), (4, 5, 3, 2), (0,), (40, 8, 5)])
-def test_other_sizes(name, shape):
-    """They would be read beyond their end."""
+def test_other_shapes(name, shape):
+    """They would be read beyond their end, or as if they were others."""
     kernel = OREPAKernel(4, 5, 3)
     setattr(kernel, name, torch.nn.Parameter(torch.zeros(shape)))
-    with pytest.raises((RuntimeError, IndexError)):
+    with pytest.raises(ValueError, match='has the shape'):
+        kernel()
+
+
+def test_memory_taken_away():
+    """As wrappers of modules do for a while."""
+    kernel = OREPAKernel(4, 5, 3)
+    kernel.weight_origin.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError):
         kernel()
 
 

@@ -2,9 +2,11 @@
 
 import copy
 import pickle
+from collections import namedtuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import assert_near, deployed_twin, trained_like
 from mmengine.optim import build_optim_wrapper
 from torch import nn
@@ -106,6 +108,74 @@ def test_operators_of_mmcv(kind):
     assert not model.operator._forward_pre_hooks
 
 
+def test_by_keyword_and_inherited():
+    ops = pytest.importorskip('mmcv.ops')
+
+    class Own(ops.RoIAlign):
+        pass
+
+    x = torch.randn(1, 4, 12, 12).contiguous(memory_format=torch.channels_last)
+    boxes = torch.tensor([[0, 1.0, 1, 9, 9]])
+    for align in (ops.RoIAlign((3, 3), 1.0), Own((3, 3), 1.0)):
+        expected = align(x.contiguous(), boxes)
+        set_channels_last(align)
+        assert_near(align(input=x, rois=boxes), expected)
+
+
+def test_outputs_of_every_kind():
+    """A list, a dict, a named tuple: maps in them are contiguous."""
+    Maps = namedtuple('Maps', 'one other')
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = OREPAConv2d(3, 4, 3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return [y, dict(y=y), Maps(y, 3)]
+
+    first, second, third = set_channels_last(Model())(torch.randn(1, 3, 8, 8))
+    assert all(y.is_contiguous() for y in (first, second['y'], third.one))
+    assert type(third) is Maps and third.other == 3
+
+
+def test_saved_whole(tmp_path):
+    net, x = set_channels_last(network()), torch.randn(1, 3, 32, 32)
+    torch.save(net, tmp_path / 'net.pth')
+    loaded = torch.load(tmp_path / 'net.pth', weights_only=False)
+    assert_near(loaded(x), net(x))
+    assert all(map(has_channels_last, kernels(loaded)))
+
+
+def test_a_gradient_that_is_there():
+    conv = nn.Conv2d(3, 4, 3)
+    conv(torch.randn(1, 3, 8, 8)).sum().backward()
+    set_channels_last(conv)
+    assert conv.weight.grad.stride() == conv.weight.stride()
+
+
+class TestDataParallel:
+    """Its reducer remembers the order of memory: a later one gives wrong averages."""
+
+    @pytest.fixture
+    def wrapped(self):
+        dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+        yield nn.parallel.DistributedDataParallel(network('plain'))
+        dist.destroy_process_group()
+
+    def test_refused(self, wrapped):
+        with pytest.raises(RuntimeError, match='before the wrapper'):
+            set_channels_last(wrapped)
+        with pytest.raises(ValueError, match='before the wrapper'):
+            wrapper_of(wrapped, channels_last=True)
+
+    def test_left_alone(self, wrapped, log):
+        wrapper_of(wrapped)
+        assert 'channels last in nothing' in ''.join(log)
+        assert wrapped.module.layer1[0].conv1.branches.weight.is_contiguous()
+
+
 def wrapper_of(net, **options):
     return build_optim_wrapper(
         net,
@@ -183,7 +253,7 @@ class TestChoice:
         assert faster_in_channels_last(model) == [model.backbone]
         wrapper_of(model)
         assert model.neck.weight.is_contiguous()
-        assert model.backbone.layer1[0].conv1.memory_format == torch.channels_last
+        assert model.backbone.layer1[0].conv1.channels_last
 
     def test_plugins(self):
         """They may read memory in the default order."""
@@ -194,6 +264,16 @@ class TestChoice:
         )
         net = OREPAResNet(50, 'orepa', base_channels=8, plugins=[plugin])
         assert faster_in_channels_last(net) == []
+
+    def test_modules_of_others(self):
+        """What is written in a script, or in a resnet.py of somebody."""
+
+        class ResNet(nn.Sequential):
+            pass
+
+        for name in ('__main__', 'package.resnet'):
+            ResNet.__module__ = name
+            assert faster_in_channels_last(ResNet(OREPAConv2d(3, 4, 3))) == []
 
     def test_others(self):
         assert faster_in_channels_last(nn.Sequential(OREPAConv2d(3, 4, 3))) == []

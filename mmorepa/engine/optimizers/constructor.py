@@ -80,7 +80,8 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     Convs run with channels last in memory where that was measured to be faster: ResNets
     and RepVGGs, as whole models or as backbones, on a CPU, and in mixed precision on a
-    GPU. ``channels_last=False`` beside the type leaves the default order,
+    GPU, unless a wrapper is around them. ``channels_last=False`` beside the type leaves
+    the default order,
     ``channels_last=True`` takes the whole model, see :func:`mmorepa.set_channels_last`.
 
     Parameters with the same settings share one group, and an optimizer of PyTorch's
@@ -155,6 +156,14 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         self, model: nn.Module, kind: Optional[type]
     ) -> list[nn.Module]:
         """Chooses the order of memory, and returns what has channels last."""
+        if any(map(is_model_wrapper, model.modules())):
+            # What reduces gradients has remembered their order.
+            if self.channels_last is True:
+                raise ValueError(
+                    'channels_last=True comes too late for a model that is wrapped: '
+                    'call mmorepa.set_channels_last(model) before the wrapper'
+                )
+            return []
         half = (AmpOptimWrapper, BFloat16OptimWrapper)
         is_half = isinstance(kind, type) and issubclass(kind, half)
         if self.channels_last == 'auto':
