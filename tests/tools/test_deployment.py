@@ -134,10 +134,10 @@ class TestQuantize:
         expected = run_runner('test.py', config, checkpoint, '--work-dir', tmp_path)
         assert metrics['float32'] == pytest.approx(expected['accuracy/top1'], abs=0.3)
         # A network of eight channels, four epochs old, has many close calls.
-        assert metrics['INT8'] == pytest.approx(metrics['float32'], abs=3)
+        assert metrics['INT8'] == pytest.approx(metrics['float32'], abs=8)
         # Pixels that are normalised by another formula, in the last bit, are rounded to
         # other steps: as far off as INT8 itself.
-        assert accuracy(out, digits) == pytest.approx(metrics['INT8'], abs=3)
+        assert accuracy(out, digits) == pytest.approx(metrics['INT8'], abs=8)
         names = [layer['name'] for layer in found['layers']]
         assert names[0] == 'backbone.stem' and names[-1] == 'head.fc'
         assert len(names) == 21
