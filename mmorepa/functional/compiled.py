@@ -26,12 +26,12 @@ _NAME = 'mmorepa_fold'
 # In the order of the compiled code.
 _PARTS = ('origin', 'composed', 'average', 'frequency', 'pointwise', 'separable')
 _FLAGS = [
-    *('-O3', '-fopenmp', '-fno-math-errno'),
+    '-O3',
+    '-fopenmp',
+    '-fno-math-errno',
     # The loops over taps and branches are written out, so that registers hold them.
-    *(
-        '--param=max-completely-peeled-insns=2000',
-        '--param=max-completely-peel-times=25',
-    ),
+    '--param=max-completely-peeled-insns=2000',
+    '--param=max-completely-peel-times=25',
 ]
 # The flags of every set of instructions that PyTorch tells apart.
 _INSTRUCTIONS = {
@@ -156,7 +156,6 @@ def fold(spec: BranchSum, tensors: Sequence[Tensor]) -> Tensor:
     Args:
         spec (BranchSum): A sum that :func:`takes` says yes to.
         tensors (Sequence[Tensor]): The parameters, in the order of ``spec.roles``.
-
     """
     pieces = [t.contiguous() for t in tensors]
     return _library().fold(pieces, *_options(spec, tensors))

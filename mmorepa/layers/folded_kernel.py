@@ -4,11 +4,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from ..functional import (
-    BranchSum,
-    fold_kernel,
-    solve_scaled_sum,
-)
+from ..functional import BranchSum, fold_kernel, solve_scaled_sum
 
 # A symbolic trace shows the fold as one node, a function of the branches.
 torch.fx.wrap('fold_kernel')
