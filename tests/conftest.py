@@ -3,6 +3,7 @@ import logging
 import pytest
 import torch
 from mmengine.logging import MMLogger
+from mmengine.registry import DefaultScope
 
 
 def pytest_configure():
@@ -24,6 +25,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_scope_of_others():
+    """Forgets the default scope that a runner leaves, by which registries choose."""
+    DefaultScope._instance_dict.clear()
 
 
 @pytest.fixture

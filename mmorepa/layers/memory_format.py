@@ -9,7 +9,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 
 from .plain import PlainKernel
-from .reparam_conv import ReparamConv2d
+from .reparam_conv import ReparamConv2d, in_memory_format
 
 # Where channels last was tried and is faster: networks, by the name of their class or
 # of one that it inherits from, if they are made of modules of these packages, or of
@@ -61,9 +61,9 @@ def set_channels_last(module: nn.Module, on: bool = True) -> nn.Module:
         if isinstance(part, (_ConvNd, PlainKernel)):
             weight = part._parameters.get('weight')
             if weight is not None and weight.dim() == 4:
-                weight.data = weight.data.contiguous(memory_format=memory_format)
+                weight.data = in_memory_format(weight.data, memory_format)
                 if weight.grad is not None:
-                    weight.grad = weight.grad.contiguous(memory_format=memory_format)
+                    weight.grad = in_memory_format(weight.grad, memory_format)
     for operator in operators:
         _unhook(operator._forward_pre_hooks, _with_contiguous_inputs)
         if on:

@@ -27,6 +27,22 @@ IntPair = Union[int, tuple[int, int]]
 STARTS = ('quiet', 'balanced')
 
 
+def in_memory_format(kernel: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """A kernel by whose strides a conv gives its output this format.
+
+    Args:
+        kernel (Tensor): Shape (O, Ig, k, k).
+        memory_format (torch.memory_format): ``torch.channels_last``, which has no
+            effect where a side of 1 leaves the choice to the conv's input, or
+            ``torch.contiguous_format``.
+    """
+    if memory_format == torch.channels_last:
+        return kernel.contiguous(memory_format=memory_format)
+    # Flat in between: with a side of 1, memory counts as contiguous although the
+    # strides are those of channels last, and the output would have channels last.
+    return kernel.reshape(-1).view(kernel.shape)
+
+
 class ReparamConv2d(nn.Conv2d):
     """A conv that trains as several linear branches and deploys as one plain conv.
 
@@ -190,9 +206,7 @@ class ReparamConv2d(nn.Conv2d):
                 named = _named_tensors(self.branches)
                 wide = {name: tensor.float() for name, tensor in named.items()}
                 kernel = functional_call(self.branches, wide, ()).to(like.dtype)
-            if is_followed():
-                return kernel
-            return kernel.contiguous(memory_format=self.memory_format)
+            return in_memory_format(kernel, self.memory_format)
 
     @property
     def is_held_in_training(self) -> bool:

@@ -63,6 +63,26 @@ def test_same_numbers(block):
 
 
 @pytest.mark.parametrize('block', BLOCKS)
+@pytest.mark.parametrize('depth', [18, 50])
+def test_nothing_without_a_call(block, depth):
+    """MMCV's operators compute wrong numbers from maps with channels last."""
+    net = OREPAResNet(depth, block, base_channels=8)
+    maps = []
+    for module in net.modules():
+        module.register_forward_hook(lambda *args: maps.append(args[-1]))
+    x = torch.randn(1, 3, 64, 64)
+    for training in (True, False):
+        net.train(training)(x)
+        with torch.no_grad():
+            net(x)
+    deployed_twin(net)(x)
+    maps = [output for output in maps if isinstance(output, torch.Tensor)]
+    maps = [output for output in maps if output.dim() == 4 and len(output) == len(x)]
+    assert len(maps) > 80
+    assert all(output.is_contiguous() for output in maps)
+
+
+@pytest.mark.parametrize('block', BLOCKS)
 def test_switched_to_deploy(block):
     net, x = set_channels_last(network(block)), torch.randn(1, 3, 40, 40)
     expected = net(x)

@@ -135,9 +135,9 @@ def test_plain_classifier_to_detector(digits, tmp_path):
     }
     options = {'train_cfg.max_epochs': 3, 'train_cfg.val_interval': 3, **roots}
     path = CONFIGS / 'digits/resnet18-slim_1xb64_digits.py'
-    classifier = runner_of(path, tmp_path / 'plain', options)
+    classifier = runner_of(path, tmp_path / 'classifier', options)
     classifier.train()
-    checkpoint = (tmp_path / 'plain/last_checkpoint').read_text()
+    checkpoint = (tmp_path / 'classifier/last_checkpoint').read_text()
 
     found = {}
     # A stem of 16 channels is too narrow a chain for any kernel of RGB images.
