@@ -82,16 +82,14 @@ def recomputed(function: Callable[..., Tensor], *args) -> Tensor:
 
 
 class _ClosedForm(torch.autograd.Function):
+    # Without `setup_context`, for which PyTorch inspects the signature in every call.
     @staticmethod
-    def forward(spec: BranchSum, *tensors: Tensor) -> Tensor:
+    def forward(ctx, spec: BranchSum, *tensors: Tensor) -> Tensor:
+        ctx.spec = spec
+        ctx.save_for_backward(*tensors)
         if compiled.takes(spec, tensors):
             return compiled.fold(spec, tensors)
         return _as_kernel(_Terms(spec, tensors).fold(), spec)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        ctx.spec, *tensors = inputs
-        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Optional[Tensor], ...]:
