@@ -34,7 +34,7 @@ NAMES = {
     """,
     'mmorepa.converters': """
         ARCHITECTURES backbone_of classifier_entries from_published identify
-        plain_twin start_from_plain to_published twin_entries
+        plain_twin start_from_plain twin_entries
     """,
 }
 

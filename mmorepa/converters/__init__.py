@@ -10,7 +10,7 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .plain import classifier_entries, plain_twin, start_from_plain, twin_entries
-from .published import from_published, to_published
+from .published import from_published
 
 __all__ = [
     'ARCHITECTURES',
@@ -25,7 +25,6 @@ __all__ = [
     'plain_twin',
     'read_checkpoint',
     'start_from_plain',
-    'to_published',
     'twin_entries',
     'write_checkpoint',
 ]

@@ -1,4 +1,4 @@
-"""Checkpoints in the layout of the published training code, and back.
+"""Checkpoints in the layout of the published training code.
 
 A published checkpoint has the keys ``stage0`` to ``stage4`` and ``linear``, each
 conv with the keys of its block (``weight_orepa_origin``, ``dbb_1x1.conv.weight``,
@@ -35,14 +35,15 @@ class _Pair(NamedTuple):
     """An entry of our layout, and the same entry of the published one.
 
     ``ours`` is None for entries that the published code saves though they are fixed;
-    ``fixed`` makes them. ``to_ours`` and ``to_theirs`` reorder rows or dimensions.
+    ``fixed`` makes them. ``to_ours`` reorders rows or dimensions; ``as_conv`` gives an
+    entry of ours the shape of theirs.
     """
 
     theirs: str
     ours: Optional[str]
     fixed: Optional[Callable[[], Tensor]] = None
     to_ours: Callable[[Tensor], Tensor] = lambda x: x
-    to_theirs: Callable[[Tensor], Tensor] = lambda x: x
+    as_conv: Callable[[Tensor], Tensor] = lambda x: x
 
 
 def from_published(
@@ -58,26 +59,23 @@ def from_published(
 
     Returns:
         dict: ``state_dict`` (``backbone.*`` and ``head.fc.*``) and ``meta``, which
-        tells the backbone config and what :func:`to_published` needs beyond the
-        weights.
+        tells the architecture and the backbone config.
 
     Raises:
         CheckpointError: If entries are missing, left over or misshapen, which are
             named, or fixed entries have other values than they should.
     """
-    has_module = any(key.startswith('module.') for key in state_dict)
-    theirs = {key.removeprefix('module.'): value for key, value in state_dict.items()}
-    theirs, renamed = _canonical(theirs)
+    theirs = _canonical(
+        {key.removeprefix('module.'): value for key, value in state_dict.items()}
+    )
     if backbone is None:
         backbone = identify(theirs)
     deployed = _is_deployed(theirs)
     network = _build(backbone, deployed)
     pairs = list(_pairs(network, set(theirs)))
-    unused = {}
     for key in [p.theirs for p in pairs if _has_unused_row(network, p)]:
         if key in theirs and theirs[key].shape[:1] == (6,):
             # Neither used nor initialised by the published code.
-            unused[key] = theirs[key][5:].clone()
             theirs[key] = theirs[key][:5]
     _check(pairs, theirs, _own_shapes(network, theirs))
 
@@ -91,66 +89,8 @@ def from_published(
         architecture=name_of(backbone),
         backbone=backbone,
         deployed=deployed,
-        published=dict(
-            deployed=deployed,
-            has_module=has_module,
-            renamed=renamed,
-            unused_rows=unused,
-            optional=[key for key in theirs if key.endswith(_OPTIONAL)],
-        ),
     )
     return dict(meta=meta, state_dict=ours)
-
-
-def to_published(
-    state_dict: Mapping[str, Tensor], backbone: dict, published: Optional[dict] = None
-) -> dict[str, Tensor]:
-    """Translates our state dict back to the published layout.
-
-    Args:
-        state_dict (Mapping[str, Tensor]): ``backbone.*`` and ``head.fc.*``.
-        backbone (dict): The backbone config.
-        published (dict, optional): ``meta['published']`` of :func:`from_published`.
-            Without it, or after a switch to the deployed form: ``module.`` before the
-            keys of a training form, and zeros in the rows that the published code
-            has and does not use. Defaults to None.
-
-    Returns:
-        dict[str, Tensor]: The published layout.
-
-    Raises:
-        CheckpointError: As :func:`from_published`.
-    """
-    deployed = not any('.branches.' in key for key in state_dict)
-    network = _build(backbone, deployed)
-    if published is None or published['deployed'] != deployed:
-        published = dict(
-            has_module=not deployed, renamed={}, unused_rows=None, optional=[]
-        )
-    head = {'linear.weight'} if _head(state_dict) else set()
-    pairs = list(_pairs(network, {*head, *published['optional']}))
-    own = [_Pair(pair.ours, pair.ours) for pair in pairs if pair.ours is not None]
-    _check(own, state_dict, _own_shapes(network, state_dict))
-
-    unused = published['unused_rows']
-    theirs, dtype = {}, torch.get_default_dtype()
-    for pair in pairs:
-        if pair.ours is None:  # In the type of the weights it is saved with.
-            value = pair.fixed().to(dtype)
-        else:
-            value = pair.to_theirs(state_dict[pair.ours]).clone()
-            dtype = value.dtype
-        if _has_unused_row(network, pair):
-            extra = (unused or {}).get(pair.theirs)
-            if unused is None:
-                extra = torch.zeros_like(value[:1])
-            if extra is not None:  # Text in files of safetensors.
-                extra = torch.as_tensor(extra, dtype=value.dtype)
-                value = torch.cat([value, extra])
-        theirs[pair.theirs] = value
-    renamed = published['renamed']
-    prefix = 'module.' if published['has_module'] else ''
-    return {prefix + renamed.get(key, key): value for key, value in theirs.items()}
 
 
 def _build(backbone: dict, deployed: bool) -> nn.Module:
@@ -178,9 +118,9 @@ _SYNONYMS = (
 )
 
 
-def _canonical(theirs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """One spelling for every entry, and the spellings of the file."""
-    canonical, renamed = {}, {}
+def _canonical(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One spelling for every entry."""
+    canonical: dict[str, Tensor] = {}
     for key, value in theirs.items():
         name = key
         for pattern, replacement in _SYNONYMS:
@@ -188,9 +128,7 @@ def _canonical(theirs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
         if name != key and (name in theirs or name in canonical):
             name = key  # There is another one: left over.
         canonical[name] = value
-        if name != key:
-            renamed[name] = key
-    return canonical, renamed
+    return canonical
 
 
 def _own_shapes(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, tuple]:
@@ -220,7 +158,7 @@ def _check(
     for pair in pairs:
         key, fixed = pair.theirs, None if pair.fixed is None else pair.fixed()
         if fixed is None:
-            like = pair.to_theirs(torch.empty(shapes[pair.ours], device='meta'))
+            like = pair.as_conv(torch.empty(shapes[pair.ours], device='meta'))
         else:
             like = fixed
         expected[key] = tuple(like.shape)
@@ -341,7 +279,7 @@ def _conv_pairs(conv: ReparamConv2d) -> Iterator[_Pair]:
         if isinstance(kernel, OREPAKernel):
             pair = pair._replace(
                 to_ours=partial(_to_ours, kernel.branch_sum, entry),
-                to_theirs=partial(_to_theirs, kernel.branch_sum, entry),
+                as_conv=partial(kernel.branch_sum.as_conv, entry),
             )
         yield pair
         if entry == 'scale' and isinstance(kernel, OREPAKernel):
@@ -380,17 +318,6 @@ def _deployed_name(conv: ReparamConv2d) -> str:
 def _to_ours(spec: BranchSum, name: str, weight: Tensor) -> Tensor:
     if name == 'weight_separable':
         # The published code interleaves the groups in the rows of this one.
-        weight = _swap_rows(weight, -1, spec.groups)
+        rows = weight.unflatten(0, (-1, spec.groups))
+        weight = rows.transpose(0, 1).flatten(0, 1)
     return spec.as_stored(name, weight)
-
-
-def _to_theirs(spec: BranchSum, name: str, stored: Tensor) -> Tensor:
-    weight = spec.as_conv(name, stored)
-    if name == 'weight_separable':
-        weight = _swap_rows(weight, spec.groups, -1)
-    return weight.contiguous()
-
-
-def _swap_rows(weight: Tensor, outer: int, inner: int) -> Tensor:
-    """Row ``a · inner + b`` becomes row ``b · outer + a``."""
-    return weight.unflatten(0, (outer, inner)).transpose(0, 1).flatten(0, 1)

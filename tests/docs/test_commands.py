@@ -15,6 +15,7 @@ import pytest
 import torch
 from documents import DOCUMENTS, NAMES, ROOT, Command, commands, printed_configs
 from helpers import import_models
+from published_layout import cheap_state, network
 from tool_runs import run_here, run_runner, tool
 from torch.distributed.run import get_args_parser
 
@@ -237,11 +238,8 @@ def folder(tmp_path_factory):
         convert = 'model_converters/plain_to_mmorepa.py'
         run_here(convert, plain, 'config.py', 'CHECKPOINT')
         run_here(convert, 'whole_plain.pth', 'whole.py', 'WHOLE')
-        run_here(
-            'model_converters/published_to_mmorepa.py',
-            *('WHOLE', 'ResNet-18-OREPA.pth.tar', '--reverse'),
-            *('--arch', 'ResNet-18', '--block', 'orepa'),
-        )
+    published = cheap_state(network('ResNet-18', 'orepa'))
+    torch.save(published, folder / 'ResNet-18-OREPA.pth.tar')
     for name in ('SOURCE', 'PATH'):
         (folder / name).symlink_to(plain)
     (folder / 'IN').symlink_to(folder / 'ResNet-18-OREPA.pth.tar')

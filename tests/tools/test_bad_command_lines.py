@@ -141,7 +141,6 @@ def lines():
         (SHARES, 'CONFIG {} --out out.png'),
         (STEM_LR, 'CONFIG good.pth --plain-checkpoint={} --out out.png'),
         (PUBLISHED, '{} out.pth'),
-        (PUBLISHED, '{} out.pth --reverse'),
     )
     on_output = (
         ('test.py', 'CONFIG good.pth --out-item metrics --out={}'),
@@ -263,7 +262,6 @@ def lines():
         (PUBLISHED, 'good.pth'),
         (PUBLISHED, 'good.pth out.pth --arch ResNet-18'),
         (PUBLISHED, 'good.pth out.pth --arch VGG --block orepa'),
-        (PUBLISHED, 'good.pth out.pth --reverse'),
         (DIGITS, '--out notes.txt'),
         (DIGITS, '--out /dev/full'),
         (DIGITS, '--out linked'),

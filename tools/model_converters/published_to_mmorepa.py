@@ -1,4 +1,4 @@
-"""Translates checkpoints of the published OREPA training code, and back."""
+"""Translates checkpoints of the published OREPA training code."""
 
 import argparse
 from collections.abc import Sequence
@@ -10,7 +10,6 @@ from mmorepa.converters import (
     backbone_of,
     from_published,
     read_checkpoint,
-    to_published,
     write_checkpoint,
 )
 from mmorepa.utils.files import check_outputs
@@ -21,7 +20,7 @@ BLOCKS = ('plain', 'none', 'dbb', 'orepa', 'repvgg')
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description='Translates checkpoints of the published OREPA training code into '
-        'the layout of mmpretrain, or back. Only tensors and plain containers are read.'
+        'the layout of mmpretrain. Only tensors and plain containers are read.'
     )
     parser.add_argument('source', metavar='IN', help='the checkpoint to read')
     parser.add_argument('out', metavar='OUT', help='the checkpoint to write')
@@ -39,18 +38,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         action='store_true',
         help="write the backbone's weights alone, for init_cfg=dict(type='Pretrained')",
     )
-    parser.add_argument(
-        '--reverse',
-        action='store_true',
-        help='from the layout of mmorepa to the published one',
-    )
     args = parser.parse_args(argv)
     if args.arch is not None and args.block is None:
         parser.error('--arch needs --block')
     if args.block is not None and args.arch is None:
         parser.error('--block needs --arch')
-    if args.reverse and args.backbone_only:
-        parser.error('--reverse needs the whole network, not --backbone-only')
     return args
 
 
@@ -58,9 +50,8 @@ def translate(checkpoint: dict, backbone: Optional[dict], backbone_only: bool) -
     """From the published layout to ours."""
     result = from_published(checkpoint['state_dict'], backbone)
     # The state of optimizer and scheduler belongs to parameters in another order.
-    for key in ('epoch', 'arch', 'best_acc1'):
-        if key in checkpoint:
-            result['meta']['published'][key] = checkpoint[key]
+    keys = ('epoch', 'arch', 'best_acc1')
+    result['meta']['published'] = {k: checkpoint[k] for k in keys if k in checkpoint}
     if backbone_only:
         result['state_dict'] = {
             key.removeprefix('backbone.'): value
@@ -70,43 +61,14 @@ def translate(checkpoint: dict, backbone: Optional[dict], backbone_only: bool) -
     return result
 
 
-def translate_back(checkpoint: dict, backbone: Optional[dict]) -> dict:
-    """From our layout to the published one; a bare state dict if deployed."""
-    meta = checkpoint.get('meta') or {}
-    backbone = backbone or meta.get('backbone')
-    if backbone is None:
-        raise ValueError(
-            'the checkpoint does not say which network it is (only converted ones do): '
-            'give --arch and --block'
-        )
-    if not any(key.startswith('backbone.') for key in checkpoint['state_dict']):
-        raise ValueError(
-            'the checkpoint is a backbone alone (of --backbone-only?): its keys do not '
-            "start with 'backbone.'; translate the whole network back"
-        )
-    published = meta.get('published')
-    state_dict = to_published(checkpoint['state_dict'], backbone, published)
-    if not any(key.endswith('running_mean') for key in state_dict):
-        return state_dict
-    kept = {k: v for k, v in (published or {}).items() if k in ('epoch', 'best_acc1')}
-    arch = (published or {}).get('arch', meta.get('architecture'))
-    return dict(kept, arch=arch, state_dict=state_dict)
-
-
 @one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     check_outputs([args.out], [args.source])
     backbone = None if args.arch is None else backbone_of(args.arch, args.block)
     checkpoint = read_checkpoint(args.source, keep_prefix=True)
-    if args.reverse:
-        result = translate_back(checkpoint, backbone)
-    else:
-        result = translate(checkpoint, backbone, args.backbone_only)
+    result = translate(checkpoint, backbone, args.backbone_only)
     write_checkpoint(result, args.out)
-    if args.reverse:
-        print(f'Wrote the published layout to {args.out}.')
-        return
     meta = result['meta']
     form = 'deployed' if meta['deployed'] else 'training form'
     print(
