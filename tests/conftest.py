@@ -1,4 +1,9 @@
 import logging
+import os
+
+# Thousands of small tensors: a second thread costs them more than it gives, and a
+# worker for each core shares the tests out. Before PyTorch is loaded.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import pytest
 import torch

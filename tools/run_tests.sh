@@ -7,9 +7,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export VENV=${VENV:-$PWD/.venv}
 
-# Thousands of small tensors: a second thread costs them more than it gives.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-
 bash tools/setup_env.sh --ops --tests
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .

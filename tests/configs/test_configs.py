@@ -119,6 +119,7 @@ def classification_batch(size, model):
     return dict(inputs=images, data_samples=samples)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', CLASSIFIERS)
 def test_trains_and_tests(name):
     cfg = load(name)

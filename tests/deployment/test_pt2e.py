@@ -23,6 +23,7 @@ def distance(one, other):
 DETECTORS = {'retinanet', 'faster_rcnn'}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', sorted(NETWORKS.keys() - DETECTORS))
 def test_close_to_float(name, images, tmp_path):
     pytest.importorskip('torchao')

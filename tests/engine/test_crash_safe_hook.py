@@ -104,6 +104,7 @@ def samplers():
     DATA_SAMPLERS.module_dict.pop('GlobalSampler')
 
 
+@pytest.mark.slow
 class TestLosses:
     @pytest.mark.parametrize('persistent', [False, True])
     def test_epochs(self, tmp_path, persistent):
@@ -292,6 +293,7 @@ class TestFiles:
         trained(tmp_path, train_cfg=dict(by_epoch=True, max_epochs=1))
         assert other.exists() and not left.exists()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize('by_epoch', [True, False])
     def test_killed_before_validation(self, tmp_path, monkeypatch, by_epoch):
         """What was the best, and when a learning rate falls, depends on it."""

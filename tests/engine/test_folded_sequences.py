@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import mmorepa
 from mmorepa.layers import DBBConv2d, OREPAConv2d, OREPARepVGGConv2d
 
-COUNT = int(os.environ.get('MMOREPA_SEQUENCES', 60))
+COUNT = int(os.environ.get('MMOREPA_SEQUENCES', 20))
 LENGTH = 7
 CLOSE = dict(rtol=1e-7, atol=1e-9)
 BN = dict(type='BN', momentum=0.1)

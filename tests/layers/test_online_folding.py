@@ -218,6 +218,7 @@ def test_autocast_and_half_precision(kind):
         assert_near(twin(x), expected, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', FOLDED)
 def test_compiled_by_pytorch(kind):
     conv = trained_like(CONVS[kind]()).eval()

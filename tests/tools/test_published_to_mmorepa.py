@@ -361,6 +361,7 @@ class TestBackboneOnly:
         assert len(network_outputs(model, images)) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES)
 @torch.no_grad()
 def test_published_outputs(files, tmp_path, name, capsys):

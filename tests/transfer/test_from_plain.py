@@ -19,6 +19,7 @@ FROM_PLAIN = [name for name in NAMES if 'from-plain' in name]
 _numbers = itertools.count()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [n for n in FROM_PLAIN if '80k' not in n])
 def test_starts_as_the_plain_network(name, tmp_path):
     """The backbone of each config, with its checkpoint at another place."""

@@ -30,6 +30,7 @@ def test_is_short(name):
     assert len(lines) <= (18 if name in FULL else 35)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES)
 def test_trains_tests_and_switches(name):
     cfg = shrink(load(name))
