@@ -121,7 +121,9 @@ def measure(path: str, cfg: Config, batch_size: int, args: argparse.Namespace) -
     init_default_scope(cfg.get('default_scope', 'mmpretrain'))
     clock = Clock(args.device)
     torch.manual_seed(1)
-    images = torch.randn(batch_size, 3, args.size, args.size, device=args.device)
+    channels = cfg.model.backbone.get('in_channels', 3)
+    shape = batch_size, channels, args.size, args.size
+    images = torch.randn(shape, device=args.device)
     labels = torch.randint(10, (batch_size,))
     samples = [DataSample().set_gt_label(label).to(args.device) for label in labels]
     batch = (images, samples)

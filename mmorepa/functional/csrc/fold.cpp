@@ -26,8 +26,7 @@ constexpr int BYTES = 64;
 constexpr int BYTES = 32;
 #endif
 
-template <typename S>
-using Vector [[gnu::vector_size(BYTES)]] = S;
+template <typename S> using Vector [[gnu::vector_size(BYTES)]] = S;
 
 // `n` lanes: all of them, known to the compiler, or fewer.
 template <typename S, typename N>
