@@ -128,16 +128,16 @@ class BranchSum:
         """Whether the identity is added to ``first``."""
         return 'pointwise_kxk' in self.names
 
-    def check_shapes(self, tensors: Sequence[Tensor]) -> None:
+    def check_shapes(self, shapes: Sequence[torch.Size]) -> None:
         """Raises a ValueError for parameters that a closed form would misread.
 
         Args:
-            tensors (Sequence[Tensor]): In the order of :attr:`roles`.
+            shapes (Sequence[torch.Size]): In the order of :attr:`roles`.
         """
         outputs, inputs, size, _ = self.shape
         taps = size * size
-        p = dict(zip(self.roles.values(), tensors))
-        hidden = len(p['first']) if 'first' in p and p['first'].dim() else 0
+        p = dict(zip(self.roles.values(), shapes))
+        hidden = p['first'][0] if p.get('first') else 0
         expected = {
             'scale': (len(self.names), outputs),
             'origin': (outputs, taps, inputs),
@@ -147,13 +147,13 @@ class BranchSum:
             'depthwise': (self.expansion, taps, inputs * self.groups),
         }
         filtered = (outputs, inputs, 1, 1)
-        for name, (role, tensor) in zip(self.roles, p.items()):
+        for name, (role, found) in zip(self.roles, p.items()):
             shape = expected.get(role, filtered)
             # 1×1 kernels are stored as those of convs.
-            is_flat = taps == 1 and tensor.numel() == math.prod(shape)
-            if tensor.shape != shape and not is_flat:
+            is_flat = taps == 1 and math.prod(found) == math.prod(shape)
+            if found != shape and not is_flat:
                 raise ValueError(
-                    f'{name} has the shape {tuple(tensor.shape)}, and a kernel of '
+                    f'{name} has the shape {tuple(found)}, and a kernel of '
                     f'{tuple(self.shape)} takes {shape}; weights of an earlier version '
                     'are reordered where a state dict is loaded'
                 )
