@@ -104,7 +104,7 @@ def plot(results: list[dict], path: Path) -> None:
             r['all_reduced_bytes'] / stock['all_reduced_bytes']
         ),
     }
-    figure, axes = plt.subplots(1, len(panels), figsize=(15, 4.6), layout='constrained')
+    figure, axes = plt.subplots(1, len(panels), figsize=(10, 4.8), layout='constrained')
     width = 0.8 / len(COLOURS)
     for axis, (title, value) in zip(axes, panels.items()):
         for index, (name, colour) in enumerate(COLOURS.items()):
@@ -114,7 +114,7 @@ def plot(results: list[dict], path: Path) -> None:
                 for n in range(len(results))
             ]
             bars = axis.bar(places, heights, width * 0.92, label=name, color=colour)
-            axis.bar_label(bars, fmt='%.2f', fontsize=8, padding=1)
+            axis.bar_label(bars, fmt='%.2f', rotation=90, padding=3)
         axis.axhline(1, color='black', linewidth=0.8)
         axis.set_title(f'{title}, x stock')
         axis.set_xticks(
@@ -124,7 +124,7 @@ def plot(results: list[dict], path: Path) -> None:
                 for r in results
             ],
         )
-        axis.margins(y=0.12)
+        axis.margins(y=0.18)
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4
     )
