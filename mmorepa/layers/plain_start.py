@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .blocks import build_conv, conv_type
 from .reparam_conv import ReparamConv2d
-from .switch import has_hooks
+from .switch import has_hooks, overrides, registered, user_attributes
 
 # What conv layers of mmcv add is for empty batches in old versions of PyTorch.
 _PLAIN_CONVS = (nn.Conv2d, mmcv.cnn.Conv2d)
@@ -35,10 +35,11 @@ def reparameterize(
 
     Left alone, and named in a line of the log, are convs that have no fold (even or
     non-square kernels, other padding than with zeros), subclasses of
-    :class:`torch.nn.Conv2d` (they may compute something else), those with hooks or a
-    parametrization, and those that share a parameter with another module. A conv
-    without a fold that is exact, such as a depthwise 7x7 conv as a deep linear chain,
-    stays plain too.
+    :class:`torch.nn.Conv2d` (they may compute something else), those with hooks, a
+    parametrization, or a method, parameter, buffer or module of their own, and those
+    that share a parameter with another module. A conv without a fold that is exact,
+    such as a depthwise 7x7 conv as a deep linear chain, stays plain too. Other
+    attributes of a conv, and of its parameters, go along.
 
     Args:
         model (nn.Module): Any model; it is changed in place.
@@ -175,6 +176,13 @@ def _reason_to_leave(conv: nn.Module) -> str:
         return 'its weight is computed from others'
     if has_hooks(conv) or any(map(has_hooks, conv.parameters())):
         return 'has hooks'
+    own = [*overrides(conv), *sorted(registered(conv) - {'weight', 'bias'})]
+    own += [n for n in user_attributes(conv) if hasattr(ReparamConv2d, n)]
+    if own:
+        return f'has a {own[0]} of its own'
+    tensors = [v for p in conv.parameters() for v in vars(p).values()]
+    if any(isinstance(value, torch.Tensor) for value in tensors):
+        return 'its parameters have tensors of their own'
     return ''
 
 
@@ -202,4 +210,8 @@ def _training_form(
     form.branches.requires_grad_(conv.weight.requires_grad)
     if conv.bias is not None:
         form.bias.requires_grad_(conv.bias.requires_grad)
+        vars(form.bias).update(vars(conv.bias))
+    vars(form).update(user_attributes(conv))
+    for parameter in form.branches.parameters():
+        vars(parameter).update(vars(conv.weight))
     return form.train(conv.training)

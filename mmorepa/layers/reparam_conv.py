@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Optional, Union
@@ -95,6 +96,13 @@ class ReparamConv2d(nn.Conv2d):
     warns_of_flaws = True
     # Whether the last state dict held a plain kernel.
     is_plain_start = False
+    # The attributes that the constructor sets, and those that this package sets later:
+    # all others are somebody else's.
+    _built: frozenset[str] = frozenset()
+    SET_LATER = frozenset(
+        ('held', 'reduced_kernel', '_served', 'channels_last', 'is_plain_start')
+        + ('warns_of_flaws', 'own_geometry')
+    )
 
     def __init__(
         self,
@@ -140,6 +148,7 @@ class ReparamConv2d(nn.Conv2d):
             self._become_plain(self._deployed_with_bias)
         elif not self.has_own_start:
             self.reset_parameters()  # As torch.nn.Conv2d does it.
+        self._built = frozenset((*vars(self), '_built'))
 
     def build_branches(self) -> nn.Module:
         """Makes the parameters of the training form.
@@ -306,7 +315,8 @@ class ReparamConv2d(nn.Conv2d):
         """Kernel, bias, norm if it is not folded, and activation of eval mode."""
         # A BatchNorm may be in another mode than the conv that it belongs to, and
         # somebody may be waiting for its inputs or outputs.
-        if self.deployed or any(map(_must_run, list(self.modules())[1:])):
+        inner = list(self.modules())[1:]
+        if self.deployed or self._changed_fold() or any(map(_must_run, inner)):
             return None
         with torch.inference_mode(False), torch.no_grad():
             return (*self._fused(), None if self._fuses_norm else self.norm, self.act)
@@ -354,9 +364,28 @@ class ReparamConv2d(nn.Conv2d):
 
         The fold is computed in float64 and stored in the dtype and on the device
         of the branches. Calling it again does nothing.
+
+        Raises:
+            TypeError: If ``kernel()`` or ``convolve()`` was overridden, which the
+                deployed form does not call.
         """
         if self.deployed:
             return
+        changed = self._changed_fold()
+        if changed:
+            raise TypeError(
+                f'{type(self).__name__} has a {changed}() of its own, which the '
+                'deployed form does not call: override _conv_forward() or forward(), '
+                'which it does, or branches_kernel_bias() too'
+            )
+        hooked = [n for n, m in self.named_modules() if n and _falls_silent(n, m, self)]
+        if hooked:
+            warnings.warn(
+                f'hooks on {", ".join(hooked)} of a {type(self).__name__} are not '
+                'called any more: these modules are folded into the kernel. Put hooks '
+                'on the conv itself',
+                stacklevel=2,
+            )
         # Outside of inference mode, whose tensors could never be trained again.
         with torch.inference_mode(False):
             kernel, bias = self.equivalent_kernel_bias()
@@ -366,7 +395,9 @@ class ReparamConv2d(nn.Conv2d):
                 p.requires_grad for p in self.parameters() if p is not own_bias
             )
             is_bias_trained = is_trained if own_bias is None else own_bias.requires_grad
+            marks = dict(vars(like)), {} if own_bias is None else dict(vars(own_bias))
             self._become_plain(bias is not None, like)
+            vars(self.weight).update(marks[0])
             with torch.no_grad():
                 self.weight.copy_(kernel)
                 if bias is not None:
@@ -374,6 +405,7 @@ class ReparamConv2d(nn.Conv2d):
             self.weight.requires_grad_(is_trained)
             if bias is not None:
                 self.bias.requires_grad_(is_bias_trained)
+                vars(self.bias).update(marks[1])
 
     def start_from(
         self,
@@ -469,6 +501,18 @@ class ReparamConv2d(nn.Conv2d):
                 self.branches.rescale(norms[0] / norms[1].clamp_min(1e-12))
         self._forget()
 
+    def _changed_fold(self) -> Optional[str]:
+        """The method of the training form alone that somebody has overridden."""
+        for name in ('kernel', 'convolve'):
+            if name in vars(self):
+                return name
+            names = (name, 'branches_kernel_bias', 'equivalent_kernel_bias')
+            owner = next(c for c in type(self).__mro__ if vars(c).keys() & set(names))
+            is_ours = owner.__module__.startswith('mmorepa.')
+            if not is_ours and not vars(owner).keys() & set(names[1:]):
+                return name
+        return None
+
     @property
     def memory_format(self) -> torch.memory_format:
         """That of the kernel. It is not stored, since no file can hold it."""
@@ -545,8 +589,10 @@ class ReparamConv2d(nn.Conv2d):
             options.update(device=like.device, dtype=like.dtype)
             plain = skip_init(nn.Conv2d, *shape, **options)
         plain.to(memory_format=self.memory_format)
+        others = {k: v for k, v in self._parameters.items() if k != 'bias'}
         self._parameters.clear()  # In the order of a plain conv.
         self.weight, self.bias = plain.weight, plain.bias
+        self._parameters.update(others)
         self._forget()
 
     def _forget(self) -> None:
@@ -744,6 +790,17 @@ def _check_is_whole(tensors: Iterable[Tensor]) -> None:
             'get_model_state_dict with StateDictOptions(full_state_dict=True), and '
             'load that into a model without FSDP'
         )
+
+
+def _falls_silent(name: str, module: nn.Module, conv: ReparamConv2d) -> bool:
+    """Whether hooks of a module inside of a conv are not called when it is deployed."""
+    is_folded = name.startswith('branches') or (name == 'norm' and conv._fuses_norm)
+    # Those of pruning and its like make weights, which are in the fold.
+    return is_folded and any(
+        not type(hook).__module__.startswith('torch.nn.utils')
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in hooks.values()
+    )
 
 
 def _must_run(module: nn.Module) -> bool:

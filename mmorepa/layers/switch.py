@@ -1,11 +1,14 @@
 """Switches whole models from training form to deployed form."""
 
 from collections.abc import Iterator
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 from torch import Tensor, nn
 
 from .reparam_conv import ReparamConv2d
+
+
+_OF_CONVS = vars(nn.Conv2d(1, 1, 1, device='meta')).keys()
 
 
 def switch_to_deploy(module: nn.Module) -> nn.Module:
@@ -13,10 +16,11 @@ def switch_to_deploy(module: nn.Module) -> nn.Module:
 
     In place, on any device and dtype. Works on whole detectors and segmenters, and
     inside model wrappers. A :class:`torch.nn.Conv2d` takes the place of each conv, or a
-    :class:`ConvAct2d` where an activation belongs to it. A conv keeps its class if its
-    norm cannot be folded (GroupNorm and the like), if it has hooks or a ``forward()``
-    of its own, or if it is ``module`` itself. The keys of the state dict are those of a
-    model that was built with ``deploy=True``.
+    :class:`ConvAct2d` where an activation belongs to it. Attributes that were set on the
+    conv go along. A conv keeps its class if its norm cannot be folded (GroupNorm and the
+    like), if it has hooks, methods, parameters, buffers or modules of its own, or if it
+    is ``module`` itself. The keys of the state dict are those of a model that was built
+    with ``deploy=True``.
 
     Args:
         module (nn.Module): A layer, a backbone, or a whole model.
@@ -51,26 +55,49 @@ def _plain(deployed: ReparamConv2d) -> nn.Module:
     is_more = (
         deployed.norm is not None
         or has_hooks(deployed)
-        # Overridden, so it computes something else.
-        or type(deployed).forward is not ReparamConv2d.forward
+        or overrides(deployed)
+        or registered(deployed) - {'weight', 'bias', 'norm', 'act'}
         or (act is not None and next(act.parameters(), None) is not None)
     )
     if is_more:
         return deployed
-    conv = nn.Conv2d(
-        deployed.in_channels,
-        deployed.out_channels,
-        deployed.kernel_size,
-        deployed.stride,
-        deployed.padding,
-        deployed.dilation,
-        deployed.groups,
-        deployed.bias is not None,
-        device='meta',
-    )
+    conv = nn.Conv2d(1, 1, 1, device='meta')
+    own = {k: v for k, v in vars(deployed).items() if k in _OF_CONVS}
+    own.update(user_attributes(deployed), _modules={}, _parameters={})
+    vars(conv).update(own)
     conv.weight, conv.bias = deployed.weight, deployed.bias
-    plain = conv if act is None else ConvAct2d(conv, act)
-    return plain.train(deployed.training)
+    return conv if act is None else ConvAct2d(conv, act).train(deployed.training)
+
+
+def user_attributes(conv: nn.Conv2d) -> dict[str, Any]:
+    """The attributes that somebody has set on a conv, besides those of its class.
+
+    Args:
+        conv (nn.Conv2d): Plain or re-parameterised.
+    """
+    known = set(_OF_CONVS)
+    if isinstance(conv, ReparamConv2d):
+        known |= conv._built | ReparamConv2d.SET_LATER
+    return {name: value for name, value in vars(conv).items() if name not in known}
+
+
+def registered(conv: nn.Module) -> set[str]:
+    """The names of the parameters, buffers and modules of a conv."""
+    return {*conv._parameters, *conv._buffers, *conv._modules}
+
+
+def overrides(conv: nn.Conv2d) -> list[str]:
+    """The methods by which a conv computes something else than its class.
+
+    Args:
+        conv (nn.Conv2d): Plain or re-parameterised. What a plain one is, its type says.
+    """
+    names = [name for name, value in user_attributes(conv).items() if callable(value)]
+    if isinstance(conv, ReparamConv2d):
+        for name in ('forward', '_conv_forward', '__call__'):
+            if getattr(type(conv), name) is not getattr(ReparamConv2d, name):
+                names.append(name)
+    return names
 
 
 def has_hooks(owner: Union[nn.Module, Tensor]) -> bool:
