@@ -25,10 +25,10 @@ class FoldedWeight(Tensor):
     To write to it in place (``normal_``, ``copy_``, ``weight[0] = …``, also through
     ``.data`` and views) starts the branches from the kernel that comes out, see
     :meth:`~mmorepa.layers.ReparamConv2d.start_from`. Random numbers, by which networks
-    initialise every conv that they know, are an exception: a conv with an
-    initialisation of its own passes them over, and one whose branches cannot give just
-    any kernel takes the norm of every row. What is computed from it is an ordinary
-    tensor, :meth:`~torch.Tensor.detach` included.
+    initialise every conv that they know, are an exception: they make the branches
+    fresh. Then a conv with an initialisation of its own passes them over, and one whose
+    branches cannot give just any kernel takes the norm of every row. What is computed
+    from it is an ordinary tensor, :meth:`~torch.Tensor.detach` included.
 
     Attributes:
         conv (ReparamConv2d): What is written to.
@@ -79,12 +79,15 @@ class FoldedWeight(Tensor):
 
     def _written(self, name: str) -> None:
         """Starts the branches from the written kernel."""
-        whole = self.whole
+        whole, conv = self.whole, self.conv
         # Draws from a truncated distribution are drawn, and then worked upon.
-        whole.is_random = name in _DRAWS or (whole.is_random and name not in _SETS)
-        if not (whole.is_random and self.conv.has_own_start and self.conv.folds_online):
+        was_random = whole.is_random
+        whole.is_random = name in _DRAWS or (was_random and name not in _SETS)
+        if whole.is_random and not was_random and not conv.is_fresh():
+            conv.redraw()
+        if not (whole.is_random and conv.has_own_start and conv.folds_online):
             kernel = whole.detach().as_subclass(Tensor)
-            self.conv.start_kernel_from(kernel, exactly=not whole.is_random)
+            conv.start_kernel_from(kernel, exactly=not whole.is_random)
 
 
 def _weights(items: Iterable) -> Iterator[FoldedWeight]:

@@ -191,7 +191,8 @@ class MultiBranchConv2d(ReparamConv2d):
         # No attribute, so that hasattr() says so.
         raise AttributeError(
             f'a {type(self).__name__} has no weight while it trains; call '
-            'mmorepa.switch_to_deploy(model) first'
+            'conv.reset_parameters() to draw it anew, conv.start_from(kernel) to set '
+            'it, or mmorepa.switch_to_deploy(model) to make it a plain conv'
         )
 
     def regularized_kernel(self) -> Tensor:

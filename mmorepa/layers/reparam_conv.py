@@ -101,8 +101,9 @@ class ReparamConv2d(nn.Conv2d):
     _built: frozenset[str] = frozenset()
     SET_LATER = frozenset(
         ('held', 'reduced_kernel', '_served', 'channels_last', 'is_plain_start')
-        + ('warns_of_flaws', 'own_geometry')
+        + ('warns_of_flaws', 'own_geometry', '_fresh')
     )
+    _fresh: Optional[list[float]] = None
 
     def __init__(
         self,
@@ -146,8 +147,8 @@ class ReparamConv2d(nn.Conv2d):
         self._become_training_form(with_branches=not deploy)
         if deploy:
             self._become_plain(self._deployed_with_bias)
-        elif not self.has_own_start:
-            self.reset_parameters()  # As torch.nn.Conv2d does it.
+        else:
+            self._start_as_built()
         self._built = frozenset((*vars(self), '_built'))
 
     def build_branches(self) -> nn.Module:
@@ -500,6 +501,62 @@ class ReparamConv2d(nn.Conv2d):
                 norms = [k.flatten(1).norm(dim=1) for k in (kernel, own)]
                 self.branches.rescale(norms[0] / norms[1].clamp_min(1e-12))
         self._forget()
+
+    def reset_parameters(self) -> None:
+        """Draws the parameters anew, as the constructor does, those of norms included.
+
+        Raises:
+            ValueError: If pruning or a parametrization computes a weight of a branch.
+        """
+        if vars(self).get('deployed', True):  # Of a plain conv, as which it is built.
+            super().reset_parameters()
+            return
+        self._draw_branches()
+        if self.norm is not None and hasattr(self.norm, 'reset_parameters'):
+            self.norm.reset_parameters()
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        self._start_as_built()
+
+    def _start_as_built(self) -> None:
+        self._remember_fresh()
+        if not self.has_own_start:
+            nn.Conv2d.reset_parameters(self)
+            self._remember_fresh()
+
+    @torch.no_grad()
+    def _draw_branches(self) -> None:
+        """Gives the branches the values of fresh ones."""
+        own, fresh = map(_named_tensors, (self.branches, self.build_branches()))
+        if own.keys() != fresh.keys():
+            raise ValueError(
+                'its branches are computed from other tensors (pruned or parametrized): '
+                'call torch.nn.utils.prune.remove or '
+                'torch.nn.utils.parametrize.remove_parametrizations before a reset'
+            )
+        _check_is_whole(own.values())
+        for name, tensor in own.items():
+            tensor.copy_(fresh[name])
+        self._forget()
+
+    def _remember_fresh(self) -> None:
+        self._fresh = self._sums()
+
+    def is_fresh(self) -> bool:
+        """Whether the branches are as they were built or reset, to the last bit."""
+        return self._fresh == self._sums()
+
+    def redraw(self) -> None:
+        """Makes the branches fresh, and takes no random numbers away from others."""
+        with torch.random.fork_rng(devices=[]):
+            self._draw_branches()
+        self._remember_fresh()
+
+    def _sums(self) -> list[float]:
+        tensors = [p.detach() for p in self.branches.parameters()]
+        # Fake ones have no sum.
+        is_real = all(type(t) is Tensor and not t.is_meta for t in tensors)
+        return [float(t.sum()) for t in tensors] if is_real else []
 
     def _changed_fold(self) -> Optional[str]:
         """The method of the training form alone that somebody has overridden."""
