@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .blocks import build_conv, conv_type
+from .references import hidden_modules, parallel_wrapper, replace_modules
 from .reparam_conv import ReparamConv2d
 from .switch import has_hooks, overrides, registered, user_attributes
 
@@ -60,12 +61,20 @@ def reparameterize(
     Raises:
         ValueError: If the block type is not known, no conv was exchanged, or a pattern
             fits no module.
+        RuntimeError: If the model is wrapped for data parallelism.
 
     Examples:
         >>> net = torchvision.models.resnet50(weights='DEFAULT')
         >>> mmorepa.reparameterize(net, exclude='layer1.*')
     """
     conv_type(block, 3)  # Raises for an unknown one.
+    wrapper = parallel_wrapper(model)
+    if wrapper is not None:
+        raise RuntimeError(
+            f'{type(wrapper).__name__} is around the model, and would not average the '
+            'gradients of branches that come later: call mmorepa.reparameterize(model) '
+            'first, and wrap it then'
+        )
     include = [include] if isinstance(include, str) else include
     exclude = [exclude] if isinstance(exclude, str) else exclude
     users: dict[nn.Parameter, set[nn.Module]] = {}
@@ -79,6 +88,7 @@ def reparameterize(
             raise ValueError(
                 f'{type(model).__name__} has no module with a name like {pattern!r}'
             )
+    hidden = hidden_modules(model)
     exchanged: dict[nn.Module, nn.Module] = {}
     left: dict[str, str] = {}
     for module, own in names.items():
@@ -91,6 +101,8 @@ def reparameterize(
         reason = _reason_to_leave(module)
         if not reason and any(len(users[p]) > 1 for p in module.parameters()):
             reason = 'shares a parameter'
+        if not reason and module in hidden:
+            reason = f'{hidden[module]} holds it in a place that cannot be changed'
         if not reason:
             try:
                 exchanged[module] = _training_form(module, block, block_cfg)
@@ -103,10 +115,7 @@ def reparameterize(
             f'no conv of {type(model).__name__} was re-parameterised: none with a name '
             f'like {include} and not like {list(exclude)} has a fold. {_text(left)}'
         )
-    for module in list(model.modules()):
-        for name, child in module._modules.items():
-            if child in exchanged:
-                module._modules[name] = exchanged[child]
+    replace_modules(model, exchanged)
     print_log(
         f'{type(model).__name__}: {len(exchanged)} convs re-parameterised ({block}), '
         f'{len(left)} left as they are. {_text(left)}'.rstrip(),

@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from typing import Any, Optional, Union
 
+import torch
 from torch import Tensor, nn
 
+from .references import parallel_wrapper, replace_modules
 from .reparam_conv import ReparamConv2d
 
 
@@ -27,27 +29,32 @@ def switch_to_deploy(module: nn.Module) -> nn.Module:
 
     Returns:
         nn.Module: ``module`` itself.
+
+    Raises:
+        RuntimeError: If a wrapper for data parallelism around it is in training mode.
+            One in eval mode may be tested after this, and not trained.
     """
-    if isinstance(module, ReparamConv2d):
-        module.switch_to_deploy()
-    else:
-        _replace_children(module, {})
+    convs = {conv: name for name, conv in outermost(module)}
+    is_switched = any(not conv.deployed for conv in convs)
+    wrapper = parallel_wrapper(module) if is_switched else None
+    if wrapper is not None:
+        if wrapper.training:
+            _refuse_training(wrapper)
+        wrapper.register_forward_pre_hook(_refuse_training)
+    for conv in convs:
+        conv.switch_to_deploy()
+    if not isinstance(module, ReparamConv2d):
+        replace_modules(module, {conv: _plain(conv) for conv in convs})
     return module
 
 
-def _replace_children(module: nn.Module, seen: dict[nn.Module, nn.Module]) -> None:
-    # Not named_children(), which leaves out the second name of a shared module.
-    for name, child in module._modules.items():
-        if child is None:
-            continue
-        if child not in seen:
-            seen[child] = child
-            if isinstance(child, ReparamConv2d):
-                child.switch_to_deploy()
-                seen[child] = _plain(child)
-            else:
-                _replace_children(child, seen)
-        module._modules[name] = seen[child]
+def _refuse_training(wrapper: nn.Module, *args) -> None:
+    if wrapper.training and torch.is_grad_enabled():
+        raise RuntimeError(
+            f'{type(wrapper).__name__} averages the gradients of branches, and would '
+            'not those of a model that is deployed inside of it: deploy the model '
+            'first, and wrap it again'
+        )
 
 
 def _plain(deployed: ReparamConv2d) -> nn.Module:
