@@ -1,6 +1,7 @@
 """The Diverse Branch Block (Ding et al., CVPR 2021), the paper's baseline."""
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from ..functional import (
 )
 from .blocks import BLOCKS
 from .multi_branch import MultiBranchConv2d, norm_scale
-from .reparam_conv import ReparamConv2d
+from .reparam_conv import ReparamConv2d, leaf_call
 
 
 @BLOCKS.register_module('dbb')
@@ -75,6 +76,8 @@ class PointwiseThenConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, I, H, W) to (N, O, H', W')."""
+        if isinstance(x, torch.fx.Proxy):
+            return leaf_call(self, x)
         x = self.first(x)
         pads = [self.second.dilation[0] * (self.second.kernel_size[0] // 2)] * 4
         if self.second.padding_mode != 'zeros':

@@ -60,8 +60,10 @@ class FoldedWeight(Tensor):
         name = getattr(func, '__name__', '')
         kwargs = kwargs or {}
         weights = list(_weights((args, tuple(kwargs.values()))))
-        if name in ('__set__', 'set_') and isinstance(args[0], cls):
-            raise TypeError(NO_PARAMETER)
+        if isinstance(args[0] if args else None, cls):
+            answer = args[0]._as_parameter(func, name, args[1:], kwargs)
+            if answer is not NotImplemented:
+                return answer
         is_rule = getattr(func, '__module__', '') == 'torch.nn.init'
         with torch._C.DisableTorchFunctionSubclass():
             versions = [weight._version for weight in weights]
@@ -76,6 +78,45 @@ class FoldedWeight(Tensor):
                 weight._written(name)
             # A detached one is taken for parameters of other modules.
             return found if name == 'detach' else _as_views(found, weights)
+
+    def _as_parameter(self, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
+        """What a parameter would do that a tensor of the moment does not."""
+        tensor = torch.Tensor
+        if name == 'set_':
+            raise TypeError(NO_PARAMETER)
+        if func in (tensor.grad.__get__, tensor.grad.__set__) or name in _HOOKS:
+            raise TypeError(NO_GRADIENT)
+        if func is tensor.data.__set__ and _is_written(self, args[0]):
+            return None  # As `conv.weight.data *= 2` ends.
+        is_whole = self.whole is self
+        if is_whole and func is tensor.requires_grad.__get__:
+            return any(p.requires_grad for p in self.conv.branches.parameters())
+        if is_whole and func in (tensor.requires_grad_, tensor.requires_grad.__set__):
+            value = next(iter((*args, *kwargs.values())), True)
+            self.conv.branches.requires_grad_(value)
+            self.conv._forget()
+            return self if func is tensor.requires_grad_ else None
+        if name == '__set__':
+            raise TypeError(NO_PARAMETER)
+        # nn.Parameter() asks for a detached one of the same type, and marks it then.
+        if name == 'detach' and sys._getframe(2).f_code is _NEW_PARAMETER:
+            with torch._C.DisableTorchFunctionSubclass():
+                return _Unmarked.of(self)
+        return NotImplemented
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _OWN and not hasattr(Tensor, name):
+            raise TypeError(
+                f'{name!r} would be lost, since conv.weight is folded anew each time: '
+                "set it on the conv, or on conv.branches' parameters"
+            )
+        super().__setattr__(name, value)
+
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        return self.detach().clone()
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        return self.detach().__reduce_ex__(protocol)
 
     def _written(self, name: str) -> None:
         """Starts the branches from the written kernel."""

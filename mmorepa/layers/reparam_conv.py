@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
+import torch.fx
 from mmcv.cnn import build_activation_layer, build_norm_layer
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -261,6 +262,10 @@ class ReparamConv2d(nn.Conv2d):
         Returns:
             Tensor: Shape (N, O, H', W').
         """
+        if isinstance(x, torch.fx.Proxy):
+            node = leaf_call(self, x)
+            if node is not None:
+                return node
         folds = self._served
         if folds is not None and not (
             self.training or torch.is_grad_enabled() or is_followed()
@@ -276,7 +281,7 @@ class ReparamConv2d(nn.Conv2d):
         if self.deployed:
             x = self._conv_forward(x, self.weight, self.bias)
         else:
-            if torch.onnx.is_in_onnx_export():
+            if _is_exported_to_onnx():
                 raise RuntimeError(
                     'a training form is not exported to ONNX: call '
                     'mmorepa.switch_to_deploy(model) first'
@@ -809,6 +814,28 @@ class ReparamConv2d(nn.Conv2d):
         twin.switch_to_deploy()
         for name, value in twin.state_dict().items():
             state_dict[prefix + name] = value
+
+
+def leaf_call(module: nn.Module, x: torch.fx.Proxy) -> Optional[torch.fx.Proxy]:
+    """The node of a symbolic trace that calls a module as a whole.
+
+    Returns:
+        torch.fx.Proxy | None: None if the module is traced itself, or has a ``forward()``
+        that calls this one.
+    """
+    method = type(module).forward
+    if x.tracer.root is module or 'forward' in vars(module) or not (
+        method.__module__.startswith('mmorepa.')
+    ):
+        return None
+    name = x.tracer.path_of_module(module)
+    return x.tracer.create_proxy('call_module', name, (x,), {})
+
+
+# Asked while a compiler traces, which would answer itself, and no.
+@torch.compiler.assume_constant_result
+def _is_exported_to_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
 
 
 def _is_plain(branches: nn.Module) -> bool:

@@ -1,15 +1,20 @@
 """Switches whole models from training form to deployed form."""
 
+import re
 from collections.abc import Iterator
 from typing import Any, Optional, Union
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from .references import parallel_wrapper, replace_modules
 from .reparam_conv import ReparamConv2d
 
 
+_OF_BRANCHES = re.compile(
+    r'(^|[._])branches[._](scale|weight|factors|origin|pointwise|average|identity)'
+)
 _OF_CONVS = vars(nn.Conv2d(1, 1, 1, device='meta')).keys()
 
 
@@ -31,9 +36,11 @@ def switch_to_deploy(module: nn.Module) -> nn.Module:
         nn.Module: ``module`` itself.
 
     Raises:
-        RuntimeError: If a wrapper for data parallelism around it is in training mode.
-            One in eval mode may be tested after this, and not trained.
+        RuntimeError: If a wrapper for data parallelism around it is in training mode
+            (one in eval mode may be tested after this, and not trained), or if it is a
+            program of the operations of branches, by ``torch.export`` for example.
     """
+    _check_traces(module)
     convs = {conv: name for name, conv in outermost(module)}
     is_switched = any(not conv.deployed for conv in convs)
     wrapper = parallel_wrapper(module) if is_switched else None
@@ -46,6 +53,21 @@ def switch_to_deploy(module: nn.Module) -> nn.Module:
     if not isinstance(module, ReparamConv2d):
         replace_modules(module, {conv: _plain(conv) for conv in convs})
     return module
+
+
+def _check_traces(model: nn.Module) -> None:
+    for name, graph in model.named_modules():
+        if not isinstance(graph, torch.fx.GraphModule):
+            continue
+        for node in graph.graph.nodes:
+            if node.op in ('get_attr', 'call_module') and _OF_BRANCHES.search(
+                str(node.target)
+            ):
+                raise RuntimeError(
+                    f'{name or type(graph).__name__} is a program in which the '
+                    f'operations of branches are traced ({node.target}): call '
+                    'mmorepa.switch_to_deploy(model) before it is traced or exported'
+                )
 
 
 def _refuse_training(wrapper: nn.Module, *args) -> None:
