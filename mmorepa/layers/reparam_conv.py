@@ -680,7 +680,16 @@ class ReparamConv2d(nn.Conv2d):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == 'weight' and not vars(self).get('deployed', True):
+            # `conv.weight += 1` ends with the weight that was written to.
+            if isinstance(value, FoldedWeight) and value.conv is self:
+                if value.whole is value and value.is_written:
+                    return
             raise TypeError(NO_PARAMETER)
+        if name == 'qconfig' and value is not None and not self.deployed:
+            raise TypeError(
+                'a training form is not quantized: call mmorepa.switch_to_deploy(model) '
+                'first, and train that with prepare_qat'
+            )
         super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
