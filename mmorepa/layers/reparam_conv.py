@@ -21,6 +21,7 @@ from ..utils.autocast import HALF_DTYPES, no_autocast
 from ..utils.errors import CheckpointError
 from ..utils.weights import warn_of_flaws
 from .folded_weight import NO_PARAMETER, FoldedWeight
+from .param_groups import watch
 
 if TYPE_CHECKING:
     from .holding import HeldKernel
@@ -205,6 +206,8 @@ class ReparamConv2d(nn.Conv2d):
         Returns:
             Tensor: Shape (O, Ig, k, k), in the dtype of the branches.
         """
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            watch(self)
         tensors = [*self.branches.parameters(), *self.branches.buffers()]
         if not tensors:  # A wrapper has put other tensors in the parameters' place.
             return self.branches()
