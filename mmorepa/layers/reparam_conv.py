@@ -3,7 +3,7 @@
 import copy
 import functools
 import warnings
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Optional, Union
 
@@ -566,6 +566,15 @@ class ReparamConv2d(nn.Conv2d):
         is_real = all(type(t) is Tensor and not t.is_meta for t in tensors)
         return [float(t.sum()) for t in tensors] if is_real else []
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Called by torch.jit.script."""
+        if not self.deployed:
+            raise TypeError(
+                'a training form is not scripted: call mmorepa.switch_to_deploy(model) '
+                'first'
+            )
+        return self
+
     def _changed_fold(self) -> Optional[str]:
         """The method of the training form alone that somebody has overridden."""
         for name in ('kernel', 'convolve'):
@@ -701,9 +710,14 @@ class ReparamConv2d(nn.Conv2d):
             raise TypeError(NO_PARAMETER)
         super().register_parameter(name, param)
 
-    def _apply(self, *args, **kwargs) -> 'ReparamConv2d':
+    def _apply(self, fn: Callable, *args, **kwargs) -> 'ReparamConv2d':
         self._forget()
-        return super()._apply(*args, **kwargs)
+        # By Module.to(memory_format=...), which the branches are not asked for.
+        probe = torch.empty(2, 2, 2, 2).to(memory_format=self.memory_format)
+        is_last = fn(probe).is_contiguous(memory_format=torch.channels_last)
+        if is_last is not self.channels_last:
+            self.channels_last = is_last
+        return super()._apply(fn, *args, **kwargs)
 
     def _load_from_state_dict(
         self,
@@ -726,6 +740,7 @@ class ReparamConv2d(nn.Conv2d):
             # The training form of a PlainConv2d, whose kernel is a parameter.
             state_dict[f'{prefix}weight'] = state_dict.pop(own)
         has_branches = any(k.startswith(f'{prefix}branches.') for k in state_dict)
+        dtypes = {k: v.dtype for k, v in state_dict.items() if k.startswith(prefix)}
         self.is_plain_start = False
         if self.deployed and has_branches:
             self._deploy_state_dict(state_dict, prefix)
@@ -736,6 +751,8 @@ class ReparamConv2d(nn.Conv2d):
                 raise CheckpointError(
                     f"{type(self).__name__} cannot start from '{prefix}weight': {error}"
                 ) from error
+        if local_metadata.get('assign_to_params_buffers'):
+            _keep_dtypes(state_dict, prefix, dtypes)
         super()._load_from_state_dict(
             state_dict,
             prefix,
@@ -857,6 +874,16 @@ def _is_plain(branches: nn.Module) -> bool:
 def _check_start(start: str) -> None:
     if start not in STARTS:
         raise ValueError(f'start is one of {", ".join(STARTS)}, found {start!r}')
+
+
+def _keep_dtypes(
+    state_dict: dict[str, Tensor], prefix: str, dtypes: dict[str, torch.dtype]
+) -> None:
+    """Gives what was computed of a checkpoint its dtypes: it becomes parameters."""
+    kernels = [v for k, v in dtypes.items() if 'norm.' not in k and v.is_floating_point]
+    for name, value in state_dict.items():
+        if kernels and name.startswith(prefix) and value.is_floating_point():
+            state_dict[name] = value.to(dtypes.get(name, kernels[0]))
 
 
 def _load_norm(norm: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
