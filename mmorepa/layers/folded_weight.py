@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 NO_PARAMETER = (
     'the weight of a training form is folded from its branches and is no parameter. '
     'To start the branches from a kernel, call conv.start_from(kernel) or write to '
-    'conv.weight.data in place; to have a parameter, deploy the model first, by '
-    'mmorepa.switch_to_deploy(model) or deploy=True in conv_cfg'
+    'conv.weight.data in place; to have a parameter (for spectral norm, for example), '
+    'deploy the model first, by mmorepa.switch_to_deploy(model) or deploy=True in conv_cfg'
 )
 NO_GRADIENT = (
     'conv.weight of a training form is folded anew each time, and keeps no gradient and '

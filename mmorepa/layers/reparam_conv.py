@@ -637,6 +637,7 @@ class ReparamConv2d(nn.Conv2d):
         """Gives this module fresh parameters of the training form."""
         self.deployed = False
         self._parameters.pop('weight', None)
+        vars(self)['_parameters'] = _Parameters(self._parameters)
         self.bias = None
         if self.conv_bias:
             self.bias = nn.Parameter(torch.zeros(self.out_channels))
@@ -664,7 +665,7 @@ class ReparamConv2d(nn.Conv2d):
             plain = skip_init(nn.Conv2d, *shape, **options)
         plain.to(memory_format=self.memory_format)
         others = {k: v for k, v in self._parameters.items() if k != 'bias'}
-        self._parameters.clear()  # In the order of a plain conv.
+        vars(self)['_parameters'] = {}  # In the order of a plain conv.
         self.weight, self.bias = plain.weight, plain.bias
         self._parameters.update(others)
         self._forget()
@@ -874,6 +875,15 @@ def _is_plain(branches: nn.Module) -> bool:
 def _check_start(start: str) -> None:
     if start not in STARTS:
         raise ValueError(f'start is one of {", ".join(STARTS)}, found {start!r}')
+
+
+class _Parameters(dict):
+    """Those of a training form, for wrappers that look for its weight there."""
+
+    def __missing__(self, name: str) -> None:
+        if name == 'weight':
+            raise KeyError(NO_PARAMETER)
+        raise KeyError(name)
 
 
 def _keep_dtypes(

@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 from helpers import assert_near, trained_like
+from mmcv.cnn import ConvModule
 from mmengine.optim import build_optim_wrapper
 from torch import nn
 from torch.ao import quantization
 
 from mmorepa import reparameterize, switch_to_deploy
+from mmorepa.engine import read_checkpoint
 from mmorepa.layers import DBBConv2d, OREPAConv2d, RepVGGConv2d, log_plain_starts
 
 BN = dict(type='BN')
@@ -74,6 +76,31 @@ def test_every_conv_that_stays_is_named(log):
     model.load_state_dict({k: v for k, v in state.items() if 'lazy' not in k}, False)
     log_plain_starts(model)
     assert ': 1 re-parameterised convs start from the plain kernels' in log[1]
+
+
+def test_spectral_norm_of_a_module():
+    cfg = dict(conv_cfg=dict(type='OREPAConv2d'), with_spectral_norm=True)
+    with pytest.raises(KeyError, match=r'for spectral norm.*mmorepa\.switch_to_deploy'):
+        ConvModule(3, 4, 3, **cfg)
+    cfg['conv_cfg']['deploy'] = True
+    ConvModule(3, 4, 3, **cfg)(torch.randn(1, 3, 5, 5))
+
+
+def test_compiled():
+    model = nn.Sequential(OREPAConv2d(3, 4, 3), DBBConv2d(4, 4, 3, padding=1))
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    x = torch.randn(2, 3, 7, 7)
+    for _ in range(2):
+        assert_near(compiled.eval()(x), model(x))
+    model[1].dilation = model[1].padding = 2
+    assert_near(compiled(x), switch_to_deploy(copy.deepcopy(model))(x))
+
+
+def test_checkpoint_of_a_compiled_model(tmp_path):
+    compiled = torch.compile(nn.Sequential(OREPAConv2d(3, 4, 3)))
+    torch.save(compiled.state_dict(), tmp_path / 'compiled.pth')
+    with pytest.raises(RuntimeError, match=r"'_orig_mod\.', those of .*removeprefix"):
+        read_checkpoint(str(tmp_path / 'compiled.pth'))
 
 
 @pytest.mark.parametrize('kind', KINDS)
