@@ -132,7 +132,7 @@ class DeepLinearKernel(nn.Module):
         too few inner channels, all stay as they were built.
 
         Returns:
-            dict[str, float]: The scale of ``origin`` for the last factor, if it has one.
+            dict[str, float]: The scale of ``origin`` in the last factor, if any.
         """
         *others, last = self.factors
         kernels = [torch.zeros_like(factor(), dtype=torch.float64) for factor in others]
@@ -144,7 +144,10 @@ class DeepLinearKernel(nn.Module):
         if len(units) > inner:
             return {}
         # How often a tap is reached, squared, in one dimension.
-        reached = [sum(tap - 2 <= offset <= tap for offset in offsets) for tap in range(size + 3)]
+        reached = [
+            sum(tap - 2 <= offset <= tap for offset in offsets)
+            for tap in range(size + 3)
+        ]
         gain = sum(n * n for n in reached) / len(reached) * inner / len(units)
         for channel in range(inner * self.groups):
             i, *left = units[channel % inner % len(units)]

@@ -93,7 +93,9 @@ class FoldedKernel(nn.Module):
         kernels.pop('origin')
         if not kernels:
             return
-        power = sum(kernel.square().flatten(1).sum(dim=1) for kernel in kernels.values())
+        power = sum(
+            kernel.square().flatten(1).sum(dim=1) for kernel in kernels.values()
+        )
         limit = math.sqrt(math.prod(self.branch_sum.shape[1:])) / 6
         factor = (limit / power).sqrt().clamp(max=1)
         for name, role in self.branch_sum.roles.items():

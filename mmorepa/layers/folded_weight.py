@@ -14,11 +14,12 @@ NO_PARAMETER = (
     'the weight of a training form is folded from its branches and is no parameter. '
     'To start the branches from a kernel, call conv.start_from(kernel) or write to '
     'conv.weight.data in place; to have a parameter (for spectral norm, for example), '
-    'deploy the model first, by mmorepa.switch_to_deploy(model) or deploy=True in conv_cfg'
+    'deploy the model first, by mmorepa.switch_to_deploy(model) or deploy=True in '
+    'conv_cfg'
 )
 NO_GRADIENT = (
-    'conv.weight of a training form is folded anew each time, and keeps no gradient and '
-    'no hooks: take those of the parameters of conv.branches'
+    'conv.weight of a training form is folded anew each time, and keeps no gradient '
+    'and no hooks: take those of the parameters of conv.branches'
 )
 _OWN = ('conv', 'whole', 'is_random', 'is_written')
 _DRAWS = ('normal_', 'uniform_', 'kaiming_uniform_')
@@ -96,7 +97,9 @@ class FoldedWeight(Tensor):
             is_asked = sys._getframe(1).f_code is torch.nn.Parameter.__new__.__code__
             return found.as_subclass(cls) if is_asked else found
 
-    def _as_parameter(self, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
+    def _as_parameter(
+        self, func: Callable, name: str, args: tuple, kwargs: dict
+    ) -> Any:
         """What a parameter would do that a tensor of the moment does not."""
         tensor = torch.Tensor
         if name == 'set_':

@@ -1,4 +1,4 @@
-"""The parameters of a model for an optimizer, and a warning where they are not in one."""
+"""Parameters for an optimizer, and a warning where they are missing in one."""
 
 import warnings
 from collections.abc import Collection

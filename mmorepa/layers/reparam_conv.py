@@ -538,8 +538,8 @@ class ReparamConv2d(nn.Conv2d):
         own, fresh = map(_named_tensors, (self.branches, self.build_branches()))
         if own.keys() != fresh.keys():
             raise ValueError(
-                'its branches are computed from other tensors (pruned or parametrized): '
-                'call torch.nn.utils.prune.remove or '
+                'its branches are computed from other tensors (pruned or parametrized)'
+                ': call torch.nn.utils.prune.remove or '
                 'torch.nn.utils.parametrize.remove_parametrizations before a reset'
             )
         _check_is_whole(own.values())
@@ -694,14 +694,14 @@ class ReparamConv2d(nn.Conv2d):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == 'weight' and not vars(self).get('deployed', True):
             # `conv.weight += 1` ends with the weight that was written to.
-            if isinstance(value, FoldedWeight) and value.conv is self:
-                if value.whole is value and value.is_written:
-                    return
+            is_own = isinstance(value, FoldedWeight) and value.conv is self
+            if is_own and value.whole is value and value.is_written:
+                return
             raise TypeError(NO_PARAMETER)
         if name == 'qconfig' and value is not None and not self.deployed:
             raise TypeError(
-                'a training form is not quantized: call mmorepa.switch_to_deploy(model) '
-                'first, and train that with prepare_qat'
+                'a training form is not quantized: call '
+                'mmorepa.switch_to_deploy(model) first, and train that with prepare_qat'
             )
         super().__setattr__(name, value)
 
@@ -850,12 +850,14 @@ def leaf_call(module: nn.Module, x: torch.fx.Proxy) -> Optional[torch.fx.Proxy]:
     """The node of a symbolic trace that calls a module as a whole.
 
     Returns:
-        torch.fx.Proxy | None: None if the module is traced itself, or has a ``forward()``
-        that calls this one.
+        torch.fx.Proxy | None: None if the module is traced itself, or has a
+        ``forward()`` that calls this one.
     """
     method = type(module).forward
-    if x.tracer.root is module or 'forward' in vars(module) or not (
-        method.__module__.startswith('mmorepa.')
+    if (
+        x.tracer.root is module
+        or 'forward' in vars(module)
+        or not (method.__module__.startswith('mmorepa.'))
     ):
         return None
     name = x.tracer.path_of_module(module)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from .references import parallel_wrapper, replace_modules
 from .reparam_conv import ReparamConv2d
 
-
 _OF_BRANCHES = re.compile(
     r'(^|[._])branches[._](scale|weight|factors|origin|pointwise|average|identity)'
 )
@@ -23,10 +22,10 @@ def switch_to_deploy(module: nn.Module) -> nn.Module:
 
     In place, on any device and dtype. Works on whole detectors and segmenters, and
     inside model wrappers. A :class:`torch.nn.Conv2d` takes the place of each conv, or a
-    :class:`ConvAct2d` where an activation belongs to it. Attributes that were set on the
-    conv go along. A conv keeps its class if its norm cannot be folded (GroupNorm and the
-    like), if it has hooks, methods, parameters, buffers or modules of its own, or if it
-    is ``module`` itself. The keys of the state dict are those of a model that was built
+    :class:`ConvAct2d` where an activation belongs to it. Attributes that were set on
+    the conv go along. A conv keeps its class if its norm cannot be folded (GroupNorm and
+    the like), if it has hooks, methods, parameters, buffers or modules of its own, or if
+    it is ``module`` itself. The keys of the state dict are those of a model that was built
     with ``deploy=True``.
 
     Args:

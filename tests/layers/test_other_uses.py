@@ -118,7 +118,10 @@ def test_scripted(kind):
 def test_quantization_aware_training():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
     qconfig = quantization.get_default_qat_qconfig('fbgemm')
-    for form in (reparameterize(copy.deepcopy(model)), nn.Sequential(DBBConv2d(3, 3, 1))):
+    for form in (
+        reparameterize(copy.deepcopy(model)),
+        nn.Sequential(DBBConv2d(3, 3, 1)),
+    ):
         form.qconfig = qconfig
         with pytest.raises(TypeError, match='is not quantized: call mmorepa.switch_to'):
             quantization.prepare_qat(form.train())

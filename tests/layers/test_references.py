@@ -7,8 +7,8 @@ import pytest
 import torch
 from helpers import assert_near
 from torch import distributed, multiprocessing, nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mmorepa import reparameterize, switch_to_deploy
@@ -111,7 +111,9 @@ def worker(rank, meeting):
     model = reparameterize(inner)
     x = torch.randn(1, 3, 5, 5)
     for part in (lambda wrapped: wrapped, lambda wrapped: wrapped.module):
-        wrapped = DistributedDataParallel(reparameterize(nn.Sequential(nn.Conv2d(3, 4, 3))))
+        wrapped = DistributedDataParallel(
+            reparameterize(nn.Sequential(nn.Conv2d(3, 4, 3)))
+        )
         with pytest.raises(RuntimeError, match='wrap it again'):
             switch_to_deploy(part(wrapped))
         expected = wrapped.eval()(x)

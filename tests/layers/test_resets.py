@@ -46,7 +46,9 @@ def test_reset_parameters(kind, options, size):
         if fresh[name].float().std() == 0 or fresh[name].numel() == 1:
             assert torch.equal(value, fresh[name]), name
         elif name != 'branches.identity':
-            assert value.std().item() == pytest.approx(fresh[name].std().item(), rel=0.7)
+            assert value.std().item() == pytest.approx(
+                fresh[name].std().item(), rel=0.7
+            )
     before = kernel_of(conv)
     conv.reset_parameters()
     assert cosine(before, kernel_of(conv)) < 0.9
@@ -96,7 +98,9 @@ def test_what_counts_as_trained(train):
 @pytest.mark.parametrize('kind', WITH_NORMS)
 def test_blocks_say_how_to_reset(kind):
     conv = kind(4, 4, 3, padding=1)
-    with pytest.raises(AttributeError, match=r'call conv\.reset_parameters\(\) to draw'):
+    with pytest.raises(
+        AttributeError, match=r'call conv\.reset_parameters\(\) to draw'
+    ):
         nn.init.kaiming_normal_(conv.weight)
 
 

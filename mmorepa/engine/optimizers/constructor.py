@@ -207,8 +207,8 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         logger = MMLogger.get_current_instance()
         if not turned and any(getattr(conv, 'deployed', False) for conv in convs):
             logger.warning(
-                f'{type(model).__name__} trains in its deployed form, without branches: '
-                'build it without deploy=True to train it re-parameterised'
+                f'{type(model).__name__} trains in its deployed form, without '
+                'branches: build it without deploy=True to train it re-parameterised'
             )
         logger.info(
             f'{type(wrapper).__name__}: {way} (folds {folds}; '
