@@ -23,10 +23,10 @@ def switch_to_deploy(module: nn.Module) -> nn.Module:
     In place, on any device and dtype. Works on whole detectors and segmenters, and
     inside model wrappers. A :class:`torch.nn.Conv2d` takes the place of each conv, or a
     :class:`ConvAct2d` where an activation belongs to it. Attributes that were set on
-    the conv go along. A conv keeps its class if its norm cannot be folded (GroupNorm and
-    the like), if it has hooks, methods, parameters, buffers or modules of its own, or if
-    it is ``module`` itself. The keys of the state dict are those of a model that was built
-    with ``deploy=True``.
+    the conv go along. A conv keeps its class if its norm cannot be folded (GroupNorm
+    and the like), if it has hooks, methods, parameters, buffers or modules of its own,
+    or if it is ``module`` itself. The keys of the state dict are those of a model that
+    was built with ``deploy=True``.
 
     Args:
         module (nn.Module): A layer, a backbone, or a whole model.
