@@ -22,6 +22,7 @@ from .hub import get_config, list_configs  # noqa: E402
 from .layers import (  # noqa: E402
     folded,
     is_switchable,
+    param_groups,
     reparameterize,
     set_channels_last,
     switch_to_deploy,
@@ -43,6 +44,7 @@ __all__ = [
     'is_switchable',
     'layers',
     'list_configs',
+    'param_groups',
     'reparameterize',
     'set_channels_last',
     'switch_to_deploy',

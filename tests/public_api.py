@@ -12,6 +12,8 @@ from mmorepa import functional
 
 def build(network: nn.Module) -> nn.Module:
     model: nn.Module = mmorepa.reparameterize(network)
+    groups: list[dict] = mmorepa.param_groups(model, weight_decay=0.01)
+    torch.optim.SGD(groups, lr=0.1)
     with mmorepa.folded(model), torch.no_grad():
         model(torch.zeros(1, 3, 32, 32))
     switchable: bool = mmorepa.is_switchable(model)

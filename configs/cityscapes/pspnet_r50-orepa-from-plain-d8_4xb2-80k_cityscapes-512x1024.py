@@ -3,5 +3,3 @@ _base_ = 'pspnet_r50-orepa-d8_4xb2-80k_cityscapes-512x1024.py'
 
 pretrained = 'torchvision://resnet50'
 model = dict(backbone=dict(init_cfg=dict(checkpoint=pretrained)))
-# A step moves the stem's kernel about as far as a plain one: see docs/transfer.md.
-optim_wrapper = dict(paramwise_cfg=dict(stem_lr_mult=0.02))

@@ -3,5 +3,3 @@ _base_ = 'faster-rcnn_r50-orepa_fpn_1x_coco.py'
 
 pretrained = 'torchvision://resnet50'
 model = dict(backbone=dict(init_cfg=dict(checkpoint=pretrained)))
-# A step moves the stem's kernel about as far as a plain one: see docs/transfer.md.
-optim_wrapper = dict(paramwise_cfg=dict(stem_lr_mult=0.02))

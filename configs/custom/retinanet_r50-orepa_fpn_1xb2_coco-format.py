@@ -11,6 +11,6 @@ model = dict(
     backbone=dict(block='orepa', init_cfg=dict(checkpoint='torchvision://resnet50'))
 )
 # A step moves the stem's kernel about as far as a plain one: see docs/transfer.md.
-optim_wrapper = dict(optimizer=dict(lr=0.0025), paramwise_cfg=dict(stem_lr_mult=0.02))
+optim_wrapper = dict(optimizer=dict(lr=0.0025), paramwise_cfg=dict(stem_lr_mult=0.5))
 train_cfg = dict(max_epochs=12)
 auto_scale_lr = dict(enable=False, base_batch_size=2)

@@ -108,6 +108,12 @@ def read_checkpoint(path: str, keep_prefix: bool = False) -> dict:
         checkpoint['state_dict'] = {
             key.removeprefix('module.'): value for key, value in state.items()
         }
+    if any(key.startswith('_orig_mod.') for key in checkpoint['state_dict']):
+        raise CheckpointError(
+            f"{path!r}: its keys start with '_orig_mod.', those of a model that "
+            'torch.compile wraps: save compiled._orig_mod.state_dict() instead, or '
+            "take the prefix away with key.removeprefix('_orig_mod.')"
+        )
     return checkpoint
 
 

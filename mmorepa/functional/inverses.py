@@ -54,7 +54,9 @@ def solve_deep_linear(kernel: Tensor, first: Tensor, groups: int = 1) -> Tensor:
     """
     kernel, first = kernel.double(), first.double()
     hidden, size = len(first) // groups, kernel.shape[-1] - first.shape[-1] + 1
-    unknowns = hidden * size**2
+    unknowns, equations = hidden * size**2, kernel[0].numel()
+    if unknowns < equations:  # Said before a system is solved that takes minutes.
+        raise ValueError(_too_narrow(hidden, equations, unknowns))
     units = torch.eye(unknowns, dtype=torch.float64, device=kernel.device)
     units = units.view(unknowns, hidden, size, size)
     found = []
@@ -65,11 +67,16 @@ def solve_deep_linear(kernel: Tensor, first: Tensor, groups: int = 1) -> Tensor:
         solution = wanted.flatten(1) @ inverse
         error = (solution @ system - wanted.flatten(1)).abs().max()
         if error > 1e-6 * wanted.abs().max():
-            raise ValueError(
-                'a deep linear kernel cannot be any kernel if its factors are narrow '
-                f'({hidden} channels in a group): of {system.shape[1]} weights of an '
-                f'output channel, {int(torch.linalg.matrix_rank(system.cpu()))} can be '
-                f'chosen freely, and all of them with more inner channels (inner_mult)'
-            )
+            rank = int(torch.linalg.matrix_rank(system.cpu()))
+            raise ValueError(_too_narrow(hidden, equations, rank))
         found.append(solution.view(-1, hidden, size, size))
     return torch.cat(found)
+
+
+def _too_narrow(hidden: int, weights: int, free: int) -> str:
+    return (
+        'a deep linear kernel cannot be any kernel if its factors are narrow '
+        f'({hidden} channels in a group): of {weights} weights of an output channel, '
+        f'{free} can be chosen freely, and all of them with more inner channels '
+        '(inner_mult)'
+    )

@@ -35,8 +35,10 @@ def constant(make: Callable[..., Tensor], *args, like: Tensor) -> Tensor:
         Tensor: Not to be written to.
     """
     # A fake one has fake constants. A compiler traces how they are made: PyTorch 2.6
-    # cannot look them up.
-    if type(like) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
+    # cannot look them up. So does torch.jit.trace, which would find other operations
+    # the second time.
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if type(like) not in (Tensor, nn.Parameter) or is_traced:
         return make(*args, like.dtype, like.device)
     key = (make, args, like.dtype, like.device)
     found = _constants.get(key)

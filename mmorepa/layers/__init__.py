@@ -14,6 +14,7 @@ from .orepa import (
     OREPAPlainStemConv2d,
     OREPAPointwiseKernel,
 )
+from .param_groups import param_groups
 from .plain import PlainConv2d, PlainKernel
 from .plain_start import build_reparameterized, log_plain_starts, reparameterize
 from .reparam_conv import ReparamConv2d
@@ -49,6 +50,7 @@ __all__ = [
     'held',
     'is_switchable',
     'outermost',
+    'param_groups',
     'backward_to_branches',
     'reparameterize',
     'set_channels_last',

@@ -1,6 +1,7 @@
 """The Diverse Branch Block (Ding et al., CVPR 2021), the paper's baseline."""
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from ..functional import (
 )
 from .blocks import BLOCKS
 from .multi_branch import MultiBranchConv2d, norm_scale
-from .reparam_conv import ReparamConv2d
+from .reparam_conv import ReparamConv2d, leaf_call
 
 
 @BLOCKS.register_module('dbb')
@@ -48,7 +49,7 @@ class DBBConv2d(MultiBranchConv2d):
                 IdentityConv2d, out_channels=inputs, kernel_size=1, stride=1
             )
             second = self.build_conv(padding=0)
-        return PointwiseThenConv2d(first, second, self.padding[0])
+        return PointwiseThenConv2d(first, second)
 
 
 class PointwiseThenConv2d(nn.Module):
@@ -59,18 +60,14 @@ class PointwiseThenConv2d(nn.Module):
 
     Args:
         first (ReparamConv2d): The 1×1 conv.
-        second (ReparamConv2d): The k×k conv, without padding. Its groups are those
-            of ``first``, or it is depthwise.
-        padding (int): The padding between them.
+        second (ReparamConv2d): The k×k conv, without padding, for a conv with one of
+            dilation·(k // 2). Its groups are those of ``first``, or it is depthwise.
     """
 
-    def __init__(
-        self, first: ReparamConv2d, second: ReparamConv2d, padding: int
-    ) -> None:
+    def __init__(self, first: ReparamConv2d, second: ReparamConv2d) -> None:
         super().__init__()
         self.first = first
         self.second = second
-        self.padding = padding
 
     @property
     def norm(self) -> nn.Module:
@@ -79,11 +76,16 @@ class PointwiseThenConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, I, H, W) to (N, O, H', W')."""
+        if isinstance(x, torch.fx.Proxy):
+            return leaf_call(self, x)
         x = self.first(x)
+        pads = [self.second.dilation[0] * (self.second.kernel_size[0] // 2)] * 4
+        if self.second.padding_mode != 'zeros':
+            return self.second(F.pad(x, pads, mode=self.second.padding_mode))
         # After the conv, so that these are the statistics it has just updated.
         value = _padding_value(self.first.norm).to(x.dtype)[:, None, None]
-        border = F.pad(x.new_zeros(1, 1, *x.shape[-2:]), [self.padding] * 4, value=1)
-        return self.second(F.pad(x, [self.padding] * 4) + border * value)
+        border = F.pad(torch.zeros_like(x[:1, :1]), pads, value=1)
+        return self.second(F.pad(x, pads) + border * value)
 
     def kernel(self) -> Tensor:
         """Both convs in one, with the first BatchNorm's scale held constant.

@@ -16,6 +16,7 @@ from ..functional import (
     solve_deep_linear,
 )
 from .blocks import BLOCKS
+from .folded_kernel import FoldedKernel
 from .plain import PlainKernel
 from .reparam_conv import ReparamConv2d
 
@@ -29,7 +30,9 @@ DEEP_LINEAR_FROM = 7
 class DeepLinearKernel(nn.Module):
     """A k×k kernel composed of (k−1)/2 kernels of 3×3 (paper, section 3.3).
 
-    The factors map I to M channels, then M to M, and the last one M to O.
+    The factors map I to M channels, then M to M, and the last one M to O. Fresh ones of
+    more than 7×7, or with groups, are scaled to give a kernel as large as a fresh
+    :class:`torch.nn.Conv2d` has.
 
     Args:
         build_factor (Callable): Takes the output and the input channels of a factor
@@ -67,6 +70,23 @@ class DeepLinearKernel(nn.Module):
         self.factors = _Factors(
             build_factor(outputs, inputs) for inputs, outputs in zip(widths, widths[1:])
         )
+        # The chain of the paper's stem starts as published.
+        if kernel_size > DEEP_LINEAR_FROM or groups > 1:
+            self._normalize()
+
+    @torch.no_grad()
+    def _normalize(self) -> None:
+        """Gives fresh factors equal parts in a kernel as large as a plain conv's.
+
+        Otherwise the product of many factors would grow, or vanish, with their number.
+        """
+        if not all(hasattr(factor, 'rescale') for factor in self.factors):
+            return
+        for factor in self.factors:
+            factor.rescale(1 / factor().flatten(1).norm(dim=1).clamp_min(1e-12))
+        # Rows of torch.nn.Conv2d have a mean square norm of a third.
+        norm = self().flatten(1).norm(dim=1).clamp_min(1e-12)
+        self.rescale(3**-0.5 / norm)
 
     def forward(self) -> Tensor:
         """Returns the kernel, shape (O, Ig, k, k)."""
@@ -93,10 +113,58 @@ class DeepLinearKernel(nn.Module):
             ValueError: If the other factors have too few channels for that.
         """
         *others, last = self.factors
+        options = {}
         if others:
+            if start == 'quiet':
+                options = self._shift()
             wide = copy.deepcopy(_Factors(others)).double()
             kernel = solve_deep_linear(kernel, wide(self.groups), self.groups)
-        last.start_from(kernel, start)
+        last.start_from(kernel, start, **options)
+
+    def _shift(self) -> dict[str, float]:
+        """Lets all factors but the last do nothing but shift their input.
+
+        Each inner channel shifts one input channel by one offset. Together they reach
+        every tap of the kernel from a 3×3 kernel, so that the last factor holds the
+        weights of the plain kernel, and moves as these do. The others move about
+        ``s²·|W|²`` times as far with ``s`` the scale of their ``origin``, and
+        ``|W|²/s²`` times in the few directions that change the scales. Where there are
+        too few inner channels, all stay as they were built.
+
+        Returns:
+            dict[str, float]: The scale of ``origin`` in the last factor, if any.
+        """
+        *others, last = self.factors
+        kernels = [torch.zeros_like(factor(), dtype=torch.float64) for factor in others]
+        inputs, inner = kernels[0].shape[1], len(kernels[0]) // self.groups
+        size = 2 * len(others)  # The largest offset.
+        count = -(-(size + 3) // 3)
+        offsets = [round(i * size / (count - 1)) for i in range(count)]
+        units = [(i, h, w) for h in offsets for w in offsets for i in range(inputs)]
+        if len(units) > inner:
+            return {}
+        # How often a tap is reached, squared, in one dimension.
+        reached = [
+            sum(tap - 2 <= offset <= tap for offset in offsets)
+            for tap in range(size + 3)
+        ]
+        gain = sum(n * n for n in reached) / len(reached) * inner / len(units)
+        for channel in range(inner * self.groups):
+            i, *left = units[channel % inner % len(units)]
+            for place, factor in enumerate(kernels):
+                steps = [min(2, offset) for offset in left]
+                left = [offset - step for offset, step in zip(left, steps)]
+                if place == 0:
+                    factor[channel, i, steps[0], steps[1]] = 1
+                else:  # All but the first are flipped.
+                    factor[channel, channel % inner, 2 - steps[0], 2 - steps[1]] = 1
+        has_scale = isinstance(last, FoldedKernel)
+        for factor, kernel in zip(others, kernels):
+            if has_scale:
+                factor.start_from(kernel, 'quiet', scale=0.2**0.5)
+            else:
+                factor.start_from(kernel * gain ** (-0.5 / len(others)), 'quiet')
+        return dict(scale=gain**-0.5) if has_scale else {}
 
     def rescale(self, factor: Tensor) -> None:
         """Multiplies the kernel by a factor, shape (O,), for each output channel."""

@@ -1,5 +1,7 @@
 """Kernels that are folds of :mod:`mmorepa.functional`, as modules."""
 
+import math
+
 import torch
 import torch.fx
 from torch import Tensor, nn
@@ -8,6 +10,9 @@ from ..functional import BranchSum, fold_kernel, solve_scaled_sum
 
 # A symbolic trace shows the fold as one node, a function of the branches.
 torch.fx.wrap('fold_kernel')
+
+
+_LAST = ('average', 'frequency', 'pointwise', 'second', 'separable')
 
 
 class FoldedKernel(nn.Module):
@@ -38,13 +43,15 @@ class FoldedKernel(nn.Module):
         return [getattr(self, name) for name in self.branch_sum.roles]
 
     @torch.no_grad()
-    def start_from(self, kernel: Tensor, start: str) -> None:
+    def start_from(self, kernel: Tensor, start: str, scale: float = 1.0) -> None:
         """Gives ``origin`` the weights with which the fold is a given kernel.
 
         Args:
             kernel (Tensor): Shape (O, Ig, k, k).
-            start (str): ``'quiet'`` scales ``origin`` by one and every other branch
-                by zero, ``'balanced'`` keeps all scales.
+            start (str): ``'quiet'`` scales ``origin`` by ``scale`` and every other
+                branch by zero, and makes the others small, see :meth:`_quieten`;
+                ``'balanced'`` keeps all scales and weights.
+            scale (float): Defaults to one.
 
         Raises:
             ValueError: If there is no such branch, its scale is zero, or its weight is
@@ -59,7 +66,8 @@ class FoldedKernel(nn.Module):
         origin = own_parameter(self, 'weight_origin')
         if start == 'quiet':
             self.scale.zero_()
-            self.scale[row] = 1
+            self.scale[row] = scale
+            self._quieten()
         named = {name: getattr(self, name).double() for name in self.branch_sum.roles}
         named['weight_origin'] = torch.zeros_like(named['weight_origin'])
         rest = fold_kernel(self.branch_sum, *named.values())
@@ -71,6 +79,30 @@ class FoldedKernel(nn.Module):
         solved = solve_scaled_sum(kernel, rest, self.scale[row])
         stored = self.branch_sum.as_stored('weight_origin', solved)
         origin.copy_(stored.view_as(origin))
+
+    def _quieten(self) -> None:
+        """Makes the branches so small that the first step is a plain conv's.
+
+        A step along the gradient ``G`` moves the kernel by ``s²·G`` through ``origin``,
+        and by ``Σ_b ⟨G,K_b⟩·K_b`` through the scales: about ``Σ_b |K_b|²/√D`` times as
+        far, with ``D = Ig·k²``, and no more than ``Σ_b |K_b|²`` times. The sum is left
+        at no more than ``√D / 6`` in each output channel.
+        """
+        named = {name: getattr(self, name).double() for name in self.branch_sum.roles}
+        kernels = self.branch_sum.branch_kernels(*named.values())
+        kernels.pop('origin')
+        if not kernels:
+            return
+        power = sum(
+            kernel.square().flatten(1).sum(dim=1) for kernel in kernels.values()
+        )
+        limit = math.sqrt(math.prod(self.branch_sum.shape[1:])) / 6
+        factor = (limit / power).sqrt().clamp(max=1)
+        for name, role in self.branch_sum.roles.items():
+            # One parameter of each branch has a row for each output channel.
+            if role in _LAST and self._parameters.get(name) is not None:
+                rows = self._parameters[name]
+                rows.mul_(factor.to(rows).view(-1, *[1] * (rows.dim() - 1)))
 
     @torch.no_grad()
     def rescale(self, factor: Tensor) -> None:

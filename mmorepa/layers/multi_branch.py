@@ -5,10 +5,13 @@ from typing import Optional
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 from ..functional import embed_1x1
 from .plain import PlainConv2d
 from .reparam_conv import ReparamConv2d, is_fusible
+
+_GEOMETRY = ('stride', 'padding', 'dilation')
 
 
 class MultiBranchConv2d(ReparamConv2d):
@@ -60,18 +63,60 @@ class MultiBranchConv2d(ReparamConv2d):
         if single_init:
             scales = dict.fromkeys(self.BRANCH_NAMES, 0.0)
             self._initial_scales = {**scales, 'origin': 1.0, **self._initial_scales}
+        self._has_given_norm = norm_cfg is not None
         super().__init__(*args, norm_cfg=norm_cfg or dict(type='BN'), **kwargs)
-        # Whether a norm of the network follows, as where there is no bias.
-        self.has_second_norm = norm_cfg is None and not self.conv_bias
-        size, dilation = self.kernel_size[0], self.dilation[0]
-        reach = dilation * (size // 2)
-        if self.padding != (reach, reach) or self.dilation != (dilation, dilation):
+
+    @property
+    def has_second_norm(self) -> bool:
+        """Whether a norm of the network follows, as where there is no bias."""
+        return not self._has_given_norm and not self.conv_bias
+
+    def _geometry(self) -> dict:
+        """The stride, padding and dilation of the k×k branches, as they are now.
+
+        Raises:
+            ValueError: If the padding differs between the branches' centres.
+        """
+        size, dilation = self.kernel_size[0], _pair(self.dilation)
+        reach = dilation[0] * (size // 2)
+        padding = self.padding
+        if not isinstance(padding, str):
+            padding = _pair(padding)
+        elif padding == 'same' or reach == 0:
+            padding = (reach, reach)
+        pads = (reach,) * 4
+        if (
+            padding != pads[:2]
+            or len(set(dilation)) > 1
+            or (self.padding_mode != 'zeros' and self._pads != pads)
+        ):
             raise ValueError(
                 f'{type(self).__name__} folds its 1x1 branches into the centre of the '
                 f'{size}x{size} kernel, which takes padding = dilation * '
                 f'{size // 2} = {reach} here; found padding={self.padding}, '
                 f'dilation={self.dilation}'
             )
+        return dict(
+            stride=_pair(self.stride),
+            padding=padding,
+            dilation=dilation,
+            padding_mode=self.padding_mode,
+            _reversed_padding_repeated_twice=pads,
+        )
+
+    @property
+    def _pads(self) -> tuple[int, ...]:
+        return tuple(self._reversed_padding_repeated_twice)
+
+    def _align(self) -> None:
+        """Gives the branches the geometry that this conv has now."""
+        geometry = self._geometry()
+        for module in self.branches.modules():
+            own = getattr(module, 'own_geometry', None)
+            if own is not None:
+                for name, value in {**geometry, **own}.items():
+                    if getattr(module, name, None) != value:
+                        setattr(module, name, value)
 
     def build_branch(self, name: str) -> Optional[nn.Module]:
         """Makes the branch of this name.
@@ -97,11 +142,17 @@ class MultiBranchConv2d(ReparamConv2d):
         Returns:
             ReparamConv2d: The branch.
         """
-        names = ('in_channels', 'out_channels', 'kernel_size', 'stride', 'groups')
-        arguments = {name: getattr(self, name) for name in (*names, 'norm_cfg')}
-        if changes.get('kernel_size') != 1:
-            arguments.update(padding=self.padding, dilation=self.dilation)
-        return kind(**{**arguments, 'bias': False, **changes})
+        names = ('in_channels', 'out_channels', 'kernel_size', 'groups', 'norm_cfg')
+        arguments = {name: getattr(self, name) for name in names}
+        geometry = {k: v for k, v in self._geometry().items() if k in _GEOMETRY}
+        if changes.get('kernel_size') == 1:
+            changes = dict(padding=0, dilation=1, **changes)
+        conv = kind(**{**arguments, **geometry, 'bias': False, **changes})
+        conv.own_geometry = {k: _pair(v) for k, v in changes.items() if k in _GEOMETRY}
+        if 'padding' in changes:
+            pads = tuple(conv._reversed_padding_repeated_twice)
+            conv.own_geometry['_reversed_padding_repeated_twice'] = pads
+        return conv
 
     def build_branches(self) -> nn.ModuleDict:
         branches = nn.ModuleDict()
@@ -140,7 +191,8 @@ class MultiBranchConv2d(ReparamConv2d):
         # No attribute, so that hasattr() says so.
         raise AttributeError(
             f'a {type(self).__name__} has no weight while it trains; call '
-            'mmorepa.switch_to_deploy(model) first'
+            'conv.reset_parameters() to draw it anew, conv.start_from(kernel) to set '
+            'it, or mmorepa.switch_to_deploy(model) to make it a plain conv'
         )
 
     def regularized_kernel(self) -> Tensor:
@@ -210,6 +262,13 @@ class MultiBranchConv2d(ReparamConv2d):
         origin.start_from(weight, norm=identity if norm is None else norm, start=start)
 
     def convolve(self, x: Tensor) -> Tensor:
+        if '_conv_forward' in vars(self):
+            raise TypeError(
+                f'a {type(self).__name__} with a _conv_forward of its own does not '
+                'train, since each branch has a conv of its own: call '
+                'mmorepa.switch_to_deploy(model) first, or take another block'
+            )
+        self._align()
         total = sum(branch(x) for branch in self.branches.values())
         return total if self.bias is None else total + self.bias[:, None, None]
 

@@ -10,11 +10,14 @@ import torch
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from .blocks import build_conv, conv_type
+from .plain import PlainConv2d
+from .references import hidden_modules, parallel_wrapper, replace_modules
 from .reparam_conv import ReparamConv2d
-from .switch import has_hooks
+from .switch import has_hooks, outermost, overrides, registered, user_attributes
 
 # What conv layers of mmcv add is for empty batches in old versions of PyTorch.
 _PLAIN_CONVS = (nn.Conv2d, mmcv.cnn.Conv2d)
@@ -35,10 +38,11 @@ def reparameterize(
 
     Left alone, and named in a line of the log, are convs that have no fold (even or
     non-square kernels, other padding than with zeros), subclasses of
-    :class:`torch.nn.Conv2d` (they may compute something else), those with hooks or a
-    parametrization, and those that share a parameter with another module. A conv
-    without a fold that is exact, such as a depthwise 7x7 conv as a deep linear chain,
-    stays plain too.
+    :class:`torch.nn.Conv2d` (they may compute something else), those with hooks, a
+    parametrization, or a method, parameter, buffer or module of their own, and those
+    that share a parameter with another module. A conv without a fold that is exact,
+    such as a depthwise 7x7 conv as a deep linear chain, stays plain too. Other
+    attributes of a conv, and of its parameters, go along.
 
     Args:
         model (nn.Module): Any model; it is changed in place.
@@ -59,12 +63,20 @@ def reparameterize(
     Raises:
         ValueError: If the block type is not known, no conv was exchanged, or a pattern
             fits no module.
+        RuntimeError: If the model is wrapped for data parallelism.
 
     Examples:
         >>> net = torchvision.models.resnet50(weights='DEFAULT')
         >>> mmorepa.reparameterize(net, exclude='layer1.*')
     """
     conv_type(block, 3)  # Raises for an unknown one.
+    wrapper = parallel_wrapper(model)
+    if wrapper is not None:
+        raise RuntimeError(
+            f'{type(wrapper).__name__} is around the model, and would not average the '
+            'gradients of branches that come later: call mmorepa.reparameterize(model) '
+            'first, and wrap it then'
+        )
     include = [include] if isinstance(include, str) else include
     exclude = [exclude] if isinstance(exclude, str) else exclude
     users: dict[nn.Parameter, set[nn.Module]] = {}
@@ -78,18 +90,22 @@ def reparameterize(
             raise ValueError(
                 f'{type(model).__name__} has no module with a name like {pattern!r}'
             )
+    hidden = hidden_modules(model)
+    forms = {conv: name for name, conv in outermost(model)}
+    known = {part for form in forms for part in form.modules()}
     exchanged: dict[nn.Module, nn.Module] = {}
     left: dict[str, str] = {}
     for module, own in names.items():
-        if not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) or isinstance(
-            module, ReparamConv2d
-        ):
+        if not isinstance(module, _ConvNd) or module in known:
             continue
+        reason = ''
         if not _matches(own, include) or _matches(own, exclude):
-            continue
-        reason = _reason_to_leave(module)
+            reason = 'left out by include or exclude'
+        reason = reason or _reason_to_leave(module)
         if not reason and any(len(users[p]) > 1 for p in module.parameters()):
             reason = 'shares a parameter'
+        if not reason and module in hidden:
+            reason = f'{hidden[module]} holds it in a place that cannot be changed'
         if not reason:
             try:
                 exchanged[module] = _training_form(module, block, block_cfg)
@@ -98,16 +114,20 @@ def reparameterize(
         if reason:
             left[own[0]] = reason
     if not exchanged:
+        for form, name in forms.items():
+            left[name] = 'deployed' if form.deployed else 're-parameterised already'
         raise ValueError(
             f'no conv of {type(model).__name__} was re-parameterised: none with a name '
-            f'like {include} and not like {list(exclude)} has a fold. {_text(left)}'
+            f'like {include} and not like {list(exclude)} has a fold. '
+            f'{_text(left) or "It has no conv, or its convs are functions"}'
         )
-    for module in list(model.modules()):
-        for name, child in module._modules.items():
-            if child in exchanged:
-                module._modules[name] = exchanged[child]
+    replace_modules(model, exchanged)
+    count = sum(map(is_reparameterized, exchanged.values()))
+    for conv, form in exchanged.items():
+        if block != 'plain' and not is_reparameterized(form):
+            left[names[conv][0]] = f'a {block} network has no branches there'
     print_log(
-        f'{type(model).__name__}: {len(exchanged)} convs re-parameterised ({block}), '
+        f'{type(model).__name__}: {count} convs re-parameterised ({block}), '
         f'{len(left)} left as they are. {_text(left)}'.rstrip(),
         logger='current',
     )
@@ -138,13 +158,12 @@ def log_plain_starts(model: nn.Module) -> None:
     Args:
         model (nn.Module): Says nothing if there are none, or that has been said.
     """
-    convs = [
-        m for m in model.modules() if isinstance(m, ReparamConv2d) and m.is_plain_start
-    ]
-    if not convs:
-        return
+    convs = [m for m in model.modules() if getattr(m, 'is_plain_start', False)]
     for conv in convs:
         conv.is_plain_start = False
+    convs = [conv for conv in convs if is_reparameterized(conv)]
+    if not convs:
+        return
     starts = ', '.join(sorted({conv.start for conv in convs}))
     print_log(
         f'{type(model).__name__}: {len(convs)} re-parameterised convs start from the '
@@ -152,6 +171,12 @@ def log_plain_starts(model: nn.Module) -> None:
         logger='current',
         level=logging.INFO,
     )
+
+
+def is_reparameterized(conv: nn.Module) -> bool:
+    """Whether a conv is a training form of more than one plain kernel."""
+    is_form = isinstance(conv, ReparamConv2d) and not isinstance(conv, PlainConv2d)
+    return is_form and not conv.deployed
 
 
 def _text(left: dict[str, str]) -> str:
@@ -175,6 +200,13 @@ def _reason_to_leave(conv: nn.Module) -> str:
         return 'its weight is computed from others'
     if has_hooks(conv) or any(map(has_hooks, conv.parameters())):
         return 'has hooks'
+    own = [*overrides(conv), *sorted(registered(conv) - {'weight', 'bias'})]
+    own += [n for n in user_attributes(conv) if hasattr(ReparamConv2d, n)]
+    if own:
+        return f'has a {own[0]} of its own'
+    tensors = [v for p in conv.parameters() for v in vars(p).values()]
+    if any(isinstance(value, torch.Tensor) for value in tensors):
+        return 'its parameters have tensors of their own'
     return ''
 
 
@@ -198,8 +230,15 @@ def _training_form(
             padding_mode=conv.padding_mode,
         )
     form.to(conv.weight)
+    form.channels_last = not conv.weight.is_contiguous() and conv.weight.is_contiguous(
+        memory_format=torch.channels_last
+    )
     form.start_from(conv.weight, conv.bias)
     form.branches.requires_grad_(conv.weight.requires_grad)
     if conv.bias is not None:
         form.bias.requires_grad_(conv.bias.requires_grad)
+        vars(form.bias).update(vars(conv.bias))
+    vars(form).update(user_attributes(conv))
+    for parameter in form.branches.parameters():
+        vars(parameter).update(vars(conv.weight))
     return form.train(conv.training)

@@ -2,11 +2,13 @@
 
 import copy
 import functools
-from collections.abc import Container, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
+import torch.fx
 from mmcv.cnn import build_activation_layer, build_norm_layer
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -19,6 +21,7 @@ from ..utils.autocast import HALF_DTYPES, no_autocast
 from ..utils.errors import CheckpointError
 from ..utils.weights import warn_of_flaws
 from .folded_weight import NO_PARAMETER, FoldedWeight
+from .param_groups import watch
 
 if TYPE_CHECKING:
     from .holding import HeldKernel
@@ -95,6 +98,14 @@ class ReparamConv2d(nn.Conv2d):
     warns_of_flaws = True
     # Whether the last state dict held a plain kernel.
     is_plain_start = False
+    # The attributes that the constructor sets, and those that this package sets later:
+    # all others are somebody else's.
+    _built: frozenset[str] = frozenset()
+    SET_LATER = frozenset(
+        ('held', 'reduced_kernel', '_served', 'channels_last', 'is_plain_start')
+        + ('warns_of_flaws', 'own_geometry', '_fresh')
+    )
+    _fresh: Optional[list[float]] = None
 
     def __init__(
         self,
@@ -138,8 +149,9 @@ class ReparamConv2d(nn.Conv2d):
         self._become_training_form(with_branches=not deploy)
         if deploy:
             self._become_plain(self._deployed_with_bias)
-        elif not self.has_own_start:
-            self.reset_parameters()  # As torch.nn.Conv2d does it.
+        else:
+            self._start_as_built()
+        self._built = frozenset((*vars(self), '_built'))
 
     def build_branches(self) -> nn.Module:
         """Makes the parameters of the training form.
@@ -194,6 +206,8 @@ class ReparamConv2d(nn.Conv2d):
         Returns:
             Tensor: Shape (O, Ig, k, k), in the dtype of the branches.
         """
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            watch(self)
         tensors = [*self.branches.parameters(), *self.branches.buffers()]
         if not tensors:  # A wrapper has put other tensors in the parameters' place.
             return self.branches()
@@ -251,6 +265,10 @@ class ReparamConv2d(nn.Conv2d):
         Returns:
             Tensor: Shape (N, O, H', W').
         """
+        if isinstance(x, torch.fx.Proxy):
+            node = leaf_call(self, x)
+            if node is not None:
+                return node
         folds = self._served
         if folds is not None and not (
             self.training or torch.is_grad_enabled() or is_followed()
@@ -266,7 +284,7 @@ class ReparamConv2d(nn.Conv2d):
         if self.deployed:
             x = self._conv_forward(x, self.weight, self.bias)
         else:
-            if torch.onnx.is_in_onnx_export():
+            if _is_exported_to_onnx():
                 raise RuntimeError(
                     'a training form is not exported to ONNX: call '
                     'mmorepa.switch_to_deploy(model) first'
@@ -306,7 +324,8 @@ class ReparamConv2d(nn.Conv2d):
         """Kernel, bias, norm if it is not folded, and activation of eval mode."""
         # A BatchNorm may be in another mode than the conv that it belongs to, and
         # somebody may be waiting for its inputs or outputs.
-        if self.deployed or any(map(_must_run, list(self.modules())[1:])):
+        inner = list(self.modules())[1:]
+        if self.deployed or self._changed_fold() or any(map(_must_run, inner)):
             return None
         with torch.inference_mode(False), torch.no_grad():
             return (*self._fused(), None if self._fuses_norm else self.norm, self.act)
@@ -354,9 +373,28 @@ class ReparamConv2d(nn.Conv2d):
 
         The fold is computed in float64 and stored in the dtype and on the device
         of the branches. Calling it again does nothing.
+
+        Raises:
+            TypeError: If ``kernel()`` or ``convolve()`` was overridden, which the
+                deployed form does not call.
         """
         if self.deployed:
             return
+        changed = self._changed_fold()
+        if changed:
+            raise TypeError(
+                f'{type(self).__name__} has a {changed}() of its own, which the '
+                'deployed form does not call: override _conv_forward() or forward(), '
+                'which it does, or branches_kernel_bias() too'
+            )
+        hooked = [n for n, m in self.named_modules() if n and _falls_silent(n, m, self)]
+        if hooked:
+            warnings.warn(
+                f'hooks on {", ".join(hooked)} of a {type(self).__name__} are not '
+                'called any more: these modules are folded into the kernel. Put hooks '
+                'on the conv itself',
+                stacklevel=2,
+            )
         # Outside of inference mode, whose tensors could never be trained again.
         with torch.inference_mode(False):
             kernel, bias = self.equivalent_kernel_bias()
@@ -366,7 +404,9 @@ class ReparamConv2d(nn.Conv2d):
                 p.requires_grad for p in self.parameters() if p is not own_bias
             )
             is_bias_trained = is_trained if own_bias is None else own_bias.requires_grad
+            marks = dict(vars(like)), {} if own_bias is None else dict(vars(own_bias))
             self._become_plain(bias is not None, like)
+            vars(self.weight).update(marks[0])
             with torch.no_grad():
                 self.weight.copy_(kernel)
                 if bias is not None:
@@ -374,6 +414,7 @@ class ReparamConv2d(nn.Conv2d):
             self.weight.requires_grad_(is_trained)
             if bias is not None:
                 self.bias.requires_grad_(is_bias_trained)
+                vars(self.bias).update(marks[1])
 
     def start_from(
         self,
@@ -469,6 +510,83 @@ class ReparamConv2d(nn.Conv2d):
                 self.branches.rescale(norms[0] / norms[1].clamp_min(1e-12))
         self._forget()
 
+    def reset_parameters(self) -> None:
+        """Draws the parameters anew, as the constructor does, those of norms included.
+
+        Raises:
+            ValueError: If pruning or a parametrization computes a weight of a branch.
+        """
+        if vars(self).get('deployed', True):  # Of a plain conv, as which it is built.
+            super().reset_parameters()
+            return
+        self._draw_branches()
+        if self.norm is not None and hasattr(self.norm, 'reset_parameters'):
+            self.norm.reset_parameters()
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        self._start_as_built()
+
+    def _start_as_built(self) -> None:
+        self._remember_fresh()
+        if not self.has_own_start:
+            nn.Conv2d.reset_parameters(self)
+            self._remember_fresh()
+
+    @torch.no_grad()
+    def _draw_branches(self) -> None:
+        """Gives the branches the values of fresh ones."""
+        own, fresh = map(_named_tensors, (self.branches, self.build_branches()))
+        if own.keys() != fresh.keys():
+            raise ValueError(
+                'its branches are computed from other tensors (pruned or parametrized)'
+                ': call torch.nn.utils.prune.remove or '
+                'torch.nn.utils.parametrize.remove_parametrizations before a reset'
+            )
+        _check_is_whole(own.values())
+        for name, tensor in own.items():
+            tensor.copy_(fresh[name])
+        self._forget()
+
+    def _remember_fresh(self) -> None:
+        self._fresh = self._sums()
+
+    def is_fresh(self) -> bool:
+        """Whether the branches are as they were built or reset, to the last bit."""
+        return self._fresh == self._sums()
+
+    def redraw(self) -> None:
+        """Makes the branches fresh, and takes no random numbers away from others."""
+        with torch.random.fork_rng(devices=[]):
+            self._draw_branches()
+        self._remember_fresh()
+
+    def _sums(self) -> list[float]:
+        tensors = [p.detach() for p in self.branches.parameters()]
+        # Fake ones have no sum.
+        is_real = all(type(t) is Tensor and not t.is_meta for t in tensors)
+        return [float(t.sum()) for t in tensors] if is_real else []
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Called by torch.jit.script."""
+        if not self.deployed:
+            raise TypeError(
+                'a training form is not scripted: call mmorepa.switch_to_deploy(model) '
+                'first'
+            )
+        return self
+
+    def _changed_fold(self) -> Optional[str]:
+        """The method of the training form alone that somebody has overridden."""
+        for name in ('kernel', 'convolve'):
+            if name in vars(self):
+                return name
+            names = (name, 'branches_kernel_bias', 'equivalent_kernel_bias')
+            owner = next(c for c in type(self).__mro__ if vars(c).keys() & set(names))
+            is_ours = owner.__module__.startswith('mmorepa.')
+            if not is_ours and not vars(owner).keys() & set(names[1:]):
+                return name
+        return None
+
     @property
     def memory_format(self) -> torch.memory_format:
         """That of the kernel. It is not stored, since no file can hold it."""
@@ -519,6 +637,7 @@ class ReparamConv2d(nn.Conv2d):
         """Gives this module fresh parameters of the training form."""
         self.deployed = False
         self._parameters.pop('weight', None)
+        vars(self)['_parameters'] = _Parameters(self._parameters)
         self.bias = None
         if self.conv_bias:
             self.bias = nn.Parameter(torch.zeros(self.out_channels))
@@ -545,8 +664,10 @@ class ReparamConv2d(nn.Conv2d):
             options.update(device=like.device, dtype=like.dtype)
             plain = skip_init(nn.Conv2d, *shape, **options)
         plain.to(memory_format=self.memory_format)
-        self._parameters.clear()  # In the order of a plain conv.
+        others = {k: v for k, v in self._parameters.items() if k != 'bias'}
+        vars(self)['_parameters'] = {}  # In the order of a plain conv.
         self.weight, self.bias = plain.weight, plain.bias
+        self._parameters.update(others)
         self._forget()
 
     def _forget(self) -> None:
@@ -572,7 +693,16 @@ class ReparamConv2d(nn.Conv2d):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == 'weight' and not vars(self).get('deployed', True):
+            # `conv.weight += 1` ends with the weight that was written to.
+            is_own = isinstance(value, FoldedWeight) and value.conv is self
+            if is_own and value.whole is value and value.is_written:
+                return
             raise TypeError(NO_PARAMETER)
+        if name == 'qconfig' and value is not None and not self.deployed:
+            raise TypeError(
+                'a training form is not quantized: call '
+                'mmorepa.switch_to_deploy(model) first, and train that with prepare_qat'
+            )
         super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
@@ -581,9 +711,14 @@ class ReparamConv2d(nn.Conv2d):
             raise TypeError(NO_PARAMETER)
         super().register_parameter(name, param)
 
-    def _apply(self, *args, **kwargs) -> 'ReparamConv2d':
+    def _apply(self, fn: Callable, *args, **kwargs) -> 'ReparamConv2d':
         self._forget()
-        return super()._apply(*args, **kwargs)
+        # By Module.to(memory_format=...), which the branches are not asked for.
+        probe = torch.empty(2, 2, 2, 2).to(memory_format=self.memory_format)
+        is_last = fn(probe).is_contiguous(memory_format=torch.channels_last)
+        if is_last is not self.channels_last:
+            self.channels_last = is_last
+        return super()._apply(fn, *args, **kwargs)
 
     def _load_from_state_dict(
         self,
@@ -606,6 +741,7 @@ class ReparamConv2d(nn.Conv2d):
             # The training form of a PlainConv2d, whose kernel is a parameter.
             state_dict[f'{prefix}weight'] = state_dict.pop(own)
         has_branches = any(k.startswith(f'{prefix}branches.') for k in state_dict)
+        dtypes = {k: v.dtype for k, v in state_dict.items() if k.startswith(prefix)}
         self.is_plain_start = False
         if self.deployed and has_branches:
             self._deploy_state_dict(state_dict, prefix)
@@ -616,6 +752,8 @@ class ReparamConv2d(nn.Conv2d):
                 raise CheckpointError(
                     f"{type(self).__name__} cannot start from '{prefix}weight': {error}"
                 ) from error
+        if local_metadata.get('assign_to_params_buffers'):
+            _keep_dtypes(state_dict, prefix, dtypes)
         super()._load_from_state_dict(
             state_dict,
             prefix,
@@ -708,6 +846,30 @@ class ReparamConv2d(nn.Conv2d):
             state_dict[prefix + name] = value
 
 
+def leaf_call(module: nn.Module, x: torch.fx.Proxy) -> Optional[torch.fx.Proxy]:
+    """The node of a symbolic trace that calls a module as a whole.
+
+    Returns:
+        torch.fx.Proxy | None: None if the module is traced itself, or has a
+        ``forward()`` that calls this one.
+    """
+    method = type(module).forward
+    if (
+        x.tracer.root is module
+        or 'forward' in vars(module)
+        or not (method.__module__.startswith('mmorepa.'))
+    ):
+        return None
+    name = x.tracer.path_of_module(module)
+    return x.tracer.create_proxy('call_module', name, (x,), {})
+
+
+# Asked while a compiler traces, which would answer itself, and no.
+@torch.compiler.assume_constant_result
+def _is_exported_to_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
 def _is_plain(branches: nn.Module) -> bool:
     return 'weight' in branches._parameters
 
@@ -715,6 +877,25 @@ def _is_plain(branches: nn.Module) -> bool:
 def _check_start(start: str) -> None:
     if start not in STARTS:
         raise ValueError(f'start is one of {", ".join(STARTS)}, found {start!r}')
+
+
+class _Parameters(dict):
+    """Those of a training form, for wrappers that look for its weight there."""
+
+    def __missing__(self, name: str) -> None:
+        if name == 'weight':
+            raise KeyError(NO_PARAMETER)
+        raise KeyError(name)
+
+
+def _keep_dtypes(
+    state_dict: dict[str, Tensor], prefix: str, dtypes: dict[str, torch.dtype]
+) -> None:
+    """Gives what was computed of a checkpoint its dtypes: it becomes parameters."""
+    kernels = [v for k, v in dtypes.items() if 'norm.' not in k and v.is_floating_point]
+    for name, value in state_dict.items():
+        if kernels and name.startswith(prefix) and value.is_floating_point():
+            state_dict[name] = value.to(dtypes.get(name, kernels[0]))
 
 
 def _load_norm(norm: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -744,6 +925,17 @@ def _check_is_whole(tensors: Iterable[Tensor]) -> None:
             'get_model_state_dict with StateDictOptions(full_state_dict=True), and '
             'load that into a model without FSDP'
         )
+
+
+def _falls_silent(name: str, module: nn.Module, conv: ReparamConv2d) -> bool:
+    """Whether hooks of a module inside of a conv are not called when it is deployed."""
+    is_folded = name.startswith('branches') or (name == 'norm' and conv._fuses_norm)
+    # Those of pruning and its like make weights, which are in the fold.
+    return is_folded and any(
+        not type(hook).__module__.startswith('torch.nn.utils')
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in hooks.values()
+    )
 
 
 def _must_run(module: nn.Module) -> bool:

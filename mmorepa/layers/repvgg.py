@@ -66,10 +66,13 @@ class IdentityBranch(nn.Module):
         super().__init__()
         self.groups = groups
         self.norm = build_norm_layer(norm_cfg, channels)[1]
+        self.stride = (1, 1)
+        self.own_geometry: dict = {}  # All is that of the block.
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (N, C, H, W) to the same shape."""
-        return self.norm(x)
+        """Maps (N, C, H, W) to the same shape, or every stride-th pixel of it."""
+        rows, columns = self.stride
+        return self.norm(x if self.stride == (1, 1) else x[:, :, ::rows, ::columns])
 
     def kernel(self) -> None:
         """It has no weights."""

@@ -1,11 +1,20 @@
 """Switches whole models from training form to deployed form."""
 
+import re
 from collections.abc import Iterator
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
+import torch
+import torch.fx
 from torch import Tensor, nn
 
+from .references import parallel_wrapper, replace_modules
 from .reparam_conv import ReparamConv2d
+
+_OF_BRANCHES = re.compile(
+    r'(^|[._])branches[._](scale|weight|factors|origin|pointwise|average|identity)'
+)
+_OF_CONVS = vars(nn.Conv2d(1, 1, 1, device='meta')).keys()
 
 
 def switch_to_deploy(module: nn.Module) -> nn.Module:
@@ -13,37 +22,60 @@ def switch_to_deploy(module: nn.Module) -> nn.Module:
 
     In place, on any device and dtype. Works on whole detectors and segmenters, and
     inside model wrappers. A :class:`torch.nn.Conv2d` takes the place of each conv, or a
-    :class:`ConvAct2d` where an activation belongs to it. A conv keeps its class if its
-    norm cannot be folded (GroupNorm and the like), if it has hooks or a ``forward()``
-    of its own, or if it is ``module`` itself. The keys of the state dict are those of a
-    model that was built with ``deploy=True``.
+    :class:`ConvAct2d` where an activation belongs to it. Attributes that were set on
+    the conv go along. A conv keeps its class if its norm cannot be folded (GroupNorm
+    and the like), if it has hooks, methods, parameters, buffers or modules of its own,
+    or if it is ``module`` itself. The keys of the state dict are those of a model that
+    was built with ``deploy=True``.
 
     Args:
         module (nn.Module): A layer, a backbone, or a whole model.
 
     Returns:
         nn.Module: ``module`` itself.
+
+    Raises:
+        RuntimeError: If a wrapper for data parallelism around it is in training mode
+            (one in eval mode may be tested after this, and not trained), or if it is a
+            program of the operations of branches, by ``torch.export`` for example.
     """
-    if isinstance(module, ReparamConv2d):
-        module.switch_to_deploy()
-    else:
-        _replace_children(module, {})
+    _check_traces(module)
+    convs = {conv: name for name, conv in outermost(module)}
+    is_switched = any(not conv.deployed for conv in convs)
+    wrapper = parallel_wrapper(module) if is_switched else None
+    if wrapper is not None:
+        if wrapper.training:
+            _refuse_training(wrapper)
+        wrapper.register_forward_pre_hook(_refuse_training)
+    for conv in convs:
+        conv.switch_to_deploy()
+    if not isinstance(module, ReparamConv2d):
+        replace_modules(module, {conv: _plain(conv) for conv in convs})
     return module
 
 
-def _replace_children(module: nn.Module, seen: dict[nn.Module, nn.Module]) -> None:
-    # Not named_children(), which leaves out the second name of a shared module.
-    for name, child in module._modules.items():
-        if child is None:
+def _check_traces(model: nn.Module) -> None:
+    for name, graph in model.named_modules():
+        if not isinstance(graph, torch.fx.GraphModule):
             continue
-        if child not in seen:
-            seen[child] = child
-            if isinstance(child, ReparamConv2d):
-                child.switch_to_deploy()
-                seen[child] = _plain(child)
-            else:
-                _replace_children(child, seen)
-        module._modules[name] = seen[child]
+        for node in graph.graph.nodes:
+            if node.op in ('get_attr', 'call_module') and _OF_BRANCHES.search(
+                str(node.target)
+            ):
+                raise RuntimeError(
+                    f'{name or type(graph).__name__} is a program in which the '
+                    f'operations of branches are traced ({node.target}): call '
+                    'mmorepa.switch_to_deploy(model) before it is traced or exported'
+                )
+
+
+def _refuse_training(wrapper: nn.Module, *args) -> None:
+    if wrapper.training and torch.is_grad_enabled():
+        raise RuntimeError(
+            f'{type(wrapper).__name__} averages the gradients of branches, and would '
+            'not those of a model that is deployed inside of it: deploy the model '
+            'first, and wrap it again'
+        )
 
 
 def _plain(deployed: ReparamConv2d) -> nn.Module:
@@ -51,26 +83,49 @@ def _plain(deployed: ReparamConv2d) -> nn.Module:
     is_more = (
         deployed.norm is not None
         or has_hooks(deployed)
-        # Overridden, so it computes something else.
-        or type(deployed).forward is not ReparamConv2d.forward
+        or overrides(deployed)
+        or registered(deployed) - {'weight', 'bias', 'norm', 'act'}
         or (act is not None and next(act.parameters(), None) is not None)
     )
     if is_more:
         return deployed
-    conv = nn.Conv2d(
-        deployed.in_channels,
-        deployed.out_channels,
-        deployed.kernel_size,
-        deployed.stride,
-        deployed.padding,
-        deployed.dilation,
-        deployed.groups,
-        deployed.bias is not None,
-        device='meta',
-    )
+    conv = nn.Conv2d(1, 1, 1, device='meta')
+    own = {k: v for k, v in vars(deployed).items() if k in _OF_CONVS}
+    own.update(user_attributes(deployed), _modules={}, _parameters={})
+    vars(conv).update(own)
     conv.weight, conv.bias = deployed.weight, deployed.bias
-    plain = conv if act is None else ConvAct2d(conv, act)
-    return plain.train(deployed.training)
+    return conv if act is None else ConvAct2d(conv, act).train(deployed.training)
+
+
+def user_attributes(conv: nn.Conv2d) -> dict[str, Any]:
+    """The attributes that somebody has set on a conv, besides those of its class.
+
+    Args:
+        conv (nn.Conv2d): Plain or re-parameterised.
+    """
+    known = set(_OF_CONVS)
+    if isinstance(conv, ReparamConv2d):
+        known |= conv._built | ReparamConv2d.SET_LATER
+    return {name: value for name, value in vars(conv).items() if name not in known}
+
+
+def registered(conv: nn.Module) -> set[str]:
+    """The names of the parameters, buffers and modules of a conv."""
+    return {*conv._parameters, *conv._buffers, *conv._modules}
+
+
+def overrides(conv: nn.Conv2d) -> list[str]:
+    """The methods by which a conv computes something else than its class.
+
+    Args:
+        conv (nn.Conv2d): Plain or re-parameterised. What a plain one is, its type says.
+    """
+    names = [name for name, value in user_attributes(conv).items() if callable(value)]
+    if isinstance(conv, ReparamConv2d):
+        for name in ('forward', '_conv_forward', '__call__'):
+            if getattr(type(conv), name) is not getattr(ReparamConv2d, name):
+                names.append(name)
+    return names
 
 
 def has_hooks(owner: Union[nn.Module, Tensor]) -> bool:

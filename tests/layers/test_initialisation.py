@@ -1,6 +1,7 @@
 """What every weight of every block starts with, by its statistics."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from mmorepa.backbones import OREPARepVGG, OREPAResNet
 from mmorepa.functional import frequency_prior
 from mmorepa.layers import (
     DBBConv2d,
+    DeepLinearConv2d,
     FoldedKernel,
     OREPAConv2d,
     OREPARepVGGConv2d,
@@ -415,3 +417,27 @@ class TestBranches:
     def test_errors(self, build, cfg, words):
         with pytest.raises(ValueError, match=words):
             build(base_channels=4, block_cfg=cfg)
+
+
+@pytest.mark.parametrize('kind', [OREPAConv2d, DeepLinearConv2d])
+@pytest.mark.parametrize('size', [9, 13, 21, 31])
+@pytest.mark.parametrize('groups', [1, 8])
+def test_large_kernels(kind, size, groups):
+    """They start as large as a plain conv's, and every factor learns."""
+    conv = kind(8, 8, size, padding=size // 2, groups=groups, bias=False)
+    out = conv(torch.randn(1, 8, 24, 24))
+    assert 0.2 < out.std() < 1
+    out.square().mean().backward()
+    for factor in conv.branches.factors:
+        moved = max(p.grad.norm() for p in factor.parameters())
+        assert 1e-4 < moved < 1e2
+    assert conv.half().kernel().abs().max() < 1
+
+
+def test_what_has_no_start_is_said_at_once():
+    """A system that would take minutes is not solved first."""
+    conv, plain = OREPAConv2d(192, 192, 7), nn.Conv2d(192, 192, 7)
+    start = time.process_time()
+    with pytest.raises(ValueError, match='of 9408 weights .* 1728 can be chosen'):
+        conv.start_from(plain.weight)
+    assert time.process_time() - start < 3

@@ -347,7 +347,6 @@ def test_regularized_kernel_at_the_start(kind):
             r'= 2 here; found padding=\(1, 1\), dilation=\(2, 2\)',
         ),
         (dict(padding=(1, 2), dilation=(1, 2)), r'found padding=\(1, 2\)'),
-        (dict(padding='same'), 'found padding=same'),
         (dict(padding=1, branches=['orign']), "unknown branch 'orign'; the branches"),
         (dict(padding=1, branches=[]), 'no branch is left; choose at least one of'),
         (

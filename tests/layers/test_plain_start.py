@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import torchvision
 from helpers import assert_near, trained_like
 from mmcv.cnn import ConvModule
 from mmengine.model import (
@@ -19,7 +20,7 @@ from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from mmorepa import switch_to_deploy
+from mmorepa import reparameterize, switch_to_deploy
 from mmorepa.layers import (
     DBBConv2d,
     DeepLinearConv2d,
@@ -81,12 +82,11 @@ def test_start(kind, options, start, dtype):
     assert_near(conv(x), plain(x), tolerance)
     assert_near(switch_to_deploy(copy.deepcopy(conv))(x), plain(x), tolerance)
     changed = {n for n, v in conv.state_dict().items() if not torch.equal(v, before[n])}
-    # Everything but one branch keeps its weights.
-    assert {name.rpartition('.')[2] for name in changed} <= {
-        *('weight_origin', 'scale', 'weight', 'bias')
-    }
     if start == 'balanced':
-        assert not any(name.endswith('scale') for name in changed)
+        # Everything but one branch keeps its weights.
+        assert {name.rpartition('.')[2] for name in changed} <= {
+            *('weight_origin', 'weight', 'bias')
+        }
 
 
 def test_quiet_start_moves_like_a_plain_conv():
@@ -102,6 +102,81 @@ def test_quiet_start_moves_like_a_plain_conv():
     assert_near(origin, plain.weight.grad, 1e-5)
     assert not branches.weight_average.grad.any()
     assert branches.scale.grad[1:].any(dim=1).all(), 'a branch that never wakes up'
+
+
+def first_steps(conv, plain, x, normalize):
+    """How far a small step moves the kernels."""
+    found = []
+    for module in (conv, plain):
+        kernel = module.weight.detach().clone()
+        out = module(x)
+        if normalize:
+            out = nn.functional.batch_norm(out, None, None, training=True)
+        generator = torch.Generator().manual_seed(0)
+        wanted = torch.randn(out.shape, dtype=out.dtype, generator=generator)
+        (out * wanted).sum().backward()
+        torch.optim.SGD(module.parameters(), lr=1e-7).step()
+        found.append((module.weight.detach() - kernel).norm().item())
+    return found
+
+
+@pytest.mark.parametrize(
+    ('channels', 'size', 'groups'),
+    [
+        *(((32, 32), size, 32) for size in (1, 3, 5)),
+        *(((3, 64), size, 1) for size in (1, 3, 5, 7, 9)),
+        *(((16, 96), 1, 1), ((96, 16), 1, 1), ((8, 96), 7, 1), ((1, 16), 7, 1)),
+    ],
+)
+def test_quiet_start_is_quiet(channels, size, groups):
+    """Of depthwise convs and stems too."""
+    options = dict(padding=size // 2, groups=groups, bias=False)
+    conv = OREPAConv2d(*channels, size, **options).double()
+    plain = nn.Conv2d(*channels, size, **options).double()
+    conv.start_from(plain.weight)
+    assert_near(conv.weight.detach(), plain.weight, 1e-10)
+    # Smooth, as images are.
+    x = nn.functional.avg_pool2d(torch.randn(4, channels[0], 24, 24), 3, 1, 1).double()
+    moved, moved_plain = first_steps(conv, plain, x, normalize=True)
+    assert 0.5 * moved_plain < moved < 2 * moved_plain
+
+
+def test_quiet_start_of_a_network():
+    plain = torchvision.models.shufflenet_v2_x0_5(num_classes=10).double()
+    net = reparameterize(copy.deepcopy(plain))
+    x, y = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.arange(4)
+    kernels = []
+    for model in (plain, net):
+        torch.manual_seed(0)
+        convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+        before = [m.weight.detach().clone() for m in convs]
+        nn.functional.cross_entropy(model(x), y).backward()
+        torch.optim.SGD(model.parameters(), lr=1e-6).step()
+        steps = zip(convs, before)
+        kernels.append([(m.weight.detach() - w).norm().item() for m, w in steps])
+    ratios = [one / other for other, one in zip(*kernels)]
+    assert len(ratios) > 19 and min(ratios) > 0.5 and max(ratios) < 2
+
+
+def test_half_after_some_steps():
+    """Branches stay in the range of float16 where they are quiet."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        convs = [nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 8, 3, groups=8)]
+        norms = [nn.BatchNorm2d(8), nn.BatchNorm2d(8)]
+        layers = [layer for pair in zip(convs, norms) for layer in pair]
+        model = reparameterize(nn.Sequential(*layers))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        x = torch.randn(8, 3, 12, 12)
+        wanted = torch.randn(8, 8, 8, 8)
+        for _ in range(6):
+            optimizer.zero_grad()
+            (model(x) - wanted).square().mean().backward()
+            optimizer.step()
+        model.eval()
+        half = switch_to_deploy(copy.deepcopy(model).half()).float()
+        with torch.no_grad():
+            assert_near(half(x), model(x), 0.02)
 
 
 def norm_like_trained(channels):

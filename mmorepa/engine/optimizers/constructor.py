@@ -31,12 +31,12 @@ from ...functional import compiled
 from ...layers import (
     OREPAKernel,
     OREPAPointwiseKernel,
-    PlainConv2d,
     ReparamConv2d,
     faster_in_channels_last,
     outermost,
     set_channels_last,
 )
+from ...layers.plain_start import is_reparameterized
 from ...utils.tables import format_table
 from ..distributed import FoldedDistributedDataParallel
 from .bfloat16_optim_wrapper import BFloat16OptimWrapper
@@ -200,11 +200,17 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             folds = f'as operations on {device}'
         update = 'fused' if wrapper.optimizer.defaults.get('fused') else 'not fused'
         convs = [conv for _, conv in outermost(model, _ConvNd)]
-        turned = sum(_is_reparameterized(conv) for conv in convs)
+        turned = sum(is_reparameterized(conv) for conv in convs)
         twice = sum(getattr(conv, 'has_second_norm', False) for conv in convs)
         names = ', '.join(type(part).__name__ for part in parts) or 'nothing'
         second = f'; the norms of {twice} are followed by another one' if twice else ''
-        MMLogger.get_current_instance().info(
+        logger = MMLogger.get_current_instance()
+        if not turned and any(getattr(conv, 'deployed', False) for conv in convs):
+            logger.warning(
+                f'{type(model).__name__} trains in its deployed form, without '
+                'branches: build it without deploy=True to train it re-parameterised'
+            )
+        logger.info(
             f'{type(wrapper).__name__}: {way} (folds {folds}; '
             f'{type(wrapper.optimizer).__name__} {update}; channels last in '
             f'{names}); {turned} convs of the '
@@ -311,11 +317,6 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             f'Parameter groups ({frozen} tensors are frozen and in none):\n'
             f'{format_table(headers, rows)}'
         )
-
-
-def _is_reparameterized(conv: nn.Module) -> bool:
-    is_reparam = isinstance(conv, ReparamConv2d) and not isinstance(conv, PlainConv2d)
-    return is_reparam and not conv.deployed
 
 
 def _class_of(kind: Union[str, type], registry: Registry) -> Optional[type]:

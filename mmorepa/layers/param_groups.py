@@ -1,0 +1,98 @@
+"""Parameters for an optimizer, and a warning where they are missing in one."""
+
+import warnings
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, Optional
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+if TYPE_CHECKING:
+    from .reparam_conv import ReparamConv2d
+
+# Convs that have folded with a gradient, once and for all, and those of them whose
+# optimizer has not been seen yet.
+_seen: WeakSet = WeakSet()
+_waiting: WeakSet = WeakSet()
+_hook: Optional[torch.utils.hooks.RemovableHandle] = None
+
+
+def param_groups(
+    model: nn.Module,
+    weight_decay: float = 1e-5,
+    no_weight_decay_list: Collection[str] = (),
+) -> list[dict[str, Any]]:
+    """Every trained parameter of a model, in a group with and one without weight decay.
+
+    For loops that look for modules with a parameter ``weight``, by which they miss the
+    branches of training forms. As timm's ``param_groups_weight_decay``.
+
+    Args:
+        model (nn.Module): Any model.
+        weight_decay (float): That of the weights. Biases and other parameters of one
+            dimension, as norms have them, get none. Defaults to 1e-5.
+        no_weight_decay_list (Collection[str]): Names of others that get none. Defaults
+            to none.
+
+    Returns:
+        list[dict]: Two groups, for any optimizer of PyTorch.
+
+    Examples:
+        >>> optimizer = SGD(mmorepa.param_groups(model, 5e-4), lr=0.01, momentum=0.9)
+    """
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_other = parameter.dim() < 2 or name in no_weight_decay_list
+            (others if is_other else decayed).append(parameter)
+    return [
+        dict(params=others, weight_decay=0.0),
+        dict(params=decayed, weight_decay=weight_decay),
+    ]
+
+
+def watch(conv: 'ReparamConv2d') -> None:
+    """Warns at the first step of an optimizer that has no branch of any conv.
+
+    Args:
+        conv (ReparamConv2d): It folds with a gradient.
+    """
+    global _hook
+    if conv in _seen:
+        return
+    _seen.add(conv)
+    _waiting.add(conv)
+    if _hook is None:
+        _hook = register_optimizer_step_post_hook(_check)
+
+
+def _check(optimizer: torch.optim.Optimizer, *args) -> None:
+    global _hook
+    branches = {
+        conv: list(conv.branches.parameters())
+        for conv in list(_waiting)
+        if not conv.deployed
+    }
+    branches = {
+        conv: own
+        for conv, own in branches.items()
+        if any(p.grad is not None for p in own)
+    }
+    if not branches:
+        return
+    _waiting.difference_update(branches)
+    if not _waiting and _hook is not None:
+        _hook.remove()
+        _hook = None
+    known = {id(p) for group in optimizer.param_groups for p in group['params']}
+    # One that trains a part of the convs was told which.
+    if not any(id(p) in known for own in branches.values() for p in own):
+        warnings.warn(
+            f'{len(branches)} re-parameterised convs have gradients, and the optimizer '
+            'has no parameter of any of their branches: give it '
+            "mmorepa.param_groups(model, weight_decay) where it was made of modules' "
+            'weights, or freeze the convs (requires_grad_(False)) if that is meant',
+            stacklevel=3,
+        )

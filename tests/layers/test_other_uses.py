@@ -1,0 +1,165 @@
+"""Other things that people do to models with training forms."""
+
+import copy
+
+import pytest
+import torch
+from helpers import assert_near, trained_like
+from mmcv.cnn import ConvModule
+from mmengine.optim import build_optim_wrapper
+from torch import nn
+from torch.ao import quantization
+
+from mmorepa import reparameterize, switch_to_deploy
+from mmorepa.engine import read_checkpoint
+from mmorepa.layers import DBBConv2d, OREPAConv2d, RepVGGConv2d, log_plain_starts
+
+BN = dict(type='BN')
+KINDS = [OREPAConv2d, DBBConv2d, RepVGGConv2d]
+
+
+def conv_and_norm(dtype):
+    norm = trained_like(nn.BatchNorm2d(6))
+    state = {'weight': torch.randn(6, 4, 3, 3)}
+    state.update({f'norm.{k}': v for k, v in norm.state_dict().items()})
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('deploy', [False, True])
+@pytest.mark.parametrize('form', ['plain', 'branches'])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32, torch.float64])
+def test_assigned_checkpoints_keep_their_dtype(kind, deploy, form, dtype):
+    options = dict(padding=1, bias=False, norm_cfg=BN)
+    conv = kind(4, 6, 3, deploy=deploy, **options)
+    trained = trained_like(kind(4, 6, 3, **options)).to(dtype)
+    state = conv_and_norm(dtype) if form == 'plain' else trained.state_dict()
+    conv.load_state_dict(state, assign=True)
+    assert {p.dtype for p in conv.parameters()} == {dtype}
+    assert conv.eval()(torch.randn(1, 4, 5, 5, dtype=dtype)).dtype == dtype
+
+
+def test_what_is_said_of_a_second_exchange():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    reparameterize(model)
+    with pytest.raises(ValueError, match='0, 1: re-parameterised already'):
+        reparameterize(model)
+    deployed = nn.Sequential(OREPAConv2d(3, 4, 3, deploy=True))
+    with pytest.raises(ValueError, match='0: deployed'):
+        reparameterize(deployed)
+    with pytest.raises(ValueError, match='It has no conv, or'):
+        reparameterize(nn.Linear(2, 2))
+    # One that was switched has plain convs again.
+    assert isinstance(reparameterize(switch_to_deploy(model))[0], OREPAConv2d)
+
+
+def test_every_conv_that_stays_is_named(log):
+    model = nn.ModuleDict(
+        dict(
+            line=nn.Conv1d(3, 3, 3),
+            space=nn.Conv3d(3, 3, 3),
+            up=nn.ConvTranspose1d(3, 3, 3),
+            lazy=nn.LazyConv2d(3, 3),
+            out=nn.Conv2d(3, 3, 3),
+            small=nn.Conv2d(3, 3, 1),
+            good=nn.Conv2d(3, 3, 3, padding=1),
+        )
+    )
+    plain = copy.deepcopy(model)
+    reparameterize(model, 'dbb', exclude='out')
+    assert '1 convs re-parameterised (dbb), 6 left as they are' in log[0]
+    for text in ('line: a Conv1d', 'space: a Conv3d', 'up: a ConvTranspose1d'):
+        assert text in log[0]
+    assert 'out: left out by include or exclude' in log[0]
+    assert 'small: a dbb network has no branches there' in log[0]
+    state = plain.state_dict()
+    model.load_state_dict({k: v for k, v in state.items() if 'lazy' not in k}, False)
+    log_plain_starts(model)
+    assert ': 1 re-parameterised convs start from the plain kernels' in log[1]
+
+
+def test_spectral_norm_of_a_module():
+    cfg = dict(conv_cfg=dict(type='OREPAConv2d'), with_spectral_norm=True)
+    with pytest.raises(KeyError, match=r'for spectral norm.*mmorepa\.switch_to_deploy'):
+        ConvModule(3, 4, 3, **cfg)
+    cfg['conv_cfg']['deploy'] = True
+    ConvModule(3, 4, 3, **cfg)(torch.randn(1, 3, 5, 5))
+
+
+def test_compiled():
+    model = nn.Sequential(OREPAConv2d(3, 4, 3), DBBConv2d(4, 4, 3, padding=1))
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    x = torch.randn(2, 3, 7, 7)
+    for _ in range(2):
+        assert_near(compiled.eval()(x), model(x))
+    model[1].dilation = model[1].padding = 2
+    assert_near(compiled(x), switch_to_deploy(copy.deepcopy(model))(x))
+
+
+def test_checkpoint_of_a_compiled_model(tmp_path):
+    compiled = torch.compile(nn.Sequential(OREPAConv2d(3, 4, 3)))
+    torch.save(compiled.state_dict(), tmp_path / 'compiled.pth')
+    with pytest.raises(RuntimeError, match=r"'_orig_mod\.', those of .*removeprefix"):
+        read_checkpoint(str(tmp_path / 'compiled.pth'))
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_scripted(kind):
+    model = trained_like(nn.Sequential(kind(3, 4, 3, padding=1))).eval()
+    with pytest.raises(TypeError, match='is not scripted: call mmorepa.switch_to'):
+        torch.jit.script(model)
+    switch_to_deploy(model)
+    x = torch.randn(1, 3, 5, 5)
+    assert_near(torch.jit.script(model)(x), model(x))
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+@pytest.mark.filterwarnings('ignore::UserWarning')
+def test_quantization_aware_training():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    qconfig = quantization.get_default_qat_qconfig('fbgemm')
+    for form in (
+        reparameterize(copy.deepcopy(model)),
+        nn.Sequential(DBBConv2d(3, 3, 1)),
+    ):
+        form.qconfig = qconfig
+        with pytest.raises(TypeError, match='is not quantized: call mmorepa.switch_to'):
+            quantization.prepare_qat(form.train())
+    model = switch_to_deploy(reparameterize(model))
+    model = quantization.QuantWrapper(model).train()
+    model.qconfig = qconfig
+    quantization.prepare_qat(model, inplace=True)
+    before = model.module[0].weight.detach().clone()
+    x = torch.randn(4, 3, 9, 9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert not torch.equal(model.module[0].weight, before)
+    expected = model.eval()(x)
+    quantized = quantization.convert(model)
+    assert isinstance(quantized.module[0], torch.ao.nn.quantized.Conv2d)
+    assert_near(quantized(x), expected, 0.05)
+
+
+@pytest.mark.parametrize('when', ['before', 'after'])
+@pytest.mark.parametrize('block', ['orepa', 'dbb'])
+def test_channels_last_survives(when, block):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1))
+    if when == 'before':
+        model.to(memory_format=torch.channels_last)
+    reparameterize(model, block)
+    if when == 'after':
+        model.to(memory_format=torch.channels_last)
+    switch_to_deploy(model)
+    for conv in model:
+        assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+        assert not conv.weight.is_contiguous()
+
+
+def test_training_of_the_deployed_form(log):
+    model = nn.Sequential(OREPAConv2d(3, 4, 3, deploy=True))
+    cfg = dict(optimizer=dict(type='SGD', lr=0.1))
+    build_optim_wrapper(model, dict(cfg, constructor='OREPAOptimWrapperConstructor'))
+    assert any('in its deployed form, without branches: build it' in t for t in log)
