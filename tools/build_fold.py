@@ -7,14 +7,20 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Sequence
+from typing import Optional
 
 from build_mmcv import search_path
 
 from mmorepa.functional import compiled
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    return argparse.ArgumentParser(description=__doc__).parse_args(argv)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    parse_args(argv)
     os.environ['PATH'] = search_path()
     # It warns of a missing CUDA, which is not needed.
     logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)

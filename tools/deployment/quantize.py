@@ -189,7 +189,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         choices=CALIBRATIONS,
         default='average',
         help="how the ranges of activations are chosen: the mean of the images' own, "
-        'the widest, or without the outermost 0.01 % (default: average)',
+        'the widest, or without the outermost 0.01 %% (default: average)',
     )
     parser.add_argument(
         '--activations',
