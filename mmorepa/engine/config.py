@@ -73,6 +73,8 @@ def build_model(cfg: Config) -> nn.Module:
 def build_loader(cfg: Config, phase: str) -> DataLoader:
     """The data of a phase, without a runner, read by this process.
 
+    Nothing is downloaded: only training and testing, which build a runner, may do that.
+
     Args:
         cfg (Config): It is left as it is.
         phase (str): ``'train'``, ``'val'`` or ``'test'``.
@@ -81,18 +83,31 @@ def build_loader(cfg: Config, phase: str) -> DataLoader:
         DataLoader: In the same order each time.
 
     Raises:
-        FileNotFoundError: If the data are missing.
+        FileNotFoundError: If data are missing, also those that could be downloaded.
         ValueError: If the config has none, or see :func:`check_data_folders`.
     """
     if cfg.get(f'{phase}_dataloader') is None:
         raise ValueError(f'the config has no {phase}_dataloader')
+    cfg, scope = copy.deepcopy(cfg), cfg.get('default_scope', 'mmengine')
+    loader = cfg[f'{phase}_dataloader']
+    downloads = [d for d in _datasets(loader) if argument_of(d, 'download', scope)]
+    for dataset in downloads:
+        dataset['download'] = False
     check_data_folders(cfg, (phase,))
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    loader = copy.deepcopy(cfg[f'{phase}_dataloader'])
+    init_default_scope(scope)
     loader.update(num_workers=0, persistent_workers=False)
-    if cfg.get('default_scope') == 'mmpretrain':
+    if scope == 'mmpretrain':
         loader.setdefault('collate_fn', dict(type='default_collate'))
-    return Runner.build_dataloader(loader, seed=0)
+    try:
+        return Runner.build_dataloader(loader, seed=0)
+    except RuntimeError as error:
+        if not downloads:
+            raise
+        # The toolbox's own words advise a setting that was just turned off.
+        raise FileNotFoundError(
+            f'the data below {downloads[0].get("data_root")!r} are missing or damaged; '
+            'only train and test download them'
+        ) from error
 
 
 def use_amp(cfg: Config) -> None:
