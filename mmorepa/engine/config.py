@@ -5,6 +5,7 @@ import copy
 import gc
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional
@@ -365,8 +366,15 @@ def use_visualization(
         wait_time (float): Seconds that a window stays.
 
     Raises:
-        ValueError: If the config has no such hook.
+        ValueError: If the config has no such hook, or there is no display for windows.
     """
+    displays = [os.environ.get(name) for name in ('DISPLAY', 'WAYLAND_DISPLAY')]
+    if show and sys.platform == 'linux' and not any(displays):
+        # Matplotlib would draw and show nothing, in silence.
+        raise ValueError(
+            '--show needs a display for its windows, and neither DISPLAY nor '
+            'WAYLAND_DISPLAY is set; --show-dir FOLDER writes the images to files'
+        )
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
         raise ValueError(
