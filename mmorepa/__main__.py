@@ -17,6 +17,7 @@ COMMANDS = {
     'quickstart': 'quickstart.py',
     'train': 'train.py',
     'test': 'test.py',
+    'predict': 'predict.py',
     'deploy': 'model_converters/switch_to_deploy.py',
     'export_onnx': 'deployment/export_onnx.py',
     'quantize': 'deployment/quantize.py',
