@@ -11,18 +11,9 @@ from typing import Any, Optional, Union
 
 from mmengine.config import Config
 
-_PACKAGE = Path(__file__).resolve().parent
+from .utils.files import root
+
 SCHEME = 'mmorepa::'
-
-
-def root() -> Path:
-    """The folder of ``configs``, ``tools`` and ``model-index.yml``.
-
-    Returns:
-        Path: ``.mim`` in the installed package; the top of a clone.
-    """
-    installed = _PACKAGE / '.mim'
-    return installed if installed.is_dir() else _PACKAGE.parent
 
 
 def list_configs(pattern: str = '*') -> list[str]:

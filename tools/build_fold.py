@@ -8,15 +8,23 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Optional
+
+sys.path.append(str(Path(__file__).resolve().parent))
+from start import Parser
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    return Parser(__doc__, '').parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()  # Before the seconds that the rest takes.
 
 from build_mmcv import search_path
 
 from mmorepa.functional import compiled
-
-
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    return argparse.ArgumentParser(description=__doc__).parse_args(argv)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

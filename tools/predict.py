@@ -3,38 +3,19 @@
 import argparse
 import io
 import os
-import runpy
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Optional
 
-# Before PyTorch is loaded.
-os.environ.update(
-    runpy.run_path(str(Path(__file__).resolve().parent / 'waiting.py'))['ENV']
-)
-
-import mmcv
-from mmengine.fileio import list_dir_or_file
-
-from mmorepa.cli import add_config_options, one_line_errors
-from mmorepa.deployment import build_inferencer
-from mmorepa.engine.config import read_config
-from mmorepa.utils.files import atomic_write, check_outputs
-from mmorepa.utils.tables import counted
-
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.tif', '.tiff', '.webp')
-# The drawn text of a smaller image could not be read.
-SHORT_EDGE = 320
-MOST = 5
+sys.path.append(str(Path(__file__).resolve().parent))
+from start import Parser, add_config_options
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description='Predicts what is in images, and draws it: classes with their '
-        'probabilities, boxes, or the class of every pixel.'
-    )
+    parser = Parser(__doc__, 'my_config.py work_dirs/my_config/epoch_30.pth image.jpg')
     parser.add_argument('config', help='the config, of either form')
     parser.add_argument('checkpoint', help='the checkpoint, of either form')
     parser.add_argument(
@@ -43,8 +24,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--out',
         type=Path,
-        help='the folder for the drawn images (default: '
-        'work_dirs/CONFIG/predictions)',
+        help='the folder for the drawn images (default: work_dirs/CONFIG/predictions)',
     )
     parser.add_argument(
         '--score', type=float, default=0.3, help='lowest score of a box (default: 0.3)'
@@ -54,6 +34,24 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     add_config_options(parser)
     return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()  # Before the seconds that the rest takes.
+
+import mmcv
+from mmengine.fileio import list_dir_or_file
+
+from mmorepa.cli import one_line_errors
+from mmorepa.deployment import build_inferencer
+from mmorepa.engine.config import read_config
+from mmorepa.utils.files import atomic_write, check_outputs
+from mmorepa.utils.tables import counted
+
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.tif', '.tiff', '.webp')
+# The drawn text of a smaller image could not be read.
+SHORT_EDGE = 320
+MOST = 5
 
 
 def find_images(paths: Sequence[str]) -> Iterator[tuple[str, str]]:

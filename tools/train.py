@@ -1,25 +1,17 @@
 """Trains a classifier, a detector or a segmenter from its config."""
 
 import argparse
-import os
-import runpy
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-# Before PyTorch is loaded.
-os.environ.update(
-    runpy.run_path(str(Path(__file__).resolve().parent / 'waiting.py'))['ENV']
-)
-
-from mmorepa.cli import add_common_arguments, load_config, one_line_errors
-from mmorepa.engine.config import add_hook, build_runner, use_amp
+sys.path.append(str(Path(__file__).resolve().parent))
+from start import Parser, add_common_arguments
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description='Trains a classifier, a detector or a segmenter from its config.'
-    )
+    parser = Parser(__doc__, 'my_config.py')
     parser.add_argument('config', help='the config file')
     parser.add_argument(
         '--resume',
@@ -45,6 +37,13 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     add_common_arguments(parser)
     return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()  # Before the seconds that the rest takes.
+
+from mmorepa.cli import load_config, one_line_errors
+from mmorepa.engine.config import add_hook, build_runner, use_amp
 
 
 @one_line_errors()

@@ -7,10 +7,40 @@ the metrics are zoomed to the values of their second half, where runs differ.
 import argparse
 import json
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Optional
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from start import Parser
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = Parser(__doc__, 'work_dirs/my_config')
+    parser.add_argument('runs', nargs='+', type=Path, help='the work folders')
+    parser.add_argument(
+        '--metrics', nargs='+', metavar='NAME', help='which metrics (default: all)'
+    )
+    parser.add_argument('--title', help='of the figure')
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=Path('training_curves.png'),
+        help='the PNG to write (default: training_curves.png); its numbers go beside '
+        'it, as .csv',
+    )
+    parser.add_argument(
+        '--branches',
+        type=Path,
+        help='a PNG of what BranchStatisticsHook wrote in the first run',
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()  # Before the seconds that the rest takes.
 
 import matplotlib.pyplot as plt
 from charts import SERIES, colour_of, save, short, write_csv
@@ -45,30 +75,6 @@ class Run(NamedTuple):
     losses: Series
     metrics: dict[str, Series]
     branches: dict[str, Series]
-
-
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('runs', nargs='+', type=Path, help='the work folders')
-    parser.add_argument(
-        '--metrics', nargs='+', metavar='NAME', help='which metrics (default: all)'
-    )
-    parser.add_argument('--title', help='of the figure')
-    parser.add_argument(
-        '--out',
-        type=Path,
-        default=Path('training_curves.png'),
-        help='the PNG to write (default: training_curves.png); its numbers go beside '
-        'it, as .csv',
-    )
-    parser.add_argument(
-        '--branches',
-        type=Path,
-        help='a PNG of what BranchStatisticsHook wrote in the first run',
-    )
-    return parser.parse_args(argv)
 
 
 def read_run(folder: Path, name: Optional[str] = None) -> Run:

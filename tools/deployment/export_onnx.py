@@ -8,66 +8,35 @@ features, of a two-stage one). How images are normalised is in its metadata.
 
 import argparse
 import json
-import os
-import runpy
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-# Before PyTorch is loaded.
-os.environ.update(
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / 'waiting.py'))['ENV']
-)
-
-import torch
-
-from mmorepa.analysis import Difference, largest_difference
-from mmorepa.analysis.complexity import count_bytes
-from mmorepa.analysis.timing import busy_warning, least_seconds
-from mmorepa.cli import add_config_options, one_line_errors, positive
-from mmorepa.converters import read_checkpoint
-from mmorepa.deployment import load_deployed
-from mmorepa.deployment.inputs import DEFAULT_SIZE, image_shape, test_batch
-from mmorepa.deployment.networks import DeployedNetwork, require
-from mmorepa.deployment.onnx_files import (
-    EXPORTERS,
-    OPSET,
-    OnnxNetwork,
-    export_onnx,
-    preprocessing,
-)
-from mmorepa.engine.config import read_config
-from mmorepa.utils.files import atomic_write, check_outputs
-from mmorepa.utils.tables import counted, format_table
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from start import Parser, add_config_options, add_shape, positive
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        __doc__, 'my_config.py work_dirs/my_config/epoch_30.pth network.onnx'
     )
     parser.add_argument('config', help='the config, of either form')
     parser.add_argument('checkpoint', help='the checkpoint, of either form')
     parser.add_argument('out', help='the ONNX file to write')
     parser.add_argument(
         '--exporter',
-        choices=EXPORTERS,
-        default=EXPORTERS[0],
+        choices=('torchscript', 'dynamo'),
+        default='torchscript',
         help="PyTorch's exporter (default: torchscript); dynamo needs onnxscript",
     )
-    parser.add_argument(
-        '--shape',
-        nargs=2,
-        type=positive,
-        metavar=('HEIGHT', 'WIDTH'),
-        help='the size of the images that the file takes; by default that of the test '
-        f'images, or {DEFAULT_SIZE} {DEFAULT_SIZE} without data',
-    )
+    add_shape(parser, 'images of the file (default: as the test images, or 224)')
     parser.add_argument(
         '--opset',
         type=positive,
-        default=OPSET,
-        help=f"version of ONNX's operators (default: {OPSET})",
+        default=18,
+        help="version of ONNX's operators (default: 18)",
     )
     parser.add_argument(
         '--tolerance',
@@ -78,6 +47,29 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--json', help='a file for the figures')
     add_config_options(parser)
     return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()  # Before the seconds that the rest takes.
+
+import torch
+
+from mmorepa.analysis import Difference, largest_difference
+from mmorepa.analysis.complexity import count_bytes
+from mmorepa.analysis.timing import busy_warning, least_seconds
+from mmorepa.cli import one_line_errors
+from mmorepa.converters import read_checkpoint
+from mmorepa.deployment import load_deployed
+from mmorepa.deployment.inputs import image_shape, test_batch
+from mmorepa.deployment.networks import DeployedNetwork, require
+from mmorepa.deployment.onnx_files import (
+    OnnxNetwork,
+    export_onnx,
+    preprocessing,
+)
+from mmorepa.engine.config import read_config
+from mmorepa.utils.files import atomic_write, check_outputs
+from mmorepa.utils.tables import counted, format_table
 
 
 @torch.no_grad()
