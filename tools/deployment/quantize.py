@@ -286,8 +286,9 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     shape = image_shape(model, test_batch(cfg), args.shape)
     if saturates() and not args.reduce_range:
         print('This CPU has no VNNI: if the accuracy falls, try --reduce-range.')
-    print(f'Reading {counted(args.images, "training image")} …', flush=True)
+    print('Reading training images …', flush=True)
     images = calibration_images(cfg, model, args.images)
+    print(f'Read {counted(len(images), "training image")}.')
     # Their images differ in size.
     pads = any(hasattr(model, name) for name in ('bbox_head', 'rpn_head'))
     if pads:
