@@ -54,7 +54,7 @@ def build_inferencer(
     device = device or get_device()
     loaded = read_checkpoint(str(checkpoint))
     model = load_deployed(cfg, loaded).to(device)
-    meta = (loaded.get('meta') or {}).get('dataset_meta') or _metainfo(cfg)
+    meta = dataset_meta(cfg, loaded)
     if scope == 'mmpretrain':
         model._config = cfg
         return kind(model, classes=meta.get('classes'))
@@ -75,10 +75,22 @@ def build_inferencer(
     return inferencer
 
 
-def _metainfo(cfg: Config) -> dict:
-    """What the test data say of their classes, for checkpoints that say nothing."""
+def dataset_meta(cfg: Config, checkpoint: dict) -> dict:
+    """What is known of the data that a model was trained with.
+
+    Args:
+        cfg (Config): Of the model, with test data.
+        checkpoint (dict): Of the model.
+
+    Returns:
+        dict: Such as ``classes`` and ``palette``. That of the test data if the
+        checkpoint says nothing.
+    """
+    known = (checkpoint.get('meta') or {}).get('dataset_meta')
+    if known or cfg.get('test_dataloader') is None:
+        return known or {}
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:
         dataset = dataset.dataset
-    with DATASETS.switch_scope_and_registry(cfg.default_scope) as registry:
+    with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
         return registry.build({**dataset, 'lazy_init': True}).metainfo

@@ -3,7 +3,8 @@
 The checkpoint is of the training form, which is switched first, or deployed. The file
 takes normalised images, in batches of any length, and gives the logits of a classifier
 or a segmenter, or the maps of a detector's dense head (the first stage's, and the
-features, of a two-stage one). How images are normalised is in its metadata.
+features, of a two-stage one). Its metadata say how images are resized, cropped and
+normalised, and name the classes.
 """
 
 import argparse
@@ -59,7 +60,7 @@ from mmorepa.analysis.complexity import count_bytes
 from mmorepa.analysis.timing import busy_warning, least_seconds
 from mmorepa.cli import one_line_errors
 from mmorepa.converters import read_checkpoint
-from mmorepa.deployment import load_deployed
+from mmorepa.deployment import dataset_meta, load_deployed
 from mmorepa.deployment.inputs import image_shape, test_batch
 from mmorepa.deployment.networks import DeployedNetwork, require
 from mmorepa.deployment.onnx_files import (
@@ -90,7 +91,8 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     for package in ('onnx', 'onnxruntime'):
         require(package)
     cfg = read_config(args.config, args.cfg_options)
-    model = load_deployed(cfg, read_checkpoint(args.checkpoint))
+    checkpoint = read_checkpoint(args.checkpoint)
+    model = load_deployed(cfg, checkpoint)
     batch = test_batch(cfg)
     shape = image_shape(model, batch, args.shape)
     images = {
@@ -105,7 +107,8 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, 'network.onnx')
         print(f'Exporting by {args.exporter} …', flush=True)
-        metadata = preprocessing(cfg, shape[0])
+        classes = dataset_meta(cfg, checkpoint).get('classes')
+        metadata = preprocessing(cfg, shape[0], classes)
         export_onnx(model, image, file, args.exporter, args.opset, metadata)
         exported = OnnxNetwork(file)
         differences = compare(network, exported, images)

@@ -107,7 +107,7 @@ from torch import Tensor, nn
 from mmorepa.analysis.timing import busy_warning, least_seconds
 from mmorepa.cli import one_line_errors
 from mmorepa.converters import read_checkpoint
-from mmorepa.deployment import load_deployed
+from mmorepa.deployment import dataset_meta, load_deployed
 from mmorepa.deployment.inputs import image_shape, test_batch
 from mmorepa.deployment.int8 import (
     LayerLoss,
@@ -138,12 +138,14 @@ class Deployed(NamedTuple):
         model (nn.Module): In eval mode.
         image (Tensor): Shape (1, C, H, W), of the size that the file takes.
         pads (bool): Whether smaller images are padded, as those of detectors are.
+        classes (Sequence[str], optional): Their names.
     """
 
     cfg: Config
     model: nn.Module
     image: Tensor
     pads: bool
+    classes: Optional[Sequence[str]]
 
 
 class Quantized(NamedTuple):
@@ -168,7 +170,7 @@ def by_onnxruntime(
     """Exports the model as an ONNX file, and quantizes that."""
     exported = folder / 'exported.onnx'
     float32, int8 = files = [folder / f'{name}.onnx' for name in NAMES]
-    about = preprocessing(network.cfg, network.image.shape[1])
+    about = preprocessing(network.cfg, network.image.shape[1], network.classes)
     try:
         export_onnx(network.model, network.image, exported, metadata=about)
     except ValueError as error:
@@ -198,10 +200,10 @@ def by_torchao(
 ) -> Quantized:
     """Exports the model as a program of PyTorch, and quantizes that."""
     program = export_program(network.model, network.image)
-    networks = [ProgramNetwork(program, *network[1:])]
+    networks = [ProgramNetwork(program, *network[1:4])]
     networks[0](images[0])  # Raises for images of another size.
     quantized = quantize_program(program, images, args.reduce_range)
-    networks.append(ProgramNetwork(quantized, *network[1:]))
+    networks.append(ProgramNetwork(quantized, *network[1:4]))
     files = [folder / f'{name}.pt2' for name in NAMES]
     for each, path in zip((program, quantized), files):
         torch.export.save(each, path)
@@ -281,7 +283,8 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     for package in backend.packages:
         require(package)
     cfg = read_config(args.config, args.cfg_options)
-    model = load_deployed(cfg, read_checkpoint(args.checkpoint))
+    checkpoint = read_checkpoint(args.checkpoint)
+    model = load_deployed(cfg, checkpoint)
     check_data_folders(cfg, ('train', evaluation_phase(cfg)))
     shape = image_shape(model, test_batch(cfg), args.shape)
     if saturates() and not args.reduce_range:
@@ -296,7 +299,8 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         print('Quantizing …', flush=True)
-        deployed = Deployed(cfg, model, torch.randn(1, *shape), pads)
+        classes = dataset_meta(cfg, checkpoint).get('classes')
+        deployed = Deployed(cfg, model, torch.randn(1, *shape), pads, classes)
         made = backend.quantize(deployed, images, Path(folder), args)
         metrics = {}
         for name, network in made.networks.items():
