@@ -2,9 +2,11 @@
 
 import argparse
 import io
+import logging
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -41,6 +43,7 @@ if __name__ == '__main__':
 
 import mmcv
 from mmengine.fileio import list_dir_or_file
+from mmengine.logging import MMLogger
 
 from mmorepa.cli import one_line_errors
 from mmorepa.deployment import build_inferencer
@@ -136,4 +139,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 
 if __name__ == '__main__':
+    # What libraries advise their developers.
+    warnings.filterwarnings('ignore', module='mm(cv|det|engine|pretrain|seg)')
+    MMLogger.get_current_instance().setLevel(logging.ERROR)
     main()
