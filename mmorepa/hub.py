@@ -4,6 +4,7 @@ import difflib
 import fnmatch
 import os
 import sys
+from collections.abc import Iterable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
@@ -119,9 +120,30 @@ def get_config(name: Union[str, Path], options: Optional[dict] = None) -> Config
         'OREPAResNet'
     """
     cfg = Config.fromfile(find_config(name))
+    apply_variables(cfg, list(cfg))
     if options is not None:
         cfg.merge_from_dict(options)
+        apply_variables(cfg, options)
     return cfg
+
+
+def apply_variables(cfg: Config, names: Iterable[str]) -> None:
+    """Gives the variables of a config to the settings that its base names for them.
+
+    MMEngine does not hand a child's variable on to what its base has made of it. The
+    configs for own data have a table for that: ``variables``, for each name a dict of
+    settings and factors.
+
+    Args:
+        cfg (Config): Changed in place; a variable that was handed on is removed.
+        names (Iterable[str]): Those that the file, or the command line, may have set.
+    """
+    table = cfg.get('variables') or {}
+    for name in [name for name in names if name in table]:
+        value = cfg.pop(name)
+        for setting, factor in table[name].items():
+            scaled = value if factor == 1 else round(value * factor)
+            cfg.merge_from_dict({setting: scaled})
 
 
 def register() -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.device import is_cuda_available
 
-from ..engine.config import read_config
-from ..engine.user_data import check_variables
+from ..engine.config import merge_options, read_config
 from ..hub import find_config
 from ..utils.errors import OutputError
 from ..utils.files import check_outputs
@@ -49,8 +48,7 @@ def load_config(args: argparse.Namespace) -> Config:
                 # this default, which is not the runner's.
                 cfg[name].setdefault('collate_fn', dict(type='default_collate'))
     if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
-        check_variables(cfg, args.cfg_options)
+        merge_options(cfg, args.cfg_options)
     _check_copy(args.config, os.path.join(cfg.work_dir, os.path.basename(args.config)))
     return cfg
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from ..analysis import unwrapped
 from ..backbones import StagedBackbone
 from ..converters import load_strictly, read_checkpoint
-from ..hub import find_config
+from ..hub import apply_variables, find_config
 from .resume import newest_resumable, read_resumable
 from .user_data import argument_of, check_datasets, check_variables
 
@@ -45,13 +45,28 @@ def read_config(path: str, options: Optional[dict] = None) -> Config:
     if Path(path).suffix not in ('.py', '.yml', '.yaml', '.json'):
         raise ValueError(f'{path!r} is no config: these are .py, .yml or .json files')
     cfg = Config.fromfile(path)
+    apply_variables(cfg, list(cfg))
     check_variables(cfg)
     if options is not None:
-        cfg.merge_from_dict(options)
-        check_variables(cfg, options)
+        merge_options(cfg, options)
     if not isinstance(cfg.get('model'), dict):
         raise ValueError(f"{path!r} has no 'model', which is what a config describes")
     return cfg
+
+
+def merge_options(cfg: Config, options: dict) -> None:
+    """Applies ``--cfg-options``.
+
+    Args:
+        cfg (Config): Changed in place.
+        options (dict): Settings by their paths.
+
+    Raises:
+        ValueError: If one has no effect.
+    """
+    cfg.merge_from_dict(options)
+    apply_variables(cfg, options)
+    check_variables(cfg, options)
 
 
 def build_model(cfg: Config) -> nn.Module:
