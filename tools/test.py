@@ -87,13 +87,15 @@ def prepare(args: argparse.Namespace) -> Config:
         use_tta(cfg)
     if args.deploy:
         add_hook(cfg, 'SwitchToDeployHook')
+    if not args.verbose:
+        add_hook(cfg, 'ProgressHook')
     return cfg
 
 
 @one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> dict:
     args = parse_args(argv)
-    runner = build_runner(prepare(args), ('test',))
+    runner = build_runner(prepare(args), ('test',), args.verbose)
     if args.out and args.out_item != 'metrics':
         runner.test_evaluator.metrics.append(_DumpWhole(out_file_path=args.out))
     metrics = runner.test()

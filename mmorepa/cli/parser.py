@@ -99,6 +99,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that training and testing share, named as mmpretrain's."""
     parser.add_argument('--work-dir', help='the folder for logs and checkpoints')
     parser.add_argument(
+        '--verbose', action='store_true', help='show all that goes into the log file'
+    )
+    parser.add_argument(
         '--no-pin-memory',
         action='store_true',
         help='do not pin memory in dataloaders',

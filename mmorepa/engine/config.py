@@ -13,7 +13,7 @@ from typing import Optional
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger, print_log
 from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from torch import nn
@@ -23,8 +23,12 @@ from ..analysis import unwrapped
 from ..backbones import StagedBackbone
 from ..converters import load_strictly, read_checkpoint
 from ..hub import apply_variables, find_config
+from .console import shorten
 from .resume import newest_resumable, read_resumable
 from .user_data import argument_of, check_datasets, check_variables
+
+# The metric that is the best checkpoint's, by the evaluator; 'auto' is its first.
+_BEST = dict(Accuracy='auto', CocoMetric='auto', VOCMetric='auto', IoUMetric='mIoU')
 
 
 def read_config(path: str, options: Optional[dict] = None) -> Config:
@@ -162,13 +166,26 @@ def _has_accelerator() -> bool:
     return get_device() not in ('cpu', 'mps')
 
 
-def build_runner(cfg: Config, phases: tuple[str, ...]) -> Runner:
+class _ShortRunner(Runner):
+    """A runner whose log on the screen is short."""
+
+    def build_logger(self, *args, **kwargs) -> MMLogger:
+        logger = super().build_logger(*args, **kwargs)
+        shorten(logger)
+        return logger
+
+
+def build_runner(
+    cfg: Config, phases: tuple[str, ...], is_verbose: bool = True
+) -> Runner:
     """Checks data folders and checkpoints, then builds the runner.
 
     Args:
         cfg (Config): The complete config.
         phases (tuple[str, ...]): Out of ``'train'``, ``'val'`` and ``'test'``: those
             whose data will be read.
+        is_verbose (bool): Show all of the log, not just what is for people. Defaults to
+            True.
 
     Returns:
         Runner: Ready to train or test.
@@ -198,7 +215,10 @@ def build_runner(cfg: Config, phases: tuple[str, ...]) -> Runner:
             checkpoint = read_checkpoint(start)
     if cfg.get('resume') and checkpoint:
         _keep_seed(cfg, checkpoint['meta'])
-    runner = Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+    if 'runner_type' in cfg:
+        runner = RUNNERS.build(cfg)
+    else:
+        runner = (Runner if is_verbose else _ShortRunner).from_cfg(cfg)
     if checkpoint and isinstance(runner.model, nn.Module):
         load_strictly(unwrapped(runner.model), checkpoint['state_dict'])
     elif start and isinstance(runner.model, nn.Module):
@@ -226,6 +246,28 @@ def add_hook(cfg: Config, name: str) -> None:
     hooks = [*custom, *(cfg.get('default_hooks') or {}).values()]
     if not any(_type_name(hook) == name for hook in hooks if hook):
         cfg.custom_hooks = [*custom, dict(type=name)]
+
+
+def keep_few_checkpoints(cfg: Config) -> None:
+    """Keeps the last three checkpoints and the best one, unless the config says more.
+
+    MMEngine keeps one of every epoch. The best is kept where it is known which metric
+    says so.
+
+    Args:
+        cfg (Config): Changed in place.
+    """
+    for hook in (cfg.get('default_hooks') or {}).values():
+        if (
+            hook
+            and _type_name(hook) == 'CheckpointHook'
+            and 'max_keep_ckpts' not in hook
+        ):
+            hook.max_keep_ckpts = 3
+            evaluators = cfg.get('val_evaluator') or [{'type': ''}]
+            first = evaluators[0] if isinstance(evaluators, list) else evaluators
+            if _type_name(first) in _BEST:
+                hook.setdefault('save_best', _BEST[_type_name(first)])
 
 
 def _type_name(node: dict) -> str:
