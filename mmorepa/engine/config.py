@@ -257,15 +257,11 @@ def keep_few_checkpoints(cfg: Config) -> None:
     Args:
         cfg (Config): Changed in place.
     """
-    for hook in (cfg.get('default_hooks') or {}).values():
-        if (
-            hook
-            and _type_name(hook) == 'CheckpointHook'
-            and 'max_keep_ckpts' not in hook
-        ):
+    evaluators = cfg.get('val_evaluator') or [{'type': ''}]
+    first = evaluators[0] if isinstance(evaluators, list) else evaluators
+    for hook in filter(None, (cfg.get('default_hooks') or {}).values()):
+        if _type_name(hook) == 'CheckpointHook' and 'max_keep_ckpts' not in hook:
             hook.max_keep_ckpts = 3
-            evaluators = cfg.get('val_evaluator') or [{'type': ''}]
-            first = evaluators[0] if isinstance(evaluators, list) else evaluators
             if _type_name(first) in _BEST:
                 hook.setdefault('save_best', _BEST[_type_name(first)])
 

@@ -37,7 +37,10 @@ class ProgressHook(Hook):
         """Prints what was chosen."""
         if is_main_process():
             print(summary(runner), flush=True)
-        self._start(runner.max_iters)
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Starts the line."""
+        self._start(runner.max_iters, runner.iter)
 
     def after_train_iter(
         self,
@@ -49,12 +52,10 @@ class ProgressHook(Hook):
         """Moves the line."""
         if self.progress is None:
             return
-        where, steps = f'iteration {runner.iter + 1}', runner.max_iters
-        if runner.train_loop.__class__.__name__.startswith('Epoch'):
-            steps = len(runner.train_dataloader)
-            where = (
-                f'epoch {runner.epoch + 1}/{runner.max_epochs}  step {batch_idx + 1}'
-            )
+        text = f'iteration {runner.iter + 1}/{runner.max_iters}'
+        if _counts_epochs(runner):
+            text = f'epoch {runner.epoch + 1}/{runner.max_epochs}'
+            text += f'  step {batch_idx + 1}/{len(runner.train_dataloader)}'
         scalars = runner.message_hub.log_scalars
         size = getattr(runner.train_dataloader, 'batch_size', None) or 1
         if 'train/loss' in scalars:
@@ -63,6 +64,8 @@ class ProgressHook(Hook):
             rate = size / max(scalars['train/time'].mean(10), 1e-9)
             text += f'  {rate:.3g} images/s'
         self._move(runner.iter + 1, text)
+        if _counts_epochs(runner) and batch_idx + 1 == len(runner.train_dataloader):
+            self._stop()  # Makes room for what comes between two epochs.
 
     def before_val(self, runner: Runner) -> None:
         """Makes room for the results of the validation."""
@@ -70,7 +73,7 @@ class ProgressHook(Hook):
 
     def after_val(self, runner: Runner) -> None:
         """Goes on with the training."""
-        self._start(runner.max_iters)
+        self._start(runner.max_iters, runner.iter)
 
     def before_test(self, runner: Runner) -> None:
         """Starts the line of a test."""
@@ -93,17 +96,18 @@ class ProgressHook(Hook):
         """Removes the line."""
         self._stop()
 
-    def _start(self, total: int) -> None:
+    def _start(self, total: int, done: int = 0) -> None:
         if self.is_shown and self.progress is None:
             self.progress = Progress(
                 TextColumn('{task.description}'),
                 BarColumn(20),
                 TimeRemainingColumn(),
                 TextColumn('left'),
-                console=Console(file=sys.stdout, soft_wrap=True),
+                console=Console(file=sys.stdout),
+                refresh_per_second=4,
                 transient=True,
             )
-            self.progress.add_task('', total=total)
+            self.progress.add_task('starting', total=total, completed=done)
             self.progress.start()
             # Or an error would leave the terminal without a cursor.
             atexit.register(self.progress.stop)
@@ -158,9 +162,7 @@ def summary(runner: Runner) -> str:
         'model': f'{type(model).__name__}, {type(backbone).__name__}, '
         f'{number / 1e6:.3g} million weights',
         'block': network.get('block'),
-        'starts from': cfg.get('load_from')
-        or start.get('checkpoint')
-        or 'random weights',
+        'starts from': weights or 'random weights',
         'training data': images,
         'validation data': runner.val_loop
         and counted(len(runner.val_loop.dataloader.dataset), 'image'),
