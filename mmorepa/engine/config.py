@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional
@@ -25,7 +26,12 @@ from ..converters import load_strictly, read_checkpoint
 from ..hub import apply_variables, find_config
 from .console import shorten
 from .resume import newest_resumable, read_resumable
-from .user_data import argument_of, check_datasets, check_variables
+from .user_data import (
+    argument_of,
+    check_datasets,
+    check_variables,
+    name_broken_images,
+)
 
 # The metric that is the best checkpoint's, by the evaluator; 'auto' is its first.
 _BEST = dict(Accuracy='auto', CocoMetric='auto', VOCMetric='auto', IoUMetric='mIoU')
@@ -48,7 +54,14 @@ def read_config(path: str, options: Optional[dict] = None) -> Config:
     path = str(find_config(path))
     if Path(path).suffix not in ('.py', '.yml', '.yaml', '.json'):
         raise ValueError(f'{path!r} is no config: these are .py, .yml or .json files')
-    cfg = Config.fromfile(path)
+    try:
+        cfg = Config.fromfile(path)
+    except SyntaxError as error:
+        # It may be in a base. MMEngine's functions call a config 'filename'.
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        names = [frame.f_locals.get('filename') for frame in frames]
+        name = [name for name in names if str(name).endswith('.py')][-1]
+        raise ValueError(f'{str(name)!r}, line {error.lineno}: {error.msg}') from error
     apply_variables(cfg, list(cfg))
     check_variables(cfg)
     if options is not None:
@@ -198,6 +211,7 @@ def build_runner(
             the runner loads it.
     """
     check_data_folders(cfg, phases)
+    name_broken_images()
     start = cfg.get('load_from')
     if start and '://' not in start and not os.path.isfile(start):
         raise FileNotFoundError(f'no checkpoint at {start!r}')

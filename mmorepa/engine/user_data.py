@@ -1,6 +1,7 @@
 """Mistakes that people make with data of their own, each told in one line."""
 
 import ast
+import functools
 import inspect
 import json
 import os
@@ -8,9 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
+from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
 from mmengine.fileio import list_dir_or_file
 from mmengine.registry import DATASETS
+
+from ..utils.errors import DataError
 
 # What people set at the top of a config, and what it takes to have an effect.
 _EXAMPLES = {
@@ -33,6 +37,25 @@ _OPTIONS = {
 _READ = ('model', 'load_from', 'train_cfg')
 # Larger annotations would take longer to read than a mistake is worth.
 _LARGE = 100_000_000
+
+
+def name_broken_images() -> None:
+    """Lets MMCV's transform name the image that it cannot read, from now on."""
+    original = LoadImageFromFile.transform
+    if hasattr(original, '__wrapped__'):
+        return
+
+    @functools.wraps(original)
+    def transform(self: LoadImageFromFile, results: dict) -> Optional[dict]:
+        try:
+            return original(self, results)
+        except Exception as error:
+            raise DataError(
+                f'{results.get("img_path")!r} cannot be read as an image; remove it, '
+                'or put a whole one in its place'
+            ) from error
+
+    LoadImageFromFile.transform = transform
 
 
 def check_variables(cfg: Config, options: Optional[dict] = None) -> None:
