@@ -5,31 +5,49 @@ constructor with MMEngine, so that ``custom_imports = dict(imports=['mmorepa'])`
 is all that a config needs.
 """
 
-from .utils.requirements import check_requirements
+import os
+import sys
 
-check_requirements()
+from .version import __version__
 
-from . import (  # noqa: E402
-    analysis,
-    backbones,
-    converters,
-    engine,
-    functional,
-    hub,
-    layers,
-)
-from .hub import get_config, list_configs  # noqa: E402
-from .layers import (  # noqa: E402
-    folded,
-    is_switchable,
-    param_groups,
-    reparameterize,
-    set_channels_last,
-    switch_to_deploy,
-)
-from .version import __version__  # noqa: E402
 
-hub.register()
+def _is_command() -> bool:
+    """True while ``python -m mmorepa`` or ``mmorepa`` starts.
+
+    It runs a tool in a process of its own, and needs nothing that loads PyTorch.
+    """
+    if os.path.basename(sys.argv[0]) in ('mmorepa', 'mmorepa.exe'):
+        return True
+    line = sys.orig_argv
+    # '-m' is there as long as Python looks for the module that it will run.
+    return sys.argv[0] == '-m' and line[line.index('-m') + 1] == __name__
+
+
+if not _is_command():
+    from .utils.requirements import check_requirements
+
+    check_requirements()
+
+    from . import (
+        analysis,
+        backbones,
+        converters,
+        engine,
+        functional,
+        hub,
+        layers,
+    )
+    from .hub import get_config, list_configs
+    from .layers import (
+        folded,
+        is_switchable,
+        param_groups,
+        reparameterize,
+        set_channels_last,
+        switch_to_deploy,
+    )
+
+    hub.register()
 
 __all__ = [
     '__version__',

@@ -6,10 +6,11 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Optional
 
-from .hub import root
+from .utils.files import root
 from .version import __version__
 
 # What a clone is worked on with, such as the compiler of mmcv, is not among them.
@@ -17,6 +18,7 @@ COMMANDS = {
     'quickstart': 'quickstart.py',
     'train': 'train.py',
     'test': 'test.py',
+    'predict': 'predict.py',
     'deploy': 'model_converters/switch_to_deploy.py',
     'export_onnx': 'deployment/export_onnx.py',
     'quantize': 'deployment/quantize.py',
@@ -54,7 +56,7 @@ def usage() -> str:
 def versions() -> str:
     """Two lines: this package's version, and those of what it works with."""
     found = []
-    for name in ('torch', 'mmengine', 'mmcv', 'mmpretrain'):
+    for name in ('torch', 'mmengine', 'mmcv', 'mmpretrain', 'mmdet', 'mmseg'):
         try:
             found.append(f'{name} {import_module(name).__version__}')
         except Exception as error:  # MMPretrain asserts that MMCV's version fits.
@@ -80,11 +82,16 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         return
     name, *rest = arguments
     if name not in COMMANDS:
-        sys.exit(f'error: no command {name!r}; there are: {", ".join(COMMANDS)}')
+        close = get_close_matches(name, COMMANDS, n=1)
+        advice = f'did you mean {close[0]!r}? ' if close else ''
+        sys.exit(
+            f'error: no command {name!r}; {advice}there are: {", ".join(COMMANDS)}'
+        )
     # The path of a tool begins with its own folder. ``python -m`` began with the
     # working folder, where the modules of custom_imports may lie, and this package.
     paths = [os.getcwd(), *filter(None, [os.environ.get('PYTHONPATH')])]
     os.environ['PYTHONPATH'] = os.pathsep.join(paths)
+    os.environ['MMOREPA_COMMAND'] = name
     # By a fresh interpreter: a tool has to set how threads wait before PyTorch is
     # loaded, and importing this package has loaded it.
     line = [sys.executable, str(root() / 'tools' / COMMANDS[name]), *rest]

@@ -4,25 +4,18 @@ import difflib
 import fnmatch
 import os
 import sys
+from collections.abc import Iterable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Optional, Union
 
 from mmengine.config import Config
 
-_PACKAGE = Path(__file__).resolve().parent
+from .utils.files import root
+
 SCHEME = 'mmorepa::'
-
-
-def root() -> Path:
-    """The folder of ``configs``, ``tools`` and ``model-index.yml``.
-
-    Returns:
-        Path: ``.mim`` in the installed package; the top of a clone.
-    """
-    installed = _PACKAGE / '.mim'
-    return installed if installed.is_dir() else _PACKAGE.parent
 
 
 def list_configs(pattern: str = '*') -> list[str]:
@@ -38,12 +31,7 @@ def list_configs(pattern: str = '*') -> list[str]:
         >>> mmorepa.list_configs('imagenet/resnet18-*')
         ['imagenet/resnet18-1.5x-orepa_4xb64_in1k', ...]
     """
-    folder = root() / 'configs'
-    names = (
-        path.relative_to(folder).with_suffix('').as_posix()
-        for path in folder.glob('[!_]*/**/*.py')
-    )
-    return sorted(fnmatch.filter(names, pattern))
+    return sorted(fnmatch.filter(_names(root() / 'configs'), pattern))
 
 
 def find_config(name: Union[str, Path]) -> Path:
@@ -51,7 +39,8 @@ def find_config(name: Union[str, Path]) -> Path:
 
     Args:
         name (str | Path): A file, or a config that comes with this package:
-            ``FOLDER/NAME`` or ``NAME``, with or without ``.py`` and ``mmorepa::``.
+            ``FOLDER/NAME`` or ``NAME``, with or without ``.py`` and ``mmorepa::``; or
+            one of a toolbox, such as ``mmpretrain::NAME``.
 
     Returns:
         Path: The file. One that is there goes before one of this package.
@@ -67,26 +56,47 @@ def find_config(name: Union[str, Path]) -> Path:
         )
     name = str(name)
     # Unlike Path.is_file, it raises for no name, however long.
-    if not name.startswith(SCHEME) and os.path.isfile(name):
+    if '::' not in name and os.path.isfile(name):
         return Path(name)
-    wanted = name.removeprefix(SCHEME).removesuffix('.py')
+    package, _, wanted = name.rpartition('::')
+    package, wanted = package or 'mmorepa', wanted.removesuffix('.py')
+    folder = root() / 'configs' if package == 'mmorepa' else _configs_of(package)
     # The pieces below _base_ are found by their paths alone.
-    path = root() / 'configs' / f'{wanted}.py'
+    path = folder / f'{wanted}.py'
     if wanted and os.path.isfile(path):
         return path
-    names = list_configs()
+    names = _names(folder)
     found = [known for known in names if known.rpartition('/')[2] == wanted]
     if len(found) == 1:
-        return root() / 'configs' / f'{found[0]}.py'
+        return folder / f'{found[0]}.py'
     stems = {known.rpartition('/')[2]: known for known in names}
     close = difflib.get_close_matches(wanted, names, cutoff=0.7)
     close += [stems[stem] for stem in difflib.get_close_matches(wanted, stems)]
     advice = ', '.join(dict.fromkeys(close[:4]))
     shown = repr(name if len(name) < 200 else f'{name[:100]}…')
+    where = f'in {str(folder)!r} are the others'
+    if package == 'mmorepa':
+        where = 'mmorepa.list_configs() has the names'
     raise FileNotFoundError(
-        f'no config at {shown}, nor one of that name in mmorepa; '
-        + (f'close are: {advice}' if close else 'mmorepa.list_configs() has the names')
+        f'no config at {shown}, nor one of that name in {package}; '
+        + (f'close are: {advice}' if close else where)
     )
+
+
+def _names(folder: Path) -> list[str]:
+    """The configs in a folder, by their names below it."""
+    return [
+        path.relative_to(folder).with_suffix('').as_posix()
+        for path in folder.glob('[!_]*/**/*.py')
+    ]
+
+
+def _configs_of(package: str) -> Path:
+    """The configs that come with a toolbox."""
+    spec = find_spec(package) if package.isidentifier() else None
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(f'no package {package!r}, which {package}::… names')
+    return Path(spec.origin).parent / '.mim' / 'configs'
 
 
 def get_config(name: Union[str, Path], options: Optional[dict] = None) -> Config:
@@ -110,9 +120,30 @@ def get_config(name: Union[str, Path], options: Optional[dict] = None) -> Config
         'OREPAResNet'
     """
     cfg = Config.fromfile(find_config(name))
+    apply_variables(cfg, list(cfg))
     if options is not None:
         cfg.merge_from_dict(options)
+        apply_variables(cfg, options)
     return cfg
+
+
+def apply_variables(cfg: Config, names: Iterable[str]) -> None:
+    """Gives the variables of a config to the settings that its base names for them.
+
+    MMEngine does not hand a child's variable on to what its base has made of it. The
+    configs for own data have a table for that: ``variables``, for each name a dict of
+    settings and factors.
+
+    Args:
+        cfg (Config): Changed in place; a variable that was handed on is removed.
+        names (Iterable[str]): Those that the file, or the command line, may have set.
+    """
+    table = cfg.get('variables') or {}
+    for name in [name for name in names if name in table]:
+        value = cfg.pop(name)
+        for setting, factor in table[name].items():
+            scaled = value if factor == 1 else round(value * factor)
+            cfg.merge_from_dict({setting: scaled})
 
 
 def register() -> None:

@@ -51,6 +51,18 @@ class TestFindConfig:
         with pytest.raises(FileNotFoundError, match=words):
             mmorepa.get_config(name)
 
+    @pytest.mark.parametrize(
+        'name', ['resnet/resnet18_8xb16_cifar10.py', 'resnet18_8xb16_cifar10']
+    )
+    def test_of_a_toolbox(self, name):
+        pytest.importorskip('mmpretrain')
+        found = find_config(f'mmpretrain::{name}')
+        assert found.name == 'resnet18_8xb16_cifar10.py'
+        with pytest.raises(FileNotFoundError, match='mmpretrain; close are: resnet/'):
+            find_config('mmpretrain::resnet18_8xb16_cifar1')
+        with pytest.raises(FileNotFoundError, match="no package 'none_such'"):
+            find_config('none_such::resnet18')
+
     @pytest.mark.parametrize('name', [None, 3, ['a.py'], b'a.py'])
     def test_neither_name_nor_path(self, name):
         words = f'^a config is .*, found {re.escape(repr(name))}; .*list_configs'
@@ -156,6 +168,7 @@ class TestCommands:
         assert package.startswith(f'mmorepa {mmorepa.__version__}, Python 3.')
         for name in ('torch', 'mmengine', 'mmcv'):
             assert f'{name} {importlib.import_module(name).__version__}, ' in others
+        assert ', mmdet ' in others and ', mmseg ' in others
         monkeypatch.setitem(sys.modules, 'mmpretrain', None)
         main(['--version'])
         assert ', mmpretrain cannot be imported (' in capsys.readouterr().out
@@ -163,6 +176,8 @@ class TestCommands:
     def test_unknown(self):
         with pytest.raises(SystemExit, match="error: no command 'trian'; .*train, "):
             main(['trian'])
+        with pytest.raises(SystemExit, match="did you mean 'export_onnx'"):
+            main(['export-onnx'])
 
     def test_takes_the_place_of_the_process(self, monkeypatch):
         calls = []

@@ -7,14 +7,28 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+sys.path.append(str(Path(__file__).resolve().parent))
+from start import Parser
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    return Parser(__doc__, '').parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()  # Before the seconds that the rest takes.
 
 from build_mmcv import search_path
 
 from mmorepa.functional import compiled
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    parse_args(argv)
     os.environ['PATH'] = search_path()
     # It warns of a missing CUDA, which is not needed.
     logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)

@@ -16,6 +16,30 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Optional
 
+sys.path.append(str(Path(__file__).resolve().parent))
+from start import Parser
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = Parser(__doc__, '')
+    parser.add_argument(
+        'part',
+        nargs='?',
+        choices=['transfer'],
+        help='go on from it: fine-tune a detector and a segmenter, and deploy them',
+    )
+    parser.add_argument(
+        '--epochs', type=int, default=20, help='of the pretraining (default: 20)'
+    )
+    parser.add_argument(
+        '--seconds-before',
+        type=int,
+        default=0,
+        help='what the set-up took, for the summary',
+    )
+    return parser.parse_args(argv)
+
+
 TOOLS = Path(__file__).resolve().parent
 CONFIGS = TOOLS.parent / 'configs' / 'digits'
 CONFIG = CONFIGS / 'resnet18-slim-orepa_1xb64_digits.py'
@@ -34,26 +58,6 @@ WATCHED = [
 CLASSIFICATION = r'Epoch\((train|val|test)\)'
 SHOWN_TESTS = r'Epoch\(test\).*accuracy'
 TRANSFER = r'mAP: |mIoU: |(Epoch|Iter)\(train\)'
-
-
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument(
-        'part',
-        nargs='?',
-        choices=['transfer'],
-        help='go on from it: fine-tune a detector and a segmenter, and deploy them',
-    )
-    parser.add_argument(
-        '--epochs', type=int, default=20, help='of the pretraining (default: 20)'
-    )
-    parser.add_argument(
-        '--seconds-before',
-        type=int,
-        default=0,
-        help='what the set-up took, for the summary',
-    )
-    return parser.parse_args(argv)
 
 
 def step(text: str) -> None:

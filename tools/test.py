@@ -2,30 +2,17 @@
 
 import argparse
 import os
-import runpy
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-# Before PyTorch is loaded.
-os.environ.update(
-    runpy.run_path(str(Path(__file__).resolve().parent / 'waiting.py'))['ENV']
-)
-
-import mmengine
-from mmengine.config import Config
-from mmengine.dist import is_main_process
-from mmengine.evaluator import DumpResults
-
-from mmorepa.cli import add_common_arguments, load_config, one_line_errors, positive
-from mmorepa.engine.config import add_hook, build_runner, use_tta, use_visualization
-from mmorepa.utils.files import atomic_write, check_outputs
+sys.path.append(str(Path(__file__).resolve().parent))
+from start import Parser, add_common_arguments, positive
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description='Tests a checkpoint of a classifier, a detector or a segmenter.'
-    )
+    parser = Parser(__doc__, 'my_config.py work_dirs/my_config/epoch_30.pth')
     parser.add_argument('config', help='the config file')
     parser.add_argument('checkpoint', help='the checkpoint file')
     parser.add_argument(
@@ -62,6 +49,19 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return args
 
 
+if __name__ == '__main__':
+    parse_args()  # Before the seconds that the rest takes.
+
+import mmengine
+from mmengine.config import Config
+from mmengine.dist import is_main_process
+from mmengine.evaluator import DumpResults
+
+from mmorepa.cli import load_config, one_line_errors
+from mmorepa.engine.config import add_hook, build_runner, use_tta, use_visualization
+from mmorepa.utils.files import atomic_write, check_outputs
+
+
 class _DumpWhole(DumpResults):
     """MMEngine's ``DumpResults``, with an atomic write."""
 
@@ -87,13 +87,15 @@ def prepare(args: argparse.Namespace) -> Config:
         use_tta(cfg)
     if args.deploy:
         add_hook(cfg, 'SwitchToDeployHook')
+    if not args.verbose:
+        add_hook(cfg, 'ProgressHook')
     return cfg
 
 
 @one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> dict:
     args = parse_args(argv)
-    runner = build_runner(prepare(args), ('test',))
+    runner = build_runner(prepare(args), ('test',), args.verbose)
     if args.out and args.out_item != 'metrics':
         runner.test_evaluator.metrics.append(_DumpWhole(out_file_path=args.out))
     metrics = runner.test()

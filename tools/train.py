@@ -1,25 +1,17 @@
 """Trains a classifier, a detector or a segmenter from its config."""
 
 import argparse
-import os
-import runpy
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-# Before PyTorch is loaded.
-os.environ.update(
-    runpy.run_path(str(Path(__file__).resolve().parent / 'waiting.py'))['ENV']
-)
-
-from mmorepa.cli import add_common_arguments, load_config, one_line_errors
-from mmorepa.engine.config import add_hook, build_runner, use_amp
+sys.path.append(str(Path(__file__).resolve().parent))
+from start import Parser, add_common_arguments
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description='Trains a classifier, a detector or a segmenter from its config.'
-    )
+    parser = Parser(__doc__, 'my_config.py')
     parser.add_argument('config', help='the config file')
     parser.add_argument(
         '--resume',
@@ -47,6 +39,35 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+if __name__ == '__main__':
+    parse_args()  # Before the seconds that the rest takes.
+
+sys.path.append(str(Path(__file__).resolve().parent / 'analysis_tools'))
+from charts import write_csv
+from mmengine.dist import is_main_process
+from training_curves import metrics_of, plot, read_run, table_of
+
+from mmorepa.cli import load_config, one_line_errors
+from mmorepa.engine.config import (
+    add_hook,
+    build_runner,
+    keep_few_checkpoints,
+    use_amp,
+)
+
+
+def draw_results(folder: Path) -> None:
+    """Draws the curves of a training, if it has logged any."""
+    try:
+        run = read_run(folder)
+    except (FileNotFoundError, ValueError) as error:
+        print(f'No curves are drawn: {error}.')
+        return
+    plot([run], metrics_of([run], None), run.name, folder / 'results.png')
+    write_csv(table_of([run]), folder / 'results.csv')
+    print(f'The curves are in {folder / "results.png"}, their numbers in results.csv.')
+
+
 @one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
@@ -70,9 +91,14 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             if cfg.get(name):
                 cfg[name].persistent_workers = False
     add_hook(cfg, 'CrashSafeHook')
+    if not args.verbose:
+        add_hook(cfg, 'ProgressHook')
+    keep_few_checkpoints(cfg)
     phases = ('train',) if cfg.get('val_cfg') is None else ('train', 'val')
-    runner = build_runner(cfg, phases)
+    runner = build_runner(cfg, phases, args.verbose)
     runner.train()
+    if is_main_process():
+        draw_results(Path(runner.work_dir))
 
 
 if __name__ == '__main__':

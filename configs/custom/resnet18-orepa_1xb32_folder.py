@@ -11,5 +11,5 @@ weights = dict(type='Pretrained', checkpoint='torchvision://resnet18')
 model = dict(backbone=dict(block='orepa', init_cfg=weights), head=dict(topk=(1,)))
 # A step moves the stem's kernel about as far as a plain one: see docs/transfer.md.
 optim_wrapper = dict(paramwise_cfg=dict(stem_lr_mult=0.5))
-default_hooks = dict(logger=dict(interval=10))
+default_hooks = dict(logger=dict(interval=10), checkpoint=dict(save_best='auto'))
 auto_scale_lr = dict(base_batch_size=32)

@@ -13,4 +13,5 @@ model = dict(
 # A step moves the stem's kernel about as far as a plain one: see docs/transfer.md.
 optim_wrapper = dict(optimizer=dict(lr=0.0025), paramwise_cfg=dict(stem_lr_mult=0.5))
 train_cfg = dict(max_epochs=12)
+default_hooks = dict(checkpoint=dict(save_best='auto'))
 auto_scale_lr = dict(enable=False, base_batch_size=2)

@@ -1,14 +1,13 @@
-"""Arguments that several tools take."""
+"""The config that a command line asks for."""
 
 import argparse
 import os
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.device import is_cuda_available
 
-from ..engine.config import read_config
-from ..engine.user_data import check_variables
+from ..engine.config import merge_options, read_config
 from ..hub import find_config
 from ..utils.errors import OutputError
 from ..utils.files import check_outputs
@@ -16,63 +15,12 @@ from ..utils.files import check_outputs
 _LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that training and testing share, named as mmpretrain's."""
-    parser.add_argument('--work-dir', help='the folder for logs and checkpoints')
-    parser.add_argument(
-        '--no-pin-memory',
-        action='store_true',
-        help='do not pin memory in dataloaders',
-    )
-    add_config_options(parser)
-    parser.add_argument(
-        '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none',
-        help='how the processes of a distributed run were started',
-    )
-    # torch.distributed.launch passes it with a hyphen since PyTorch 2.
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
-
-
-class _Settings(DictAction):
-    """MMEngine's ``DictAction``, with a parser error for values that it cannot read."""
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        for value in values:
-            try:
-                super().__call__(parser, namespace, [value], option_string)
-            except Exception as error:
-                parser.error(
-                    f'{option_string} takes KEY=VALUE, found {value!r} ({error})'
-                )
-
-
-def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--cfg-options``, the same for all tools that read a config."""
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=_Settings,
-        metavar='KEY=VALUE',
-        help='settings that override the config, for example '
-        'train_cfg.max_epochs=10 model.backbone.strides="(1,2,2,1)"',
-    )
-
-
-def positive(text: str) -> int:
-    """An argument type: an integer of at least 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text} is not at least 1')
-    return int(text)
-
-
 def load_config(args: argparse.Namespace) -> Config:
     """Reads the config and applies the common flags.
 
     Args:
         args (argparse.Namespace): With ``config`` and the flags of
-            :func:`add_common_arguments`.
+            :func:`.add_common_arguments`.
 
     Returns:
         Config: ``--cfg-options`` come last and so win.
@@ -100,8 +48,7 @@ def load_config(args: argparse.Namespace) -> Config:
                 # this default, which is not the runner's.
                 cfg[name].setdefault('collate_fn', dict(type='default_collate'))
     if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
-        check_variables(cfg, args.cfg_options)
+        merge_options(cfg, args.cfg_options)
     _check_copy(args.config, os.path.join(cfg.work_dir, os.path.basename(args.config)))
     return cfg
 

@@ -68,7 +68,8 @@ def identify(state_dict: Mapping[str, Tensor]) -> dict:
     if len(depths) != 4:
         raise CheckpointError(
             'this is no published OREPA checkpoint: it has no keys stage1.* to '
-            f'stage4.*, but for example {", ".join(list(state_dict)[:3])}'
+            f'stage4.*, but for example {", ".join(list(state_dict)[:3])}; for a plain '
+            'network, use `python -m mmorepa convert_plain`'
         )
     is_repvgg = any('.rbr_' in key for key in state_dict)
     backbone = (_repvgg if is_repvgg else _resnet)(state_dict, depths)

@@ -203,7 +203,8 @@ def _reason(error: Exception) -> str:
     if not lines:
         return type(error).__name__
     if not lines[0].startswith('Weights only load failed'):
-        return lines[0]
+        # Of a file of another kind, the unpickler says a number, or a letter.
+        return lines[0] if ' ' in lines[0] else 'it is no file of torch.save'
     return lines[-1].rpartition('WeightsUnpickler error: ')[-1].split(' Please use')[0]
 
 
@@ -332,7 +333,25 @@ def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
         {**dict.fromkeys(loaded.unexpected_keys, ()), **misshapen},
     )
     if problems:
-        raise CheckpointError(f'the checkpoint does not fit the config: {problems}')
+        raise CheckpointError(
+            f'the checkpoint does not fit the config: {problems}{_origin(state_dict)}'
+        )
+
+
+def _origin(state_dict: dict[str, Tensor]) -> str:
+    """Advice for a checkpoint that a converter takes; empty for others."""
+    keys = {key.removeprefix('module.').removeprefix('backbone.') for key in state_dict}
+    if any('.rbr_' in key or '.weight_orepa' in key for key in keys):
+        return (
+            '; it is one of the published OREPA code by its keys: convert it by '
+            '`python -m mmorepa convert`'
+        )
+    if {'conv1.weight', 'bn1.weight'} <= keys:
+        return (
+            '; it is one of a plain ResNet by its keys: start from it by init_cfg, or '
+            'convert it by `python -m mmorepa convert_plain`'
+        )
+    return ''
 
 
 def deploy_checkpoint(model: nn.Module, checkpoint: dict) -> dict:

@@ -4,6 +4,13 @@ What needs the packages ``onnx`` and ``onnxruntime`` is in :mod:`.onnx_files` an
 :mod:`.int8`, what needs ``torchao`` in :mod:`.pt2e`; they import them when called.
 """
 
+from .inference import build_inferencer, dataset_meta
 from .models import deployed_config, load_deployed, loaded_by_config
 
-__all__ = ['deployed_config', 'load_deployed', 'loaded_by_config']
+__all__ = [
+    'build_inferencer',
+    'dataset_meta',
+    'deployed_config',
+    'load_deployed',
+    'loaded_by_config',
+]

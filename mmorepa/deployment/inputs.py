@@ -25,8 +25,8 @@ def test_batch(cfg: Config) -> Optional[dict]:
     if cfg.get('test_dataloader') is None:
         return None
     try:
-        return next(iter(build_loader(cfg, 'test')))
-    except FileNotFoundError:
+        return next(iter(build_loader(cfg, 'test')), None)
+    except OSError:  # Of any kind: no folder, no file, no right to read it.
         return None
 
 

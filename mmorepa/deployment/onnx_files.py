@@ -4,8 +4,9 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Optional, Union
 from unittest import mock
 
@@ -14,12 +15,20 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from ..utils.files import PathLike
+from ..version import __version__
 from .networks import DeployedNetwork, Network, flatten, named_outputs, require
 
 EXPORTERS = ('torchscript', 'dynamo')
 # The lowest that both exporters write.
 OPSET = 18
 INPUT = 'images'
+_INTERPOLATIONS = dict(
+    nearest='INTER_NEAREST',
+    bilinear='INTER_LINEAR',
+    bicubic='INTER_CUBIC',
+    area='INTER_AREA',
+    lanczos='INTER_LANCZOS4',
+)
 
 
 def export_onnx(
@@ -147,17 +156,27 @@ class OnnxNetwork(Network):
         return [torch.from_numpy(array) for array in found]
 
 
-def preprocessing(cfg: Config, channels: int = 3) -> dict:
+def preprocessing(
+    cfg: Config, channels: int = 3, classes: Optional[Sequence[str]] = None
+) -> dict:
     """How images become what a network takes, for the metadata of a file.
 
     Args:
         cfg (Config): Of a classifier, segmenter or detector.
         channels (int): Of the images. Defaults to 3.
+        classes (Sequence[str], optional): Their names. Defaults to None.
 
     Returns:
-        dict: ``mean`` and ``std`` of the channels (0 and 1 without normalisation), and
-        ``channels``, what they are: ``'grey'``, ``'RGB'`` or ``'BGR'``; None where
-        there are neither one nor three.
+        dict: By name, for JSON.
+
+        - ``resize``: (height, width), or the length of the short edge; None without.
+        - ``keep_ratio``: True if images keep their ratio inside of ``resize``.
+        - ``interpolation``: The name of OpenCV's flag.
+        - ``crop``: (height, width) from the centre; None without.
+        - ``mean``, ``std``: Of the channels; 0 and 1 without normalisation.
+        - ``channels``: ``'grey'``, ``'RGB'`` or ``'BGR'``; None for neither one nor
+          three.
+        - ``classes``; ``config``, its name; ``mmorepa_version``.
     """
     found = {
         **(cfg.get('data_preprocessor') or {}),
@@ -167,7 +186,43 @@ def preprocessing(cfg: Config, channels: int = 3) -> dict:
     swaps = [found.get(name) for name in ('to_rgb', 'bgr_to_rgb', 'rgb_to_bgr')]
     kinds = {1: 'grey', 3: 'RGB' if any(swaps) else 'BGR'}
     return dict(
+        **_geometry(cfg),
         mean=list(found.get('mean') or [0.0] * channels),
         std=list(found.get('std') or [1.0] * channels),
         channels=kinds.get(channels),
+        classes=classes and list(classes),
+        config=cfg.filename and Path(cfg.filename).stem,
+        mmorepa_version=__version__,
     )
+
+
+def _geometry(cfg: Config) -> dict:
+    """The size of the images, as the pipeline of the test makes it."""
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    steps = {
+        str(step['type']).rpartition('.')[-1]: step
+        for step in dataset.get('pipeline') or ()
+    }
+    edge, resize, crop = (
+        steps.get(name) for name in ('ResizeEdge', 'Resize', 'CenterCrop')
+    )
+    size = None
+    if edge and edge.get('edge', 'short') == 'short':
+        size = edge['scale']
+    elif resize and resize.get('scale'):
+        size = _height_width(resize['scale'], is_reversed=True)
+    resize = edge or resize or {}
+    return dict(
+        resize=size,
+        keep_ratio=bool(resize.get('keep_ratio')),
+        interpolation=_INTERPOLATIONS[resize.get('interpolation', 'bilinear')],
+        crop=crop and _height_width(crop['crop_size']),
+    )
+
+
+def _height_width(size: Any, is_reversed: bool = False) -> list[int]:
+    if isinstance(size, int):
+        return [size, size]
+    return list(size)[::-1] if is_reversed else list(size)

@@ -12,6 +12,7 @@ from .hooks import (
     CrashSafeHook,
     EquivalentKernelDecayHook,
     FoldedEvaluationHook,
+    ProgressHook,
     SwitchToDeployHook,
 )
 from .optimizers import (
@@ -35,6 +36,7 @@ __all__ = [
     'FoldedEvaluationHook',
     'FoldedOptimWrapper',
     'OREPAOptimWrapperConstructor',
+    'ProgressHook',
     'SwitchToDeployHook',
     'allow_mmengine_checkpoints',
     'deploy_checkpoint',

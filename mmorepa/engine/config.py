@@ -5,6 +5,8 @@ import copy
 import gc
 import os
 import subprocess
+import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional
@@ -12,7 +14,7 @@ from typing import Optional
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger, print_log
 from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from torch import nn
@@ -21,9 +23,18 @@ from torch.utils.data import DataLoader
 from ..analysis import unwrapped
 from ..backbones import StagedBackbone
 from ..converters import load_strictly, read_checkpoint
-from ..hub import find_config
+from ..hub import apply_variables, find_config
+from .console import shorten
 from .resume import newest_resumable, read_resumable
-from .user_data import argument_of, check_datasets, check_variables
+from .user_data import (
+    argument_of,
+    check_datasets,
+    check_variables,
+    name_broken_images,
+)
+
+# The metric that is the best checkpoint's, by the evaluator; 'auto' is its first.
+_BEST = dict(Accuracy='auto', CocoMetric='auto', VOCMetric='auto', IoUMetric='mIoU')
 
 
 def read_config(path: str, options: Optional[dict] = None) -> Config:
@@ -43,14 +54,36 @@ def read_config(path: str, options: Optional[dict] = None) -> Config:
     path = str(find_config(path))
     if Path(path).suffix not in ('.py', '.yml', '.yaml', '.json'):
         raise ValueError(f'{path!r} is no config: these are .py, .yml or .json files')
-    cfg = Config.fromfile(path)
+    try:
+        cfg = Config.fromfile(path)
+    except SyntaxError as error:
+        # It may be in a base. MMEngine's functions call a config 'filename'.
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        names = [frame.f_locals.get('filename') for frame in frames]
+        name = [name for name in names if str(name).endswith('.py')][-1]
+        raise ValueError(f'{str(name)!r}, line {error.lineno}: {error.msg}') from error
+    apply_variables(cfg, list(cfg))
     check_variables(cfg)
     if options is not None:
-        cfg.merge_from_dict(options)
-        check_variables(cfg, options)
+        merge_options(cfg, options)
     if not isinstance(cfg.get('model'), dict):
         raise ValueError(f"{path!r} has no 'model', which is what a config describes")
     return cfg
+
+
+def merge_options(cfg: Config, options: dict) -> None:
+    """Applies ``--cfg-options``.
+
+    Args:
+        cfg (Config): Changed in place.
+        options (dict): Settings by their paths.
+
+    Raises:
+        ValueError: If one has no effect.
+    """
+    cfg.merge_from_dict(options)
+    apply_variables(cfg, options)
+    check_variables(cfg, options)
 
 
 def build_model(cfg: Config) -> nn.Module:
@@ -73,6 +106,8 @@ def build_model(cfg: Config) -> nn.Module:
 def build_loader(cfg: Config, phase: str) -> DataLoader:
     """The data of a phase, without a runner, read by this process.
 
+    Nothing is downloaded: only training and testing, which build a runner, may do that.
+
     Args:
         cfg (Config): It is left as it is.
         phase (str): ``'train'``, ``'val'`` or ``'test'``.
@@ -81,18 +116,31 @@ def build_loader(cfg: Config, phase: str) -> DataLoader:
         DataLoader: In the same order each time.
 
     Raises:
-        FileNotFoundError: If the data are missing.
+        FileNotFoundError: If data are missing, also those that could be downloaded.
         ValueError: If the config has none, or see :func:`check_data_folders`.
     """
     if cfg.get(f'{phase}_dataloader') is None:
         raise ValueError(f'the config has no {phase}_dataloader')
+    cfg, scope = copy.deepcopy(cfg), cfg.get('default_scope', 'mmengine')
+    loader = cfg[f'{phase}_dataloader']
+    downloads = [d for d in _datasets(loader) if argument_of(d, 'download', scope)]
+    for dataset in downloads:
+        dataset['download'] = False
     check_data_folders(cfg, (phase,))
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    loader = copy.deepcopy(cfg[f'{phase}_dataloader'])
+    init_default_scope(scope)
     loader.update(num_workers=0, persistent_workers=False)
-    if cfg.get('default_scope') == 'mmpretrain':
+    if scope == 'mmpretrain':
         loader.setdefault('collate_fn', dict(type='default_collate'))
-    return Runner.build_dataloader(loader, seed=0)
+    try:
+        return Runner.build_dataloader(loader, seed=0)
+    except RuntimeError as error:
+        if not downloads:
+            raise
+        # The toolbox's own words advise a setting that was just turned off.
+        raise FileNotFoundError(
+            f'the data below {downloads[0].get("data_root")!r} are missing or damaged; '
+            'only train and test download them'
+        ) from error
 
 
 def use_amp(cfg: Config) -> None:
@@ -131,13 +179,26 @@ def _has_accelerator() -> bool:
     return get_device() not in ('cpu', 'mps')
 
 
-def build_runner(cfg: Config, phases: tuple[str, ...]) -> Runner:
+class _ShortRunner(Runner):
+    """A runner whose log on the screen is short."""
+
+    def build_logger(self, *args, **kwargs) -> MMLogger:
+        logger = super().build_logger(*args, **kwargs)
+        shorten(logger)
+        return logger
+
+
+def build_runner(
+    cfg: Config, phases: tuple[str, ...], is_verbose: bool = True
+) -> Runner:
     """Checks data folders and checkpoints, then builds the runner.
 
     Args:
         cfg (Config): The complete config.
         phases (tuple[str, ...]): Out of ``'train'``, ``'val'`` and ``'test'``: those
             whose data will be read.
+        is_verbose (bool): Show all of the log, not just what is for people. Defaults to
+            True.
 
     Returns:
         Runner: Ready to train or test.
@@ -150,6 +211,7 @@ def build_runner(cfg: Config, phases: tuple[str, ...]) -> Runner:
             the runner loads it.
     """
     check_data_folders(cfg, phases)
+    name_broken_images()
     start = cfg.get('load_from')
     if start and '://' not in start and not os.path.isfile(start):
         raise FileNotFoundError(f'no checkpoint at {start!r}')
@@ -167,7 +229,10 @@ def build_runner(cfg: Config, phases: tuple[str, ...]) -> Runner:
             checkpoint = read_checkpoint(start)
     if cfg.get('resume') and checkpoint:
         _keep_seed(cfg, checkpoint['meta'])
-    runner = Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+    if 'runner_type' in cfg:
+        runner = RUNNERS.build(cfg)
+    else:
+        runner = (Runner if is_verbose else _ShortRunner).from_cfg(cfg)
     if checkpoint and isinstance(runner.model, nn.Module):
         load_strictly(unwrapped(runner.model), checkpoint['state_dict'])
     elif start and isinstance(runner.model, nn.Module):
@@ -195,6 +260,24 @@ def add_hook(cfg: Config, name: str) -> None:
     hooks = [*custom, *(cfg.get('default_hooks') or {}).values()]
     if not any(_type_name(hook) == name for hook in hooks if hook):
         cfg.custom_hooks = [*custom, dict(type=name)]
+
+
+def keep_few_checkpoints(cfg: Config) -> None:
+    """Keeps the last three checkpoints and the best one, unless the config says more.
+
+    MMEngine keeps one of every epoch. The best is kept where it is known which metric
+    says so.
+
+    Args:
+        cfg (Config): Changed in place.
+    """
+    evaluators = cfg.get('val_evaluator') or [{'type': ''}]
+    first = evaluators[0] if isinstance(evaluators, list) else evaluators
+    for hook in filter(None, (cfg.get('default_hooks') or {}).values()):
+        if _type_name(hook) == 'CheckpointHook' and 'max_keep_ckpts' not in hook:
+            hook.max_keep_ckpts = 3
+            if _type_name(first) in _BEST:
+                hook.setdefault('save_best', _BEST[_type_name(first)])
 
 
 def _type_name(node: dict) -> str:
@@ -350,8 +433,15 @@ def use_visualization(
         wait_time (float): Seconds that a window stays.
 
     Raises:
-        ValueError: If the config has no such hook.
+        ValueError: If the config has no such hook, or there is no display for windows.
     """
+    displays = [os.environ.get(name) for name in ('DISPLAY', 'WAYLAND_DISPLAY')]
+    if show and sys.platform == 'linux' and not any(displays):
+        # Matplotlib would draw and show nothing, in silence.
+        raise ValueError(
+            '--show needs a display for its windows, and neither DISPLAY nor '
+            'WAYLAND_DISPLAY is set; --show-dir FOLDER writes the images to files'
+        )
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
         raise ValueError(

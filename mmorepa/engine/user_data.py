@@ -1,6 +1,7 @@
 """Mistakes that people make with data of their own, each told in one line."""
 
 import ast
+import functools
 import inspect
 import json
 import os
@@ -8,9 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
+from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
 from mmengine.fileio import list_dir_or_file
 from mmengine.registry import DATASETS
+
+from ..utils.errors import DataError
 
 # What people set at the top of a config, and what it takes to have an effect.
 _EXAMPLES = {
@@ -22,15 +26,42 @@ _EXAMPLES = {
     'max_epochs': 'train_cfg = dict(max_epochs=max_epochs)',
     'pretrained': 'model = dict(backbone=dict(init_cfg=dict(checkpoint=pretrained)))',
 }
+# The same on a command line.
+_OPTIONS = {
+    'data_root': 'train_dataloader.dataset.data_root',
+    'classes': 'train_dataloader.dataset.metainfo.classes',
+    'num_classes': 'model.head.num_classes',
+    'max_epochs': 'train_cfg.max_epochs',
+    'pretrained': 'model.backbone.init_cfg.checkpoint',
+}
 _READ = ('model', 'load_from', 'train_cfg')
 # Larger annotations would take longer to read than a mistake is worth.
 _LARGE = 100_000_000
 
 
+def name_broken_images() -> None:
+    """Lets MMCV's transform name the image that it cannot read, from now on."""
+    original = LoadImageFromFile.transform
+    if hasattr(original, '__wrapped__'):
+        return
+
+    @functools.wraps(original)
+    def transform(self: LoadImageFromFile, results: dict) -> Optional[dict]:
+        try:
+            return original(self, results)
+        except Exception as error:
+            raise DataError(
+                f'{results.get("img_path")!r} cannot be read as an image; remove it, '
+                'or put a whole one in its place'
+            ) from error
+
+    LoadImageFromFile.transform = transform
+
+
 def check_variables(cfg: Config, options: Optional[dict] = None) -> None:
     """Checks that no variable was set for nothing.
 
-    MMEngine does not hand a child's variable on to what its base has made of it.
+    Those of :func:`mmorepa.hub.apply_variables` are gone by then.
 
     Args:
         cfg (Config): Of a file.
@@ -41,7 +72,6 @@ def check_variables(cfg: Config, options: Optional[dict] = None) -> None:
         ValueError: If one of those that people set at the top is set by the file,
             which has a base, or by the options, and nothing has its value.
     """
-    where = f'in {cfg.filename}' if options is None else 'in --cfg-options'
     leaves = [
         leaf
         for key, node in cfg.items()
@@ -51,9 +81,14 @@ def check_variables(cfg: Config, options: Optional[dict] = None) -> None:
     for name in _assigned(cfg.filename) if options is None else options:
         value = cfg.get(name)
         if name in _EXAMPLES and value is not None and not _occurs(name, value, leaves):
+            if options is not None:
+                raise ValueError(
+                    f'--cfg-options {name}={value} has no effect; write '
+                    f'--cfg-options {_OPTIONS[name]}={value}'
+                )
             raise ValueError(
-                f'{name} = {value!r} {where} has no effect, since the base config does '
-                f'not see it; write {_EXAMPLES[name]}'
+                f'{name} = {value!r} in {cfg.filename} has no effect, since the base '
+                f'config does not see it; write {_EXAMPLES[name]}'
             )
 
 

@@ -1,4 +1,4 @@
-"""Atomic writes, and checks that no file overwrites another."""
+"""Atomic writes, checks that no file overwrites another, and the package's files."""
 
 import os
 import shutil
@@ -11,6 +11,7 @@ from typing import Optional, Union
 from .errors import OutputError
 
 PathLike = Union[str, Path]
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @contextmanager
@@ -103,3 +104,13 @@ def _identity(path: PathLike) -> object:
     except OSError:
         return os.path.realpath(path)
     return found.st_dev, found.st_ino
+
+
+def root() -> Path:
+    """The folder of ``configs``, ``tools`` and ``model-index.yml``.
+
+    Returns:
+        Path: ``.mim`` in the installed package; the top of a clone.
+    """
+    installed = _PACKAGE / '.mim'
+    return installed if installed.is_dir() else _PACKAGE.parent

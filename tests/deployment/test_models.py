@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import assert_near, import_models, trained_like
 from mmengine.config import Config
+from mmengine.registry import MODELS
 from torch import nn
 
 from mmorepa import is_switchable
@@ -22,6 +23,18 @@ BACKBONES = dict(
     conv_cfg=dict(STOCK, conv_cfg=dict(type='OREPAConv2d')),
     reparameterized=dict(type='Reparameterized', module=STOCK),
 )
+
+
+def test_timm_deploys_ours():
+    utils = pytest.importorskip('timm.utils')
+    backbone = MODELS.build(BACKBONES['ours'])
+    model = trained_like(backbone).eval()
+    image = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = switch_to_deploy(copy.deepcopy(model))(image)[0]
+        found = utils.reparameterize_model(model)
+        assert not is_switchable(found) and is_switchable(model)
+        assert torch.equal(found(image)[0], expected)
 
 
 @pytest.fixture(autouse=True)

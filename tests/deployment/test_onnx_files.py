@@ -8,6 +8,7 @@ from helpers import assert_near, import_models, trained_like
 from mmengine.config import Config
 from torch import nn
 
+import mmorepa
 from mmorepa import reparameterize, switch_to_deploy
 from mmorepa.deployment.networks import (
     DeployedNetwork,
@@ -19,6 +20,7 @@ from mmorepa.deployment.onnx_files import OnnxNetwork, export_onnx, preprocessin
 from mmorepa.engine.config import build_model
 
 CONFIGS = Path(__file__).parents[2] / 'configs/digits'
+FOLDER = 'custom/resnet18-orepa_1xb32_folder.py'
 NETWORKS = dict(
     classifier=('mmpretrain', 'resnet18-slim-orepa_1xb64'),
     repvgg=('mmpretrain', 'repvgg-a0-slim-orepa_1xb64'),
@@ -183,13 +185,30 @@ def predictions(model, batch):
 
 
 def test_metadata(onnx, images, tmp_path):
-    found = preprocessing(config('classifier'))
-    assert found == dict(mean=[77.0] * 3, std=[95.0] * 3, channels='RGB')
-    plain = Config(dict(model=dict(type='A')))
-    assert preprocessing(plain) == dict(mean=[0] * 3, std=[1] * 3, channels='BGR')
-    grey = preprocessing(plain, 1)
-    assert grey == dict(mean=[0], std=[1], channels='grey')
-    assert preprocessing(plain, 4)['channels'] is None
+    found = preprocessing(config('classifier'), classes=('a', 'b'))
+    assert found == dict(
+        resize=[32, 32],
+        keep_ratio=False,
+        interpolation='INTER_CUBIC',
+        crop=None,
+        mean=[77.0] * 3,
+        std=[95.0] * 3,
+        channels='RGB',
+        classes=['a', 'b'],
+        config='resnet18-slim-orepa_1xb64_digits',
+        mmorepa_version=mmorepa.__version__,
+    )
+    plain = preprocessing(Config(dict(model=dict(type='A'))))
+    assert (plain['mean'], plain['std'], plain['channels']) == ([0] * 3, [1] * 3, 'BGR')
+    assert plain['resize'] is plain['crop'] is plain['classes'] is None
+    grey = preprocessing(Config(dict(model=dict(type='A'))), 1)
+    assert (grey['mean'], grey['std'], grey['channels']) == ([0], [1], 'grey')
+    assert preprocessing(Config(dict(model=dict(type='A'))), 4)['channels'] is None
+    folder = preprocessing(Config.fromfile(CONFIGS.parent / FOLDER))
+    assert (folder['resize'], folder['crop']) == (256, [224, 224])
+    assert folder['interpolation'] == 'INTER_LINEAR'
+    detector = preprocessing(config('retinanet'))
+    assert detector['resize'] == [128, 192] and detector['keep_ratio']
     export_onnx(deployed('classifier'), images[:1], tmp_path / 'a.onnx', metadata=found)
     entries = OnnxNetwork(tmp_path / 'a.onnx').session.get_modelmeta()
     read = {k: json.loads(v) for k, v in entries.custom_metadata_map.items()}

@@ -17,7 +17,7 @@ import mmorepa  # noqa: F401  (registers)
 TOP_FOLDERS = '|'.join(['tools', 'configs', 'docs', 'tests', 'mmorepa', 'requirements'])
 # Shared flags are defined here.
 COMMON = (
-    'mmorepa/cli/arguments.py',
+    'mmorepa/cli/parser.py',
     'tools/analysis_tools/charts.py',
     'tools/benchmarks/studies.py',
 )

@@ -6,12 +6,15 @@ import shutil
 import subprocess
 import sys
 
+import mmcv
 import numpy as np
 import pytest
 import torch
 from documents import ROOT, code_blocks
 from helpers import assert_near, import_models, trained_like
 from mmengine.config import Config
+from mmengine.dataset import Compose, default_collate
+from mmengine.registry import DefaultScope
 from torch import nn
 
 from mmorepa import switch_to_deploy
@@ -35,30 +38,43 @@ def code_with(words):
     return code
 
 
+# The test pipelines of the digits and of images of one's own, and images of two ratios.
+CONFIGS = {
+    'resize': 'digits/resnet18-slim-orepa_1xb64_digits.py',
+    'edge and crop': 'custom/resnet18-orepa_1xb32_folder.py',
+}
+
+
+@pytest.mark.parametrize('kind', CONFIGS)
 @pytest.mark.parametrize('channels', ['RGB', 'BGR', 'grey'])
-def test_without_this_package(channels, tmp_path):
-    for package in ('onnx', 'onnxruntime', 'PIL'):
+def test_without_this_package(kind, channels, tmp_path):
+    """The program computes what the model does, with the same resizing and cropping."""
+    for package in ('onnx', 'onnxruntime'):
         pytest.importorskip(package)
     import_models('mmpretrain')
-    from PIL import Image
 
     code = code_with("'image.png'")
-    lines = [line for line in code.splitlines() if line and 'import' not in line]
-    assert len(lines) <= 10
-
-    cfg = Config.fromfile(ROOT / 'configs/digits/resnet18-slim-orepa_1xb64_digits.py')
+    cfg = Config.fromfile(ROOT / 'configs' / CONFIGS[kind])
+    cfg.model.backbone.update(base_channels=8, init_cfg=None)
+    cfg.model.head.update(in_channels=64, num_classes=10)
     cfg.data_preprocessor.update(mean=[10.0, 20.0, 30.0], to_rgb=channels == 'RGB')
+    if kind == 'edge and crop':
+        # Not as in other places: as it is written here.
+        cfg.test_dataloader.dataset.pipeline[1].scale = 48
+        cfg.test_dataloader.dataset.pipeline[2].crop_size = 32
     number = 1 if channels == 'grey' else 3
     if number == 1:
         cfg.data_preprocessor.update(mean=[10.0], std=[20.0])
         cfg.model.backbone.in_channels = 1
+        cfg.test_dataloader.dataset.pipeline[0].color_type = 'grayscale'
     model = switch_to_deploy(trained_like(build_model(cfg)))
     image = torch.zeros(1, number, 32, 32)
-    about = preprocessing(cfg, number)
+    classes = [f'c{i}' for i in range(10)]
+    about = preprocessing(cfg, number, classes)
     export_onnx(model, image, tmp_path / 'network.onnx', metadata=about)
-    shape = (32, 32, number)
+    shape = (50, 70, number)
     pixels = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
-    Image.fromarray(pixels.squeeze()).save(tmp_path / 'image.png')
+    mmcv.imwrite(pixels, str(tmp_path / 'image.png'))
     done = subprocess.run(
         [sys.executable, '-c', ALONE.format(code)],
         cwd=tmp_path,
@@ -66,18 +82,20 @@ def test_without_this_package(channels, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    # As OpenMMLab reads images: BGR.
-    bgr = torch.from_numpy(pixels[..., ::-1].copy()).permute(2, 0, 1)[None]
-    inputs = model.data_preprocessor(dict(inputs=bgr), False)['inputs']
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        pipeline = Compose(cfg.test_dataloader.dataset.pipeline)
+        item = pipeline(dict(img_path=str(tmp_path / 'image.png')))
+    batch = default_collate([item])
+    inputs = model.data_preprocessor(batch, False)['inputs']
     with torch.no_grad():
         expected = model(inputs, mode='tensor').numpy()
     found = np.load(tmp_path / 'logits.npy')
     assert abs(found - expected).max() < 1e-4 * abs(expected).max()
-    word, number = done.stdout.split()
+    word, name = done.stdout.split()
     assert word == 'class'
     # The best, or one that is as good as equal.
     allowed = 1e-4 * abs(expected).max()
-    assert expected[0, int(number)] >= expected.max() - allowed
+    assert expected[0, classes.index(name)] >= expected.max() - allowed
     assert expected.std() > 10 * allowed
 
 

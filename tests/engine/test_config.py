@@ -279,7 +279,16 @@ class TestVisualization:
             hook = HOOKS.build(cfg.default_hooks.visualization)
         assert hook.interval == 3
 
-    def test_windows_without_files(self):
+    def test_windows_need_a_display(self, monkeypatch):
+        monkeypatch.setattr('sys.platform', 'linux')
+        monkeypatch.delenv('DISPLAY', raising=False)
+        monkeypatch.delenv('WAYLAND_DISPLAY', raising=False)
+        cfg = self.config('mmseg', dict(type='SegVisualizationHook'))
+        with pytest.raises(ValueError, match='--show needs a display'):
+            use_visualization(cfg, True, None, 1, 2)
+
+    def test_windows_without_files(self, monkeypatch):
+        monkeypatch.setenv('DISPLAY', ':0')
         cfg = self.config('mmseg', dict(type='SegVisualizationHook'))
         use_visualization(cfg, True, None, 1, 2)
         assert cfg.default_hooks.visualization.show is True
@@ -288,7 +297,7 @@ class TestVisualization:
     @pytest.mark.parametrize('hooks', [{}, dict(default_hooks={})])
     def test_missing(self, hooks):
         with pytest.raises(ValueError, match='need a visualization hook'):
-            use_visualization(Config(hooks), True, None, 1, 2)
+            use_visualization(Config(hooks), False, 'shown', 1, 2)
 
 
 def tiny_config(tmp_path, **options):

@@ -97,10 +97,11 @@ MODELS = {
     'retinanet': lambda: detector(OURS),
     'stock retinanet': lambda: detector(STOCK),
 }
-# What the names say about a parameter.
+# What the names say about a parameter; the other two stems are not deep linear.
 STEMS = {
     'stock retinanet': ('backbone.conv1.', 'backbone.bn1.'),
-    **dict.fromkeys(('resnet50', 'repvgg', 'dbb', 'retinanet'), 'backbone.stem.'),
+    **dict.fromkeys(('resnet50', 'retinanet'), 'backbone.stem.'),
+    **dict.fromkeys(('repvgg', 'dbb'), ()),
 }
 STEM_KEYS = {'stock retinanet': dict(stem_keys=['backbone.conv1', 'backbone.bn1'])}
 
@@ -182,13 +183,13 @@ def test_multiplies_what_others_give(built, kind, option, others):
         with pytest.raises(ValueError, match=f'{option}={mult} has no effect'):
             settings(model, **options, **{option: mult})
         return
-    assert names
+    assert bool(names) == (option != 'stem_lr_mult' or bool(STEMS[kind]))
     before = settings(model, **options)
     assert before.keys() == dict(model.named_parameters()).keys()
     found = settings(model, **options, **keys, **{option: mult})
     setting = 'lr' if '_lr_' in option else 'decay'
     assert found == approximately(multiplied(before, names, mult, setting))
-    assert found != before
+    assert (found != before) == bool(names)
 
 
 @pytest.mark.parametrize('kind', ['resnet50', 'repvgg', 'retinanet', 'stock retinanet'])
@@ -318,6 +319,15 @@ class TestErrors:
             ValueError, match='stem_lr_mult=0.1 has no effect: all that'
         ):
             settings(model, **options)
+
+    @pytest.mark.parametrize('block', ['plain', 'none', 'dbb', 'orepa_repvgg'])
+    def test_plain_stem_keeps_its_rate(self, block, log):
+        """Or the first comparison, with another block, would be one of two rates."""
+        model = classifier('resnet18-orepa', block=block)
+        assert settings(model, stem_lr_mult=0.02) == settings(model)
+        assert any('stem_lr_mult=0.02 is not applied' in line for line in log)
+        named = settings(model, stem_lr_mult=0.02, stem_keys=['backbone.stem'])
+        assert named != settings(model)
 
     def test_stem_of_other_networks_has_to_be_named(self, built):
         with pytest.raises(ValueError, match='stem_lr_mult=0.1 has no effect'):

@@ -4,6 +4,7 @@ import shutil
 import pytest
 from helpers import import_models
 
+import mmorepa
 from mmorepa.engine.config import check_data_folders, read_config
 from mmorepa.hub import list_configs
 
@@ -23,7 +24,6 @@ class TestVariables:
             "data_root = 'data/flowers'",
             "pretrained = 'resnet18.pth'",
             'num_classes = 3',
-            'max_epochs = 7',
             "data_root = 'data/flowers'\nval_dataloader = dict(batch_size=1)",
             # A number of another meaning.
             'num_classes = 32',
@@ -71,9 +71,32 @@ train_cfg = dict(max_epochs=max_epochs)
         assert cfg.model.head.num_classes == 3
 
     def test_options_without_effect(self):
-        with pytest.raises(ValueError, match='in --cfg-options has no effect'):
-            read_config(FOLDER, {'max_epochs': 7})
-        assert read_config(FOLDER, {'train_cfg.max_epochs': 7})
+        words = (
+            '--cfg-options max_epochs=7 has no effect; write --cfg-options train_cfg'
+        )
+        with pytest.raises(ValueError, match=words):
+            read_config('digits/resnet18-slim-orepa_1xb64_digits', {'max_epochs': 7})
+
+    def test_handed_on(self, tmp_path):
+        path = child(tmp_path / 'own.py', 'max_epochs = 7\nimage_size = 64')
+        for cfg in (read_config(path), mmorepa.get_config(path)):
+            assert cfg.train_cfg.max_epochs == 7
+            assert cfg.train_dataloader.dataset.pipeline[1].scale == 64
+            for phase in ('val', 'test'):
+                steps = cfg[f'{phase}_dataloader'].dataset.pipeline
+                assert (steps[1].scale, steps[2].crop_size) == (73, 64)
+        for options in ({'max_epochs': 2}, {'train_cfg.max_epochs': 2}):
+            assert read_config(path, options).train_cfg.max_epochs == 2
+        path = child(tmp_path / 'own.py', 'image_size = (192, 128)', COCO)
+        cfg = read_config(path)
+        for phase, i in (('train', 2), ('val', 1), ('test', 1)):
+            step = cfg[f'{phase}_dataloader'].dataset.pipeline[i]
+            assert (step.type, step.scale) == ('Resize', (192, 128))
+
+    def test_the_best_is_kept(self):
+        for name in list_configs('custom/*'):
+            hook = read_config(name).default_hooks.checkpoint
+            assert (hook.save_best, hook.max_keep_ckpts) == ('auto', 3)
 
     def test_none_of_our_configs(self):
         for name in list_configs():

@@ -199,7 +199,7 @@ def lines():
         (SWITCH, 'CONFIG good.pth'),
         (SWITCH, 'CONFIG good.pth out.pth --shape 0 0'),
         (SWITCH, 'CONFIG good.pth out.pth --shape -1 8'),
-        (SWITCH, 'CONFIG good.pth out.pth --shape 8'),
+        (SWITCH, 'CONFIG good.pth out.pth --shape 8 8 8'),
         (SWITCH, 'CONFIG good.pth out.pth --shape 8 x'),
         (SWITCH, 'CONFIG good.pth out.pth --tolerance x'),
         (SWITCH, 'CONFIG good.pth out.pth --tolerance nan'),

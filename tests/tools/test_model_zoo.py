@@ -156,7 +156,7 @@ class TestMetafile:
                 assert not results
                 continue
             (result,) = results
-            assert result['Metrics'] == {"Top 1 Accuracy (the paper's)": PAPER[name][0]}
+            assert result['Metrics'] == {'Top 1 Accuracy': PAPER[name][0]}
 
     def test_is_that_of_the_document(self, metafile):
         table = rows()

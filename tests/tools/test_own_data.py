@@ -10,7 +10,8 @@ import torch
 from helpers import import_models
 from mmengine.registry import DATASETS, METRICS
 from mmengine.structures import InstanceData
-from tool_runs import ROOT, run_here, run_runner
+from PIL import Image
+from tool_runs import ROOT, command, run_apart, run_here, run_runner
 
 import mmorepa
 from mmorepa.__main__ import COMMANDS
@@ -32,16 +33,20 @@ def command_lines(name):
 
 def follow(name, epochs, options, shape):
     """Writes the file and runs the commands; returns what testing returns."""
-    shorter = f'max_epochs={epochs}', 'max_epochs=1'
+    shorter = f'max_epochs = {epochs}', 'max_epochs = 1'
     assert shorter[0] in FILES[name]
     with open(f'{name}.py', 'w') as file:
         file.write(FILES[name].replace(*shorter))
-    train, test, deploy = command_lines(name)
-    for line in (test, deploy):
+    train, test, predict, deploy = command_lines(name)
+    for line in (test, predict, deploy):
         assert f'work_dirs/{name}/epoch_{epochs}.pth' in line
         line[:] = [word.replace(f'epoch_{epochs}', 'epoch_1') for word in line]
     run_runner(COMMANDS[train[0]], *train[1:], options=options)
     metrics = run_runner(COMMANDS[test[0]], *test[1:], options=options)
+    Image.new('RGB', shape).save(predict[-1])
+    done = run_apart(*command(COMMANDS[predict[0]], *predict[1:]))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f'{predict[-1]}: ')
     shape = ['--shape', *shape, '--cfg-options', *options]
     run_here(COMMANDS[deploy[0]], *deploy[1:], *shape)
     return metrics
@@ -67,7 +72,7 @@ def plain_checkpoint(depth, path):
 def test_files_are_short():
     assert {*FILES} == {'flowers', 'pets'}
     for text in FILES.values():
-        assert len(text.strip().splitlines()) <= 11
+        assert len(text.strip().splitlines()) <= 12
 
 
 def test_images_in_folders(folder, digits):

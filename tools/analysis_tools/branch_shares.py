@@ -10,14 +10,28 @@ count the same, and each share adds up to 1:
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from start import Parser, add_model_arguments
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = Parser(__doc__, 'my_config.py work_dirs/my_config/epoch_30.pth')
+    also = ', and images of the folded kernels as ..._kernels.png'
+    add_model_arguments(parser, 'branch_shares.png', also)
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()  # Before the seconds that the rest takes.
+
 import matplotlib.pyplot as plt
 import numpy as np
 from charts import (
-    add_model_arguments,
     branch_names,
     colour_of,
     label_layers,
@@ -36,15 +50,6 @@ from mmorepa.layers import outermost
 from mmorepa.utils.tables import format_table
 
 COLUMNS = 12
-
-
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    also = ', and images of the folded kernels as ..._kernels.png'
-    add_model_arguments(parser, 'branch_shares.png', also)
-    return parser.parse_args(argv)
 
 
 def measure(layers: Sequence[BranchKernels]) -> list[dict]:

@@ -6,14 +6,27 @@ concerned: a cosine of 1 says that one of them could be left out.
 
 import argparse
 import itertools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from start import Parser, add_model_arguments
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = Parser(__doc__, 'my_config.py work_dirs/my_config/epoch_30.pth')
+    add_model_arguments(parser, 'branch_similarity.png')
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()  # Before the seconds that the rest takes.
+
 import matplotlib.pyplot as plt
 import numpy as np
 from charts import (
-    add_model_arguments,
     branch_names,
     label_layers,
     load_model,
@@ -28,14 +41,6 @@ from mmorepa.cli import one_line_errors
 from mmorepa.utils.tables import format_table
 
 COLUMNS = 8
-
-
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_model_arguments(parser, 'branch_similarity.png')
-    return parser.parse_args(argv)
 
 
 def pairs(layers: Sequence[BranchKernels]) -> list[dict]:

@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from mmorepa.analysis import BranchKernels, branch_kernels
-from mmorepa.cli import add_config_options
 from mmorepa.converters import load_training_form, read_checkpoint
 from mmorepa.engine.config import build_model, read_config
 from mmorepa.utils.files import atomic_write, check_outputs
@@ -35,29 +34,13 @@ COLOURS = dict(
 SERIES = ('#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 
 
-def add_model_arguments(
-    parser: argparse.ArgumentParser, out: str, also: str = ''
-) -> None:
-    """Adds those of a figure about a trained model."""
-    parser.add_argument('config', help='the config of the training')
-    parser.add_argument('checkpoint', help='the training checkpoint')
-    parser.add_argument(
-        '--out',
-        type=Path,
-        default=Path(out),
-        help=f'the PNG to write (default: {out}); its numbers go beside it, as .csv'
-        + also,
-    )
-    add_config_options(parser)
-
-
 def load_model(
     args: argparse.Namespace, outputs: Sequence[Optional[Path]]
 ) -> tuple[nn.Module, list[BranchKernels]]:
     """The trained model, and the branches of its layers.
 
     Args:
-        args (argparse.Namespace): Of :func:`add_model_arguments`.
+        args (argparse.Namespace): Of :func:`start.add_model_arguments`.
         outputs (Sequence[Path | None]): What will be written.
 
     Raises:

@@ -2,10 +2,36 @@
 
 import argparse
 import copy
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from start import Parser, add_config_options, positive
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = Parser(
+        __doc__, 'my_config.py work_dirs/my_config/epoch_30.pth deployed.pth drawn.png'
+    )
+    parser.add_argument('config', help='the config of the training')
+    parser.add_argument('checkpoint', help='the training checkpoint')
+    parser.add_argument('deployed', help='the deployed checkpoint')
+    parser.add_argument('out', type=Path, help='the PNG to write')
+    parser.add_argument(
+        '--images', type=positive, default=4, help='how many test images (default: 4)'
+    )
+    parser.add_argument(
+        '--score', type=float, default=0.5, help='lowest score of a box (default: 0.5)'
+    )
+    add_config_options(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()  # Before the seconds that the rest takes.
 
 import matplotlib
 
@@ -21,31 +47,12 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from mmorepa import switch_to_deploy
-from mmorepa.cli import add_config_options, one_line_errors, positive
+from mmorepa.cli import one_line_errors
 from mmorepa.converters import load_strictly, load_training_form, read_checkpoint
 from mmorepa.engine.config import check_data_folders, read_config
 from mmorepa.utils.files import atomic_write, check_outputs
 
 COLUMNS = ('ground truth', 'training form', 'deployed')
-
-
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description='Draws what the training form and the deployed form of a detector '
-        'or a segmenter predict for test images, side by side.'
-    )
-    parser.add_argument('config', help='the config of the training')
-    parser.add_argument('checkpoint', help='the training checkpoint')
-    parser.add_argument('deployed', help='the deployed checkpoint')
-    parser.add_argument('out', type=Path, help='the PNG to write')
-    parser.add_argument(
-        '--images', type=positive, default=4, help='how many test images (default: 4)'
-    )
-    parser.add_argument(
-        '--score', type=float, default=0.5, help='lowest score of a box (default: 0.5)'
-    )
-    add_config_options(parser)
-    return parser.parse_args(argv)
 
 
 def load_models(cfg: Config, checkpoint: str, deployed: str) -> tuple[nn.Module, ...]:

@@ -8,37 +8,34 @@ and by branches that run on the images, as those of DBB and RepVGG do.
 
 import argparse
 import copy
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Optional
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from start import Parser, add_config_options, add_shape
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = Parser(__doc__, 'my_config.py --shape 224')
+    parser.add_argument('config', help='the config, in either form')
+    add_shape(parser, 'the image (default: as the test images, or 224)')
+    add_config_options(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()  # Before the seconds that the rest takes.
 
 import torch
 
 from mmorepa import is_switchable, switch_to_deploy
 from mmorepa.analysis.complexity import count_bytes, count_gflops, count_parameters
-from mmorepa.cli import add_config_options, one_line_errors, positive
+from mmorepa.cli import one_line_errors
 from mmorepa.deployment.inputs import image_shape, test_batch
 from mmorepa.engine.config import build_model, read_config
 from mmorepa.utils.tables import format_table
-
-
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('config', help='the config, in either form')
-    parser.add_argument(
-        '--shape',
-        nargs='+',
-        type=positive,
-        metavar='PIXELS',
-        help='height and width of the image, or one number for both; by default those '
-        'of the test images, or 224 without data',
-    )
-    add_config_options(parser)
-    args = parser.parse_args(argv)
-    if args.shape is not None and len(args.shape) > 2:
-        parser.error(f'--shape takes one or two numbers, found {len(args.shape)}')
-    return args
 
 
 @one_line_errors()
@@ -46,10 +43,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     args = parse_args(argv)
     cfg = read_config(args.config, args.cfg_options)
     model = build_model(cfg)
-    if args.shape is None:
-        shape = image_shape(model, test_batch(cfg))
-    else:
-        shape = image_shape(model, None, (args.shape[0], args.shape[-1]))
+    shape = image_shape(model, None if args.shape else test_batch(cfg), args.shape)
     forms = {'as in the config': model}
     if is_switchable(model):
         forms = {

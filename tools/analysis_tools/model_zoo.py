@@ -188,7 +188,7 @@ def to_metafile(entries: Sequence[Entry]) -> str:
         )
         model['In Collection'] = 'OREPARepVGG' if is_repvgg else 'OREPAResNet'
         if entry.name in PAPER:
-            metric = "Top 1 Accuracy (the paper's)"
+            metric = 'Top 1 Accuracy'
             model['Results'] = [
                 dict(
                     Dataset='ImageNet-1k',

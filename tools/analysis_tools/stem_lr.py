@@ -18,46 +18,19 @@ import argparse
 import itertools
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, geometric_mean, median, stdev
 from typing import NamedTuple, Optional
 
-import matplotlib.pyplot as plt
-from charts import SERIES, save
-from matplotlib.ticker import MaxNLocator
-from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import Runner
-from torch import Tensor, nn
-
-from mmorepa.analysis import (
-    LayerAmplification,
-    backbone_amplifications,
-    distribution,
-    folded_convs,
-    kernel_gradients,
-)
-from mmorepa.backbones import StagedBackbone
-from mmorepa.cli import add_config_options, one_line_errors, positive
-from mmorepa.converters import load_training_form, read_checkpoint
-from mmorepa.engine.config import check_data_folders, read_config
-from mmorepa.engine.seeding import seeded
-from mmorepa.layers import DeepLinearKernel, PlainKernel
-from mmorepa.utils.errors import CheckpointError
-from mmorepa.utils.files import atomic_write, check_outputs
-from mmorepa.utils.tables import format_table
-
-SEED = 0
-# A multiplier is given if its interval is within this factor, from so many batches.
-CERTAINTY, LEAST = 1.25, 8
-# Student's, of 95 % for so many; for more batches it is on the safe side.
-QUANTILE = 2.36
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from start import Parser, add_config_options, positive
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        __doc__, 'my_config.py work_dirs/my_config/epoch_30.pth --batches 64'
     )
     parser.add_argument('config', help='a config with a backbone of this package')
     parser.add_argument(
@@ -91,6 +64,41 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     if args.batches < 0:
         parser.error('--batches is at least 0')
     return args
+
+
+if __name__ == '__main__':
+    parse_args()  # Before the seconds that the rest takes.
+
+import matplotlib.pyplot as plt
+from charts import SERIES, save
+from matplotlib.ticker import MaxNLocator
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from mmorepa.analysis import (
+    LayerAmplification,
+    backbone_amplifications,
+    distribution,
+    folded_convs,
+    kernel_gradients,
+)
+from mmorepa.backbones import StagedBackbone
+from mmorepa.cli import one_line_errors
+from mmorepa.converters import load_training_form, read_checkpoint
+from mmorepa.engine.config import check_data_folders, read_config
+from mmorepa.engine.seeding import seeded
+from mmorepa.layers import DeepLinearKernel, PlainKernel
+from mmorepa.utils.errors import CheckpointError
+from mmorepa.utils.files import atomic_write, check_outputs
+from mmorepa.utils.tables import format_table
+
+SEED = 0
+# A multiplier is given if its interval is within this factor, from so many batches.
+CERTAINTY, LEAST = 1.25, 8
+# Student's, of 95 % for so many; for more batches it is on the safe side.
+QUANTILE = 2.36
 
 
 def build(cfg: Config, checkpoint: str, whole: bool) -> nn.Module:

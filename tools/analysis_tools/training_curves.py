@@ -7,50 +7,18 @@ the metrics are zoomed to the values of their second half, where runs differ.
 import argparse
 import json
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-import matplotlib.pyplot as plt
-from charts import SERIES, colour_of, save, short, write_csv
-from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
-
-from mmorepa.cli import one_line_errors
-from mmorepa.utils.files import check_outputs
-from mmorepa.utils.tables import format_table
-
-COLUMNS = 3
-# In the records of a validation, but not measured by it.
-NO_METRICS = {'data_time', 'time', 'step', 'iter', 'epoch', 'memory'}
-BRANCH_KINDS = ('branch_share/', 'branch_scale/', 'kernel_step/')
-Series = list[tuple[float, float]]
-
-
-class Run(NamedTuple):
-    """What a training has logged.
-
-    Args:
-        name (str): Its line in the legend.
-        unit (str): That of x, ``'epoch'`` or ``'iteration'``.
-        losses (Series): (x, loss), averaged as the log is.
-        metrics (dict[str, Series]): (x, value) of the validations, by name.
-        branches (dict[str, Series]): (x, value) of what ``BranchStatisticsHook``
-            wrote, if it did, by its names.
-    """
-
-    name: str
-    unit: str
-    losses: Series
-    metrics: dict[str, Series]
-    branches: dict[str, Series]
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from start import Parser
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__, 'work_dirs/my_config')
     parser.add_argument('runs', nargs='+', type=Path, help='the work folders')
     parser.add_argument(
         '--metrics', nargs='+', metavar='NAME', help='which metrics (default: all)'
@@ -71,6 +39,48 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+if __name__ == '__main__':
+    parse_args()  # Before the seconds that the rest takes.
+
+import matplotlib.pyplot as plt
+from charts import SERIES, colour_of, save, short, write_csv
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from mmorepa.cli import one_line_errors
+from mmorepa.utils.files import check_outputs
+from mmorepa.utils.tables import format_table
+
+COLUMNS = 3
+# So many points are shown one by one.
+FEW = 50
+# In the records of a validation, but not measured by it.
+NO_METRICS = {'data_time', 'time', 'step', 'iter', 'epoch', 'memory'}
+BRANCH_KINDS = ('branch_share/', 'branch_scale/', 'kernel_step/')
+Series = list[tuple[float, float]]
+
+
+class Run(NamedTuple):
+    """What a training has logged.
+
+    Args:
+        name (str): Its line in the legend.
+        unit (str): That of x, ``'epoch'`` or ``'iteration'``.
+        losses (Series): (x, loss), averaged as the log is.
+        rates (Series): (x, learning rate).
+        metrics (dict[str, Series]): (x, value) of the validations, by name.
+        branches (dict[str, Series]): (x, value) of what ``BranchStatisticsHook``
+            wrote, if it did, by its names.
+    """
+
+    name: str
+    unit: str
+    losses: Series
+    rates: Series
+    metrics: dict[str, Series]
+    branches: dict[str, Series]
+
+
 def read_run(folder: Path, name: Optional[str] = None) -> Run:
     """Reads the logs of a training, those before it was resumed too.
 
@@ -87,7 +97,7 @@ def read_run(folder: Path, name: Optional[str] = None) -> Run:
         raise FileNotFoundError(
             f"no log of a training, */vis_data/scalars.json, under '{folder}'"
         )
-    unit, losses, metrics, branches = 'iteration', [], {}, {}
+    unit, losses, rates, metrics, branches = 'iteration', [], [], {}, {}
     for file in files:
         records = _records(file)
         trained = [r for r in records if 'loss' in r]
@@ -97,6 +107,8 @@ def read_run(folder: Path, name: Optional[str] = None) -> Run:
         if 'epoch' in trained[-1]:
             unit, epochs = 'epoch', trained[-1]['step'] / trained[-1]['epoch']
         losses = _continued(losses, [(r['step'] / epochs, r['loss']) for r in trained])
+        new = [(r['step'] / epochs, r['base_lr']) for r in trained if 'base_lr' in r]
+        rates = _continued(rates, new) if new else rates
         found: tuple[dict, dict] = ({}, {})
         for record in records:
             if 'loss' in record:
@@ -111,7 +123,7 @@ def read_run(folder: Path, name: Optional[str] = None) -> Run:
                 known[key] = _continued(known.get(key, []), series)
     if not losses:
         raise ValueError(f"no loss is logged under '{folder}'")
-    return Run(name or _name_of(folder), unit, losses, metrics, branches)
+    return Run(name or _name_of(folder), unit, losses, rates, metrics, branches)
 
 
 def _records(file: Path) -> list[dict]:
@@ -141,9 +153,28 @@ def _finish(axes: Axes, unit: str) -> None:
 def draw_losses(axes: Axes, runs: Sequence[Run]) -> None:
     """The training losses."""
     for run, colour in zip(runs, SERIES):
-        axes.plot(*zip(*run.losses), color=colour, label=run.name)
-    axes.set(title='Training loss', yscale='log')
+        _plot(axes, run.losses, color=colour, label=run.name)
+    every = [loss for run in runs for _, loss in run.losses]
+    if min(every) > 0 and max(every) > 10 * min(every):
+        axes.set_yscale('log')
+        # Not as powers of ten.
+        axes.yaxis.set_major_formatter('{x:g}')
+    axes.set(title='Training loss')
     _finish(axes, runs[0].unit)
+
+
+def draw_rates(axes: Axes, runs: Sequence[Run]) -> None:
+    """The learning rates, before the multipliers of parameters."""
+    for run, colour in zip(runs, SERIES):
+        if run.rates:
+            _plot(axes, run.rates, color=colour, label=run.name)
+    axes.set(title='Learning rate')
+    _finish(axes, runs[0].unit)
+
+
+def _plot(axes: Axes, series: Series, **options) -> None:
+    """A line, with its points where they are few: one alone would not be seen."""
+    axes.plot(*zip(*series), '.-' if len(series) < FEW else '-', **options)
 
 
 def draw_metric(axes: Axes, runs: Sequence[Run], metric: str) -> None:
@@ -185,8 +216,8 @@ def plot(
     runs: Sequence[Run], metrics: Sequence[str], title: Optional[str], path: Path
 ) -> None:
     """Draws the losses and each metric, side by side."""
-    columns = min(COLUMNS, 1 + len(metrics))
-    lines = -(-(1 + len(metrics)) // columns)
+    columns = min(COLUMNS, 2 + len(metrics))
+    lines = -(-(2 + len(metrics)) // columns)
     figure, grid = plt.subplots(
         lines,
         columns,
@@ -194,13 +225,15 @@ def plot(
         layout='constrained',
         squeeze=False,
     )
-    first, *others = grid.flat
+    first, second, *others = grid.flat
     draw_losses(first, runs)
+    draw_rates(second, runs)
     for axes, metric in zip(others, metrics):
         draw_metric(axes, runs, metric)
     for axes in others[len(metrics) :]:
         axes.axis('off')
-    figure.legend(*first.get_legend_handles_labels(), loc='outside lower center')
+    if len(runs) > 1 or not title:
+        figure.legend(*first.get_legend_handles_labels(), loc='outside lower center')
     if title:
         figure.suptitle(title)
     save(figure, path)

@@ -15,10 +15,26 @@ OUT/digits.json says that the folders are this tool's, which may replace them.
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Optional
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from start import Parser
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = Parser(__doc__, '--out data/digits')
+    parser.add_argument(
+        '--out', type=Path, default=Path('data/digits'), help='the folder to write'
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()  # Before the seconds that the rest takes.
 
 import cv2
 import mmcv
@@ -68,17 +84,6 @@ class Scene(NamedTuple):
     image: np.ndarray
     labels: np.ndarray
     boxes: list[tuple[int, int, int, int, int]]
-
-
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Writes scikit-learn's handwritten digits as an image folder, as "
-        'COCO-format and as Cityscapes-format scenes.'
-    )
-    parser.add_argument(
-        '--out', type=Path, default=Path('data/digits'), help='the folder to write'
-    )
-    return parser.parse_args(argv)
 
 
 def split_digits() -> dict[str, list[Digit]]:

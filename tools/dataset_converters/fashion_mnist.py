@@ -15,10 +15,30 @@ import argparse
 import gzip
 import math
 import struct
+import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from start import Parser
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = Parser(__doc__, 'debian/usr/share/datasets/fashion-mnist')
+    parser.add_argument('folder', type=Path, help='has the four files, .gz or not')
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=Path('data/fashion_mnist'),
+        help='the folder to write (default: data/fashion_mnist)',
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()  # Before the seconds that the rest takes.
 
 from mmorepa.cli import one_line_errors
 from mmorepa.utils.files import atomic_write, check_outputs
@@ -32,22 +52,6 @@ PAIRS = (
 UBYTE = 0x08
 SIDE = 28
 NUM_CLASSES = 10
-
-
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Writes Fashion-MNIST where MMPretrain's FashionMNIST class finds "
-        'it, from the four IDX files of its authors or of the Debian package '
-        'dataset-fashion-mnist.'
-    )
-    parser.add_argument('folder', type=Path, help='has the four files, .gz or not')
-    parser.add_argument(
-        '--out',
-        type=Path,
-        default=Path('data/fashion_mnist'),
-        help='the folder to write (default: data/fashion_mnist)',
-    )
-    return parser.parse_args(argv)
 
 
 def read_idx(folder: Path, name: str) -> bytes:

@@ -3,71 +3,41 @@
 The checkpoint is of the training form, which is switched first, or deployed. The file
 takes normalised images, in batches of any length, and gives the logits of a classifier
 or a segmenter, or the maps of a detector's dense head (the first stage's, and the
-features, of a two-stage one). How images are normalised is in its metadata.
+features, of a two-stage one). Its metadata say how images are resized, cropped and
+normalised, and name the classes.
 """
 
 import argparse
 import json
-import os
-import runpy
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-# Before PyTorch is loaded.
-os.environ.update(
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / 'waiting.py'))['ENV']
-)
-
-import torch
-
-from mmorepa.analysis import Difference, largest_difference
-from mmorepa.analysis.complexity import count_bytes
-from mmorepa.analysis.timing import busy_warning, least_seconds
-from mmorepa.cli import add_config_options, one_line_errors, positive
-from mmorepa.converters import read_checkpoint
-from mmorepa.deployment import load_deployed
-from mmorepa.deployment.inputs import DEFAULT_SIZE, image_shape, test_batch
-from mmorepa.deployment.networks import DeployedNetwork, require
-from mmorepa.deployment.onnx_files import (
-    EXPORTERS,
-    OPSET,
-    OnnxNetwork,
-    export_onnx,
-    preprocessing,
-)
-from mmorepa.engine.config import read_config
-from mmorepa.utils.files import atomic_write, check_outputs
-from mmorepa.utils.tables import counted, format_table
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from start import Parser, add_config_options, add_shape, positive
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        __doc__, 'my_config.py work_dirs/my_config/epoch_30.pth network.onnx'
     )
     parser.add_argument('config', help='the config, of either form')
     parser.add_argument('checkpoint', help='the checkpoint, of either form')
     parser.add_argument('out', help='the ONNX file to write')
     parser.add_argument(
         '--exporter',
-        choices=EXPORTERS,
-        default=EXPORTERS[0],
+        choices=('torchscript', 'dynamo'),
+        default='torchscript',
         help="PyTorch's exporter (default: torchscript); dynamo needs onnxscript",
     )
-    parser.add_argument(
-        '--shape',
-        nargs=2,
-        type=positive,
-        metavar=('HEIGHT', 'WIDTH'),
-        help='the size of the images that the file takes; by default that of the test '
-        f'images, or {DEFAULT_SIZE} {DEFAULT_SIZE} without data',
-    )
+    add_shape(parser, 'images of the file (default: as the test images, or 224)')
     parser.add_argument(
         '--opset',
         type=positive,
-        default=OPSET,
-        help=f"version of ONNX's operators (default: {OPSET})",
+        default=18,
+        help="version of ONNX's operators (default: 18)",
     )
     parser.add_argument(
         '--tolerance',
@@ -78,6 +48,29 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--json', help='a file for the figures')
     add_config_options(parser)
     return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()  # Before the seconds that the rest takes.
+
+import torch
+
+from mmorepa.analysis import Difference, largest_difference
+from mmorepa.analysis.complexity import count_bytes
+from mmorepa.analysis.timing import busy_warning, least_seconds
+from mmorepa.cli import one_line_errors
+from mmorepa.converters import read_checkpoint
+from mmorepa.deployment import dataset_meta, load_deployed
+from mmorepa.deployment.inputs import image_shape, test_batch
+from mmorepa.deployment.networks import DeployedNetwork, require
+from mmorepa.deployment.onnx_files import (
+    OnnxNetwork,
+    export_onnx,
+    preprocessing,
+)
+from mmorepa.engine.config import read_config
+from mmorepa.utils.files import atomic_write, check_outputs
+from mmorepa.utils.tables import counted, format_table
 
 
 @torch.no_grad()
@@ -98,7 +91,8 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     for package in ('onnx', 'onnxruntime'):
         require(package)
     cfg = read_config(args.config, args.cfg_options)
-    model = load_deployed(cfg, read_checkpoint(args.checkpoint))
+    checkpoint = read_checkpoint(args.checkpoint)
+    model = load_deployed(cfg, checkpoint)
     batch = test_batch(cfg)
     shape = image_shape(model, batch, args.shape)
     images = {
@@ -113,7 +107,8 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, 'network.onnx')
         print(f'Exporting by {args.exporter} …', flush=True)
-        metadata = preprocessing(cfg, shape[0])
+        classes = dataset_meta(cfg, checkpoint).get('classes')
+        metadata = preprocessing(cfg, shape[0], classes)
         export_onnx(model, image, file, args.exporter, args.opset, metadata)
         exported = OnnxNetwork(file)
         differences = compare(network, exported, images)

@@ -7,32 +7,109 @@ on its validation data. ONNX Runtime writes an ONNX file, torchao a program of P
 
 import argparse
 import json
-import os
 import platform
-import runpy
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-# Before PyTorch is loaded.
-os.environ.update(
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / 'waiting.py'))['ENV']
-)
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from start import Parser, add_config_options, add_shape, positive
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = Parser(
+        __doc__, 'my_config.py work_dirs/my_config/epoch_30.pth network_int8.onnx'
+    )
+    parser.add_argument('config', help='the config, of either form')
+    parser.add_argument('checkpoint', help='the checkpoint, of either form')
+    parser.add_argument('out', help='the file to write')
+    parser.add_argument(
+        '--backend',
+        choices=('onnxruntime', 'torchao'),
+        default='onnxruntime',
+        help='what quantizes (default: onnxruntime); torchao takes no --per-tensor, '
+        '--equalize, --calibration or --activations, and ranks no layers',
+    )
+    parser.add_argument(
+        '--per-tensor',
+        action='store_true',
+        help='one scale for a whole kernel, not one for each of its output channels',
+    )
+    parser.add_argument(
+        '--equalize',
+        action='store_true',
+        help='give the kernels of every conv-ReLU-conv the same ranges first '
+        '(cross-layer equalization, which changes nothing in float)',
+    )
+    parser.add_argument(
+        '--images',
+        type=positive,
+        default=200,
+        help='training images to calibrate with (default: 200)',
+    )
+    parser.add_argument(
+        '--calibration',
+        choices=('average', 'minmax', 'percentile'),
+        default='average',
+        help="how the ranges of activations are chosen: the mean of the images' own, "
+        'the widest, or without the outermost 0.01 %% (default: average)',
+    )
+    parser.add_argument(
+        '--activations',
+        choices=('uint8', 'int8', 'uint16'),
+        default='uint8',
+        help='uint8 suits x86, int8 suits ARM and GPUs; uint16 loses less, '
+        'and is slower than float (default: uint8)',
+    )
+    parser.add_argument(
+        '--reduce-range',
+        action='store_true',
+        help='weights of 7 bits (activations, with torchao), for x86 without VNNI, '
+        'where sums saturate',
+    )
+    add_shape(
+        parser,
+        'images of the file (default: as the test images, or 224); smaller images of '
+        'detectors are padded',
+    )
+    parser.add_argument(
+        '--worst',
+        type=positive,
+        default=10,
+        help='how many of the layers that lose most are printed (default: 10)',
+    )
+    parser.add_argument('--json', help='a file for all figures, of every layer')
+    add_config_options(parser)
+    args = parser.parse_args(argv)
+    if args.backend == 'torchao' and (
+        args.per_tensor
+        or args.equalize
+        or args.calibration != 'average'
+        or args.activations != 'uint8'
+    ):
+        parser.error(
+            '--per-tensor, --equalize, --calibration and --activations are options of '
+            'onnxruntime, not of torchao'
+        )
+    return args
+
+
+if __name__ == '__main__':
+    parse_args()  # Before the seconds that the rest takes.
 
 import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
 from mmorepa.analysis.timing import busy_warning, least_seconds
-from mmorepa.cli import add_config_options, one_line_errors, positive
+from mmorepa.cli import one_line_errors
 from mmorepa.converters import read_checkpoint
-from mmorepa.deployment import load_deployed
-from mmorepa.deployment.inputs import DEFAULT_SIZE, image_shape, test_batch
+from mmorepa.deployment import dataset_meta, load_deployed
+from mmorepa.deployment.inputs import image_shape, test_batch
 from mmorepa.deployment.int8 import (
-    ACTIVATIONS,
-    CALIBRATIONS,
     LayerLoss,
     calibration_images,
     evaluate,
@@ -61,12 +138,14 @@ class Deployed(NamedTuple):
         model (nn.Module): In eval mode.
         image (Tensor): Shape (1, C, H, W), of the size that the file takes.
         pads (bool): Whether smaller images are padded, as those of detectors are.
+        classes (Sequence[str], optional): Their names.
     """
 
     cfg: Config
     model: nn.Module
     image: Tensor
     pads: bool
+    classes: Optional[Sequence[str]]
 
 
 class Quantized(NamedTuple):
@@ -91,7 +170,7 @@ def by_onnxruntime(
     """Exports the model as an ONNX file, and quantizes that."""
     exported = folder / 'exported.onnx'
     float32, int8 = files = [folder / f'{name}.onnx' for name in NAMES]
-    about = preprocessing(network.cfg, network.image.shape[1])
+    about = preprocessing(network.cfg, network.image.shape[1], network.classes)
     try:
         export_onnx(network.model, network.image, exported, metadata=about)
     except ValueError as error:
@@ -121,10 +200,10 @@ def by_torchao(
 ) -> Quantized:
     """Exports the model as a program of PyTorch, and quantizes that."""
     program = export_program(network.model, network.image)
-    networks = [ProgramNetwork(program, *network[1:])]
+    networks = [ProgramNetwork(program, *network[1:4])]
     networks[0](images[0])  # Raises for images of another size.
     quantized = quantize_program(program, images, args.reduce_range)
-    networks.append(ProgramNetwork(quantized, *network[1:]))
+    networks.append(ProgramNetwork(quantized, *network[1:4]))
     files = [folder / f'{name}.pt2' for name in NAMES]
     for each, path in zip((program, quantized), files):
         torch.export.save(each, path)
@@ -151,88 +230,6 @@ BACKENDS = dict(
     onnxruntime=Backend('ONNX Runtime', by_onnxruntime, ('onnx', 'onnxruntime'), True),
     torchao=Backend('torchao', by_torchao, ('torchao',), False),
 )
-
-
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('config', help='the config, of either form')
-    parser.add_argument('checkpoint', help='the checkpoint, of either form')
-    parser.add_argument('out', help='the file to write')
-    parser.add_argument(
-        '--backend',
-        choices=BACKENDS,
-        default='onnxruntime',
-        help='what quantizes (default: onnxruntime); torchao takes no --per-tensor, '
-        '--equalize, --calibration or --activations, and ranks no layers',
-    )
-    parser.add_argument(
-        '--per-tensor',
-        action='store_true',
-        help='one scale for a whole kernel, not one for each of its output channels',
-    )
-    parser.add_argument(
-        '--equalize',
-        action='store_true',
-        help='give the kernels of every conv-ReLU-conv the same ranges first '
-        '(cross-layer equalization, which changes nothing in float)',
-    )
-    parser.add_argument(
-        '--images',
-        type=positive,
-        default=200,
-        help='training images to calibrate with (default: 200)',
-    )
-    parser.add_argument(
-        '--calibration',
-        choices=CALIBRATIONS,
-        default='average',
-        help="how the ranges of activations are chosen: the mean of the images' own, "
-        'the widest, or without the outermost 0.01 % (default: average)',
-    )
-    parser.add_argument(
-        '--activations',
-        choices=ACTIVATIONS,
-        default='uint8',
-        help='uint8 suits x86, int8 suits ARM and GPUs; uint16 loses less, '
-        'and is slower than float (default: uint8)',
-    )
-    parser.add_argument(
-        '--reduce-range',
-        action='store_true',
-        help='weights of 7 bits (activations, with torchao), for x86 without VNNI, '
-        'where sums saturate',
-    )
-    parser.add_argument(
-        '--shape',
-        nargs=2,
-        type=positive,
-        metavar=('HEIGHT', 'WIDTH'),
-        help='the size of the images that the file takes; by default that of the test '
-        f'images, or {DEFAULT_SIZE} {DEFAULT_SIZE} without test data; smaller images '
-        'of detectors are padded',
-    )
-    parser.add_argument(
-        '--worst',
-        type=positive,
-        default=10,
-        help='how many of the layers that lose most are printed (default: 10)',
-    )
-    parser.add_argument('--json', help='a file for all figures, of every layer')
-    add_config_options(parser)
-    args = parser.parse_args(argv)
-    if args.backend == 'torchao' and (
-        args.per_tensor
-        or args.equalize
-        or args.calibration != 'average'
-        or args.activations != 'uint8'
-    ):
-        parser.error(
-            '--per-tensor, --equalize, --calibration and --activations are options of '
-            'onnxruntime, not of torchao'
-        )
-    return args
 
 
 def saturates() -> bool:
@@ -286,13 +283,15 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     for package in backend.packages:
         require(package)
     cfg = read_config(args.config, args.cfg_options)
-    model = load_deployed(cfg, read_checkpoint(args.checkpoint))
+    checkpoint = read_checkpoint(args.checkpoint)
+    model = load_deployed(cfg, checkpoint)
     check_data_folders(cfg, ('train', evaluation_phase(cfg)))
     shape = image_shape(model, test_batch(cfg), args.shape)
     if saturates() and not args.reduce_range:
         print('This CPU has no VNNI: if the accuracy falls, try --reduce-range.')
-    print(f'Reading {counted(args.images, "training image")} …', flush=True)
+    print('Reading training images …', flush=True)
     images = calibration_images(cfg, model, args.images)
+    print(f'Read {counted(len(images), "training image")}.')
     # Their images differ in size.
     pads = any(hasattr(model, name) for name in ('bbox_head', 'rpn_head'))
     if pads:
@@ -300,7 +299,8 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         print('Quantizing …', flush=True)
-        deployed = Deployed(cfg, model, torch.randn(1, *shape), pads)
+        classes = dataset_meta(cfg, checkpoint).get('classes')
+        deployed = Deployed(cfg, model, torch.randn(1, *shape), pads, classes)
         made = backend.quantize(deployed, images, Path(folder), args)
         metrics = {}
         for name, network in made.networks.items():

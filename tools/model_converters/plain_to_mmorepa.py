@@ -1,34 +1,18 @@
 """Converts the checkpoint of a plain classifier to one of an OREPA classifier."""
 
 import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Optional
 
-import torch
-
-from mmorepa import __version__
-from mmorepa.analysis import largest_difference, network_outputs
-from mmorepa.backbones.staged_backbone import check_style
-from mmorepa.cli import add_config_options, one_line_errors, positive
-from mmorepa.converters import (
-    load_strictly,
-    plain_twin,
-    read_checkpoint,
-    start_from_plain,
-    twin_entries,
-    write_checkpoint,
-)
-from mmorepa.engine.config import build_model, read_config
-from mmorepa.layers import is_switchable
-from mmorepa.layers.reparam_conv import STARTS
-from mmorepa.utils.files import check_outputs
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from start import Parser, add_config_options, add_shape
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description='Writes a checkpoint that computes what a plain ResNet, ResNeXt or '
-        'RepVGG computes, classifier included, for a config whose convs are '
-        're-parameterised. Only tensors and plain containers are read.'
+    parser = Parser(
+        __doc__, 'resnet50.pth imagenet/resnet50-orepa_4xb64_in1k started.pth'
     )
     parser.add_argument(
         'source',
@@ -45,19 +29,12 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('out', metavar='OUT', help='the checkpoint to write')
     parser.add_argument(
         '--start',
-        choices=STARTS,
+        choices=('quiet', 'balanced'),
         help='how plain kernels are split into branches: quiet (the first step moves '
         "them as far as a plain conv's) or balanced (all branches learn from the first "
         'step); by default what the config says, or quiet',
     )
-    parser.add_argument(
-        '--shape',
-        nargs=2,
-        type=positive,
-        default=(224, 224),
-        metavar=('HEIGHT', 'WIDTH'),
-        help='image size of the check with random input (default: 224 224)',
-    )
+    add_shape(parser, 'image of the check with random input (default: 224)')
     parser.add_argument(
         '--tolerance',
         type=float,
@@ -66,6 +43,28 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     add_config_options(parser)
     return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()  # Before the seconds that the rest takes.
+
+import torch
+
+from mmorepa import __version__
+from mmorepa.analysis import largest_difference, network_outputs
+from mmorepa.backbones.staged_backbone import check_style
+from mmorepa.cli import one_line_errors
+from mmorepa.converters import (
+    load_strictly,
+    plain_twin,
+    read_checkpoint,
+    start_from_plain,
+    twin_entries,
+    write_checkpoint,
+)
+from mmorepa.engine.config import build_model, read_config
+from mmorepa.layers import is_switchable
+from mmorepa.utils.files import check_outputs
 
 
 @one_line_errors()

@@ -1,37 +1,28 @@
 """Translates checkpoints of the published OREPA training code."""
 
 import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Optional
 
-from mmorepa.cli import one_line_errors
-from mmorepa.converters import (
-    ARCHITECTURES,
-    backbone_of,
-    from_published,
-    read_checkpoint,
-    write_checkpoint,
-)
-from mmorepa.utils.files import check_outputs
-
-BLOCKS = ('plain', 'none', 'dbb', 'orepa', 'repvgg')
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from start import Parser
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description='Translates checkpoints of the published OREPA training code into '
-        'the layout of mmpretrain. Only tensors and plain containers are read.'
-    )
+    parser = Parser(__doc__, 'published.pth converted.pth')
     parser.add_argument('source', metavar='IN', help='the checkpoint to read')
     parser.add_argument('out', metavar='OUT', help='the checkpoint to write')
     parser.add_argument(
         '--arch',
         metavar='NAME',
-        help='the network, by default found from the weights; one of '
-        + ', '.join(ARCHITECTURES),
+        help='the network, such as ResNet-50; by default found from the weights',
     )
     parser.add_argument(
-        '--block', choices=BLOCKS, help='its block type, by default found as well'
+        '--block',
+        choices=('plain', 'none', 'dbb', 'orepa', 'repvgg'),
+        help='its block type, by default found as well',
     )
     parser.add_argument(
         '--backbone-only',
@@ -44,6 +35,19 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     if args.block is not None and args.arch is None:
         parser.error('--block needs --arch')
     return args
+
+
+if __name__ == '__main__':
+    parse_args()  # Before the seconds that the rest takes.
+
+from mmorepa.cli import one_line_errors
+from mmorepa.converters import (
+    backbone_of,
+    from_published,
+    read_checkpoint,
+    write_checkpoint,
+)
+from mmorepa.utils.files import check_outputs
 
 
 def translate(checkpoint: dict, backbone: Optional[dict], backbone_only: bool) -> dict:

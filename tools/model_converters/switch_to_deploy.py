@@ -9,16 +9,43 @@ import copy
 import json
 import os
 import re
-import runpy
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Optional
 
-# Before PyTorch is loaded.
-os.environ.update(
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / 'waiting.py'))['ENV']
-)
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from start import Parser, add_config_options, add_shape
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = Parser(
+        __doc__, 'my_config.py work_dirs/my_config/epoch_30.pth deployed.pth'
+    )
+    parser.add_argument('config', help='the config of the training')
+    parser.add_argument('checkpoint', help='the training checkpoint')
+    parser.add_argument(
+        'out', help='the deployed checkpoint to write; OUT_config.py goes beside it'
+    )
+    add_shape(
+        parser,
+        'image of the check with random input and of the figures (default: as the test '
+        'images, or 224)',
+    )
+    parser.add_argument(
+        '--tolerance',
+        type=float,
+        default=1e-4,
+        help='largest difference, relative to the largest output (default: 1e-4)',
+    )
+    parser.add_argument('--json', help='a file for the figures of the table')
+    add_config_options(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    parse_args()  # Before the seconds that the rest takes.
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +59,7 @@ from mmorepa.analysis import (
 )
 from mmorepa.analysis.complexity import count_bytes, count_gflops, count_parameters
 from mmorepa.analysis.timing import busy_warning, least_seconds
-from mmorepa.cli import add_config_options, one_line_errors, positive
+from mmorepa.cli import one_line_errors
 from mmorepa.converters import (
     deploy_checkpoint,
     load_training_form,
@@ -40,7 +67,7 @@ from mmorepa.converters import (
     write_checkpoint,
 )
 from mmorepa.deployment import loaded_by_config
-from mmorepa.deployment.inputs import DEFAULT_SIZE, image_shape, test_batch
+from mmorepa.deployment.inputs import image_shape, test_batch
 from mmorepa.engine.config import build_model, read_config
 from mmorepa.utils.errors import OutputError
 from mmorepa.utils.files import atomic_write, check_outputs
@@ -48,35 +75,6 @@ from mmorepa.utils.tables import counted, format_table
 
 # By this variable, the tool knows a config that it wrote.
 MARK = 'deployed_checkpoint'
-
-
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description='Writes the deployed form of a training checkpoint, and the config '
-        'that loads it.'
-    )
-    parser.add_argument('config', help='the config of the training')
-    parser.add_argument('checkpoint', help='the training checkpoint')
-    parser.add_argument(
-        'out', help='the deployed checkpoint to write; OUT_config.py goes beside it'
-    )
-    parser.add_argument(
-        '--shape',
-        nargs=2,
-        type=positive,
-        metavar=('HEIGHT', 'WIDTH'),
-        help='image size of the check with random input and of the figures; by default '
-        f'that of the test images, or {DEFAULT_SIZE} {DEFAULT_SIZE} without data',
-    )
-    parser.add_argument(
-        '--tolerance',
-        type=float,
-        default=1e-4,
-        help='largest difference, relative to the largest output (default: 1e-4)',
-    )
-    parser.add_argument('--json', help='a file for the figures of the table')
-    add_config_options(parser)
-    return parser.parse_args(argv)
 
 
 def config_beside(out: str) -> str:

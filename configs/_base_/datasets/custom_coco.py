@@ -8,6 +8,16 @@ data_preparation = (
     'val2017/*.jpg, or set ann_file and data_prefix too'
 )
 
+# A file that inherits from this sets them at its top: mmorepa hands them on.
+variables = dict(
+    max_epochs={'train_cfg.max_epochs': 1},
+    image_size={
+        'train_dataloader.dataset.pipeline.2.scale': 1,
+        'val_dataloader.dataset.pipeline.1.scale': 1,
+        'test_dataloader.dataset.pipeline.1.scale': 1,
+    },
+)
+
 train_dataloader = dict(dataset=dict(data_root='data/custom'))
 val_dataloader = dict(
     dataset=dict(

@@ -3,6 +3,17 @@ data_preparation = (
     'set data_root of the datasets of train_dataloader, val_dataloader and '
     'test_dataloader to a folder that holds train/CLASS/*.jpg and val/CLASS/*.jpg'
 )
+# A file that inherits from this sets them at its top: mmorepa hands them on.
+variables = dict(
+    max_epochs={'train_cfg.max_epochs': 1},
+    image_size={
+        'train_dataloader.dataset.pipeline.1.scale': 1,
+        'val_dataloader.dataset.pipeline.1.scale': 8 / 7,
+        'val_dataloader.dataset.pipeline.2.crop_size': 1,
+        'test_dataloader.dataset.pipeline.1.scale': 8 / 7,
+        'test_dataloader.dataset.pipeline.2.crop_size': 1,
+    },
+)
 # The normalisation of the plain networks to start from.
 data_preprocessor = dict(
     mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True

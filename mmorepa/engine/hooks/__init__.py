@@ -4,6 +4,7 @@ from .branch_statistics_hook import BranchStatisticsHook
 from .crash_safe_hook import CrashSafeHook
 from .equivalent_kernel_decay_hook import EquivalentKernelDecayHook
 from .folded_evaluation_hook import FoldedEvaluationHook
+from .progress_hook import ProgressHook
 from .switch_to_deploy_hook import SwitchToDeployHook
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     'CrashSafeHook',
     'EquivalentKernelDecayHook',
     'FoldedEvaluationHook',
+    'ProgressHook',
     'SwitchToDeployHook',
 ]

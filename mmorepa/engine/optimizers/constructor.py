@@ -29,6 +29,7 @@ from torch.optim import SGD, Optimizer
 from ...backbones import StagedBackbone
 from ...functional import compiled
 from ...layers import (
+    DeepLinearKernel,
     OREPAKernel,
     OREPAPointwiseKernel,
     ReparamConv2d,
@@ -65,9 +66,11 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     - ``norm_bias_lr_mult`` (float): Learning rate of the biases of normalisation
       layers, which ``bias_lr_mult`` leaves out.
     - ``stem_lr_mult`` (float): Learning rate of everything in the stem, its
-      BatchNorm and scaling vectors included.
+      BatchNorm and scaling vectors included. It is for deep linear stems: another
+      stem of this package's backbones keeps its learning rate, and the log says so.
     - ``stem_keys`` (list[str]): Names of the modules that are the stem, such as
-      ``['backbone.conv1']``. By default the stems of this package's backbones.
+      ``['backbone.conv1']``, of any kind. By default the deep linear stems of this
+      package's backbones.
     - ``scale_lr_mult``, ``scale_decay_mult`` (float): Learning rate and weight decay
       of the scaling vectors.
     - ``branch_decay_mult`` (float): Weight decay of all that is folded into kernels,
@@ -246,7 +249,8 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         for option, (setting, choose) in _MULTIPLIERS.items():
             if option in self.paramwise_cfg:
                 chosen = choose(module, self.paramwise_cfg)
-                self._multiply(singles, option, setting, chosen)
+                if chosen is not None:
+                    self._multiply(singles, option, setting, chosen)
         groups = self._merge(singles)
         params.extend(groups)
         self._log(groups, module)
@@ -380,7 +384,8 @@ def _norm_biases(module: nn.Module, options: dict) -> list[nn.Parameter]:
     return [norm.bias for norm in norms if getattr(norm, 'bias', None) is not None]
 
 
-def _stems(module: nn.Module, options: dict) -> list[nn.Parameter]:
+def _stems(module: nn.Module, options: dict) -> Optional[list[nn.Parameter]]:
+    """The parameters of the stems; None if no stem is deep linear."""
     if 'stem_keys' in options:
         modules = dict(module.named_modules())
         missing = [key for key in options['stem_keys'] if key not in modules]
@@ -390,8 +395,20 @@ def _stems(module: nn.Module, options: dict) -> list[nn.Parameter]:
             )
         stems = [modules[key] for key in options['stem_keys']]
     else:
-        stems = [m.stem for m in module.modules() if isinstance(m, StagedBackbone)]
+        every = [m.stem for m in module.modules() if isinstance(m, StagedBackbone)]
+        stems = [stem for stem in every if _is_deep_linear(stem)]
+        if every and not stems:
+            # Or a config would train its plain twin, block='plain', at another rate.
+            MMLogger.get_current_instance().info(
+                f'stem_lr_mult={options["stem_lr_mult"]} is not applied: the stem is '
+                'not deep linear (stem_keys names any other)'
+            )
+            return None
     return [param for stem in stems for param in stem.parameters()]
+
+
+def _is_deep_linear(stem: nn.Module) -> bool:
+    return any(isinstance(part, DeepLinearKernel) for part in stem.modules())
 
 
 def _scales(module: nn.Module, options: dict) -> list[nn.Parameter]:

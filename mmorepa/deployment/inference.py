@@ -1,0 +1,96 @@
+"""The toolboxes' own inferencers, for configs and checkpoints of this package."""
+
+from importlib import import_module
+from typing import Any, Optional, Union
+
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.registry import DATASETS
+from torch import nn
+
+from ..converters import read_checkpoint
+from ..engine.config import read_config
+from ..utils.files import PathLike
+from .models import load_deployed
+
+_INFERENCERS = {
+    'mmpretrain': 'ImageClassificationInferencer',
+    'mmdet': 'DetInferencer',
+    'mmseg': 'MMSegInferencer',
+}
+
+
+def build_inferencer(
+    config: Union[PathLike, Config], checkpoint: PathLike, device: Optional[str] = None
+) -> Any:
+    """The inferencer of a config's toolbox, with the deployed form of its model.
+
+    Args:
+        config (str | Path | Config): Of a classifier, a detector or a segmenter.
+        checkpoint (str | Path): Of either form.
+        device (str, optional): Where it runs. Defaults to MMEngine's choice.
+
+    Returns:
+        ImageClassificationInferencer | DetInferencer | MMSegInferencer: As its toolbox
+        documents it. One process can have those of one toolbox.
+
+    Raises:
+        FileNotFoundError: If there is no such config or checkpoint.
+        CheckpointError: If the checkpoint is damaged, or does not fit the config.
+        ValueError: If ``default_scope`` is none of the three toolboxes.
+
+    Examples:
+        >>> inferencer = build_inferencer('flowers.py', 'flowers.pth')
+        >>> inferencer('rose.jpg')[0]['pred_class']
+        'rose'
+    """
+    cfg = config if isinstance(config, Config) else read_config(str(config))
+    scope = cfg.get('default_scope')
+    if scope not in _INFERENCERS:
+        raise ValueError(
+            f'default_scope is one of {", ".join(_INFERENCERS)}, found {scope!r}'
+        )
+    kind = getattr(import_module(f'{scope}.apis'), _INFERENCERS[scope])
+    device = device or get_device()
+    loaded = read_checkpoint(str(checkpoint))
+    model = load_deployed(cfg, loaded).to(device)
+    meta = dataset_meta(cfg, loaded)
+    if scope == 'mmpretrain':
+        model._config = cfg
+        return kind(model, classes=meta.get('classes'))
+    # The other two have no argument for a model: they build one and load it, and would
+    # pass over what does not fit.
+    deployed = dict(meta=dict(dataset_meta=meta), state_dict=model.state_dict())
+
+    class Inferencer(kind):
+        def _init_model(self, cfg: Config, weights: None, device: str) -> nn.Module:
+            self._load_weights_to_model(model, deployed, cfg)
+            model.cfg = cfg
+            return model
+
+    names = () if scope == 'mmdet' else ('classes', 'palette')
+    options = {name: meta.get(name) for name in names}
+    inferencer = Inferencer(cfg, device=device, **options)
+    inferencer.show_progress = False
+    return inferencer
+
+
+def dataset_meta(cfg: Config, checkpoint: dict) -> dict:
+    """What is known of the data that a model was trained with.
+
+    Args:
+        cfg (Config): Of the model, with test data.
+        checkpoint (dict): Of the model.
+
+    Returns:
+        dict: Such as ``classes`` and ``palette``. That of the test data if the
+        checkpoint says nothing.
+    """
+    known = (checkpoint.get('meta') or {}).get('dataset_meta')
+    if known or cfg.get('test_dataloader') is None:
+        return known or {}
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
+        return registry.build({**dataset, 'lazy_init': True}).metainfo

@@ -1,0 +1,42 @@
+"""What a command starts with, before PyTorch is loaded.
+
+Importing mmorepa loads PyTorch, which takes seconds. A tool imports this file instead,
+defines its ``parse_args`` and calls it: help and mistakes are answered at once.
+"""
+
+import argparse
+import os
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import waiting
+
+os.environ.update(waiting.ENV)
+
+# By its path: the package around it would be imported first.
+_path = Path(find_spec('mmorepa').origin).parent / 'cli' / 'parser.py'
+_spec = spec_from_file_location('mmorepa_parser', _path)
+_module = module_from_spec(_spec)
+_spec.loader.exec_module(_module)
+
+Parser = _module.Parser
+add_common_arguments = _module.add_common_arguments
+add_config_options = _module.add_config_options
+add_shape = _module.add_shape
+positive = _module.positive
+
+
+def add_model_arguments(
+    parser: argparse.ArgumentParser, out: str, also: str = ''
+) -> None:
+    """Adds those of a figure about a trained model."""
+    parser.add_argument('config', help='the config of the training')
+    parser.add_argument('checkpoint', help='the training checkpoint')
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=Path(out),
+        help=f'the PNG to write (default: {out}); its numbers go beside it, as .csv'
+        + also,
+    )
+    add_config_options(parser)
