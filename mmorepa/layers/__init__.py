@@ -11,7 +11,6 @@ from .orepa import (
     OREPAConv2d,
     OREPADeepLinearKernel,
     OREPAKernel,
-    OREPAPlainStemConv2d,
     OREPAPointwiseKernel,
 )
 from .plain import PlainConv2d, PlainKernel
@@ -35,7 +34,6 @@ __all__ = [
     'OREPAConv2d',
     'OREPADeepLinearKernel',
     'OREPAKernel',
-    'OREPAPlainStemConv2d',
     'OREPAPointwiseKernel',
     'OREPARepVGGConv2d',
     'PlainConv2d',
