@@ -281,6 +281,11 @@ class OREPAResNet(StagedBackbone):
             ``'dbb'`` or ``'plain'``, the plain ResNet. Defaults to ``'orepa'``.
         block_cfg (dict, optional): Arguments of the block type's convs, such as
             ``branches`` or ``single_init``. Defaults to None.
+        stem_block (str, optional): Block type of the stem alone:
+            ``block='plain', stem_block='orepa'`` is a plain ResNet with a deep linear
+            stem. Defaults to None, as ``block``.
+        stem_block_cfg (dict, optional): As ``block_cfg``, for a ``stem_block``.
+            Defaults to None.
         in_channels (int): Channels of the image. Defaults to 3.
         stem_channels (int, optional): Width of the stem. Defaults to None,
             ``base_channels``.
@@ -374,6 +379,8 @@ class OREPAResNet(StagedBackbone):
         depth: int,
         block: str = 'orepa',
         block_cfg: Optional[dict] = None,
+        stem_block: Optional[str] = None,
+        stem_block_cfg: Optional[dict] = None,
         in_channels: int = 3,
         stem_channels: Optional[int] = None,
         base_channels: int = 64,
@@ -429,6 +436,14 @@ class OREPAResNet(StagedBackbone):
             act_cfg=act_cfg or _ACT_CFG,
             deploy=deploy,
         )
+        stem_options = dict(options)
+        if stem_block is not None:
+            stem_options.update(block=stem_block, block_cfg=stem_block_cfg)
+        elif stem_block_cfg is not None:
+            raise ValueError(
+                'stem_block_cfg are arguments of a stem_block, of which there is none: '
+                'name it, or use block_cfg'
+            )
         if stem_channels is None:
             stem_channels = base_channels
         stem_channels = scaled_channels(
@@ -440,11 +455,11 @@ class OREPAResNet(StagedBackbone):
         if deep_stem:
             half = scaled_channels(stem_channels, 0.5, 'a deep stem')
             convs = _Conv(half, 3, 2), _Conv(half, 3), _Conv(stem_channels, 3)
-            convs = _build_convs(in_channels, *convs, **options)
+            convs = _build_convs(in_channels, *convs, **stem_options)
             self.stem = nn.Sequential(OrderedDict(convs))
         else:
             conv = _Conv(stem_channels, 7, 2)
-            (self.stem,) = _build_convs(in_channels, conv, **options).values()
+            (self.stem,) = _build_convs(in_channels, conv, **stem_options).values()
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         drop_path_rates = iter(_rising(drop_path_rate, sum(depths)))
         channels = stem_channels

@@ -184,7 +184,8 @@ _SHARED = (
 )
 # On the outputs in eval mode.
 _WITHOUT_EFFECT = (
-    *('type', 'block', 'block_cfg', 'deploy', 'init_cfg', 'frozen_stages'),
+    *('type', 'block', 'block_cfg', 'stem_block', 'stem_block_cfg', 'deploy'),
+    *('init_cfg', 'frozen_stages'),
     *('norm_eval', 'with_cp', 'zero_init_residual', 'drop_path_rate'),
 )
 

@@ -11,7 +11,6 @@ from .orepa import (
     OREPAConv2d,
     OREPADeepLinearKernel,
     OREPAKernel,
-    OREPAPlainStemConv2d,
     OREPAPointwiseKernel,
 )
 from .param_groups import param_groups
@@ -36,7 +35,6 @@ __all__ = [
     'OREPAConv2d',
     'OREPADeepLinearKernel',
     'OREPAKernel',
-    'OREPAPlainStemConv2d',
     'OREPAPointwiseKernel',
     'OREPARepVGGConv2d',
     'PlainConv2d',

@@ -281,13 +281,6 @@ class OREPAConv2d(ReparamConv2d, nn.Conv2d):
         return options
 
 
-@BLOCKS.register_module('orepa_plain_stem')
-class OREPAPlainStemConv2d(OREPAConv2d):
-    """An :class:`OREPAConv2d` of networks whose stem stays plain."""
-
-    BLOCK_SIZES = range(1, DEEP_LINEAR_FROM)
-
-
 def _kaiming_uniform(shape: Sequence[int], a: float) -> nn.Parameter:
     weight = nn.Parameter(torch.empty(*shape))
     nn.init.kaiming_uniform_(weight, a=a)

@@ -11,7 +11,6 @@ from mmorepa.layers import (
     DBBConv2d,
     DeepLinearConv2d,
     OREPAConv2d,
-    OREPAPlainStemConv2d,
     OREPARepVGGConv2d,
     PlainConv2d,
     ReparamConv2d,
@@ -26,7 +25,6 @@ KINDS = {
     'deep_linear': (PlainConv2d, PlainConv2d, DeepLinearConv2d),
     'dbb': (PlainConv2d, DBBConv2d, PlainConv2d),
     'orepa': (OREPAConv2d, OREPAConv2d, OREPAConv2d),
-    'orepa_plain_stem': (OREPAPlainStemConv2d, OREPAPlainStemConv2d, PlainConv2d),
     'repvgg': (PlainConv2d, RepVGGConv2d, PlainConv2d),
     'orepa_repvgg': (PlainConv2d, OREPARepVGGConv2d, PlainConv2d),
 }

@@ -63,6 +63,7 @@ class Variant(NamedTuple):
 
 _PARAMWISE = 'optim_wrapper.paramwise_cfg'
 _BLOCK_CFG = 'model.backbone.block_cfg'
+_STEM = 'model.backbone.stem_block'
 _BRANCHES = tuple(OREPAKernel.INITIAL_SCALES)
 _FROZEN = {f'{_PARAMWISE}.scale_lr_mult': 0.0}
 ALL_BLOCKS = ('none', 'dbb', 'orepa', 'repvgg')
@@ -121,7 +122,11 @@ VARIANTS = {
         )
         for branch in _BRANCHES
     },
-    'plain_stem': Variant('plain stem', {'model.backbone.block': 'orepa_plain_stem'}),
+    'plain_stem': Variant('plain stem', {_STEM: 'plain'}),
+    'orepa_stem': Variant('OREPA stem', {_STEM: 'orepa'}, blocks=('none',)),
+    'deep_linear_stem': Variant(
+        'deep linear stem', {_STEM: 'deep_linear'}, blocks=('none',)
+    ),
     'single_init': Variant(
         'single_init', {_BLOCK_CFG: dict(single_init=True)}, blocks=ALL_BLOCKS[1:]
     ),
@@ -134,7 +139,10 @@ VARIANTS = {
     'online': Variant('folded online', {'optim_wrapper.folded': False}),
 }
 DECAYS = (KERNEL_DECAY, STRONG_DECAY, STRONG_KERNEL_DECAY)
-ABLATIONS = [name for name in VARIANTS if name not in (STANDARD, *LONGER, *DECAYS)]
+STEMS = ('orepa_stem', 'deep_linear_stem')
+ABLATIONS = [
+    name for name in VARIANTS if name not in (STANDARD, *LONGER, *DECAYS, *STEMS)
+]
 
 
 def config_of(data: str, network: str) -> Path:
