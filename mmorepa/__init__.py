@@ -18,9 +18,9 @@ def _is_command() -> bool:
     """
     if os.path.basename(sys.argv[0]) in ('mmorepa', 'mmorepa.exe'):
         return True
-    line = sys.orig_argv
     # '-m' is there as long as Python looks for the module that it will run.
-    return sys.argv[0] == '-m' and line[line.index('-m') + 1] == __name__
+    line = ' '.join([*sys.orig_argv, '']).replace('-m ', '-m')
+    return sys.argv[0] == '-m' and f'-m{__name__} ' in line
 
 
 if not _is_command():
