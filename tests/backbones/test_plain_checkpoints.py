@@ -168,7 +168,7 @@ def test_openmmlab(prefix, is_whole, log):
     log.clear()  # Of the scope that an earlier test left.
     net.load_state_dict(state, strict=False)
     assert log == [
-        'OREPAResNet: 53 re-parameterised convs start from the plain kernels of the '
+        'OREPAResNet: 16 re-parameterised convs start from the plain kernels of the '
         'checkpoint (quiet start)'
     ]
     x = image()
