@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmorepa import is_switchable
 from mmorepa.backbones import OREPAResNet
 from mmorepa.layers import (
+    BLOCKS,
     OREPAConv2d,
     OREPADeepLinearKernel,
     OREPAKernel,
@@ -54,6 +55,49 @@ def test_convs_are_those_of_torchvision(depth, block):
     ours = on_meta(lambda: OREPAResNet(depth, block=block))
     theirs = on_meta(getattr(torchvision.models, f'resnet{depth}'))
     assert_same_convs(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ('stem', 'deep_stem'),
+    [('orepa', False), ('orepa', True), ('deep_linear', False), ('dbb', True)],
+)
+def test_block_of_the_stem(stem, deep_stem):
+    """The rest is plain, and so is the deployed form."""
+    net = tiny(block='plain', stem_block=stem, deep_stem=deep_stem)
+    kinds = {name: type(conv) for name, conv in convs(net).items()}
+    assert kinds['stem.conv1' if deep_stem else 'stem'] is BLOCKS.get(stem)
+    assert {k for name, k in kinds.items() if 'stem' not in name} == {PlainConv2d}
+    trained_like(net).eval()
+    plain = tiny(block='plain', deep_stem=deep_stem, deploy=True).eval()
+    plain.load_state_dict(deployed_twin(net).state_dict(), strict=True)
+    x = image()
+    with torch.no_grad():
+        assert_near(plain(x), net(x), 1e-4)
+
+
+def test_plain_stem():
+    net = tiny(stem_block='plain')
+    assert type(net.stem) is PlainConv2d and type(net.layer1[0].conv1) is OREPAConv2d
+
+
+def test_arguments_of_the_stem():
+    net = tiny(
+        block='plain', stem_block='orepa', stem_block_cfg=dict(branches=['origin'])
+    )
+    assert net.stem.branches.factors[0].branch_names == ('origin',)
+    with pytest.raises(ValueError, match='stem_block'):
+        tiny(stem_block_cfg=dict(branches=['origin']))
+
+
+def test_plain_checkpoint_starts_a_network_with_such_a_stem():
+    plain = trained_like(torchvision.models.resnet18()).eval()
+    net = OREPAResNet(18, 'plain', stem_block='orepa', out_indices=(3,)).eval()
+    plain.fc = nn.Identity()
+    net.load_state_dict(plain.state_dict())
+    plain.avgpool = nn.Identity()
+    x = image(64)
+    with torch.no_grad():
+        assert_near(net(x)[0].flatten(1), plain(x), 1e-4)
 
 
 def assert_same_convs(ours, theirs):
