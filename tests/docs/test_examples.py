@@ -111,8 +111,8 @@ def test_parts_of_configs(name, code):
         check(cfg)
 
 
-# test_onnx.py runs what takes these files.
-FILES = ("'image.png'", "'network_int8.pt2'")
+# test_onnx.py, and tests/tools/test_predict.py, run what takes these files.
+FILES = ("'image.png'", "'network_int8.pt2'", "'rose.jpg'")
 CODES = {
     name: [
         code
