@@ -3,7 +3,7 @@
 from .branch_sum import BranchSum
 from .closed_forms import fold_kernel, is_followed, recomputed
 from .fusion import fuse_bn
-from .inverses import solve_deep_linear, solve_scaled_sum
+from .inverses import check_is_wide, solve_deep_linear, solve_scaled_sum
 from .kernels import (
     average_kernel,
     compose_1x1_kxk,
@@ -23,6 +23,7 @@ Fold = BranchSum  # Its older name.
 __all__ = [
     'BranchSum',
     'average_kernel',
+    'check_is_wide',
     'compose_1x1_kxk',
     'compose_deep_linear',
     'constant',

@@ -54,9 +54,7 @@ def solve_deep_linear(kernel: Tensor, first: Tensor, groups: int = 1) -> Tensor:
     """
     kernel, first = kernel.double(), first.double()
     hidden, size = len(first) // groups, kernel.shape[-1] - first.shape[-1] + 1
-    unknowns, equations = hidden * size**2, kernel[0].numel()
-    if unknowns < equations:  # Said before a system is solved that takes minutes.
-        raise ValueError(_too_narrow(hidden, equations, unknowns))
+    unknowns = hidden * size**2
     units = torch.eye(unknowns, dtype=torch.float64, device=kernel.device)
     units = units.view(unknowns, hidden, size, size)
     found = []
@@ -68,15 +66,25 @@ def solve_deep_linear(kernel: Tensor, first: Tensor, groups: int = 1) -> Tensor:
         error = (solution @ system - wanted.flatten(1)).abs().max()
         if error > 1e-6 * wanted.abs().max():
             rank = int(torch.linalg.matrix_rank(system.cpu()))
-            raise ValueError(_too_narrow(hidden, equations, rank))
+            check_is_wide(kernel, hidden, min(rank, kernel[0].numel() - 1))
         found.append(solution.view(-1, hidden, size, size))
     return torch.cat(found)
 
 
-def _too_narrow(hidden: int, weights: int, free: int) -> str:
-    return (
-        'a deep linear kernel cannot be any kernel if its factors are narrow '
-        f'({hidden} channels in a group): of {weights} weights of an output channel, '
-        f'{free} can be chosen freely, and all of them with more inner channels '
-        '(inner_mult)'
-    )
+def check_is_wide(kernel: Tensor, hidden: int, free: int) -> None:
+    """Raises a ValueError if a deep linear kernel cannot be this one.
+
+    Args:
+        kernel (Tensor): Shape (O, Ig, k, k).
+        hidden (int): The inner channels of a group.
+        free (int): The weights of an output channel that can be chosen freely: no more
+            than 9 for each inner channel.
+    """
+    weights = kernel[0].numel()
+    if free < weights:
+        raise ValueError(
+            'a deep linear kernel cannot be any kernel if its factors are narrow '
+            f'({hidden} channels in a group): of {weights} weights of an output '
+            f'channel, {free} can be chosen freely, and all of them with more inner '
+            'channels (inner_mult)'
+        )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..functional import (
+    check_is_wide,
     compose_deep_linear,
     is_followed,
     recomputed,
@@ -115,6 +116,9 @@ class DeepLinearKernel(nn.Module):
         *others, last = self.factors
         options = {}
         if others:
+            # Before a system is solved that takes minutes.
+            inner = len(others[0]()) // self.groups
+            check_is_wide(kernel, inner, 9 * inner)
             if start == 'quiet':
                 options = self._shift()
             wide = copy.deepcopy(_Factors(others)).double()
