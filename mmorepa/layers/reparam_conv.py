@@ -575,6 +575,10 @@ class ReparamConv2d(nn.Conv2d):
             )
         return self
 
+    def check_is_whole(self) -> None:
+        """Raises a RuntimeError if FSDP has sharded the branches."""
+        _check_is_whole(_named_tensors(self.branches).values())
+
     def _changed_fold(self) -> Optional[str]:
         """The method of the training form alone that somebody has overridden."""
         for name in ('kernel', 'convolve'):

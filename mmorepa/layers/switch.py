@@ -41,9 +41,11 @@ def switch_to_deploy(module: nn.Module) -> nn.Module:
     """
     _check_traces(module)
     convs = {conv: name for name, conv in outermost(module)}
-    is_switched = any(not conv.deployed for conv in convs)
-    wrapper = parallel_wrapper(module) if is_switched else None
+    forms = [conv for conv in convs if not conv.deployed]
+    wrapper = parallel_wrapper(module) if forms else None
     if wrapper is not None:
+        for conv in forms:
+            conv.check_is_whole()
         if wrapper.training:
             _refuse_training(wrapper)
         wrapper.register_forward_pre_hook(_refuse_training)
