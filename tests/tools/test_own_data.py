@@ -44,7 +44,9 @@ def follow(name, epochs, options, shape):
     run_runner(COMMANDS[train[0]], *train[1:], options=options)
     metrics = run_runner(COMMANDS[test[0]], *test[1:], options=options)
     Image.new('RGB', shape).save(predict[-1])
-    done = run_apart(*command(COMMANDS[predict[0]], *predict[1:]))
+    done = run_apart(
+        *command(COMMANDS[predict[0]], *predict[1:], '--cfg-options', *options)
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f'{predict[-1]}: ')
     shape = ['--shape', *shape, '--cfg-options', *options]
