@@ -491,6 +491,7 @@ def test_int8_of_trained_networks(toy, capsys):
     assert [hook.type for hook in cfg.custom_hooks] == [
         'EquivalentKernelDecayHook',
         'RecordHook',
+        'ProgressHook',
     ]
     assert cfg.optim_wrapper.paramwise_cfg.branch_decay_mult == 0
     line = (INT8, '--study', 'out', '--images', 4, '--jobs', 1, '--out', 'int8')

@@ -82,7 +82,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     load_strictly(twin, entries)
 
     channels = cfg.model.backbone.get('in_channels', 3)
-    image = torch.randn(2, channels, *args.shape)
+    height, width = args.shape or (224, 224)
+    image = torch.randn(2, channels, height, width)
     difference = largest_difference(
         network_outputs(twin, image), network_outputs(model, image)
     )
@@ -104,7 +105,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     else:
         print(f'{count} convs start from plain kernels.')
     print(
-        f'Largest difference for random input of {args.shape[0]}x{args.shape[1]}: '
+        f'Largest difference for random input of {height}x{width}: '
         f'{difference.absolute:.2e} absolute, {difference.relative:.2e} relative.'
     )
     print(f'Wrote {args.out}.')
