@@ -15,7 +15,7 @@ import pytest
 import torch
 from documents import DOCUMENTS, NAMES, ROOT, Command, commands, printed_configs
 from helpers import import_models
-from published_layout import cheap_state, network
+from published_layout import network, trained_state
 from tool_runs import run_here, run_runner, tool
 from torch.distributed.run import get_args_parser
 
@@ -238,7 +238,8 @@ def folder(tmp_path_factory):
         convert = 'model_converters/plain_to_mmorepa.py'
         run_here(convert, plain, 'config.py', 'CHECKPOINT')
         run_here(convert, 'whole_plain.pth', 'whole.py', 'WHOLE')
-    published = cheap_state(network('ResNet-18', 'orepa'))
+    ten = {'linear.weight': (10, 512), 'linear.bias': (10,)}
+    published = trained_state({**network('ResNet-18', 'orepa'), **ten})
     torch.save(published, folder / 'ResNet-18-OREPA.pth.tar')
     for name in ('SOURCE', 'PATH'):
         (folder / name).symlink_to(plain)
