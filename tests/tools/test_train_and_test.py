@@ -399,7 +399,7 @@ class TestErrors:
         [
             ('model.backbone.block=nothing', "unknown block 'nothing'; choose one of"),
             ('model.backbone.depth=19', 'unknown depth 19 of OREPAResNet; choose one'),
-            ('model.backbone.type=Nothing', 'Nothing is not in the'),
+            ('model.backbone.type=Nothing', "type='Nothing' is not in the"),
         ],
     )
     def test_network(self, config, checkpoint, work, out, option, words):
