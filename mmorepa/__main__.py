@@ -90,16 +90,19 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     # The path of a tool begins with its own folder. ``python -m`` began with the
     # working folder, where the modules of custom_imports may lie, and this package.
     paths = [os.getcwd(), *filter(None, [os.environ.get('PYTHONPATH')])]
-    os.environ['PYTHONPATH'] = os.pathsep.join(paths)
-    os.environ['MMOREPA_COMMAND'] = name
-    # By a fresh interpreter: a tool has to set how threads wait before PyTorch is
-    # loaded, and importing this package has loaded it.
+    environment = {
+        **os.environ,
+        'PYTHONPATH': os.pathsep.join(paths),
+        'MMOREPA_COMMAND': name,
+    }
+    # By a fresh interpreter, in which this package is imported as a whole, after the
+    # tool has set how threads wait.
     line = [sys.executable, str(root() / 'tools' / COMMANDS[name]), *rest]
     if os.name == 'posix':
         sys.stdout.flush()
-        os.execv(line[0], line)
+        os.execve(line[0], line, environment)
     # On Windows, exec leaves the shell to believe that the program has ended.
-    sys.exit(subprocess.call(line))
+    sys.exit(subprocess.call(line, env=environment))
 
 
 if __name__ == '__main__':

@@ -182,9 +182,21 @@ class TestCommands:
     def test_takes_the_place_of_the_process(self, monkeypatch):
         calls = []
         monkeypatch.setenv('PYTHONPATH', 'theirs')
-        monkeypatch.setattr(os, 'execv', lambda path, line: calls.append((path, line)))
+        environments = []
+
+        def execve(path, line, env):
+            calls.append((path, line))
+            environments.append(env)
+
+        def call(line, env):
+            calls.append(line)
+            environments.append(env)
+            return 3
+
+        monkeypatch.setattr(os, 'execve', execve)
         # What is left where exec does not replace the process.
-        monkeypatch.setattr(subprocess, 'call', lambda line: calls.append(line) or 3)
+        monkeypatch.setattr(subprocess, 'call', call)
+        before = dict(os.environ)
         with pytest.raises(SystemExit) as error:
             main(['deploy', 'a', '--json', 'b'])
         assert error.value.code == 3
@@ -192,4 +204,8 @@ class TestCommands:
         line = [sys.executable, str(tool), 'a', '--json', 'b']
         assert calls == ([(line[0], line)] if os.name == 'posix' else []) + [line]
         # Modules beside a config are found, as by any ``python -m``.
-        assert os.environ['PYTHONPATH'] == os.pathsep.join([os.getcwd(), 'theirs'])
+        for env in environments:
+            assert env['PYTHONPATH'] == os.pathsep.join([os.getcwd(), 'theirs'])
+            assert env['MMOREPA_COMMAND'] == 'deploy'
+        # A command that this process starts later is another one.
+        assert dict(os.environ) == before
