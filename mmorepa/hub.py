@@ -31,7 +31,7 @@ def list_configs(pattern: str = '*') -> list[str]:
         >>> mmorepa.list_configs('imagenet/resnet18-*')
         ['imagenet/resnet18-1.5x-orepa_4xb64_in1k', ...]
     """
-    return sorted(fnmatch.filter(_names(root() / 'configs'), pattern))
+    return fnmatch.filter(_names(root() / 'configs'), pattern)
 
 
 def find_config(name: Union[str, Path]) -> Path:
@@ -84,11 +84,11 @@ def find_config(name: Union[str, Path]) -> Path:
 
 
 def _names(folder: Path) -> list[str]:
-    """The configs in a folder, by their names below it."""
-    return [
+    """The configs in a folder, by their names below it, sorted."""
+    return sorted(
         path.relative_to(folder).with_suffix('').as_posix()
         for path in folder.glob('[!_]*/**/*.py')
-    ]
+    )
 
 
 def _configs_of(package: str) -> Path:

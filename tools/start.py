@@ -9,9 +9,11 @@ import os
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
-import waiting
-
-os.environ.update(waiting.ENV)
+# Waiting threads of GNU OpenMP run in circles first, and on a machine that is busy with
+# other programs they take the time of those that they wait for. PyTorch reads this when
+# it is loaded.
+if 'OMP_WAIT_POLICY' not in os.environ:
+    os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 # By its path: the package around it would be imported first.
 _path = Path(find_spec('mmorepa').origin).parent / 'cli' / 'parser.py'

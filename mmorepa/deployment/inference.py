@@ -9,7 +9,7 @@ from mmengine.registry import DATASETS
 from torch import nn
 
 from ..converters import read_checkpoint
-from ..engine.config import read_config
+from ..engine.config import innermost, read_config
 from ..utils.files import PathLike
 from .models import load_deployed
 
@@ -89,8 +89,6 @@ def dataset_meta(cfg: Config, checkpoint: dict) -> dict:
     known = (checkpoint.get('meta') or {}).get('dataset_meta')
     if known or cfg.get('test_dataloader') is None:
         return known or {}
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
+    dataset = innermost(cfg.test_dataloader.dataset)
     with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
         return registry.build({**dataset, 'lazy_init': True}).metainfo

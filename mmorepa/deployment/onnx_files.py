@@ -14,6 +14,7 @@ import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
+from ..engine.config import innermost
 from ..utils.files import PathLike
 from ..version import __version__
 from .networks import DeployedNetwork, Network, flatten, named_outputs, require
@@ -198,9 +199,7 @@ def preprocessing(
 
 def _geometry(cfg: Config) -> dict:
     """The size of the images, as the pipeline of the test makes it."""
-    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
-    while 'dataset' in dataset:
-        dataset = dataset['dataset']
+    dataset = innermost((cfg.get('test_dataloader') or {}).get('dataset') or {})
     steps = {
         str(step['type']).rpartition('.')[-1]: step
         for step in dataset.get('pipeline') or ()

@@ -393,6 +393,13 @@ def _replace_sync_bn(node: object) -> bool:
     return found
 
 
+def innermost(dataset: dict) -> dict:
+    """The config of the dataset that a config's wrappers hold, or itself."""
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    return dataset
+
+
 def use_tta(cfg: Config) -> None:
     """Turns on test-time augmentation.
 
@@ -403,9 +410,7 @@ def use_tta(cfg: Config) -> None:
     Raises:
         ValueError: If the config of another toolbox defines none.
     """
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:  # Wrappers hold the real one.
-        dataset = dataset.dataset
+    dataset = innermost(cfg.test_dataloader.dataset)
     if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
         if cfg.get('default_scope') != 'mmpretrain':
             raise ValueError('--tta needs tta_model and tta_pipeline in the config')

@@ -2,17 +2,16 @@
 
 import argparse
 import json
-import os
-import runpy
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Optional
 
-# Before PyTorch is loaded.
-os.environ.update(
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / 'waiting.py'))['ENV']
-)
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import start  # noqa: F401  Sets how threads wait, before PyTorch is loaded.
+
+# isort: split
 
 import matplotlib.pyplot as plt
 import torch

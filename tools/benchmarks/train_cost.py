@@ -9,18 +9,17 @@ Nothing is learned: the images are noise.
 
 import argparse
 import json
-import os
 import platform
 import re
-import runpy
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-# Before PyTorch is loaded.
-os.environ.update(
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / 'waiting.py'))['ENV']
-)
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from start import positive  # Sets how threads wait, before PyTorch is loaded.
+
+# isort: split
 
 import torch
 from cost_report import PAPER_BATCH, plot, print_tables
@@ -45,7 +44,7 @@ from step_costs import (
 )
 
 from mmorepa.analysis.timing import Clock
-from mmorepa.cli import one_line_errors, positive
+from mmorepa.cli import one_line_errors
 from mmorepa.engine.config import read_config
 from mmorepa.functional import compiled
 from mmorepa.utils.files import atomic_write, check_outputs

@@ -84,8 +84,8 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     Convs run with channels last in memory where that was measured to be faster: ResNets
     and RepVGGs, as whole models or as backbones, on a CPU, and in mixed precision on a
     GPU, unless a wrapper is around them. ``channels_last=False`` beside the type leaves
-    the default order,
-    ``channels_last=True`` takes the whole model, see :func:`mmorepa.set_channels_last`.
+    the default order, ``channels_last=True`` takes the whole model, see
+    :func:`mmorepa.set_channels_last`.
 
     Parameters with the same settings share one group, and an optimizer of PyTorch's
     updates them in one fused loop where it can, unless its config says ``fused`` or
