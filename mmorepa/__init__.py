@@ -39,6 +39,7 @@ if not _is_command():
     )
     from .hub import get_config, list_configs
     from .layers import (
+        add_branches,
         folded,
         is_switchable,
         param_groups,
@@ -63,6 +64,7 @@ __all__ = [
     'layers',
     'list_configs',
     'param_groups',
+    'add_branches',
     'reparameterize',
     'set_channels_last',
     'switch_to_deploy',

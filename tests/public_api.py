@@ -11,7 +11,7 @@ from mmorepa import functional
 
 
 def build(network: nn.Module) -> nn.Module:
-    model: nn.Module = mmorepa.reparameterize(network)
+    model: nn.Module = mmorepa.add_branches(network)
     groups: list[dict] = mmorepa.param_groups(model, weight_decay=0.01)
     torch.optim.SGD(groups, lr=0.1)
     with mmorepa.folded(model), torch.no_grad():

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ..functional import embed_1x1
 from ..layers import (
+    BranchKernel,
     DeepLinearKernel,
-    FoldedKernel,
     MultiBranchConv2d,
     ReparamConv2d,
     outermost,
@@ -156,9 +156,9 @@ def _layers_of(
         return [
             _sum_of_branches(f'{name}.{i}', factor, dtype)
             for i, factor in enumerate(branches.factors, 1)
-            if isinstance(factor, FoldedKernel)
+            if isinstance(factor, BranchKernel)
         ]
-    if not isinstance(branches, FoldedKernel):
+    if not isinstance(branches, BranchKernel):
         return [BranchKernels(name, {'kernel': conv.equivalent_kernel_bias()[0]}, {})]
     layer = _sum_of_branches(name, branches, dtype)
     if not is_fusible(conv.norm):
@@ -168,7 +168,7 @@ def _layers_of(
 
 
 def _sum_of_branches(
-    name: str, kernel: FoldedKernel, dtype: torch.dtype
+    name: str, kernel: BranchKernel, dtype: torch.dtype
 ) -> BranchKernels:
     found = kernel.branch_sum.branch_kernels(*(t.to(dtype) for t in kernel.tensors()))
     scales = dict(zip(found, kernel.scale.to(dtype)))
@@ -182,7 +182,7 @@ def _side_by_side(
     kernels, scales = {}, {}
     for branch_name, branch in conv.branches.items():
         if isinstance(branch, ReparamConv2d) and isinstance(
-            branch.branches, FoldedKernel
+            branch.branches, BranchKernel
         ):
             # An OREPA conv as a branch: its own branches are those of the layer.
             (layer,) = _layers_of(branch_name, branch, dtype)

@@ -51,7 +51,7 @@ def _deployed(node: Any) -> Any:
     if isinstance(kind, str):
         with MODELS.switch_scope_and_registry(None) as registry:
             kind = registry.get(kind)
-    if getattr(kind, '__name__', '') == 'build_reparameterized':
+    if getattr(kind, '__name__', '') == 'build_with_branches':
         return _deployed(node['module'])
     for key, value in node.items():
         node[key] = _deployed(value)

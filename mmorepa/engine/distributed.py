@@ -6,7 +6,7 @@ from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import MODEL_WRAPPERS
 from torch import nn
 
-from ..layers import HeldKernel, ReparamConv2d, held
+from ..layers import KernelLeaf, ReparamConv2d, held
 
 
 @MODEL_WRAPPERS.register_module()
@@ -51,7 +51,7 @@ class FoldedDistributedDataParallel(MMDistributedDataParallel):
             for conv in convs:
                 del conv.held_kernel
         for conv, leaf in leaves.items():
-            conv.reduced_kernel = HeldKernel(leaf)
+            conv.reduced_kernel = KernelLeaf(leaf)
             # DDP does not broadcast at the start what it does not reduce.
             for tensor in conv.branches.state_dict().values():
                 source = dist.get_global_rank(self.process_group, 0)
@@ -63,7 +63,7 @@ class FoldedDistributedDataParallel(MMDistributedDataParallel):
             return super().forward(*args, **kwargs)
         with held(self.module) as kernels:
             for kernel in kernels:
-                kernel.waits = not self.require_backward_grad_sync
+                kernel.awaits_sync = not self.require_backward_grad_sync
             return super().forward(*args, **kwargs)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -1,7 +1,7 @@
 """The algebra of re-parameterisation: pure functions on tensors."""
 
 from .branch_sum import BranchSum
-from .closed_forms import fold_kernel, is_followed, recomputed
+from .closed_forms import fold_kernel, is_being_traced, recomputed
 from .fusion import fuse_bn
 from .inverses import check_is_wide, solve_deep_linear, solve_scaled_sum
 from .kernels import (
@@ -35,7 +35,7 @@ __all__ = [
     'frequency_prior',
     'fuse_bn',
     'identity_1x1',
-    'is_followed',
+    'is_being_traced',
     'recomputed',
     'scaled_sum',
     'solve_deep_linear',

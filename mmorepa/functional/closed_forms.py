@@ -53,7 +53,7 @@ def fold_kernel(spec: BranchSum, *tensors: Tensor) -> Tensor:
     Raises:
         ValueError: If a parameter has another shape than it should.
     """
-    if is_followed():
+    if is_being_traced():
         spec.check_shapes([t.shape for t in tensors])
         return spec.kernel(*tensors)
     _check_once(spec, *[t.shape for t in tensors])
@@ -65,7 +65,7 @@ def _check_once(spec: BranchSum, *shapes: torch.Size) -> None:
     spec.check_shapes(shapes)
 
 
-def is_followed() -> bool:
+def is_being_traced() -> bool:
     """Whether a compiler, a tracer or a transform follows the operations."""
     return (
         torch.compiler.is_compiling()
@@ -83,7 +83,7 @@ def recomputed(function: Callable[..., Tensor], *args) -> Tensor:
         function (Callable): Computed again in the backward pass.
         *args: Its arguments.
     """
-    if is_followed() or not torch.is_grad_enabled():
+    if is_being_traced() or not torch.is_grad_enabled():
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 

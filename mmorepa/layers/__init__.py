@@ -1,10 +1,10 @@
 """Re-parameterised convolutions, and what folds and deploys them."""
 
 from .blocks import BLOCKS, build_conv
+from .branch_kernel import BranchKernel
 from .dbb import DBBConv2d
 from .deep_linear import DeepLinearConv2d, DeepLinearKernel
-from .folded_kernel import FoldedKernel
-from .holding import HeldKernel, backward_to_branches, folded, held
+from .holding import KernelLeaf, backward_to_branches, folded, held
 from .memory_format import faster_in_channels_last, set_channels_last
 from .multi_branch import MultiBranchConv2d
 from .orepa import (
@@ -15,13 +15,15 @@ from .orepa import (
 )
 from .param_groups import param_groups
 from .plain import PlainConv2d, PlainKernel
-from .plain_start import build_reparameterized, log_plain_starts, reparameterize
+from .plain_start import (
+    add_branches,
+    build_with_branches,
+    log_plain_starts,
+    reparameterize,
+)
 from .reparam_conv import ReparamConv2d
 from .repvgg import OREPARepVGGConv2d, RepVGGConv2d
 from .switch import ConvAct2d, is_switchable, outermost, switch_to_deploy
-
-# Their older names.
-pull_back, tell_plain_starts = backward_to_branches, log_plain_starts
 
 __all__ = [
     'BLOCKS',
@@ -29,8 +31,8 @@ __all__ = [
     'DBBConv2d',
     'DeepLinearConv2d',
     'DeepLinearKernel',
-    'FoldedKernel',
-    'HeldKernel',
+    'BranchKernel',
+    'KernelLeaf',
     'MultiBranchConv2d',
     'OREPAConv2d',
     'OREPADeepLinearKernel',
@@ -42,7 +44,7 @@ __all__ = [
     'RepVGGConv2d',
     'ReparamConv2d',
     'build_conv',
-    'build_reparameterized',
+    'build_with_branches',
     'faster_in_channels_last',
     'folded',
     'held',
@@ -50,6 +52,7 @@ __all__ = [
     'outermost',
     'param_groups',
     'backward_to_branches',
+    'add_branches',
     'reparameterize',
     'set_channels_last',
     'switch_to_deploy',

@@ -12,12 +12,12 @@ from torch.func import functional_call
 from ..functional import (
     check_is_wide,
     compose_deep_linear,
-    is_followed,
+    is_being_traced,
     recomputed,
     solve_deep_linear,
 )
 from .blocks import BLOCKS
-from .folded_kernel import FoldedKernel
+from .branch_kernel import BranchKernel
 from .plain import PlainKernel
 from .reparam_conv import ReparamConv2d
 
@@ -91,7 +91,7 @@ class DeepLinearKernel(nn.Module):
 
     def forward(self) -> Tensor:
         """Returns the kernel, shape (O, Ig, k, k)."""
-        if is_followed():
+        if is_being_traced():
             return self.factors(self.groups)
         own = dict(self.factors.named_parameters())
 
@@ -162,7 +162,7 @@ class DeepLinearKernel(nn.Module):
                     factor[channel, i, steps[0], steps[1]] = 1
                 else:  # All but the first are flipped.
                     factor[channel, channel % inner, 2 - steps[0], 2 - steps[1]] = 1
-        has_scale = isinstance(last, FoldedKernel)
+        has_scale = isinstance(last, BranchKernel)
         for factor, kernel in zip(others, kernels):
             if has_scale:
                 factor.start_from(kernel, 'quiet', scale=0.2**0.5)

@@ -161,7 +161,7 @@ class FoldedWeight(Tensor):
         whole.is_random = name in _DRAWS or (was_random and name not in _SETS)
         if whole.is_random and not was_random and not conv.is_fresh():
             conv.redraw()
-        if not (whole.is_random and conv.has_own_start and conv.folds_online):
+        if not (whole.is_random and conv.keeps_own_init and conv.folds_online):
             kernel = whole.detach().as_subclass(Tensor)
             conv.start_kernel_from(kernel, exactly=not whole.is_random)
 

@@ -46,7 +46,7 @@ def folded(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def held(model: nn.Module) -> Iterator[list['HeldKernel']]:
+def held(model: nn.Module) -> Iterator[list['KernelLeaf']]:
     """Folds the trained kernels of a model, and cuts the graph there.
 
     Inside of the block, passes with gradients see each kernel as a leaf, an ordinary
@@ -60,7 +60,7 @@ def held(model: nn.Module) -> Iterator[list['HeldKernel']]:
         model (nn.Module): Wrapped for data parallelism or not.
 
     Yields:
-        list[HeldKernel]: What is held.
+        list[KernelLeaf]: What is held.
     """
     found = _hold(model)
     try:
@@ -72,14 +72,14 @@ def held(model: nn.Module) -> Iterator[list['HeldKernel']]:
 
 # A compiler goes on behind it, with leaves for kernels.
 @torch.compiler.disable
-def _hold(model: nn.Module) -> list['HeldKernel']:
+def _hold(model: nn.Module) -> list['KernelLeaf']:
     convs = [conv for conv in _training_forms(model) if conv.is_held_in_training]
     fresh = [c for c in convs if c.held is None or c.held.depth == 0]
     with torch.enable_grad(), torch.inference_mode(False):
         for conv in fresh:
             if conv.reduced_kernel is not None:
                 _check_is_reduced(model, conv)
-            conv.held = conv.reduced_kernel or HeldKernel()
+            conv.held = conv.reduced_kernel or KernelLeaf()
             conv.held.take(conv.folded_kernel(), tuple(conv.branches.parameters()))
     found = [conv.held for conv in convs]
     for kernel in found:
@@ -88,13 +88,13 @@ def _hold(model: nn.Module) -> list['HeldKernel']:
 
 
 @torch.compiler.disable
-def backward_to_branches(kernels: list['HeldKernel']) -> None:
+def backward_to_branches(kernels: list['KernelLeaf']) -> None:
     """Backpropagates the gradients of held kernels to the branches.
 
     ``dL/dθ += Jᵀ · dL/dW`` with ``J = dW/dθ``; the kernels' gradients are consumed.
 
     Args:
-        kernels (list[HeldKernel]): Those without a gradient are left out.
+        kernels (list[KernelLeaf]): Those without a gradient are left out.
     """
     kernels = [kernel for kernel in kernels if kernel.leaf.grad is not None]
     gradients = [kernel.leaf.grad for kernel in kernels]
@@ -140,7 +140,7 @@ class KernelGraph:
         torch.autograd.backward(self.kernel, gradient, retain_graph=True)
 
 
-class HeldKernel:
+class KernelLeaf:
     """A folded kernel cut off from its branches: a leaf, and the graph behind it.
 
     Attributes:
@@ -148,8 +148,8 @@ class HeldKernel:
         graph (KernelGraph): What turns its gradient into those of the branches.
         sources (tuple[nn.Parameter, ...]): The parameters that it is folded from.
         depth (int): The number of open blocks.
-        waits (bool): Whether data parallelism does not average its gradient in this
-            pass, as in :meth:`~torch.nn.parallel.DistributedDataParallel.no_sync`.
+        awaits_sync (bool): Whether data parallelism does not average its gradient in
+            this pass, as in :meth:`~torch.nn.parallel.DistributedDataParallel.no_sync`.
     """
 
     def __init__(self, leaf: Optional[nn.Parameter] = None) -> None:
@@ -157,7 +157,7 @@ class HeldKernel:
         self.graph = KernelGraph(is_reduced=leaf is not None)
         self.sources: tuple[nn.Parameter, ...] = ()
         self.depth = 0
-        self.waits = False
+        self.awaits_sync = False
         if leaf is not None and leaf.requires_grad:
             leaf.register_post_accumulate_grad_hook(self.graph.on_gradient)
 
@@ -182,7 +182,7 @@ class HeldKernel:
         # Checkpointed blocks run their forward pass again in the backward one.
         return self.depth > 0 or torch._C._current_graph_task_id() != -1
 
-    def is_of(self, parameters: Iterable[Tensor]) -> bool:
+    def was_folded_from(self, parameters: Iterable[Tensor]) -> bool:
         """Whether it is folded from these.
 
         It is not where others stand in their place for a call, as in
@@ -193,9 +193,9 @@ class HeldKernel:
             one is other for one, other in zip(parameters, self.sources)
         )
 
-    def is_complete(self) -> bool:
+    def has_final_gradient(self) -> bool:
         """Whether the leaf's gradient can be passed on to the branches."""
-        return not self.waits and self.leaf.grad is not None
+        return not self.awaits_sync and self.leaf.grad is not None
 
 
 def _check_is_reduced(model: nn.Module, conv: ReparamConv2d) -> None:

@@ -45,7 +45,7 @@ class MultiBranchConv2d(ReparamConv2d):
 
     BRANCH_NAMES: tuple[str, ...] = ()
     folds_online = False
-    has_own_start = True  # Each branch has a norm.
+    keeps_own_init = True  # Each branch has a norm.
 
     def __init__(
         self,

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from ..functional import BranchSum, identity_1x1
 from .blocks import BLOCKS
+from .branch_kernel import BranchKernel
 from .deep_linear import DEEP_LINEAR_FROM, DeepLinearKernel
-from .folded_kernel import FoldedKernel
 from .reparam_conv import ReparamConv2d
 
 
-class OREPAKernel(FoldedKernel):
+class OREPAKernel(BranchKernel):
     """The k×k kernel of OREPA: a scaled sum of six linear branches.
 
     ``K = Σ_b scale_b · K_b`` per output channel (paper, section 3.2; the scaling
@@ -113,7 +113,7 @@ class OREPAKernel(FoldedKernel):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class OREPAPointwiseKernel(FoldedKernel):
+class OREPAPointwiseKernel(BranchKernel):
     """The 1×1 kernel of OREPA: ``K = scale_0 · origin + scale_1 · (second ∘ first)``.
 
     The wider of the two composed 1×1 convs is square and starts as the identity.

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import BLOCKS
-from .folded_kernel import own_parameter
+from .branch_kernel import own_parameter
 from .reparam_conv import ReparamConv2d
 
 

@@ -23,7 +23,7 @@ from .switch import has_hooks, outermost, overrides, registered, user_attributes
 _PLAIN_CONVS = (nn.Conv2d, mmcv.cnn.Conv2d)
 
 
-def reparameterize(
+def add_branches(
     model: nn.Module,
     block: str = 'orepa',
     include: Union[str, Sequence[str]] = '*',
@@ -67,14 +67,14 @@ def reparameterize(
 
     Examples:
         >>> net = torchvision.models.resnet50(weights='DEFAULT')
-        >>> mmorepa.reparameterize(net, exclude='layer1.*')
+        >>> mmorepa.add_branches(net, exclude='layer1.*')
     """
     conv_type(block, 3)  # Raises for an unknown one.
     wrapper = parallel_wrapper(model)
     if wrapper is not None:
         raise RuntimeError(
             f'{type(wrapper).__name__} is around the model, and would not average the '
-            'gradients of branches that come later: call mmorepa.reparameterize(model) '
+            'gradients of branches that come later: call mmorepa.add_branches(model) '
             'first, and wrap it then'
         )
     include = [include] if isinstance(include, str) else include
@@ -122,9 +122,9 @@ def reparameterize(
             f'{_text(left) or "It has no conv, or its convs are functions"}'
         )
     replace_modules(model, exchanged)
-    count = sum(map(is_reparameterized, exchanged.values()))
+    count = sum(map(has_branches, exchanged.values()))
     for conv, form in exchanged.items():
-        if block != 'plain' and not is_reparameterized(form):
+        if block != 'plain' and not has_branches(form):
             left[names[conv][0]] = f'a {block} network has no branches there'
     print_log(
         f'{type(model).__name__}: {count} convs re-parameterised ({block}), '
@@ -134,8 +134,20 @@ def reparameterize(
     return exchanged.get(model, model)
 
 
+def reparameterize(*args, **kwargs) -> None:
+    """The former name of :func:`add_branches`.
+
+    Raises:
+        TypeError: Always, since elsewhere this word means to fuse the branches.
+    """
+    raise TypeError(
+        'mmorepa.reparameterize is called mmorepa.add_branches now, since elsewhere '
+        'the word means to fuse branches, which mmorepa.switch_to_deploy does'
+    )
+
+
 @MODELS.register_module(name='Reparameterized')
-def build_reparameterized(module: dict, **kwargs) -> nn.Module:
+def build_with_branches(module: dict, **kwargs) -> nn.Module:
     """Builds a module and exchanges its convs, for models without ``conv_cfg``.
 
     In a config: ``backbone=dict(type='Reparameterized', module=dict(type='ConvNeXt',
@@ -144,12 +156,12 @@ def build_reparameterized(module: dict, **kwargs) -> nn.Module:
 
     Args:
         module (dict): Config of any module in MMEngine's ``MODELS``.
-        **kwargs: See :func:`reparameterize`.
+        **kwargs: See :func:`add_branches`.
 
     Returns:
         nn.Module: The module.
     """
-    return reparameterize(MODELS.build(module), **kwargs)
+    return add_branches(MODELS.build(module), **kwargs)
 
 
 def log_plain_starts(model: nn.Module) -> None:
@@ -161,7 +173,7 @@ def log_plain_starts(model: nn.Module) -> None:
     convs = [m for m in model.modules() if getattr(m, 'is_plain_start', False)]
     for conv in convs:
         conv.is_plain_start = False
-    convs = [conv for conv in convs if is_reparameterized(conv)]
+    convs = [conv for conv in convs if has_branches(conv)]
     if not convs:
         return
     starts = ', '.join(sorted({conv.start for conv in convs}))
@@ -173,7 +185,7 @@ def log_plain_starts(model: nn.Module) -> None:
     )
 
 
-def is_reparameterized(conv: nn.Module) -> bool:
+def has_branches(conv: nn.Module) -> bool:
     """Whether a conv is a training form of more than one plain kernel."""
     is_form = isinstance(conv, ReparamConv2d) and not isinstance(conv, PlainConv2d)
     return is_form and not conv.deployed

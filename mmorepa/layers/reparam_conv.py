@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.utils import _pair
 from torch.nn.utils import skip_init
 
-from ..functional import fuse_bn, is_followed
+from ..functional import fuse_bn, is_being_traced
 from ..utils.autocast import HALF_DTYPES, no_autocast
 from ..utils.errors import CheckpointError
 from ..utils.weights import warn_of_flaws
@@ -24,7 +24,7 @@ from .folded_weight import NO_PARAMETER, FoldedWeight
 from .param_groups import watch
 
 if TYPE_CHECKING:
-    from .holding import HeldKernel
+    from .holding import KernelLeaf
 
 IntPair = Union[int, tuple[int, int]]
 STARTS = ('quiet', 'balanced')
@@ -89,8 +89,8 @@ class ReparamConv2d(nn.Conv2d):
     # Whether kernel() takes a fold, rather than a look at a parameter.
     folds_online = True
     # What open scopes serve, for each conv alone: see mmorepa.layers.holding.
-    held: Optional['HeldKernel'] = None
-    reduced_kernel: Optional['HeldKernel'] = None
+    held: Optional['KernelLeaf'] = None
+    reduced_kernel: Optional['KernelLeaf'] = None
     _served: Optional[dict] = None
     # The memory of the kernel: see mmorepa.set_channels_last.
     channels_last = False
@@ -183,11 +183,11 @@ class ReparamConv2d(nn.Conv2d):
                 # checkpointed parts when they run again.
                 self.held = None
             # A compiler takes the parameters for granted.
-            elif torch.compiler.is_compiling() or self.held.is_of(
+            elif torch.compiler.is_compiling() or self.held.was_folded_from(
                 self.branches.parameters()
             ):
                 return self.held.leaf
-        if self._served is None or is_followed():
+        if self._served is None or is_being_traced():
             return self.folded_kernel()
         key = 'trained kernel' if with_grad else 'kernel'
         if key not in self._served:
@@ -271,7 +271,7 @@ class ReparamConv2d(nn.Conv2d):
                 return node
         folds = self._served
         if folds is not None and not (
-            self.training or torch.is_grad_enabled() or is_followed()
+            self.training or torch.is_grad_enabled() or is_being_traced()
         ):
             if 'plain' not in folds:
                 folds['plain'] = self._plain_conv()
@@ -528,7 +528,7 @@ class ReparamConv2d(nn.Conv2d):
 
     def _start_as_built(self) -> None:
         self._remember_fresh()
-        if not self.has_own_start:
+        if not self.keeps_own_init:
             nn.Conv2d.reset_parameters(self)
             self._remember_fresh()
 
@@ -601,7 +601,7 @@ class ReparamConv2d(nn.Conv2d):
         return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
     @property
-    def has_own_start(self) -> bool:
+    def keeps_own_init(self) -> bool:
         """Whether the fresh branches are left as they are by a network's init_weights.
 
         They are where a norm follows, which makes the scale of the kernel irrelevant:
@@ -693,7 +693,7 @@ class ReparamConv2d(nn.Conv2d):
     def _weight_of_training_form(self) -> Tensor:
         """The value of ``conv.weight``: the kernel, folded now."""
         kernel = self.kernel()
-        return kernel if is_followed() else FoldedWeight.of(self, kernel)
+        return kernel if is_being_traced() else FoldedWeight.of(self, kernel)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == 'weight' and not vars(self).get('deployed', True):

@@ -9,7 +9,7 @@ from mmengine.config import Config
 from torch import nn
 
 import mmorepa
-from mmorepa import reparameterize, switch_to_deploy
+from mmorepa import add_branches, switch_to_deploy
 from mmorepa.deployment.networks import (
     DeployedNetwork,
     named_outputs,
@@ -104,7 +104,7 @@ def test_scripted(images):
     """MMEngine's own modules cannot be scripted; any other model is what it was."""
     torchvision = pytest.importorskip('torchvision')
     model = torchvision.models.resnet18(num_classes=4).eval()
-    model = trained_like(reparameterize(model))
+    model = trained_like(add_branches(model))
     with torch.no_grad():
         expected = model(images)
         scripted = torch.jit.script(switch_to_deploy(model))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from helpers import assert_near, trained_like
 from torch import nn
 
-from mmorepa import folded, reparameterize, switch_to_deploy
+from mmorepa import add_branches, folded, switch_to_deploy
 from mmorepa.layers import (
     DBBConv2d,
     OREPAConv2d,
@@ -118,7 +118,7 @@ def test_same_padding(kind, dilation):
         assert_near(out, plain(x))
     net = nn.Sequential(nn.Conv2d(4, 4, 3, **options))
     block = {DBBConv2d: 'dbb', RepVGGConv2d: 'repvgg'}.get(kind, 'orepa_repvgg')
-    assert isinstance(reparameterize(net, block)[0], kind)
+    assert isinstance(add_branches(net, block)[0], kind)
 
 
 @pytest.mark.parametrize('name', ['forward', '_conv_forward'])
@@ -134,7 +134,7 @@ def test_patched_before_the_exchange(name, log):
         model[0]._conv_forward = types.MethodType(tiled, model[0])
     x = torch.randn(1, 3, 6, 6)
     expected = model(x)
-    assert_near(reparameterize(model)(x), expected)
+    assert_near(add_branches(model)(x), expected)
     assert type(model[0]) is nn.Conv2d and isinstance(model[1], ReparamConv2d)
     assert f'0: has a {name} of its own' in log[0]
     assert_near(switch_to_deploy(model)(x), expected)
@@ -166,7 +166,7 @@ def test_attributes_go_along():
     """Those of the conv and of its parameters, as loops of training look for them."""
     plain = nn.Conv2d(3, 4, 3)
     plain.index, plain.weight.no_decay, plain.bias.rate = 7, True, 2
-    model = reparameterize(nn.Sequential(plain))
+    model = add_branches(nn.Sequential(plain))
     assert model[0].index == 7
     assert all(p.no_decay for p in model[0].branches.parameters())
     model[0].name = 'stem'
@@ -190,7 +190,7 @@ def test_what_is_registered_stays(register, log):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
     register(model[0])
     before = dict(model.state_dict())
-    reparameterize(model)
+    add_branches(model)
     assert type(model[0]) is nn.Conv2d and ' of its own' in log[0]
     register(model[1])
     switch_to_deploy(model)

@@ -11,9 +11,9 @@ from torch import nn
 from mmorepa.backbones import OREPARepVGG, OREPAResNet
 from mmorepa.functional import frequency_prior
 from mmorepa.layers import (
+    BranchKernel,
     DBBConv2d,
     DeepLinearConv2d,
-    FoldedKernel,
     OREPAConv2d,
     OREPARepVGGConv2d,
     PlainConv2d,
@@ -365,7 +365,7 @@ class TestBranches:
     def test_in_resnet(self):
         cfg = dict(branches=['origin', 'average', 'pointwise_pointwise'])
         net = OREPAResNet(50, base_channels=4, block_cfg=cfg)
-        kernels = {m.branch_names for m in net.modules() if isinstance(m, FoldedKernel)}
+        kernels = {m.branch_names for m in net.modules() if isinstance(m, BranchKernel)}
         assert kernels == {('origin', 'average'), ('origin', 'pointwise_pointwise')}
 
     def test_in_repvgg(self):

@@ -10,7 +10,7 @@ from mmengine.optim import build_optim_wrapper
 from torch import nn
 from torch.ao import quantization
 
-from mmorepa import reparameterize, switch_to_deploy
+from mmorepa import add_branches, switch_to_deploy
 from mmorepa.engine import read_checkpoint
 from mmorepa.layers import DBBConv2d, OREPAConv2d, RepVGGConv2d, log_plain_starts
 
@@ -41,16 +41,16 @@ def test_assigned_checkpoints_keep_their_dtype(kind, deploy, form, dtype):
 
 def test_what_is_said_of_a_second_exchange():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
-    reparameterize(model)
+    add_branches(model)
     with pytest.raises(ValueError, match='0, 1: re-parameterised already'):
-        reparameterize(model)
+        add_branches(model)
     deployed = nn.Sequential(OREPAConv2d(3, 4, 3, deploy=True))
     with pytest.raises(ValueError, match='0: deployed'):
-        reparameterize(deployed)
+        add_branches(deployed)
     with pytest.raises(ValueError, match='It has no conv, or'):
-        reparameterize(nn.Linear(2, 2))
+        add_branches(nn.Linear(2, 2))
     # One that was switched has plain convs again.
-    assert isinstance(reparameterize(switch_to_deploy(model))[0], OREPAConv2d)
+    assert isinstance(add_branches(switch_to_deploy(model))[0], OREPAConv2d)
 
 
 def test_every_conv_that_stays_is_named(log):
@@ -66,7 +66,7 @@ def test_every_conv_that_stays_is_named(log):
         )
     )
     plain = copy.deepcopy(model)
-    reparameterize(model, 'dbb', exclude='out')
+    add_branches(model, 'dbb', exclude='out')
     assert '1 convs re-parameterised (dbb), 6 left as they are' in log[0]
     for text in ('line: a Conv1d', 'space: a Conv3d', 'up: a ConvTranspose1d'):
         assert text in log[0]
@@ -119,13 +119,13 @@ def test_quantization_aware_training():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
     qconfig = quantization.get_default_qat_qconfig('fbgemm')
     for form in (
-        reparameterize(copy.deepcopy(model)),
+        add_branches(copy.deepcopy(model)),
         nn.Sequential(DBBConv2d(3, 3, 1)),
     ):
         form.qconfig = qconfig
         with pytest.raises(TypeError, match='is not quantized: call mmorepa.switch_to'):
             quantization.prepare_qat(form.train())
-    model = switch_to_deploy(reparameterize(model))
+    model = switch_to_deploy(add_branches(model))
     model = quantization.QuantWrapper(model).train()
     model.qconfig = qconfig
     quantization.prepare_qat(model, inplace=True)
@@ -149,7 +149,7 @@ def test_channels_last_survives(when, block):
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1))
     if when == 'before':
         model.to(memory_format=torch.channels_last)
-    reparameterize(model, block)
+    add_branches(model, block)
     if when == 'after':
         model.to(memory_format=torch.channels_last)
     switch_to_deploy(model)

@@ -20,7 +20,7 @@ from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from mmorepa import reparameterize, switch_to_deploy
+from mmorepa import add_branches, switch_to_deploy
 from mmorepa.layers import (
     DBBConv2d,
     DeepLinearConv2d,
@@ -143,7 +143,7 @@ def test_quiet_start_is_quiet(channels, size, groups):
 
 def test_quiet_start_of_a_network():
     plain = torchvision.models.shufflenet_v2_x0_5(num_classes=10).double()
-    net = reparameterize(copy.deepcopy(plain))
+    net = add_branches(copy.deepcopy(plain))
     x, y = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.arange(4)
     kernels = []
     for model in (plain, net):
@@ -165,7 +165,7 @@ def test_half_after_some_steps():
         convs = [nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 8, 3, groups=8)]
         norms = [nn.BatchNorm2d(8), nn.BatchNorm2d(8)]
         layers = [layer for pair in zip(convs, norms) for layer in pair]
-        model = reparameterize(nn.Sequential(*layers))
+        model = add_branches(nn.Sequential(*layers))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         x = torch.randn(8, 3, 12, 12)
         wanted = torch.randn(8, 8, 8, 8)

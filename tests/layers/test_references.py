@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from mmorepa import reparameterize, switch_to_deploy
+from mmorepa import add_branches, switch_to_deploy
 from mmorepa.layers import ReparamConv2d
 
 Pair = namedtuple('Pair', 'one other')
@@ -51,7 +51,7 @@ def test_plain_containers(kind):
     model = Holder(HOLDERS[kind])
     x = torch.randn(2, 3, 9, 9)
     expected = model(x)
-    reparameterize(model)
+    add_branches(model)
     assert flat(model.order) == [model.a, model.b]
     out = model(x)
     assert_near(out, expected)
@@ -65,7 +65,7 @@ def test_plain_containers(kind):
 def test_plain_attribute():
     model = Holder(lambda a, b: [a, b])
     vars(model)['first'] = model.a
-    assert reparameterize(model).first is model.a
+    assert add_branches(model).first is model.a
     assert switch_to_deploy(model).first is model.a
 
 
@@ -86,7 +86,7 @@ class Runner:
 def test_what_cannot_be_changed_stays(hide, log):
     model = Holder(lambda a, b: [a, b])
     model.run = hide(model.a)
-    reparameterize(model)
+    add_branches(model)
     assert type(model.a) is nn.Conv2d and isinstance(model.b, ReparamConv2d)
     assert 'a: run holds it in a place that cannot be changed' in log[0]
 
@@ -102,17 +102,17 @@ def worker(rank, meeting):
     ]
     for wrap in wraps:
         with pytest.raises(RuntimeError, match='wrap it then'):
-            reparameterize(wrap(nn.Sequential(nn.Conv2d(3, 4, 3))))
+            add_branches(wrap(nn.Sequential(nn.Conv2d(3, 4, 3))))
     inner = nn.Sequential(nn.Conv2d(3, 4, 3))
     wrapped = DistributedDataParallel(inner)
     with pytest.raises(RuntimeError, match='wrap it then'):
-        reparameterize(inner)
+        add_branches(inner)
     del wrapped
-    model = reparameterize(inner)
+    model = add_branches(inner)
     x = torch.randn(1, 3, 5, 5)
     for part in (lambda wrapped: wrapped, lambda wrapped: wrapped.module):
         wrapped = DistributedDataParallel(
-            reparameterize(nn.Sequential(nn.Conv2d(3, 4, 3)))
+            add_branches(nn.Sequential(nn.Conv2d(3, 4, 3)))
         )
         with pytest.raises(RuntimeError, match='wrap it again'):
             switch_to_deploy(part(wrapped))

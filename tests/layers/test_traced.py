@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.models import resnet18
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from mmorepa import reparameterize, switch_to_deploy
+from mmorepa import add_branches, switch_to_deploy
 from mmorepa.layers import DBBConv2d, OREPAConv2d, RepVGGConv2d
 
 KINDS = [OREPAConv2d, DBBConv2d, RepVGGConv2d]
@@ -29,7 +29,7 @@ def parameters_of(model):
 
 @pytest.mark.parametrize('block', ['orepa', 'dbb', 'repvgg'])
 def test_feature_extractor(block):
-    net = reparameterize(resnet18(num_classes=10), block).eval()
+    net = add_branches(resnet18(num_classes=10), block).eval()
     x = torch.randn(1, 3, 32, 32)
     nodes = dict.fromkeys(['layer1.0.conv1', 'layer4'])
     extractor = create_feature_extractor(net, list(nodes))

@@ -5,7 +5,7 @@ Three tables, from models as they come with the toolboxes:
 - ``conv_cfg``: a config of mmdet, mmseg or mmpretrain with ``OREPAConv2d`` wherever a
   ``conv_cfg`` is taken. It loads the state dict of the plain model, computes the same,
   trains three steps, is deployed, and the plain model loads what is left.
-- ``reparameterize``: the same for classes of torchvision and timm, which take none.
+- ``add_branches``: the same for classes of torchvision and timm, which take none.
 - ``fresh``: both forms from their own initialisation: the first loss, and the loss
   after some steps on one batch at the learning rate of the config, without warm-up.
 
@@ -92,7 +92,7 @@ FRESH = (
     'mmdet:ssd/ssd300_coco.py',
     'mmpretrain:vgg/vgg11_8xb32_in1k.py',
 )
-TABLES = dict(conv_cfg=CONV_CFG, reparameterize=REPARAMETERIZE, fresh=FRESH)
+TABLES = dict(conv_cfg=CONV_CFG, add_branches=REPARAMETERIZE, fresh=FRESH)
 FIELDS = ('table', 'model', 'convs', 'start', 'deployed', 'plain', 'orepa', 'note')
 
 
@@ -274,7 +274,7 @@ def conv_cfg_row(name: str, steps: int) -> dict:
     )
 
 
-def reparameterize_row(name: str, steps: int) -> dict:
+def add_branches_row(name: str, steps: int) -> dict:
     """A class of torchvision or timm, plain and re-parameterised."""
     library, model = name.split(':')
     torch.manual_seed(0)
@@ -283,7 +283,7 @@ def reparameterize_row(name: str, steps: int) -> dict:
     else:
         plain = getattr(importlib.import_module('torchvision.models'), model)()
     make_trained_like(plain).eval()
-    training = mmorepa.reparameterize(copy.deepcopy(plain))
+    training = mmorepa.add_branches(copy.deepcopy(plain))
     images = torch.randn(2, 3, 128, 128)
     optimizer = torch.optim.Adam(training.parameters(), 1e-3)
 
@@ -375,7 +375,7 @@ def _total(losses: dict[str, Tensor]) -> float:
     return sum(float(v) for k, v in losses.items() if 'loss' in k)
 
 
-ROWS = dict(conv_cfg=conv_cfg_row, reparameterize=reparameterize_row, fresh=fresh_row)
+ROWS = dict(conv_cfg=conv_cfg_row, add_branches=add_branches_row, fresh=fresh_row)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -396,7 +396,7 @@ def to_markdown(rows: list[dict], steps: int) -> str:
     """The document, of the rows that are there."""
     heads = dict(
         conv_cfg='By `conv_cfg`: configs of mmdet, mmseg and mmpretrain',
-        reparameterize='By `reparameterize`: classes of torchvision and timm',
+        add_branches='By `add_branches`: classes of torchvision and timm',
         fresh=f'Fresh: the loss at the first step and at step {steps}',
     )
     columns = dict(

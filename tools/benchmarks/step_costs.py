@@ -33,7 +33,7 @@ from mmorepa.deployment.onnx_files import inference_session
 from mmorepa.engine import FoldedDistributedDataParallel, FoldedOptimWrapper
 from mmorepa.functional import compiled, compose_deep_linear
 from mmorepa.layers import (
-    FoldedKernel,
+    BranchKernel,
     OREPAConv2d,
     OREPAKernel,
     OREPAPointwiseKernel,
@@ -153,7 +153,7 @@ def folded_convs(network: nn.Module) -> list[OREPAConv2d]:
 
 def naive_kernel(branches: nn.Module) -> Tensor:
     """The fold by the plain formulas, whose every term autograd keeps."""
-    if isinstance(branches, FoldedKernel):
+    if isinstance(branches, BranchKernel):
         return branches.branch_sum.kernel(*branches.tensors())
     kernel, *others = (naive_kernel(factor) for factor in branches.factors)
     for other in others:

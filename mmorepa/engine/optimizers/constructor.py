@@ -37,7 +37,7 @@ from ...layers import (
     outermost,
     set_channels_last,
 )
-from ...layers.plain_start import is_reparameterized
+from ...layers.plain_start import has_branches
 from ...utils.tables import format_table
 from ..distributed import FoldedDistributedDataParallel
 from .bfloat16_optim_wrapper import BFloat16OptimWrapper
@@ -203,7 +203,7 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             folds = f'as operations on {device}'
         update = 'fused' if wrapper.optimizer.defaults.get('fused') else 'not fused'
         convs = [conv for _, conv in outermost(model, _ConvNd)]
-        turned = sum(is_reparameterized(conv) for conv in convs)
+        turned = sum(has_branches(conv) for conv in convs)
         twice = sum(getattr(conv, 'has_second_norm', False) for conv in convs)
         names = ', '.join(type(part).__name__ for part in parts) or 'nothing'
         second = f'; the norms of {twice} are followed by another one' if twice else ''

@@ -12,7 +12,7 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
 
-from ...layers import HeldKernel, backward_to_branches, held
+from ...layers import KernelLeaf, backward_to_branches, held
 from ..distributed import FoldedDistributedDataParallel
 from .bfloat16_optim_wrapper import BFloat16OptimWrapper
 
@@ -31,7 +31,7 @@ class _FoldedTraining:
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         # Those that a loss may still lead to.
-        self._kernels: WeakSet[HeldKernel] = WeakSet()
+        self._kernels: WeakSet[KernelLeaf] = WeakSet()
         self._is_told = False
 
     @contextmanager
@@ -74,7 +74,9 @@ class _FoldedTraining:
             for kernel in kernels:
                 kernel.graph.is_deferred = False
         # Those that data parallelism has not averaged yet wait for the others.
-        backward_to_branches([kernel for kernel in kernels if kernel.is_complete()])
+        backward_to_branches(
+            [kernel for kernel in kernels if kernel.has_final_gradient()]
+        )
 
     def zero_grad(self, **kwargs) -> None:
         """Clears the pending gradients of held kernels as well."""

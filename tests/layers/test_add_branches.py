@@ -10,7 +10,7 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from mmorepa import reparameterize, switch_to_deploy
+from mmorepa import add_branches, switch_to_deploy
 from mmorepa.layers import BLOCKS, OREPAConv2d, ReparamConv2d
 
 NETWORKS = [
@@ -43,7 +43,7 @@ def forms(module):
 def test_networks_of_torchvision(name):
     plain = trained_like(getattr(torchvision.models, name)()).eval()
     x = torch.randn(1, 3, 64, 64)
-    net = reparameterize(copy.deepcopy(plain))
+    net = add_branches(copy.deepcopy(plain))
     with torch.no_grad():
         expected = plain(x)
         assert_near(net(x), expected, 1e-4)
@@ -64,7 +64,7 @@ def test_networks_of_torchvision(name):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_blocks(block, dtype):
     plain = trained_like(model()).to(dtype).eval()
-    net = reparameterize(copy.deepcopy(plain), block)
+    net = add_branches(copy.deepcopy(plain), block)
     x = torch.randn(2, 3, 9, 9, dtype=dtype)
     with torch.no_grad():
         assert_near(net(x), plain(x), 1e-4 if dtype == torch.float32 else 1e-10)
@@ -97,7 +97,7 @@ def test_what_stays(log):
     net.hooked.register_full_backward_pre_hook(lambda *args: None)
     net.masked.weight.register_hook(lambda grad: 0 * grad)
     before = dict(net.named_children())
-    assert reparameterize(net) is net
+    assert add_branches(net) is net
     changed = [name for name, m in net.named_children() if m is not before[name]]
     assert changed == ['good']
     assert len(log) == 1
@@ -116,19 +116,19 @@ def test_what_stays(log):
 
 
 def test_choice():
-    net = reparameterize(model(), include=['0', '1.*'], exclude='1.1')
+    net = add_branches(model(), include=['0', '1.*'], exclude='1.1')
     assert forms(net) == [net[0]]
-    shared = reparameterize(model(), exclude='1.3')  # It is 1.1 as well.
+    shared = add_branches(model(), exclude='1.3')  # It is 1.1 as well.
     assert forms(shared) == [shared[0], shared[2]]
     with pytest.raises(ValueError, match="no module with a name like 'head.*'"):
-        reparameterize(model(), exclude='head.*')
+        add_branches(model(), exclude='head.*')
     with pytest.raises(ValueError, match=r"name like \['2.*'\] and not like \['2'\]"):
-        reparameterize(model(), include='2*', exclude='2')
+        add_branches(model(), include='2*', exclude='2')
     with pytest.raises(ValueError, match="unknown block 'opera'"):
-        reparameterize(model(), 'opera')
+        add_branches(model(), 'opera')
     with pytest.raises(ValueError, match='no conv of Linear was re-parameterised'):
-        reparameterize(nn.Linear(2, 2))
-    conv = reparameterize(nn.Conv2d(2, 2, 3), block_cfg=dict(start='balanced'))
+        add_branches(nn.Linear(2, 2))
+    conv = add_branches(nn.Conv2d(2, 2, 3), block_cfg=dict(start='balanced'))
     assert conv.start == 'balanced' and conv.branches.scale.all(dim=1).sum() == 5
 
 
@@ -136,7 +136,7 @@ def test_frozen_and_half():
     plain = model()
     plain[0].requires_grad_(False)
     plain[1][1].weight.requires_grad_(False)
-    net = reparameterize(copy.deepcopy(plain).to(torch.bfloat16))
+    net = add_branches(copy.deepcopy(plain).to(torch.bfloat16))
     assert not any(p.requires_grad for p in net[0].parameters())
     assert net[1][1].bias.requires_grad
     assert not any(p.requires_grad for p in net[1][1].branches.parameters())
@@ -152,7 +152,7 @@ def test_takes_no_random_numbers():
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    reparameterize(plain)
+    add_branches(plain)
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -171,3 +171,8 @@ def test_in_a_config(tmp_path):
     with torch.no_grad():
         assert len(forms(net)) == 52
         assert_near(net(x)[-1], plain(x)[-1], 1e-4)
+
+
+def test_the_former_name():
+    with pytest.raises(TypeError, match='add_branches'):
+        reparameterize(nn.Conv2d(1, 1, 3))

@@ -15,7 +15,7 @@ torch.fx.wrap('fold_kernel')
 _LAST = ('average', 'frequency', 'pointwise', 'second', 'separable')
 
 
-class FoldedKernel(nn.Module):
+class BranchKernel(nn.Module):
     """A kernel that is a :class:`mmorepa.functional.BranchSum` of its parameters.
 
     A subclass sets :attr:`branch_sum` and has a parameter of each of its names.
