@@ -10,7 +10,7 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from mmorepa import add_branches, switch_to_deploy
+from mmorepa import add_branches, reparameterize, switch_to_deploy
 from mmorepa.layers import BLOCKS, OREPAConv2d, ReparamConv2d
 
 NETWORKS = [
