@@ -32,7 +32,6 @@ COMMANDS = {
     'branch_shares': 'analysis_tools/branch_shares.py',
     'branch_similarity': 'analysis_tools/branch_similarity.py',
     'flops': 'analysis_tools/get_flops.py',
-    'stem_lr': 'analysis_tools/stem_lr.py',
 }
 
 

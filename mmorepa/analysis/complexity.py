@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from mmengine.analysis import FlopAnalyzer
 from torch import Tensor, nn
 
-from .amplification import folded_convs
+from ..layers import MultiBranchConv2d, ReparamConv2d
 from .comparison import network_outputs
 
 
@@ -59,7 +59,12 @@ def count_gflops(model: nn.Module, inputs: Tensor) -> float:
 @contextmanager
 def _folded_beforehand(model: nn.Module) -> Iterator[None]:
     """Makes convs serve a finished kernel, since a trace would record the fold."""
-    convs = [conv for _, conv in folded_convs(model)]
+    convs = [
+        module
+        for module in model.modules()
+        if isinstance(module, ReparamConv2d)
+        and not isinstance(module, MultiBranchConv2d)
+    ]
     for conv in convs:
         kernel = conv.kernel().detach()
         conv.kernel = lambda kernel=kernel: kernel

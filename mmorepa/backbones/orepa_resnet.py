@@ -1,6 +1,5 @@
 """ResNets whose convs are re-parameterised."""
 
-import re
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from typing import NamedTuple, Optional, Union
@@ -354,25 +353,6 @@ class OREPAResNet(StagedBackbone):
         101: (Bottleneck, (3, 4, 23, 3)),
         152: (Bottleneck, (3, 8, 36, 3)),
     }
-    # torchvision, timm and OpenMMLab.
-    PLAIN_KEYS = (
-        (r'conv1\.weight', r'stem.weight'),
-        (r'bn1\.(\w+)', r'stem.norm.\1'),
-        *(
-            (
-                pattern.format(conv=3 * i, norm=3 * i + 1, number=i),
-                f'stem.conv{i + 1}.{ours}',
-            )
-            for i in range(3)
-            for pattern, ours in (
-                (r'(?:stem|conv1)\.{conv}\.weight', 'weight'),
-                (r'(?:stem|conv1)\.{norm}\.(\w+)', r'norm.\1'),
-                (r'stem\.{number}\.conv\.weight', 'weight'),
-                (r'stem\.{number}\.bn\.(\w+)', r'norm.\1'),
-            )
-        ),
-        (r'(layer\d\.\d+)\.bn(\d)\.(\w+)', r'\1.conv\2.norm.\3'),
-    )
 
     def __init__(
         self,
@@ -416,7 +396,12 @@ class OREPAResNet(StagedBackbone):
             norm_eval,
             init_cfg,
         )
-        residual_block, depths = self._architecture(depth)
+        if depth not in self.ARCHITECTURES:
+            raise ValueError(
+                f'unknown depth {depth!r} of OREPAResNet; choose one of '
+                f'{", ".join(map(str, self.ARCHITECTURES))}'
+            )
+        residual_block, depths = self.ARCHITECTURES[depth]
         if not 0 <= drop_path_rate < 1:
             raise ValueError(
                 f'drop_path_rate is a probability below 1, found {drop_path_rate}'
@@ -503,44 +488,6 @@ class OREPAResNet(StagedBackbone):
                     for norm in block.last_conv.last_norms:
                         nn.init.zeros_(norm.weight)
         super().init_weights()
-
-    def plain_name(self, name: str, names: Collection[str]) -> Optional[str]:
-        # timm's, with three convs in the place of one.
-        if name.startswith('bn1.') and 'conv1.0.weight' in names:
-            return f'stem.conv3.norm.{name[4:]}'
-        match = re.fullmatch(r'(layer\d\.\d+\.downsample)\.([012])\.(\w+)', name)
-        if not match:
-            return super().plain_name(name, names)
-        shortcut, number, entry = match.groups()
-        # Behind a pooling, or timm's nn.Identity in its place, the conv is the second.
-        has_first = f'{shortcut}.2.weight' in names
-        is_kernel = int(number) == has_first
-        own = dict(self.named_modules()).get(shortcut)
-        if has_first and getattr(own, 'stride', None) != (1, 1):
-            shortcut += '.conv'
-        return f'{shortcut}.{entry}' if is_kernel else f'{shortcut}.norm.{entry}'
-
-    def _plain_shapes(
-        self, module: nn.Module, is_folded: bool
-    ) -> dict[str, tuple[int, ...]]:
-        plugins = [
-            getattr(block, name)
-            for stage in self.stages
-            for block in stage
-            for name in block.plugin_names
-        ]
-        if any(module in plugin.modules() for plugin in plugins):
-            return {}
-        return super()._plain_shapes(module, is_folded)
-
-    @classmethod
-    def _architecture(cls, depth: int) -> tuple[type[_ResidualBlock], tuple[int, ...]]:
-        if depth not in tuple(cls.ARCHITECTURES):  # A list, say, has no hash.
-            raise ValueError(
-                f'unknown depth {depth!r} of OREPAResNet; choose one of '
-                f'{", ".join(map(str, cls.ARCHITECTURES))}'
-            )
-        return cls.ARCHITECTURES[depth]
 
 
 def _rising(last: float, number: int) -> list[float]:

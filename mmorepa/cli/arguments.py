@@ -7,8 +7,8 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.device import is_cuda_available
 
-from ..engine.config import merge_options, read_config
 from ..hub import find_config
+from ..runs import merge_options, read_config
 from ..utils.errors import OutputError
 from ..utils.files import check_outputs
 

@@ -62,8 +62,8 @@ def allow_mmengine_checkpoints() -> None:
     allows these classes and, in the place of ``getattr``, a function that serves
     only the four methods; everything else stays refused.
 
-    It is for the whole process, for what MMEngine fetches from elsewhere; local files
-    are read by :func:`load_from_local`, which does not need it.
+    It holds for the whole process. :func:`read_checkpoint`, and local files that
+    MMEngine loads, do not need it.
     """
     torch.serialization.add_safe_globals(_history_globals())
 

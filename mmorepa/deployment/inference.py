@@ -9,7 +9,7 @@ from mmengine.registry import DATASETS
 from torch import nn
 
 from ..converters import read_checkpoint
-from ..engine.config import innermost, read_config
+from ..runs import innermost, read_config
 from ..utils.files import PathLike
 from .models import load_deployed
 

@@ -7,8 +7,8 @@ from typing import Optional
 from mmengine.config import Config
 from torch import nn
 
-from ..engine.config import build_loader
 from ..layers import ReparamConv2d
+from ..runs import build_loader
 
 DEFAULT_SIZE = 224
 

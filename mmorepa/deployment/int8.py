@@ -16,7 +16,7 @@ from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 from torch import Tensor, nn
 
-from ..engine.config import build_loader
+from ..runs import build_loader
 from ..utils.files import PathLike
 from .networks import require
 from .onnx_files import INPUT

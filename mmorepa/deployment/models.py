@@ -9,8 +9,8 @@ from torch import nn
 
 from ..backbones import StagedBackbone
 from ..converters import load_strictly, load_training_form
-from ..engine.config import build_model
 from ..layers import ReparamConv2d, is_switchable, switch_to_deploy
+from ..runs import build_model
 from ..utils.errors import CheckpointError
 
 

@@ -14,7 +14,7 @@ import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from ..engine.config import innermost
+from ..runs import innermost
 from ..utils.files import PathLike
 from ..version import __version__
 from .networks import DeployedNetwork, Network, flatten, named_outputs, require

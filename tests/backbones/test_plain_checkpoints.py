@@ -418,6 +418,6 @@ def test_a_backbone_alone_as_the_start_of_a_model(tmp_path):
     net = OREPAResNet(18, base_channels=8)
     model = nn.ModuleDict(dict(backbone=net))
     load_checkpoint(model, path)  # As in a model that holds another network, too.
-    net.must_fit = True
+    net.refuse_misfits()
     with pytest.raises(CheckpointError, match="nothing under 'backbone.*init_cfg"):
         load_checkpoint(model, path)

@@ -32,7 +32,7 @@ from mmorepa.converters import (
     read_checkpoint,
     write_checkpoint,
 )
-from mmorepa.engine.resume import read_resumable
+from mmorepa.runs.resume import read_resumable
 
 MUTATIONS = int(os.environ.get('MMOREPA_MUTATIONS', 60))
 # As few entries as show everything, since files are read by the thousand.
@@ -106,7 +106,7 @@ def ways(runner, tmp_path_factory):
         return backbone
 
     def load_from(path):
-        runner.model.backbone.must_fit = True
+        runner.model.backbone.refuse_misfits()
         runner.load_checkpoint(path)
         return runner.model.backbone
 

@@ -17,7 +17,7 @@ from mmorepa.deployment.networks import (
     require,
 )
 from mmorepa.deployment.onnx_files import OnnxNetwork, export_onnx, preprocessing
-from mmorepa.engine.config import build_model
+from mmorepa.runs import build_model
 
 CONFIGS = Path(__file__).parents[2] / 'configs/digits'
 FOLDER = 'custom/resnet18-orepa_1xb32_folder.py'

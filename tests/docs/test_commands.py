@@ -20,7 +20,7 @@ from tool_runs import run_here, run_runner, tool
 from torch.distributed.run import get_args_parser
 
 from mmorepa.__main__ import COMMANDS as TOOLS
-from mmorepa.engine.config import read_config
+from mmorepa.runs import read_config
 
 COMMANDS = commands()
 # Configs of the reader's own, by the documents that print them.
@@ -38,7 +38,6 @@ EXECUTED = (
     'analysis_tools/get_flops.py',
     'deployment/export_onnx.py',
     'deployment/quantize.py',
-    'analysis_tools/stem_lr.py',
 )
 
 

@@ -12,7 +12,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODEL_WRAPPERS
 
 import mmorepa
-from mmorepa.engine.config import build_model, check_data_folders, read_config
+from mmorepa.runs import build_model, check_data_folders, read_config
 
 # What a config may be a part of, where a document does not name its _base_.
 BASES = {'docs/transfer.md': 'coco/faster-rcnn_r50-orepa_fpn_1x_coco.py'}

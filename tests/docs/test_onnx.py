@@ -20,7 +20,7 @@ from torch import nn
 from mmorepa import switch_to_deploy
 from mmorepa.deployment.onnx_files import export_onnx, preprocessing
 from mmorepa.deployment.pt2e import ProgramNetwork, export_program, quantize_program
-from mmorepa.engine.config import build_model
+from mmorepa.runs import build_model
 
 ALONE = """
 import sys

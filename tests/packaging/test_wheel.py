@@ -121,6 +121,7 @@ def test_models_of_mmpretrain(python):
 import sys
 print('mmpretrain' in sys.modules)
 import mmpretrain
+mmorepa.register_models()
 print(*mmpretrain.list_models('resnet18*orepa*'))
 print(type(mmpretrain.get_model('resnet18-orepa_4xb64_in1k').backbone).__module__)
 """

@@ -19,7 +19,6 @@ from mmorepa.converters import write_checkpoint
 LINES = int(os.environ.get('MMOREPA_COMMAND_LINES', 40))
 SWITCH = 'model_converters/switch_to_deploy.py'
 PUBLISHED = 'model_converters/published_to_mmorepa.py'
-STEM_LR = 'analysis_tools/stem_lr.py'
 SIMILARITY = 'analysis_tools/branch_similarity.py'
 SHARES = 'analysis_tools/branch_shares.py'
 CURVES = 'analysis_tools/training_curves.py'
@@ -124,7 +123,6 @@ def lines():
         (FLOPS, '{}'),
         (EXPORT, '{} good.pth out.onnx'),
         (QUANTIZE, '{} good.pth out.onnx'),
-        (STEM_LR, '{} good.pth --out out.png'),
         (SIMILARITY, '{} good.pth --out out.png'),
         (SHARES, '{} good.pth --out out.png'),
         (DRAW, '{} good.pth good.pth out.png'),
@@ -136,10 +134,8 @@ def lines():
         (SWITCH, 'CONFIG {} out.pth'),
         (EXPORT, 'CONFIG {} out.onnx'),
         (QUANTIZE, 'CONFIG {} out.onnx'),
-        (STEM_LR, 'CONFIG {} --out out.png'),
         (SIMILARITY, 'CONFIG {} --out out.png'),
         (SHARES, 'CONFIG {} --out out.png'),
-        (STEM_LR, 'CONFIG good.pth --plain-checkpoint={} --out out.png'),
         (PUBLISHED, '{} out.pth'),
     )
     on_output = (
@@ -150,10 +146,8 @@ def lines():
         (EXPORT, 'CONFIG good.pth out.onnx --json={}'),
         (QUANTIZE, 'CONFIG good.pth {}'),
         (QUANTIZE, 'CONFIG good.pth out.onnx --json={}'),
-        (STEM_LR, 'CONFIG good.pth --out={}'),
         (SIMILARITY, 'CONFIG good.pth --out={}'),
         (SHARES, 'CONFIG good.pth --out={}'),
-        (STEM_LR, 'CONFIG good.pth --out out.png --json={}'),
         (PUBLISHED, 'good.pth {}'),
     )
     for places, values in (
@@ -171,9 +165,8 @@ def lines():
         yield 'train.py', ['CONFIG', '--cfg-options', *option.split()]
         yield 'test.py', ['CONFIG', 'good.pth', '--cfg-options', *option.split()]
         if 'model.backbone' in option:
-            for tool in (SWITCH, STEM_LR):
-                words = ['CONFIG', 'good.pth', *(['out.pth'] if tool == SWITCH else [])]
-                yield tool, [*words, '--cfg-options', *option.split()]
+            words = ['CONFIG', 'good.pth', 'out.pth', '--cfg-options']
+            yield SWITCH, [*words, *option.split()]
     for option in TRAINING_OPTIONS:
         yield 'train.py', ['CONFIG', '--cfg-options', *option.split()]
     for tool, line in (
@@ -225,10 +218,6 @@ def lines():
         (QUANTIZE, 'CONFIG good.pth out.onnx --calibration nothing'),
         (QUANTIZE, 'CONFIG good.pth good.pth'),
         (QUANTIZE, 'CONFIG good.pth out.onnx --json out.onnx'),
-        (STEM_LR, 'CONFIG good.pth --draws 0 --out out.png'),
-        (STEM_LR, 'CONFIG good.pth --batches -1 --out out.png'),
-        (STEM_LR, 'CONFIG good.pth --out out.png --json out.png'),
-        (STEM_LR, 'CONFIG good.pth --batches x --out out.png'),
         (SIMILARITY, 'CONFIG'),
         (SHARES, 'CONFIG good.pth --images 3'),
         (CURVES, ''),

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from tool_runs import ROOT, run_here, run_runner, tool
 
 from mmorepa.converters import write_checkpoint
-from mmorepa.engine.config import build_model
+from mmorepa.runs import build_model
 
 pytestmark = pytest.mark.slow
 EXPORT, QUANTIZE = 'deployment/export_onnx.py', 'deployment/quantize.py'

@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from tool_runs import command, run_apart, run_here
 
-from mmorepa.engine.config import build_model
+from mmorepa.runs import build_model
 
 TOOL = 'model_converters/plain_to_mmorepa.py'
 SHAPE = ('--shape', 64, 48)

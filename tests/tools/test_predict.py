@@ -8,7 +8,7 @@ from helpers import import_models, trained_like
 from tool_runs import ROOT, command, run_apart, tool
 
 import mmorepa
-from mmorepa.engine.config import build_model
+from mmorepa.runs import build_model
 
 CONFIGS = {
     'mmpretrain': 'digits/resnet18-slim-orepa_1xb64_digits',

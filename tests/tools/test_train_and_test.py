@@ -25,7 +25,7 @@ from tool_runs import (
 )
 
 from mmorepa.converters import read_checkpoint, write_checkpoint
-from mmorepa.engine.config import build_model
+from mmorepa.runs import build_model
 
 pytestmark = pytest.mark.slow
 

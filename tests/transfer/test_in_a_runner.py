@@ -8,12 +8,13 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from runners import build_runner
 from scenes import NAMES, load
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmorepa import is_switchable
-from mmorepa.engine.config import build_runner, use_amp
 from mmorepa.layers import ReparamConv2d
+from mmorepa.runs import use_amp
 
 DETECTORS = ['faster-rcnn_r18-slim-orepa_fpn', 'retinanet_r18-slim-orepa_fpn']
 SEGMENTERS = ['pspnet_r18-slim-orepa', 'deeplabv3plus_r18-slim-orepa']

@@ -4,9 +4,8 @@ import shutil
 
 import pytest
 from mmengine.hooks import Hook
+from runners import build_runner
 from test_in_a_runner import read
-
-from mmorepa.engine.config import build_runner
 
 
 class Losses(Hook):

@@ -44,7 +44,7 @@ from studies import (
 from study_reports import check_document
 
 from mmorepa.cli import one_line_errors, positive
-from mmorepa.engine.config import check_data_folders
+from mmorepa.runs import check_data_folders
 from mmorepa.utils.files import check_outputs
 
 

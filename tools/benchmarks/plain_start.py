@@ -41,7 +41,7 @@ from study_reports import (
 )
 
 from mmorepa.cli import one_line_errors
-from mmorepa.engine.config import check_data_folders
+from mmorepa.runs import check_data_folders
 from mmorepa.utils.files import atomic_write, check_outputs
 
 KEY = ('task', 'name', 'seed', 'epochs')

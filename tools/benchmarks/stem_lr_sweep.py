@@ -1,4 +1,4 @@
-"""Is the multiplier that stem_lr.py suggests a good one?
+"""Does a multiplier of the stem's learning rate help?
 
 Two trainings are repeated with several multipliers of the stem's learning rate:
 

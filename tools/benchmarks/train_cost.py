@@ -45,8 +45,8 @@ from step_costs import (
 
 from mmorepa.analysis.timing import Clock
 from mmorepa.cli import one_line_errors
-from mmorepa.engine.config import read_config
 from mmorepa.functional import compiled
+from mmorepa.runs import read_config
 from mmorepa.utils.files import atomic_write, check_outputs
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -68,7 +68,7 @@ from mmorepa.deployment.onnx_files import (
     export_onnx,
     preprocessing,
 )
-from mmorepa.engine.config import read_config
+from mmorepa.runs import read_config
 from mmorepa.utils.files import atomic_write, check_outputs
 from mmorepa.utils.tables import counted, format_table
 

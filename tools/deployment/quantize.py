@@ -121,7 +121,7 @@ from mmorepa.deployment.int8 import (
 from mmorepa.deployment.networks import Network, network_from, padded, require
 from mmorepa.deployment.onnx_files import OnnxNetwork, export_onnx, preprocessing
 from mmorepa.deployment.pt2e import ProgramNetwork, export_program, quantize_program
-from mmorepa.engine.config import check_data_folders, read_config
+from mmorepa.runs import check_data_folders, read_config
 from mmorepa.utils.files import atomic_write, check_outputs
 from mmorepa.utils.tables import counted, format_table
 

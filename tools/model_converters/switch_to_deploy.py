@@ -68,7 +68,7 @@ from mmorepa.converters import (
 )
 from mmorepa.deployment import loaded_by_config
 from mmorepa.deployment.inputs import image_shape, test_batch
-from mmorepa.engine.config import build_model, read_config
+from mmorepa.runs import build_model, read_config
 from mmorepa.utils.errors import OutputError
 from mmorepa.utils.files import atomic_write, check_outputs
 from mmorepa.utils.tables import counted, format_table

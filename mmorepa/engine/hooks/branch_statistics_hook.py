@@ -11,7 +11,6 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from ...analysis import branch_kernels, relative_step, shares
 from ...layers import MultiBranchConv2d, ReparamConv2d, outermost
 
 
@@ -89,19 +88,24 @@ class BranchStatisticsHook(Hook):
         """Measures and writes."""
         if not self.every_n_train_iters(runner, self.interval):
             return
+        # Not at the top: a training without this hook needs nothing of it.
+        from ...analysis import branch_kernels, relative_step, shares
+
         model, before = _unwrapped(runner), self._before
         self._before = {}
-        found = {
+        scalars = {
             f'kernel_step/{name}': relative_step(before[name], kernel)
             for name, kernel in _kernels(model).items()
         }
         for layer in branch_kernels(model, torch.float32):
             for branch, share in shares(layer.kernels).items():
                 scale = layer.scales[branch].square().mean().sqrt().item()
-                found[f'branch_share/{layer.name}/{branch}'] = share.size
-                found[f'branch_scale/{layer.name}/{branch}'] = scale
-        found = {name: value for name, value in found.items() if math.isfinite(value)}
-        runner.visualizer.add_scalars(found, step=runner.iter + 1)
+                scalars[f'branch_share/{layer.name}/{branch}'] = share.size
+                scalars[f'branch_scale/{layer.name}/{branch}'] = scale
+        finite = {
+            name: value for name, value in scalars.items() if math.isfinite(value)
+        }
+        runner.visualizer.add_scalars(finite, step=runner.iter + 1)
 
 
 def _unwrapped(runner: Runner) -> nn.Module:

@@ -9,7 +9,6 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from ...analysis import largest_difference, raw_outputs, unwrapped, watched_convs
 from ...converters import deploy_checkpoint, read_checkpoint, write_checkpoint
 from ...layers import is_switchable, switch_to_deploy
 
@@ -65,10 +64,13 @@ class SwitchToDeployHook(Hook):
                 're-parameterised conv.'
             )
             return
+        # Not at the top: a training needs nothing of it.
+        from ... import analysis
+
         compare = self.tolerance is not None
         if compare:
-            with watched_convs(unwrapped(runner.model)) as layers:
-                before = raw_outputs(runner.model, data_batch)
+            with analysis.watched_convs(analysis.unwrapped(runner.model)) as layers:
+                before = analysis.raw_outputs(runner.model, data_batch)
         switch_to_deploy(runner.model)
         for hook in runner.hooks:
             ema_model = getattr(hook, 'ema_model', None)
@@ -77,7 +79,8 @@ class SwitchToDeployHook(Hook):
         if not compare:
             runner.logger.info('Switched the model to its deployed form.')
             return
-        difference = largest_difference(before, raw_outputs(runner.model, data_batch))
+        after = analysis.raw_outputs(runner.model, data_batch)
+        difference = analysis.largest_difference(before, after)
         runner.logger.info(
             'Switched the model to its deployed form; largest difference of the '
             f'outputs for the first batch: {difference.absolute:.2e} absolute, '
@@ -88,17 +91,15 @@ class SwitchToDeployHook(Hook):
             raise RuntimeError(
                 'the deployed form differs from the training form: '
                 f'{difference.relative:.2e} of the largest output, tolerance '
-                f'{self.tolerance:.0e}; {self._blame(layers)}. In float32 this should '
-                'not happen; with weights in half precision, or running variances near '
-                "zero, raise the hook's tolerance, or set it to None to skip the "
-                'comparison'
+                f'{self.tolerance:.0e}; {self._blame(layers)}. With weights in half '
+                "precision or running variances near zero, raise the hook's tolerance"
             )
 
     def _blame(self, layers: dict[str, float]) -> str:
         """The first conv that differs from its plain form by itself."""
-        for name, found in layers.items():
-            if not found <= self.tolerance:
-                return f'the first layer beyond it is {name!r}, with {found:.2e}'
+        for name, difference in layers.items():
+            if not difference <= self.tolerance:
+                return f'the first layer beyond it is {name!r}, with {difference:.2e}'
         return 'no re-parameterised conv is beyond it by itself'
 
     @master_only

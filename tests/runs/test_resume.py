@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from mmorepa.engine.resume import newest_resumable, read_resumable
+from mmorepa.runs.resume import newest_resumable, read_resumable
 from mmorepa.utils.errors import CheckpointError
 
 
