@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..layers import ReparamConv2d, is_switchable, switch_to_deploy
 from ..utils.errors import CheckpointError, describe_misfit
 from ..utils.files import PathLike, atomic_write
-from ..utils.weights import flaw
+from ..utils.weights import describe_damage
 from ..version import __version__
 
 _HISTORY_STATISTICS = ('mean', 'max', 'min', 'current')
@@ -190,7 +190,7 @@ def _problem(checkpoint: Any, size: int) -> str:
             return _NO_STATE
         if value.numel() * value.element_size() > size:
             return f'{key!r}, of shape {tuple(value.shape)}, is larger than the file'
-        words = flaw(key, value)
+        words = describe_damage(key, value)
         if words:
             return f'{key!r} {words}'
     return ''

@@ -27,17 +27,15 @@ def deployed_config(cfg: Config) -> Config:
         Config: One that builds no training form.
 
     Raises:
-        ValueError: If it would build one all the same, as where an own module builds
-            convs of this package without a config of theirs.
+        ValueError: If convs of this package are built without a config of theirs.
     """
     cfg = copy.deepcopy(cfg)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     cfg.model = _deployed(cfg.model)
     if is_switchable(build_model(copy.deepcopy(cfg))):
         raise ValueError(
-            'no config builds the deployed form: some convs of this package are built '
-            'without a config of their own; build the training form and call '
-            'mmorepa.switch_to_deploy(model) before the weights are loaded'
+            'no config builds the deployed form: some convs have no config of their '
+            'own; build the training form and call mmorepa.switch_to_deploy(model)'
         )
     return cfg
 
@@ -106,6 +104,6 @@ def loaded_by_config(cfg: Config, state_dict: dict) -> tuple[Config, nn.Module]:
     except CheckpointError as error:
         raise ValueError(
             f'no config builds the deployed form: {error}; build the training form and '
-            'call mmorepa.switch_to_deploy(model) before the weights are loaded'
+            'call mmorepa.switch_to_deploy(model)'
         ) from error
     return deployed, model

@@ -45,9 +45,8 @@ def named_outputs(model: nn.Module, images: Tensor) -> Outputs:
 
     Returns:
         dict[str, Tensor | list[Tensor]]: ``logits`` of a classifier or a segmenter;
-        of dense detectors ``scores``, ``boxes`` and, where a head has them, more maps
-        of every level; of two-stage detectors the maps of the first stage and the
-        ``features``, from which the second, which is left out, takes its boxes.
+        ``scores``, ``boxes`` and maybe more maps, by level, of a dense detector; of a
+        two-stage detector the first stage's, and the ``features`` for the second.
 
     Raises:
         ValueError: If the outputs are none of these.
@@ -69,7 +68,7 @@ def named_outputs(model: nn.Module, images: Tensor) -> Outputs:
         return {name: list(maps) for name, maps in zip(names, outputs)}
     raise ValueError(
         f"the outputs of {type(model).__name__} for mode='tensor' are neither a tensor "
-        'nor lists of maps: it is no network that runs without its data samples'
+        'nor lists of maps'
     )
 
 
@@ -128,12 +127,12 @@ def padded(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class Network:
-    """What computes the outputs of a model outside of it.
+    """Computes the outputs of a model, without that model.
 
     Args:
         names (Sequence[str]): Of its outputs, as :func:`flatten` makes them.
         size (tuple[int, int]): Height and width of the images that it takes.
-        pads (bool): Whether smaller images are padded, as those of detectors may be.
+        pads (bool): Pad smaller images, as those of detectors are.
     """
 
     def __init__(self, names: Sequence[str], size: tuple[int, int], pads: bool) -> None:

@@ -88,7 +88,7 @@ def export_onnx(
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise ValueError(
             f'the exporter {exporter!r} cannot write this model in opset {opset}, and '
-            f'another exporter ({", ".join(EXPORTERS)}) or opset may: {reason[0]}'
+            f'another exporter or opset may: {reason[0]}'
         ) from error
     for key, value in (metadata or {}).items():
         exported.metadata_props.add(key=key, value=json.dumps(value))

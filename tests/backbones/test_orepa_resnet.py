@@ -50,16 +50,15 @@ def on_meta(build):
 
 
 @pytest.mark.parametrize('depth', [18, 34, 50, 101, 152])
-@pytest.mark.parametrize('block', ['orepa', 'plain'])
-def test_convs_are_those_of_torchvision(depth, block):
-    ours = on_meta(lambda: OREPAResNet(depth, block=block))
+def test_convs_are_those_of_torchvision(depth):
+    ours = on_meta(lambda: OREPAResNet(depth))
     theirs = on_meta(getattr(torchvision.models, f'resnet{depth}'))
     assert_same_convs(ours, theirs)
 
 
 @pytest.mark.parametrize(
     ('stem', 'deep_stem'),
-    [('orepa', False), ('orepa', True), ('deep_linear', False), ('dbb', True)],
+    [('orepa', False), ('dbb', True)],
 )
 def test_block_of_the_stem(stem, deep_stem):
     """The rest is plain, and so is the deployed form."""
@@ -73,11 +72,6 @@ def test_block_of_the_stem(stem, deep_stem):
     x = image()
     with torch.no_grad():
         assert_near(plain(x), net(x), 1e-4)
-
-
-def test_plain_stem():
-    net = tiny(stem_block='plain')
-    assert type(net.stem) is PlainConv2d and type(net.layer1[0].conv1) is OREPAConv2d
 
 
 def test_arguments_of_the_stem():
@@ -137,8 +131,7 @@ def test_resnext_and_wide(name, options):
     assert_same_convs(ours, on_meta(getattr(torchvision.models, name)))
 
 
-@pytest.mark.parametrize('width_mult', [0.5, 1.5, 2])
-@pytest.mark.parametrize('depth', [18, 50])
+@pytest.mark.parametrize(('depth', 'width_mult'), [(18, 0.5), (50, 2)])
 def test_width_mult(depth, width_mult):
     base = on_meta(lambda: tiny(depth))
     wide = on_meta(lambda: tiny(depth, width_mult=width_mult))
@@ -159,11 +152,6 @@ def test_kernels_by_place(depth):
             size = conv.kernel_size[0]
             expected = {1: OREPAPointwiseKernel, 3: OREPAKernel}[size]
         assert type(conv.branches) is expected, name
-
-
-def test_block_none_is_plain_throughout():
-    for conv in convs(tiny(50, block='plain')).values():
-        assert type(conv) is PlainConv2d
 
 
 def test_every_conv_has_its_norm_and_the_right_activations():
@@ -273,14 +261,10 @@ def plain_keys(state):
     'options',
     [
         dict(depth=18),
-        dict(depth=34),
         dict(depth=50),
-        dict(depth=101),
-        dict(depth=152),
         dict(depth=50, groups=4, width_per_group=32),
         dict(depth=18, block='plain'),
         dict(depth=18, strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4), multi_grid=(2, 1)),
-        dict(depth=18, norm_cfg=dict(type='SyncBN')),
         dict(depth=18, norm_cfg=dict(type='GN', num_groups=4)),
         dict(depth=18, act_cfg=dict(type='LeakyReLU')),
     ],
@@ -317,8 +301,10 @@ def batch_norms(net):
     return {n: m for n, m in net.named_modules() if isinstance(m, _BatchNorm)}
 
 
-@pytest.mark.parametrize('frozen_stages', [-1, 0, 1, 2, 4])
-@pytest.mark.parametrize('deploy', [False, True])
+@pytest.mark.parametrize(
+    ('frozen_stages', 'deploy'),
+    [(-1, False), (0, False), (2, False), (4, False), (1, True)],
+)
 def test_frozen_stages(frozen_stages, deploy):
     net = tiny(frozen_stages=frozen_stages, deploy=deploy)
     frozen = tuple(
@@ -393,8 +379,10 @@ def test_with_cp(depth):
     assert_same_gradients(results[1], results[0], 1e-4)
 
 
-@pytest.mark.parametrize(('depth', 'last'), [(18, 'conv2'), (50, 'conv3')])
-@pytest.mark.parametrize('block', ['orepa', 'dbb', 'plain'])
+@pytest.mark.parametrize(
+    ('block', 'depth', 'last'),
+    [('orepa', 18, 'conv2'), ('plain', 18, 'conv2'), ('dbb', 50, 'conv3')],
+)
 def test_zero_init_residual(block, depth, last):
     """Every residual block starts as its shortcut."""
     options = dict(block=block, num_stages=2, out_indices=(1,))
@@ -407,13 +395,6 @@ def test_zero_init_residual(block, depth, last):
                     x = torch.randn(2, conv.in_channels, 8, 8)
                     assert conv(x).any() != (name == last), name
     tiny(depth, zero_init_residual=True, deploy=True, **options).init_weights()
-
-
-def test_init_weights_leaves_the_branches():
-    net = tiny()
-    before = copy.deepcopy(net.state_dict())
-    net.init_weights()
-    assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items())
 
 
 def test_norm_without_gradient():
@@ -446,7 +427,6 @@ def checkpoints(tmp_path):
     [
         ('backbone', {}),
         ('model', dict(prefix='backbone.')),
-        ('model', dict(prefix='backbone')),
         ('model', {}),
     ],
 )
@@ -500,10 +480,9 @@ def test_a_line_for_each_load_that_folds(log):
         (dict(block='dbb'), 'keys left over|keys missing|of another shape'),
     ],
 )
-@pytest.mark.parametrize('name', ['backbone', 'model'])
-def test_pretrained_of_another_network(checkpoints, name, options, words):
+def test_pretrained_of_another_network(checkpoints, options, words):
     """MMEngine would warn, and leave what does not fit at its random values."""
-    init_cfg = dict(type='Pretrained', checkpoint=checkpoints[1][name])
+    init_cfg = dict(type='Pretrained', checkpoint=checkpoints[1]['model'])
     net = tiny(**{'init_cfg': init_cfg, **options})
     if not words:
         net.init_weights()
@@ -524,17 +503,17 @@ def test_pretrained_of_mixed_forms(checkpoints, tmp_path):
         fresh.init_weights()
 
 
-@pytest.mark.parametrize('kind', ['cut', 'nan', 'code'])
+@pytest.mark.parametrize('kind', ['cut', 'nan'])
 def test_pretrained_from_a_damaged_file(checkpoints, tmp_path, kind):
     path = tmp_path / 'damaged.pth'
     state = dict(checkpoints[0].state_dict())
     if kind == 'nan':
         state['stem.norm.weight'] = state['stem.norm.weight'] * float('nan')
-    torch.save(dict(state_dict=state, code=eval) if kind == 'code' else state, path)
+    torch.save(state, path)
     if kind == 'cut':
         path.write_bytes(path.read_bytes()[:9000])
     net = tiny(init_cfg=dict(type='Pretrained', checkpoint=str(path)))
-    words = dict(cut='cannot be read', nan="'stem.norm.weight' holds NaN", code='eval')
+    words = dict(cut='cannot be read', nan="'stem.norm.weight' holds NaN")
     with pytest.raises(CheckpointError, match=words[kind]) as info:
         net.init_weights()
     assert str(path) in str(info.value)
@@ -566,19 +545,13 @@ def test_whole_models_load_their_own_checkpoints():
     ('options', 'message'),
     [
         (dict(depth=20), 'unknown depth 20 .* 18, 34, 50, 101, 152'),
-        (dict(depth='18'), "unknown depth '18'"),
-        (dict(depth=[18]), r'unknown depth \[18\] .* 18, 34, 50, 101, 152'),
         (dict(block='dbbb'), "unknown block 'dbbb'; choose one of"),
-        (dict(block=['orepa']), r"unknown block \['orepa'\]; choose one of plain"),
         (dict(num_stages=0), 'num_stages is 1 to 4, found 0'),
-        (dict(num_stages=5), 'num_stages is 1 to 4, found 5'),
         (dict(num_stages=2), r'out_indices .* 0 to 1, found \(0, 1, 2, 3\)'),
         (dict(out_indices=(4,)), r'out_indices .* 0 to 3, found \(4,\)'),
-        (dict(out_indices=(-1,)), r'out_indices .* 0 to 3, found \(-1,\)'),
         (dict(strides=(1, 2)), r'strides and dilations .* 4 stages, found strides'),
         (dict(dilations=(1, 2)), r'strides and dilations .*dilations=\(1, 2\)'),
         (dict(frozen_stages=5), 'frozen_stages is .* up to 4, found 5'),
-        (dict(frozen_stages=-2), 'frozen_stages is .* found -2'),
         (dict(multi_grid=(1, 2, 4)), r'each of the 2 blocks .* found \(1, 2, 4\)'),
         (dict(groups=32), 'depth 18 and 34 have no grouped form.*groups=32'),
         (dict(width_per_group=4), 'no grouped form.*width_per_group=4'),

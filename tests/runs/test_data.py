@@ -125,18 +125,13 @@ class TestFolder:
         with pytest.raises(ValueError, match=words):
             self.check(folder)
 
-    def test_names_go_before_their_number(self, folder, tmp_path):
-        (tmp_path / 'val' / 'daisies').mkdir()
-        with pytest.raises(ValueError, match='the phases have different classes'):
-            self.check(folder)
-
     def test_no_folders(self, folder, tmp_path):
         for path in (tmp_path / 'train').iterdir():
             shutil.rmtree(path)
         with pytest.raises(ValueError, match='no folders in it, which are the classes'):
             self.check(folder)
 
-    @pytest.mark.parametrize('left', [None, '1.heic', '.1.jpg'])
+    @pytest.mark.parametrize('left', [None, '1.heic'])
     def test_no_images_of_a_class(self, folder, tmp_path, left):
         """Nothing in its folder, or nothing that MMPretrain takes for an image."""
         for name in ('daisy', 'tulip'):
@@ -150,10 +145,6 @@ class TestFolder:
         folder.train_dataloader.dataset.extensions = ['.PNG']
         with pytest.raises(ValueError, match="train': daisy, rose, tulip; each"):
             self.check(folder)
-
-    def test_no_images_to_validate_with(self, folder, tmp_path):
-        (tmp_path / 'val' / 'rose' / '1.JPG').unlink()
-        self.check(folder)
 
     def test_images_of_a_class_in_one_of_two_datasets(self, folder, tmp_path):
         shutil.copytree(tmp_path / 'train', tmp_path / 'more')
@@ -225,7 +216,7 @@ class TestCoco:
         with pytest.raises(ValueError, match="is 'cat', and has to be a tuple"):
             check_data_folders(coco, ('train',))
 
-    @pytest.mark.parametrize('text', ['{"images": [', '[]', '{"images": []}'])
+    @pytest.mark.parametrize('text', ['{"images": [', '{"images": []}'])
     def test_damaged(self, coco, tmp_path, text):
         path = tmp_path / 'annotations' / 'instances_train2017.json'
         path.write_text(text)
@@ -243,12 +234,4 @@ class TestCoco:
         coco.model.roi_head.bbox_head.num_classes = 80
         words = 'set model.roi_head.bbox_head.num_classes=3'
         with pytest.raises(ValueError, match=words):
-            check_data_folders(coco, ('train',))
-
-    def test_number_of_every_head(self, coco):
-        head = coco.model.roi_head.bbox_head
-        coco.model.roi_head.bbox_head = [head, dict(head, num_classes=80)]
-        with pytest.raises(
-            ValueError, match=r'model.roi_head.bbox_head\[1\].num_class'
-        ):
             check_data_folders(coco, ('train',))

@@ -101,14 +101,6 @@ class TestBuildRunner:
         cfg.model.deploy = True
         build_runner(cfg, ('test',)).test()
 
-    def test_time_augmentation(self, tmp_path):
-        """The checkpoint is the module's inside."""
-        path = self.checkpoint(tmp_path)
-        model = dict(type='TinyTTA', module=dict(type='TinyClassifier'))
-        cfg = tiny_config(tmp_path / 'work', load_from=path, model=model)
-        cfg.test_dataloader.dataset.flips = True
-        build_runner(cfg, ('test',)).test()
-
     def test_resumes(self, tmp_path):
         runner = build_runner(tiny_config(tmp_path), ('train',))
         runner.train()
@@ -169,20 +161,6 @@ class TestBuildRunner:
         ):
             with pytest.raises(expected, match=str(error)), one_line_errors():
                 getattr(runner, phase)()
-
-    @pytest.mark.parametrize(
-        'options',
-        [
-            dict(optim_wrapper=dict(optimizer=dict(type='SGD', rate=0.1))),
-            dict(param_scheduler=dict(type='Nothing')),
-        ],
-    )
-    def test_errors_before_a_loop(self, tmp_path, options):
-        """MMEngine builds optimizers and schedulers when the training starts."""
-        cfg = tiny_config(tmp_path, **options)
-        words = 'error: .*(rate|Nothing)'
-        with pytest.raises(SystemExit, match=words), one_line_errors():
-            build_runner(cfg, ('train',)).train()
 
     def test_resume_takes_the_seed_along(self, tmp_path):
         cfg = tiny_config(tmp_path, randomness=dict(seed=None))

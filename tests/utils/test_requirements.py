@@ -1,6 +1,5 @@
 import importlib
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,16 +23,9 @@ def version(monkeypatch):
     )
 
 
-def test_here():
-    check_requirements()
-
-
 TESTED = [
-    ('mmengine', '0.10.7'),
     ('mmengine', '0.10.12'),
     ('mmcv', '2.1.0'),
-    ('mmcv', '2.3.6'),
-    ('torch', '2.6.0+cpu'),
     ('torch', '2.14.1+cu130'),
 ]
 
@@ -49,9 +41,6 @@ def test_tested(version, name, value, recwarn):
     'name, value',
     [
         ('mmengine', '0.10.0'),
-        ('mmengine', '0.10.13'),
-        ('mmcv', '2.0.0'),
-        ('mmcv', '2.4.0'),
         ('torch', '2.15.0+cu130'),
     ],
 )
@@ -70,11 +59,8 @@ def test_python_that_is_not_tested(monkeypatch):
 @pytest.mark.parametrize(
     'name, value, bounds',
     [
-        ('mmengine', '0.9.1', '>=0.10.0,<1.0.0'),
         ('mmengine', '1.0.0', '>=0.10.0,<1.0.0'),
-        ('mmcv', '1.7.2', '>=2.0.0,<3.0.0'),
         ('mmcv', '2.0.0rc4', '>=2.0.0,<3.0.0'),
-        ('mmcv', '3.0.0', '>=2.0.0,<3.0.0'),
         ('mmcv', '10.0.0', '>=2.0.0,<3.0.0'),
         ('torch', '2.5.1', '>=2.6'),
     ],
@@ -100,14 +86,6 @@ def test_missing(monkeypatch, name):
         check_requirements()
     assert str(info.value).startswith(f'mmorepa needs {name}, which is missing; ')
     assert ADVICE[name] in str(info.value)
-
-
-@pytest.mark.parametrize('name', ['mmengine', 'mmcv'])
-def test_really_missing(monkeypatch, name):
-    """As Python itself reports it."""
-    monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=f'mmorepa needs {name}, which is missing'):
-        check_requirements()
 
 
 def test_broken_package(monkeypatch):
