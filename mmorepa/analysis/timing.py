@@ -128,8 +128,8 @@ def least_seconds(
     """
     clock = Clock()
     timed = {str(i): partial(clock.seconds, f) for i, f in enumerate(functions)}
-    found = in_turn(timed, clock, ROUNDS, SECONDS)
-    return [min(times) for times in found.values()], clock.core_share
+    seconds = in_turn(timed, clock, ROUNDS, SECONDS)
+    return [min(times) for times in seconds.values()], clock.core_share
 
 
 def say(text: str) -> None:

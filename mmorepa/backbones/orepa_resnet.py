@@ -499,7 +499,7 @@ def _plugins_of_stage(
     plugins: Sequence[dict], stage: int, num_stages: int
 ) -> list[dict]:
     """The plugins of one stage, each with its ``cfg`` and ``position``."""
-    found = []
+    chosen = []
     for plugin in plugins:
         if not {'cfg', 'position'} <= plugin.keys() <= {'cfg', 'position', 'stages'}:
             raise ValueError(
@@ -514,8 +514,8 @@ def _plugins_of_stage(
                 f'found {stages}'
             )
         if stages[stage]:
-            found.append(plugin)
-    return found
+            chosen.append(plugin)
+    return chosen
 
 
 def _block_dilations(

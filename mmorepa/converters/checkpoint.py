@@ -309,11 +309,11 @@ def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
         CheckpointError: If keys, which are named, are missing, not known or of
             another shape, or the checkpoint is a deployed form and the model is not.
     """
-    own = model.state_dict()
+    state = model.state_dict()
     misshapen = {
         key: tuple(value.shape)
         for key, value in state_dict.items()
-        if key in own and own[key].shape != value.shape
+        if key in state and state[key].shape != value.shape
     }
     # Left out, since PyTorch would stop at them, in words that name every one.
     rest = {k: value for k, value in state_dict.items() if k not in misshapen}
@@ -327,7 +327,7 @@ def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
             f'the checkpoint does not fit the config: {first.strip()}'
             + (f', and {len(more)} more' if more else '')
         ) from error
-    expected = {key: tuple(own[key].shape) for key in misshapen}
+    expected = {key: tuple(state[key].shape) for key in misshapen}
     problems = describe_misfit(
         {**dict.fromkeys(loaded.missing_keys, ()), **expected},
         {**dict.fromkeys(loaded.unexpected_keys, ()), **misshapen},

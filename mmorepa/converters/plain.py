@@ -76,7 +76,7 @@ def plain_names(backbone: nn.Module, names: Collection[str]) -> dict[str, str]:
         ours = {name: _by_pattern(_REPVGG, name) for name in names}
     else:
         ours = {}
-    return {name: own for name, own in ours.items() if own is not None}
+    return {theirs: name for theirs, name in ours.items() if name is not None}
 
 
 def _by_pattern(table: tuple[tuple[str, str], ...], name: str) -> Optional[str]:
@@ -100,8 +100,8 @@ def _resnet_name(
     # Behind a pooling, or timm's nn.Identity in its place, the conv is the second.
     has_first = f'{shortcut}.2.weight' in names
     is_kernel = int(number) == has_first
-    own = dict(backbone.named_modules()).get(shortcut)
-    if has_first and getattr(own, 'stride', None) != (1, 1):
+    module = dict(backbone.named_modules()).get(shortcut)
+    if has_first and getattr(module, 'stride', None) != (1, 1):
         shortcut += '.conv'
     return f'{shortcut}.{entry}' if is_kernel else f'{shortcut}.norm.{entry}'
 
@@ -156,12 +156,12 @@ def _check_is_same(backbone: StagedBackbone, shapes: Shapes) -> None:
     """Raises unless the plain network of these entries is exactly this one."""
     is_folded = not any(name.endswith('.running_var') for name in shapes)
     expected = _expected_shapes(backbone, is_folded)
-    own, parts = backbone.state_dict(), dict(backbone.named_children())
+    ours, parts = backbone.state_dict(), dict(backbone.named_children())
     for name, shape in list(shapes.items()):
         part = name.split('.')[0]
         is_other = part not in parts and len(shape) < 4  # Such as a classifier.
         is_unbuilt = re.fullmatch(r'layer\d', part) and part not in parts
-        is_extra = name in own and name not in expected
+        is_extra = name in ours and name not in expected
         is_count = name.endswith('.num_batches_tracked')
         if is_other or is_unbuilt or is_extra or is_count:
             del shapes[name]

@@ -97,12 +97,12 @@ def _check_head(model: nn.Module, entries: Mapping[str, Tensor]) -> None:
             f'the checkpoint has no classifier ({", ".join(missing)}, or fc.*, '
             f'missing): {instead}'
         )
-    found, own = entries[_HEAD[0]].shape, model.head.fc.weight.shape
+    theirs, ours = entries[_HEAD[0]].shape, model.head.fc.weight.shape
     # Of other features, it is another network's: the backbone has the words for that.
-    if found[1:] == own[1:] and found != own:
+    if theirs[1:] == ours[1:] and theirs != ours:
         raise CheckpointError(
-            f'the classifier is for {found[0]} classes, and that of the config for '
-            f'{own[0]}: set model.head.num_classes={found[0]}, or {instead}'
+            f'the classifier is for {theirs[0]} classes, and that of the config for '
+            f'{ours[0]}: set model.head.num_classes={theirs[0]}, or {instead}'
         )
 
 

@@ -134,7 +134,7 @@ def _canonical(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 def _own_shapes(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, tuple]:
     shapes = {f'backbone.{k}': tuple(v.shape) for k, v in network.state_dict().items()}
     for key in _head(state)[:1]:
-        # The number of classes is the checkpoint's own affair.
+        # The number of classes is the checkpoint's affair.
         classes = tuple(state[key].shape[:1])
         shapes['head.fc.weight'] = (*classes, network.feat_dim)
         shapes['head.fc.bias'] = classes
@@ -152,7 +152,7 @@ def _head(state: Mapping[str, Tensor]) -> list[str]:
 
 
 def _check(
-    pairs: list[_Pair], found: Mapping[str, Tensor], shapes: dict[str, tuple]
+    pairs: list[_Pair], theirs: Mapping[str, Tensor], shapes: dict[str, tuple]
 ) -> None:
     expected, wrong = {}, []
     for pair in pairs:
@@ -162,15 +162,15 @@ def _check(
         else:
             like = fixed
         expected[key] = tuple(like.shape)
-        if fixed is None or key not in found or found[key].shape != fixed.shape:
+        if fixed is None or key not in theirs or theirs[key].shape != fixed.shape:
             continue
-        value = found[key]
+        value = theirs[key]
         if not torch.allclose(
             value.double(), fixed.to(value.dtype).double(), atol=1e-5
         ):
             wrong.append(key)
     problems = (
-        describe_misfit(expected, {k: tuple(v.shape) for k, v in found.items()}, None),
+        describe_misfit(expected, {k: tuple(v.shape) for k, v in theirs.items()}, None),
         name_keys('fixed in the published code, with other values', wrong, None),
     )
     if any(problems):

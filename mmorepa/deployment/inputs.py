@@ -47,10 +47,10 @@ def image_shape(
     """
     if batch is not None:
         inputs = model.data_preprocessor(copy.deepcopy(batch), False)['inputs']
-        channels, *found = inputs.shape[1:]
+        channels, *default = inputs.shape[1:]
     else:
         kinds = (nn.Conv2d, ReparamConv2d)
         convs = (module for module in model.modules() if isinstance(module, kinds))
         first = next(convs, None)
-        channels, found = getattr(first, 'in_channels', 3), (DEFAULT_SIZE, DEFAULT_SIZE)
-    return (channels, *(size or found))
+        channels, default = getattr(first, 'in_channels', 3), [DEFAULT_SIZE] * 2
+    return (channels, *(size or default))

@@ -278,13 +278,13 @@ def layer_losses(
 
 
 def _snr(
-    expected: Sequence[np.ndarray], found: Sequence[np.ndarray], channels: int
+    expected: Sequence[np.ndarray], quantized: Sequence[np.ndarray], channels: int
 ) -> float:
     """Signal over noise in dB, the mean over channels that have a signal.
 
     Channels come first, before ONNX Runtime has flattened an array, or of one image.
     """
-    differences = [a.astype(np.float64) - b for a, b in zip(expected, found)]
+    differences = [a.astype(np.float64) - b for a, b in zip(expected, quantized)]
     power, noise = (
         sum(np.square(array.reshape(channels, -1)).sum(1) for array in arrays)
         for arrays in (expected, differences)

@@ -153,8 +153,8 @@ class OnnxNetwork(Network):
         super().__init__(names, size, pads)
 
     def compute(self, images: Tensor) -> list[Tensor]:
-        found = self.session.run(None, {INPUT: images.cpu().numpy()})
-        return [torch.from_numpy(array) for array in found]
+        arrays = self.session.run(None, {INPUT: images.cpu().numpy()})
+        return [torch.from_numpy(array) for array in arrays]
 
 
 def preprocessing(
@@ -179,17 +179,17 @@ def preprocessing(
           three.
         - ``classes``; ``config``, its name; ``mmorepa_version``.
     """
-    found = {
+    preprocessor = {
         **(cfg.get('data_preprocessor') or {}),
         **(cfg.model.get('data_preprocessor') or {}),
     }
     # Images are read as BGR.
-    swaps = [found.get(name) for name in ('to_rgb', 'bgr_to_rgb', 'rgb_to_bgr')]
+    swaps = [preprocessor.get(name) for name in ('to_rgb', 'bgr_to_rgb', 'rgb_to_bgr')]
     kinds = {1: 'grey', 3: 'RGB' if any(swaps) else 'BGR'}
     return dict(
         **_geometry(cfg),
-        mean=list(found.get('mean') or [0.0] * channels),
-        std=list(found.get('std') or [1.0] * channels),
+        mean=list(preprocessor.get('mean') or [0.0] * channels),
+        std=list(preprocessor.get('std') or [1.0] * channels),
         channels=kinds.get(channels),
         classes=classes and list(classes),
         config=cfg.filename and Path(cfg.filename).stem,

@@ -156,7 +156,7 @@ def check_datasets(cfg: Config, datasets: dict[str, list[dict]]) -> None:
     """Checks what the folders and annotations of the datasets hold.
 
     Those of MMPretrain's ``CustomDataset`` that are folders of classes, and those of
-    MMDetection's ``CocoDataset``, are looked at; none is read twice that is large.
+    MMDetection's ``CocoDataset``, are looked at; large annotations are not.
 
     Args:
         cfg (Config): The config.
@@ -168,7 +168,7 @@ def check_datasets(cfg: Config, datasets: dict[str, list[dict]]) -> None:
         ValueError: If the classes are not those of the model, or of the other phases,
             or one has no image to train with.
     """
-    folders, found = {}, {}
+    folders, classes_of = {}, {}
     trained: set[str] = set()
     for phase, nodes in datasets.items():
         for node in nodes:
@@ -178,11 +178,11 @@ def check_datasets(cfg: Config, datasets: dict[str, list[dict]]) -> None:
             if kind == 'CustomDataset' and not node.get('ann_file'):
                 if node.get('with_label', True):
                     folders[phase] = _read_folder(cfg, node)
-                    found[phase] = folders[phase][1]
+                    classes_of[phase] = folders[phase][1]
                     if phase == 'train':
                         trained |= _with_images(cfg, node, *folders[phase])
             elif kind == 'CocoDataset':
-                found[phase] = _check_coco(cfg, node)
+                classes_of[phase] = _check_coco(cfg, node)
     # First, since a folder may be there by accident. One without images to validate or
     # test with may be meant: the names have to be the same for all phases.
     if 'train' in folders:
@@ -194,8 +194,8 @@ def check_datasets(cfg: Config, datasets: dict[str, list[dict]]) -> None:
                 'class, and has to have some, or to be removed'
             )
     # Before their number: no number would be right for both. The order counts, too.
-    if len({*found.values()}) > 1:
-        texts = (f'{_some(names)} for {key}' for key, names in found.items())
+    if len({*classes_of.values()}) > 1:
+        texts = (f'{_some(names)} for {key}' for key, names in classes_of.items())
         raise ValueError(f'the phases have different classes: {"; ".join(texts)}')
     for folder, classes in folders.values():
         head = (cfg.model.get('head') or {}) if isinstance(cfg.model, dict) else {}

@@ -87,14 +87,14 @@ def _candidates(folder: Path) -> list[Path]:
         named = Path(text).resolve() if text else None
     if named and (folder / named.name).exists():
         named = folder / named.name  # The folder may have been moved, or copied.
-    found = {
+    paths = {
         path
         for place in {folder, named.parent if named else folder}
         for path in place.glob('*.pth')
         if _STEP.search(path.name) and not path.name.startswith(('best_', '.'))
     }
     if named:
-        found.add(named)
+        paths.add(named)
     # Neither time nor step alone tells: files of an earlier training in this folder may
     # be of later steps, and copies are as old as their copying.
     time, step = _age(named) if named else (0, 0)
@@ -103,7 +103,7 @@ def _candidates(folder: Path) -> list[Path]:
         later = _age(path)[0] >= time and _age(path)[1] > step
         return bool(named) and later, path == named, *_age(path)
 
-    return sorted(found, key=order, reverse=True)
+    return sorted(paths, key=order, reverse=True)
 
 
 def _age(path: Path) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Atomic writes, checks that no file overwrites another, and the package's files."""
 
+import json
 import os
 import shutil
 import stat
@@ -52,6 +53,13 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
         # Before that, nothing may be made or seen, as where the name is too long.
         if os.path.lexists(temporary):
             temporary.unlink()
+
+
+def write_json(content: object, path: Optional[PathLike]) -> None:
+    """Writes a JSON file atomically; nothing for a path of None."""
+    if path is not None:
+        with atomic_write(path) as file:
+            file.write_text(json.dumps(content, indent=2) + '\n')
 
 
 def check_outputs(

@@ -16,7 +16,6 @@ from helpers import (
 from mmcv.cnn.bricks import DropPath
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmorepa import is_switchable, switch_to_deploy
 from mmorepa.backbones import OREPAResNet
@@ -138,24 +137,6 @@ def test_deep_stem(block):
     assert net.layer1[0].in_channels == 24 and net.layer1[0].out_channels == 16
 
 
-def test_avg_down():
-    net = tiny(50, avg_down=True, block='plain')
-    pool, conv = net.layer2[0].downsample
-    assert isinstance(pool, nn.AvgPool2d) and pool.stride == 2
-    assert conv.stride == (1, 1) and conv.norm is not None
-    # Nothing to pool without a stride.
-    assert isinstance(net.layer1[0].downsample, PlainConv2d)
-
-
-def test_freezing_a_deep_stem():
-    net = tiny(frozen_stages=1, **D).train()
-    for name, module in net.named_modules():
-        if isinstance(module, _BatchNorm):
-            assert module.training != name.startswith(('stem.', 'layer1.'))
-    for name, parameter in net.named_parameters():
-        assert parameter.requires_grad != name.startswith(('stem.', 'layer1.'))
-
-
 # Stochastic depth
 
 
@@ -272,29 +253,6 @@ def test_start_from_timm(name, options):
         'fc.bias',
     }
     assert_near(features(net, x), features(plain, x), 1e-9)
-
-
-@pytest.mark.parametrize(
-    ('options', 'kind', 'message'),
-    [
-        (dict(), 'ResNetV1c', 'missing: stem; 3 keys left over: stem.conv1, '),
-        (C, 'ResNet', 'missing: stem.conv1, stem.conv2, .*left over: stem$'),
-        (C, 'ResNetV1d', r'missing: layer2.0.downsample, .*: layer2.0.downsample.conv'),
-        (
-            D,
-            'ResNetV1c',
-            r'missing: layer2.0.downsample.conv, .*: layer2.0.downsample,',
-        ),
-        (dict(C, stem_channels=16), 'ResNetV1c', r'conv1 \(4, 3, 3, 3\), not \(8, 3,'),
-    ],
-)
-def test_another_network(options, kind, message):
-    net, plain = tiny(50, **options), stock('mmpretrain', kind, depth=50)
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    with pytest.raises(CheckpointError, match=message) as error:
-        net.load_state_dict(plain.state_dict(), strict=False)
-    assert '\n' not in str(error.value)
-    assert all(torch.equal(v, before[name]) for name, v in net.state_dict().items())
 
 
 def test_own_checkpoints_of_another_shortcut():

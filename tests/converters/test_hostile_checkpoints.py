@@ -201,7 +201,7 @@ STATES = (value, value, variance, keys, other_network, mixed_forms)
 CODE = (
     lambda: Code(),
     lambda: Code(eval, f'__import__("os").mkdir("{os.environ["TRACE"]}/made")'),
-    lambda: Code(Code(getattr, os, 'mkdir').call[0], os, '__name__'),
+    lambda: Code(getattr, torch.Tensor, 'numpy'),
     lambda: nn.Linear(1, 1),
     lambda: np.array([Code()], dtype=object),
     lambda: collections.deque([1]),

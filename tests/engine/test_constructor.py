@@ -154,19 +154,6 @@ def test_biases_of_norms_with_options_of_mmengine(options):
     assert found == {k: pytest.approx(v) for k, v in expected.items()}
 
 
-def test_options_of_custom_keys_reach_the_optimizer():
-    model = Various()
-    wrapper = wrapper_of(model, custom_keys={'head': dict(momentum=0.5)})
-    momenta = {
-        id(param): group['momentum']
-        for group in wrapper.optimizer.param_groups
-        for param in group['params']
-    }
-    assert momenta.pop(id(model.head.weight)) == 0.5
-    assert momenta.pop(id(model.head.bias)) == 0.5
-    assert set(momenta.values()) == {0.9}
-
-
 def test_frozen_parameters(log):
     model = TinyClassifier()
     model.conv1.requires_grad_(False)
@@ -249,31 +236,6 @@ def test_other_lines_are_logged_again():
     with pytest.raises(ValueError):
         wrapper_of(nn.Linear(2, 2), **RECIPE)
     assert logger.level == before
-
-
-def test_steps_as_separate_groups_do():
-    """Groups of many tensors train as groups of one, which MMEngine makes."""
-    torch.manual_seed(0)
-    models = [TinyClassifier(), TinyClassifier()]
-    models[1].load_state_dict(models[0].state_dict())
-    wrappers = [
-        wrapper_of(models[0], norm_decay_mult=0.0, bias_lr_mult=2.0),
-        wrapper_of(
-            models[1],
-            'DefaultOptimWrapperConstructor',
-            norm_decay_mult=0.0,
-            bias_lr_mult=2.0,
-        ),
-    ]
-    assert len(wrappers[0].optimizer.param_groups) == 3
-    assert len(wrappers[1].optimizer.param_groups) == len(list(models[1].parameters()))
-    for _ in range(3):
-        batch = torch.randn(4, 3, 8, 8), torch.arange(4)
-        for model, wrapper in zip(models, wrappers):
-            wrapper.update_params(model(*batch, mode='loss')['loss'])
-    # In loops of their own, which round differently on some processors.
-    for a, b in zip(models[0].parameters(), models[1].parameters()):
-        assert_near(a, b)
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,6 @@ def test_deployed(files, block, capsys):
     ('options', 'expected'),
     [
         ((), 'quiet'),
-        (('--start', 'balanced'), 'balanced'),
         (('--cfg-options', 'model.backbone.block_cfg.start=balanced'), 'balanced'),
     ],
 )

@@ -99,29 +99,3 @@ def test_broken_package(monkeypatch):
     monkeypatch.setattr(requirements, 'import_module', broken)
     with pytest.raises(ModuleNotFoundError, match="No module named 'cv2'"):
         check_requirements()
-
-
-@pytest.mark.parametrize(
-    'path, pattern',
-    [
-        ('pyproject.toml', r'requires-python = ">=([\d.]+)"'),
-        ('pyproject.toml', r'target-version = "py(\d+)"'),
-        ('README.md', r'needs Python ([\d.]+) or later, no GPU'),
-        ('docs/get_started.md', r'package needs Python ([\d.]+),'),
-        ('tools/setup_env.sh', r'version_info < \((.*)\)'),
-    ],
-)
-def test_oldest_python_is_said_alike(path, pattern):
-    """Digits only: the places write it in several ways."""
-    (found,) = re.findall(pattern, (ROOT / path).read_text())
-    assert re.sub(r'\D', '', found) == '310'
-
-
-def test_oldest_pytorch_is_said_alike():
-    runtime = (ROOT / 'requirements' / 'runtime.txt').read_text()
-    guide = (ROOT / 'docs' / 'get_started.md').read_text()
-    (versions,) = (
-        r.versions for r in requirements._REQUIREMENTS if r.module == 'torch'
-    )
-    assert f'torch{versions}' in runtime.splitlines()
-    assert f'PyTorch {versions.removeprefix(">=")}, MMEngine' in guide

@@ -83,8 +83,7 @@ class SwitchToDeployHook(Hook):
         difference = analysis.largest_difference(before, after)
         runner.logger.info(
             'Switched the model to its deployed form; largest difference of the '
-            f'outputs for the first batch: {difference.absolute:.2e} absolute, '
-            f'{difference.relative:.2e} relative.'
+            f'outputs for the first batch: {difference}.'
         )
         # Not `>`, which a NaN would pass.
         if not difference.relative <= self.tolerance:
