@@ -4,45 +4,34 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Optional, Union
+from typing import Optional, Union
 
 from mmengine.logging import MMLogger
-from mmengine.model import is_model_wrapper
 from mmengine.optim import AmpOptimWrapper, DefaultOptimWrapperConstructor, OptimWrapper
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 from torch.nn import GroupNorm, LayerNorm
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ...backbones import StagedBackbone
-from ...functional import compiled
 from ...layers import (
     DeepLinearKernel,
     OREPAKernel,
     OREPAPointwiseKernel,
     ReparamConv2d,
-    faster_in_channels_last,
-    outermost,
-    set_channels_last,
 )
-from ...layers.plain_start import has_branches
 from ...utils.tables import format_table
-from ..distributed import FoldedDistributedDataParallel
 from .bfloat16_optim_wrapper import BFloat16OptimWrapper
-from .folded_optim_wrapper import (
-    FoldedAmpOptimWrapper,
-    FoldedBFloat16OptimWrapper,
-    FoldedOptimWrapper,
+from .choices import (
+    FOLDED,
+    choose_memory_format,
+    count_kernels,
+    log_choices,
+    wrapper_class,
 )
 from .fused_update import match_memory_when_loaded, start_momentum, with_fused_update
 
-_FOLDED = {
-    OptimWrapper: FoldedOptimWrapper,
-    AmpOptimWrapper: FoldedAmpOptimWrapper,
-    BFloat16OptimWrapper: FoldedBFloat16OptimWrapper,
-}
 _NORMS = (_BatchNorm, _InstanceNorm, GroupNorm, LayerNorm)
 
 
@@ -110,8 +99,8 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             raise ValueError(
                 f"channels_last is True, False or 'auto', found {self.channels_last!r}"
             )
-        kind = _wrapper_class(optim_wrapper_cfg)
-        if not self.folded and kind in _FOLDED.values():
+        kind = wrapper_class(optim_wrapper_cfg)
+        if not self.folded and kind in FOLDED.values():
             raise ValueError(
                 f'folded=False contradicts type={kind.__name__!r}; take '
                 f'{kind.__name__.removeprefix("Folded")!r}'
@@ -128,21 +117,20 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             OptimWrapper: Of the type that the config asks for, or its folded form.
         """
         self.optimizer_cfg = with_fused_update(self.optimizer_cfg, model)
-        convs = [m for m in model.modules() if isinstance(m, ReparamConv2d)]
-        kernels = sum(conv.is_held_in_training for conv in convs)
+        kernels = count_kernels(model)
         if self.folded and kernels:
-            kind = _wrapper_class(self.optim_wrapper_cfg)
-            if kind in _FOLDED:
-                self.optim_wrapper_cfg['type'] = _FOLDED[kind]
+            kind = wrapper_class(self.optim_wrapper_cfg)
+            if kind in FOLDED:
+                self.optim_wrapper_cfg['type'] = FOLDED[kind]
         is_half = issubclass(
-            _wrapper_class(self.optim_wrapper_cfg) or object,
+            wrapper_class(self.optim_wrapper_cfg) or object,
             (AmpOptimWrapper, BFloat16OptimWrapper),
         )
-        parts = _choose_memory_format(model, self.channels_last, is_half)
+        parts = choose_memory_format(model, self.channels_last, is_half)
         wrapper = super().__call__(model)
         start_momentum(wrapper.optimizer)
         match_memory_when_loaded(wrapper.optimizer, model)
-        _log_choices(wrapper, model, kernels, parts)
+        log_choices(wrapper, model, kernels, parts)
         return wrapper
 
     def add_params(
@@ -229,73 +217,6 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             f'Parameter groups ({frozen} tensors are frozen and in none):\n'
             f'{format_table(headers, rows)}'
         )
-
-
-def _wrapper_class(cfg: dict) -> Any:
-    kind = cfg.get('type', 'OptimWrapper')
-    return OPTIM_WRAPPERS.get(kind) if isinstance(kind, str) else kind
-
-
-def _choose_memory_format(
-    model: nn.Module, channels_last: Union[bool, str], is_half: bool
-) -> list[nn.Module]:
-    """Chooses the order of memory, and returns the modules that have channels last."""
-    if any(map(is_model_wrapper, model.modules())):
-        # What reduces gradients has remembered their order.
-        if channels_last is True:
-            raise ValueError(
-                'channels_last=True comes too late for a model that is wrapped: '
-                'call mmorepa.set_channels_last(model) before the wrapper'
-            )
-        return []
-    if channels_last == 'auto':
-        is_cpu = next(model.parameters()).device.type == 'cpu'
-        parts = faster_in_channels_last(model) if is_cpu or is_half else []
-    else:
-        parts = [model] if channels_last else []
-        set_channels_last(model, channels_last)
-    for part in parts:
-        set_channels_last(part)
-    return parts
-
-
-def _log_choices(
-    wrapper: OptimWrapper, model: nn.Module, kernels: int, parts: list[nn.Module]
-) -> None:
-    """Logs in one line how the model will be trained."""
-    mode = f'{kernels} kernels folded outside of the graph'
-    if not kernels:
-        mode = 'no kernels to fold'
-    elif not isinstance(wrapper, tuple(_FOLDED.values())):
-        mode = f'{kernels} kernels folded online, at every forward pass'
-    elif is_model_wrapper(model) and not isinstance(
-        model, FoldedDistributedDataParallel
-    ):
-        mode = f'{kernels} kernels folded online, because of {type(model).__name__}'
-    device = next(model.parameters()).device.type
-    folds = 'compiled for this CPU' if compiled.is_available() else 'not compiled'
-    if device != 'cpu':
-        folds = f'as operations on {device}'
-    update = 'fused' if wrapper.optimizer.defaults.get('fused') else 'not fused'
-    convs = [conv for _, conv in outermost(model, _ConvNd)]
-    num_reparameterized = sum(has_branches(conv) for conv in convs)
-    num_renormalized = sum(getattr(conv, 'has_second_norm', False) for conv in convs)
-    names = ', '.join(type(part).__name__ for part in parts) or 'nothing'
-    norms = ''
-    if num_renormalized:
-        norms = f'; the norms of {num_renormalized} are followed by another one'
-    logger = MMLogger.get_current_instance()
-    if not num_reparameterized and any(getattr(c, 'deployed', False) for c in convs):
-        logger.warning(
-            f'{type(model).__name__} trains in its deployed form, without '
-            'branches: build it without deploy=True to train it re-parameterised'
-        )
-    logger.info(
-        f'{type(wrapper).__name__}: {mode} (folds {folds}; '
-        f'{type(wrapper.optimizer).__name__} {update}; channels last in '
-        f'{names}); {num_reparameterized} convs of the model are re-parameterised, '
-        f'{len(convs) - num_reparameterized} are not{norms}'
-    )
 
 
 @contextmanager
