@@ -35,12 +35,9 @@ def find_config(name: Union[str, Path]) -> Path:
     """The file of a config.
 
     Args:
-        name (str | Path): A file, or a config that comes with this package:
-            ``FOLDER/NAME`` or ``NAME``, with or without ``.py`` and ``mmorepa::``; or
-            one of a toolbox, such as ``mmpretrain::NAME``.
-
-    Returns:
-        Path: The file. One that is there goes before one of this package.
+        name (str | Path): A file; or a config of this package, ``FOLDER/NAME`` or
+            ``NAME``, with or without ``.py`` and ``mmorepa::``; or one of a toolbox,
+            such as ``mmpretrain::NAME``. A file goes first.
 
     Raises:
         FileNotFoundError: If there is none. The message has the closest names.
@@ -125,9 +122,8 @@ def get_config(name: Union[str, Path], options: Optional[dict] = None) -> Config
 def apply_variables(cfg: Config, names: Iterable[str]) -> None:
     """Gives the variables of a config to the settings that its base names for them.
 
-    MMEngine does not hand a child's variable on to what its base has made of it. The
-    configs for own data have a table for that: ``variables``, for each name a dict of
-    settings and factors.
+    MMEngine does not hand a child's variable on to what its base made of it. The bases
+    for own data have a table ``variables``: for each name, settings and factors.
 
     Args:
         cfg (Config): Changed in place; a variable that was handed on is removed.

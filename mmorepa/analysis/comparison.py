@@ -118,14 +118,7 @@ def _grid_of_boxes(height: int, width: int) -> Tensor:
 
 
 def largest_difference(expected: list[Tensor], actual: list[Tensor]) -> Difference:
-    """The largest difference between two lists of tensors of the same shapes.
-
-    Args:
-        expected (list[Tensor]): For example, of the training form.
-        actual (list[Tensor]): For example, of the deployed form.
-
-    Returns:
-        Difference: NaN where an output is not finite.
+    """The largest difference between two lists of tensors; NaN if one is not finite.
 
     Raises:
         ValueError: If there is nothing to compare, or shapes differ.

@@ -41,17 +41,10 @@ class RepVGGBlock(BaseModule):
         in_channels (int): I.
         out_channels (int): O.
         block (str): Block type of the conv.
-        stride (int): Defaults to 1.
-        dilation (int): Defaults to 1.
-        groups (int): Defaults to 1.
-        use_se (bool): Whether to add squeeze-excitation; it stays when deployed.
-            Defaults to False.
-        block_cfg (dict, optional): Further arguments of the conv. Defaults to None.
-        norm_cfg (dict, optional): Normalisation of the branches.
-        act_cfg (dict, optional): Activation.
-        with_cp (bool): Recomputes activations in the backward pass.
-            Defaults to False.
-        deploy (bool): Builds the deployed form. Defaults to False.
+        use_se (bool): Add squeeze-excitation, which stays when deployed. Defaults to
+            False.
+
+    All others are those of :class:`OREPARepVGG`, for one block.
     """
 
     def __init__(

@@ -32,17 +32,7 @@ class _Conv(NamedTuple):
 def _build_convs(
     in_channels: int, *convs: _Conv, act_cfg: dict, **options
 ) -> dict[str, ReparamConv2d]:
-    """Builds ``conv1``, ``conv2``, …, each for the outputs of the one before.
-
-    Args:
-        in_channels (int): Channels of the first one's input.
-        *convs (_Conv): The convs.
-        act_cfg (dict): Activation of those that have one.
-        **options: See :func:`mmorepa.layers.build_conv`.
-
-    Returns:
-        dict[str, ReparamConv2d]: By name, in order.
-    """
+    """Builds ``conv1``, ``conv2``, …, each for the outputs of the one before."""
     built = {}
     for i, conv in enumerate(convs, 1):
         built[f'conv{i}'] = build_conv(
@@ -68,25 +58,10 @@ class _ResidualBlock(BaseModule):
         in_channels (int): Channels of the input.
         out_channels (int): Channels of the output, ``expansion`` times the width of
             the branch.
-        stride (int): Defaults to 1.
-        dilation (int): Defaults to 1.
-        groups (int): Groups of the 3×3 conv of a bottleneck. Defaults to 1.
-        width_per_group (int): Width of a group for 64 channels. Defaults to 64.
-        style (str): Where a bottleneck has its stride, see :class:`OREPAResNet`.
-            Defaults to ``'pytorch'``.
-        avg_down (bool): See :class:`OREPAResNet`. Defaults to False.
         plugins (Sequence[dict]): Those of this block, with ``cfg`` and ``position``.
-            Defaults to none.
-        drop_path_rate (float): Probability that a sample goes without the branch in
-            training. Defaults to 0.
-        block (str): Block type of the convs. Defaults to ``'orepa'``.
-        block_cfg (dict, optional): Their further arguments. Defaults to None.
-        norm_cfg (dict, optional): Normalisation of every conv. Defaults to None,
-            BatchNorm.
-        act_cfg (dict, optional): Activation. Defaults to None, ReLU.
-        with_cp (bool): Recomputes activations in the backward pass.
-            Defaults to False.
-        deploy (bool): Builds the deployed form. Defaults to False.
+        drop_path_rate (float): Probability that a sample goes without the branch.
+
+    All others are those of :class:`OREPAResNet`, for one block.
 
     Raises:
         ValueError: If an argument has no meaning for this block.
@@ -172,15 +147,7 @@ class _ResidualBlock(BaseModule):
         self.act = build_activation_layer(act_cfg or _ACT_CFG)
 
     def describe(self, channels: int, width_per_group: int) -> list[_Conv]:
-        """The convs of the branch.
-
-        Args:
-            channels (int): Width of the branch without groups.
-            width_per_group (int): See above.
-
-        Raises:
-            ValueError: If this block has no such groups.
-        """
+        """The convs of a branch of this width (that without groups)."""
         raise NotImplementedError
 
     @property

@@ -20,16 +20,7 @@ class StagedBackbone(BaseModule):
     A subclass calls this constructor first, sets :attr:`stem`, calls
     :meth:`add_stage` for each stage and :meth:`freeze_stages` in the end.
 
-    Args:
-        num_stages (int): Stages to build, 1 to 4.
-        strides (Sequence[int]): Stride of the first block of each stage.
-        dilations (Sequence[int]): Dilation of each stage.
-        out_indices (Sequence[int]): Stages whose output is returned.
-        frozen_stages (int): 0 freezes the stem, n the stages up to the n-th as
-            well: no gradient and BatchNorm in eval mode. -1 freezes nothing.
-        norm_eval (bool): Whether BatchNorm stays in eval mode while training.
-        init_cfg (dict | list[dict], optional): See
-            :class:`mmengine.model.BaseModule`. Defaults to None.
+    The arguments are those of :class:`OREPAResNet`.
 
     Raises:
         ValueError: If an argument has no meaning for this number of stages.
@@ -78,11 +69,7 @@ class StagedBackbone(BaseModule):
         self.register_load_state_dict_post_hook(_after_loading)
 
     def add_stage(self, *blocks: nn.Module) -> None:
-        """Appends a stage as ``layer1``, ``layer2``, ….
-
-        Args:
-            *blocks (nn.Module): Its blocks, in order.
-        """
+        """Appends a stage of these blocks as ``layer1``, ``layer2``, …."""
         name = f'layer{len(self.stage_names) + 1}'
         self.add_module(name, nn.Sequential(*blocks))
         self.stage_names.append(name)
@@ -93,14 +80,7 @@ class StagedBackbone(BaseModule):
         return [getattr(self, name) for name in self.stage_names]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Returns the outputs of the stages in ``out_indices``.
-
-        Args:
-            x (Tensor): Shape (N, in_channels, H, W).
-
-        Returns:
-            tuple[Tensor, ...]: Each of shape (N, C_i, H_i, W_i).
-        """
+        """Maps (N, I, H, W) to the outputs of the stages in ``out_indices``."""
         x = self.forward_stem(x)
         outputs = []
         for i, stage in enumerate(self.stages):
@@ -186,16 +166,8 @@ def _is_fresh(norm: _BatchNorm) -> bool:
 def scaled_channels(channels: int, factor: float, name: str) -> int:
     """``channels`` times a width multiplier, rounded down.
 
-    Args:
-        channels (int): Channels at width one.
-        factor (float): The multiplier.
-        name (str): What is scaled, for the error.
-
-    Returns:
-        int: At least one.
-
     Raises:
-        ValueError: If nothing is left.
+        ValueError: If nothing is left; ``name`` says of what.
     """
     scaled = int(channels * factor)
     if scaled < 1:

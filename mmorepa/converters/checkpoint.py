@@ -55,12 +55,10 @@ def _history_globals() -> list:
 def allow_mmengine_checkpoints() -> None:
     """Lets ``torch.load(weights_only=True)`` read what MMEngine's runner saves.
 
-    A runner's checkpoint holds the history of the logged values: MMEngine's
-    ``HistoryBuffer`` with numpy arrays, and four of its methods, which pickle
-    writes as calls of ``getattr``. PyTorch refuses all of them since 2.6, and so
-    MMEngine 0.10.7 can neither resume from nor test its own checkpoints. This
-    allows these classes and, in the place of ``getattr``, a function that serves
-    only the four methods; everything else stays refused.
+    That is the history of the logged values: MMEngine's ``HistoryBuffer`` with numpy
+    arrays, and four of its methods, which pickle writes as calls of ``getattr``.
+    PyTorch refuses all of them since 2.6. This allows these classes and, for
+    ``getattr``, a function that serves only the four methods.
 
     It holds for the whole process. :func:`read_checkpoint`, and local files that
     MMEngine loads, do not need it.
@@ -269,18 +267,14 @@ def _to_json(value: Any) -> Any:
 def load_training_form(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """Loads a training checkpoint strictly into the training form.
 
-    Args:
-        model (nn.Module): In training form.
-        state_dict (dict[str, Tensor]): Loaded strictly.
-
     Raises:
         CheckpointError: If the model has nothing to switch, the checkpoint is deployed
             already, or keys or shapes do not fit, which are named.
     """
     if not is_switchable(model):
         raise CheckpointError(
-            'the model has no re-parameterised conv in training form: is deploy=True '
-            'in its config, or does it use none of the types of mmorepa?'
+            'the model has no re-parameterised conv in training form: does its config '
+            'have deploy=True, or no type of mmorepa?'
         )
     for name, module in model.named_modules():
         prefix = f'{name}.' if name else ''
@@ -297,13 +291,7 @@ def load_training_form(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
 
 
 def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
-    """Loads a checkpoint strictly, with a short error where it does not fit.
-
-    A deployed model folds a training form, as whenever it is loaded.
-
-    Args:
-        model (nn.Module): Not wrapped.
-        state_dict (dict[str, Tensor]): With every key of the model and no other.
+    """Loads a checkpoint strictly; a deployed model folds a training form.
 
     Raises:
         CheckpointError: If keys, which are named, are missing, not known or of

@@ -56,8 +56,8 @@ def start_from_plain(model: nn.Module, state_dict: Mapping[str, Tensor]) -> int:
     if not isinstance(backbone, StagedBackbone):
         raise ValueError(
             'the config needs an OREPAResNet or OREPARepVGG as its backbone, found '
-            f'{type(backbone).__name__}; backbones that take a conv_cfg load plain '
-            'checkpoints as they are (load_from, init_cfg)'
+            f'{type(backbone).__name__}; others load plain checkpoints as they are '
+            '(load_from, init_cfg)'
         )
     if not isinstance(getattr(getattr(model, 'head', None), 'fc', None), nn.Linear):
         raise ValueError(

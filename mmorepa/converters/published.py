@@ -54,16 +54,16 @@ def from_published(
     Args:
         state_dict (Mapping[str, Tensor]): Training or deployed form, with or without
             ``module.`` before every key.
-        backbone (dict, optional): The backbone config. Defaults to None: it is
-            found from keys and shapes.
+        backbone (dict, optional): The backbone config. Defaults to None: that which
+            keys and shapes tell.
 
     Returns:
-        dict: ``state_dict`` (``backbone.*`` and ``head.fc.*``) and ``meta``, which
-        tells the architecture and the backbone config.
+        dict: ``state_dict`` (``backbone.*`` and ``head.fc.*``) and ``meta``, with the
+        architecture and the backbone config.
 
     Raises:
-        CheckpointError: If entries are missing, left over or misshapen, which are
-            named, or fixed entries have other values than they should.
+        CheckpointError: If entries, which are named, are missing, left over, misshapen
+            or have other values than the published constants.
     """
     theirs = _canonical(
         {key.removeprefix('module.'): value for key, value in state_dict.items()}
@@ -180,13 +180,7 @@ def _check(
 
 
 def _pairs(network: nn.Module, present: set[str]) -> Iterator[_Pair]:
-    """All pairs of a network.
-
-    Args:
-        network (nn.Module): Our backbone.
-        present (set[str]): Published keys that tell which of the optional entries
-            there are, the head among them.
-    """
+    """All pairs of our backbone; of optional entries those whose keys are present."""
     for name, conv in outermost(network):
         there, here = _published_name(name), f'backbone.{name}.'
         for pair in _conv_pairs(conv):

@@ -14,14 +14,7 @@ DEFAULT_SIZE = 224
 
 
 def test_batch(cfg: Config) -> Optional[dict]:
-    """A batch of the test data.
-
-    Args:
-        cfg (Config): Of a model and its data.
-
-    Returns:
-        dict | None: As the dataloader yields it; None without data on this machine.
-    """
+    """A batch of the test data, or None without data on this machine."""
     if cfg.get('test_dataloader') is None:
         return None
     try:
@@ -33,17 +26,14 @@ def test_batch(cfg: Config) -> Optional[dict]:
 def image_shape(
     model: nn.Module, batch: Optional[dict], size: Optional[Sequence[int]] = None
 ) -> tuple[int, int, int]:
-    """The shape of an image as a network sees it.
+    """Channels, height and width of an image as a network sees it.
 
     Args:
         model (nn.Module): With the preprocessor of its toolbox.
-        batch (dict, optional): Of the test data.
-        size (Sequence[int], optional): Height and width, where they are given.
-            Defaults to those of the batch, or 224 and 224 without one.
-
-    Returns:
-        tuple[int, int, int]: Channels, height and width. Without a batch, the channels
-        are those that the first conv takes.
+        batch (dict, optional): Of the test data. Without one, the channels are those
+            of the first conv.
+        size (Sequence[int], optional): Height and width. Defaults to those of the
+            batch, or 224 and 224.
     """
     if batch is not None:
         inputs = model.data_preprocessor(copy.deepcopy(batch), False)['inputs']

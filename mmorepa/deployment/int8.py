@@ -99,13 +99,8 @@ def _unwrapped(dataset: dict, pipeline: Optional[list] = None) -> dict:
 def prepare(source: PathLike, target: PathLike, equalized: bool = False) -> int:
     """Makes an exported file ready for quantization: shapes, and BatchNorms folded.
 
-    Args:
-        source (str | Path): A file of :func:`export_onnx`.
-        target (str | Path): The file to write.
-        equalized (bool): Whether to :func:`equalize` it. Defaults to False.
-
     Returns:
-        int: The pairs of convs that were equalized.
+        int: The pairs of convs that were equalized, see :func:`equalize`.
     """
     onnx = require('onnx')
     shapes = require('onnxruntime.quantization.shape_inference')
@@ -200,14 +195,7 @@ def evaluation_phase(cfg: Config) -> str:
 
 @torch.no_grad()
 def evaluate(cfg: Config, model: nn.Module) -> dict[str, float]:
-    """The metrics of the config's own evaluator on its validation data.
-
-    Args:
-        cfg (Config): With validation data, or else with test data.
-        model (nn.Module): In eval mode.
-
-    Returns:
-        dict[str, float]: Those metrics that are numbers, by name.
+    """The metrics of the config's evaluator on its validation data, or its test data.
 
     Raises:
         FileNotFoundError: If the data are missing.

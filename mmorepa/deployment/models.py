@@ -20,12 +20,6 @@ def deployed_config(cfg: Config) -> Config:
     Backbones of this package and every ``conv_cfg`` of its convs get ``deploy=True``;
     ``Reparameterized`` modules become the modules that they were made from.
 
-    Args:
-        cfg (Config): Of a model in either form; it is left as it is.
-
-    Returns:
-        Config: One that builds no training form.
-
     Raises:
         ValueError: If convs of this package are built without a config of theirs.
     """
@@ -59,12 +53,7 @@ def _deployed(node: Any) -> Any:
 
 
 def load_deployed(cfg: Config, checkpoint: dict) -> nn.Module:
-    """The deployed model of a config with the weights of a checkpoint.
-
-    Args:
-        cfg (Config): Of a model in either form, or of one without re-parameterised
-            convs; it is left as it is.
-        checkpoint (dict): With the ``state_dict`` of either form.
+    """The deployed model of a config with a checkpoint, both of either form.
 
     Returns:
         nn.Module: In eval mode on the CPU.
@@ -84,14 +73,7 @@ def load_deployed(cfg: Config, checkpoint: dict) -> nn.Module:
 
 
 def loaded_by_config(cfg: Config, state_dict: dict) -> tuple[Config, nn.Module]:
-    """The config of the deployed form, and its model with these weights.
-
-    Args:
-        cfg (Config): Of a model in either form.
-        state_dict (dict): Of the deployed form.
-
-    Returns:
-        tuple[Config, nn.Module]: What was built, and from what.
+    """The config of the deployed form, and its model with these deployed weights.
 
     Raises:
         ValueError: As :func:`deployed_config`, or if the weights do not fit what the

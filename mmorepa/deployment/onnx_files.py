@@ -116,14 +116,7 @@ def _quiet() -> Iterator[None]:
 
 
 def inference_session(model: Union[str, bytes]) -> Any:
-    """A session of ONNX Runtime on the CPU, with as many threads as PyTorch has.
-
-    Args:
-        model (str | bytes): A path, or what is in the file.
-
-    Raises:
-        ImportError: If ONNX Runtime is missing.
-    """
+    """A session of ONNX Runtime on the CPU, with as many threads as PyTorch has."""
     onnxruntime = require('onnxruntime')
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -139,11 +132,7 @@ class OnnxNetwork(Network):
 
     Args:
         path (str | Path): A file of :func:`export_onnx`, quantized or not.
-        pads (bool): Whether smaller images are padded, as those of detectors may be.
-            Defaults to False.
-
-    Raises:
-        ImportError: If ONNX Runtime is missing.
+        pads (bool): Pad smaller images, as those of detectors are. Defaults to False.
     """
 
     def __init__(self, path: PathLike, pads: bool = False) -> None:

@@ -164,16 +164,7 @@ def _occurs(name: str, value: Any, leaves: list[tuple[str, Any]]) -> bool:
 
 
 def build_model(cfg: Config) -> nn.Module:
-    """The model of a config, in eval mode on the CPU.
-
-    Its ``init_cfg`` is not run: a checkpoint will give every weight.
-
-    Args:
-        cfg (Config): Of a classifier, detector or segmenter.
-
-    Returns:
-        nn.Module: The model.
-    """
+    """The model of a config, in eval mode on the CPU, without running its init_cfg."""
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     if 'data_preprocessor' in cfg:  # The runner hands it on in the same way.
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
@@ -181,17 +172,13 @@ def build_model(cfg: Config) -> nn.Module:
 
 
 def use_amp(cfg: Config) -> None:
-    """Turns on mixed-precision training, with loss scaling where it applies.
-
-    On a machine without accelerator, where MMEngine's ``AmpOptimWrapper`` refuses
-    to run, :class:`BFloat16OptimWrapper` is used. Folded wrappers stay folded.
+    """Turns on mixed-precision training; without an accelerator, in bfloat16.
 
     Args:
-        cfg (Config): Changed in place.
+        cfg (Config): Changed in place. Folded wrappers stay folded.
 
     Raises:
-        ValueError: If the config has an optimizer wrapper that is neither plain nor
-            already one for mixed precision.
+        ValueError: If the optimizer wrapper is another one than MMEngine's and ours.
     """
     name = _type_name({'type': 'OptimWrapper', **cfg.optim_wrapper})
     folded = 'Folded' if name.startswith('Folded') else ''
@@ -199,9 +186,8 @@ def use_amp(cfg: Config) -> None:
         return
     if name != f'{folded}OptimWrapper':
         raise ValueError(
-            '--amp replaces OptimWrapper and FoldedOptimWrapper by their '
-            f'mixed-precision forms; found {name!r} in the config: set mixed precision '
-            'there'
+            f'--amp replaces OptimWrapper and FoldedOptimWrapper, found {name!r}: set '
+            'mixed precision in the config'
         )
     if has_accelerator():
         cfg.optim_wrapper.type = f'{folded}AmpOptimWrapper'
@@ -217,12 +203,7 @@ def has_accelerator() -> bool:
 
 
 def add_hook(cfg: Config, name: str) -> None:
-    """Adds a hook with its defaults, unless the config has one of this type.
-
-    Args:
-        cfg (Config): Changed in place.
-        name (str): The type of the hook.
-    """
+    """Adds a hook with its defaults, unless the config has one of this type."""
     custom = cfg.get('custom_hooks') or []
     hooks = [*custom, *(cfg.get('default_hooks') or {}).values()]
     if not any(_type_name(hook) == name for hook in hooks if hook):
@@ -230,13 +211,9 @@ def add_hook(cfg: Config, name: str) -> None:
 
 
 def keep_few_checkpoints(cfg: Config) -> None:
-    """Keeps the last three checkpoints and the best one, unless the config says more.
+    """Keeps the last three checkpoints, and the best where its metric is known.
 
-    MMEngine keeps one of every epoch. The best is kept where it is known which metric
-    says so.
-
-    Args:
-        cfg (Config): Changed in place.
+    MMEngine keeps one of every epoch. A config's ``max_keep_ckpts`` goes first.
     """
     evaluators = cfg.get('val_evaluator') or [{'type': ''}]
     first = evaluators[0] if isinstance(evaluators, list) else evaluators
@@ -254,11 +231,7 @@ def _type_name(node: dict) -> str:
 
 
 def use_tta(cfg: Config) -> None:
-    """Turns on test-time augmentation.
-
-    Args:
-        cfg (Config): Changed in place. Without ``tta_model``, classifiers average
-            over horizontal flips, as mmpretrain does.
+    """Turns on test-time augmentation; by default, classifiers average over flips.
 
     Raises:
         ValueError: If the config of another toolbox defines none.
@@ -297,8 +270,8 @@ def use_visualization(
     if show and sys.platform == 'linux' and not any(displays):
         # Matplotlib would draw and show nothing, in silence.
         raise ValueError(
-            '--show needs a display for its windows, and neither DISPLAY nor '
-            'WAYLAND_DISPLAY is set; --show-dir FOLDER writes the images to files'
+            '--show needs a display, and neither DISPLAY nor WAYLAND_DISPLAY is set; '
+            '--show-dir FOLDER writes files'
         )
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:

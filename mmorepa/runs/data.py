@@ -30,16 +30,9 @@ def innermost(dataset: dict) -> dict:
 
 
 def build_loader(cfg: Config, phase: str) -> DataLoader:
-    """The data of a phase, without a runner, read by this process.
+    """The data of a phase, read by this process in the same order each time.
 
-    Nothing is downloaded: only training and testing, which build a runner, may do that.
-
-    Args:
-        cfg (Config): It is left as it is.
-        phase (str): ``'train'``, ``'val'`` or ``'test'``.
-
-    Returns:
-        DataLoader: In the same order each time.
+    Nothing is downloaded: only training and testing do that.
 
     Raises:
         FileNotFoundError: If data are missing, also those that could be downloaded.
@@ -89,14 +82,10 @@ def name_broken_images() -> None:
 
 
 def check_data_folders(cfg: Config, phases: tuple[str, ...]) -> None:
-    """Checks that the data of these phases are there.
-
-    A dataset that downloads what is missing, as mmpretrain's CIFAR10 does, may do so
-    where the config has no other advice.
+    """Checks that the data of these phases are there, or will be downloaded.
 
     Args:
-        cfg (Config): The config. Its ``data_preparation``, if any, is the advice
-            that the error gives.
+        cfg (Config): Its ``data_preparation``, if any, is the advice of the error.
         phases (tuple[str, ...]): Out of ``'train'``, ``'val'`` and ``'test'``.
 
     Raises:
@@ -134,16 +123,7 @@ def _datasets(node: object) -> Iterator[dict]:
 
 
 def argument_of(dataset: dict, name: str, scope: Optional[str]) -> Any:
-    """What a dataset gets for an argument, by its config or by default.
-
-    Args:
-        dataset (dict): Its config.
-        name (str): The argument.
-        scope (str, optional): Where MMEngine looks for its type.
-
-    Returns:
-        Any: None if there is no such argument, or no such type.
-    """
+    """What a dataset gets for an argument; None if it, or the type, is not known."""
     kind = dataset.get('type')
     if isinstance(kind, str):
         with DATASETS.switch_scope_and_registry(scope) as registry:
@@ -160,8 +140,7 @@ def check_datasets(cfg: Config, datasets: dict[str, list[dict]]) -> None:
 
     Args:
         cfg (Config): The config.
-        datasets (dict[str, list[dict]]): Those of each phase, whose ``data_root``
-            is there.
+        datasets (dict[str, list[dict]]): By phase.
 
     Raises:
         FileNotFoundError: If a folder or a file is missing.

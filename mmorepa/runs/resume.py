@@ -16,12 +16,6 @@ _STEP = re.compile(r'_(\d+)\.pth$')
 def read_resumable(path: str) -> dict:
     """Reads a checkpoint that must hold the whole state of a training.
 
-    Args:
-        path (str): The file.
-
-    Returns:
-        dict: As :func:`read_checkpoint`.
-
     Raises:
         CheckpointError: If it holds weights alone, or see :func:`read_checkpoint`.
         FileNotFoundError: If there is no such file.
@@ -34,8 +28,7 @@ def read_resumable(path: str) -> dict:
     if missing:
         raise CheckpointError(
             f'{path!r} holds weights but not the state of a training run to resume '
-            f'({", ".join(missing)} missing); to start a new run from these '
-            'weights: --cfg-options load_from=...'
+            f'({", ".join(missing)} missing); start a new run by load_from=...'
         )
     return checkpoint
 
@@ -45,14 +38,13 @@ def newest_resumable(folder: str) -> tuple[Optional[str], Optional[dict]]:
 
     It is the one that ``last_checkpoint`` names, unless that is damaged, or one of a
     later step was written since: a kill may come between the two files. A warning names
-    those that are left out, and says so if there is none at all.
+    those that are left out.
 
     Args:
         folder (str): The work folder. It need not exist.
 
     Returns:
-        tuple[str, dict]: Its path, and what it holds; None and None if there are no
-        checkpoints.
+        tuple[str, dict]: Path and content; None and None without any checkpoint.
 
     Raises:
         CheckpointError: If there are, but none can be resumed from.

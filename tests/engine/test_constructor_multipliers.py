@@ -211,23 +211,6 @@ def test_all_at_once(built, kind):
     assert found == approximately(expected)
 
 
-def test_norms_inside_of_blocks_are_no_branches(built):
-    """RepVGG's branches end in norms, which have a decay of their own."""
-    model = built('repvgg')
-    found = settings(model, branch_decay_mult=0.0)
-    block = 'backbone.layer1.1.conv.branches'
-    expected = {
-        f'{block}.origin.branches.weight_origin': (LR, 0.0),
-        f'{block}.origin.branches.scale': (LR, 0.0),
-        f'{block}.origin.norm.weight': (LR, DECAY),
-        f'{block}.pointwise.branches.weight': (LR, 0.0),
-        f'{block}.pointwise.norm.bias': (LR, DECAY),
-        f'{block}.identity.norm.weight': (LR, DECAY),
-        'head.fc.weight': (LR, DECAY),
-    }
-    assert {name: found[name] for name in expected} == expected
-
-
 def test_stem_that_is_named(built):
     """Any modules can be the stem, of our networks too."""
     model = built('resnet50')
@@ -276,15 +259,6 @@ class TestErrors:
         message = rf'{option}=2.0 has no effect: all that .* is frozen \(frozen_stages'
         with pytest.raises(ValueError, match=message):
             settings(model, **{option: 2.0})
-
-    def test_frozen_stem_of_mmdet(self):
-        """Its configs freeze stem and first stage, where a multiplier is lost."""
-        model = detector(dict(STOCK, frozen_stages=1))
-        options = dict(stem_lr_mult=0.1, stem_keys=['backbone.conv1', 'backbone.bn1'])
-        with pytest.raises(
-            ValueError, match='stem_lr_mult=0.1 has no effect: all that'
-        ):
-            settings(model, **options)
 
     @pytest.mark.parametrize('block', ['plain', 'dbb'])
     def test_plain_stem_keeps_its_rate(self, block, log):

@@ -11,11 +11,6 @@ FOLDER = 'custom/resnet18-orepa_1xb32_folder'
 COCO = 'custom/faster-rcnn_r50-orepa_fpn_1xb2_coco-format'
 
 
-def child(path, lines, base=FOLDER):
-    path.write_text(f"_base_ = 'mmorepa::{base}.py'\n{lines}\n")
-    return str(path)
-
-
 class TestDataFolders:
     def check(self, phases=('train',), **loaders):
         check_data_folders(Config(loaders), phases)

@@ -1,13 +1,11 @@
 import importlib
 import re
-from pathlib import Path
 
 import pytest
 
 from mmorepa.utils import requirements
 from mmorepa.utils.requirements import check_requirements
 
-ROOT = Path(__file__).parents[2]
 ADVICE = {
     'mmengine': 'pip install mmengine==0.10.7` (OpenMMLab) or `pip install onedl-',
     'mmcv': 'pip install mmcv==2.1.0` (OpenMMLab) or `pip install onedl-mmcv==',

@@ -17,19 +17,18 @@ from ...layers import is_switchable, switch_to_deploy
 class SwitchToDeployHook(Hook):
     """Switches the model to its plain form before it is tested.
 
-    At the first test batch, when the weights are loaded and an ``EMAHook`` has put
-    its averages in place, every re-parameterised conv of the model (and of the
-    EMA's copy, so that both can still be swapped) becomes a plain one. The outputs
-    for that batch are held against each other. Validation during training does
-    not switch anything.
+    At the first test batch, when an ``EMAHook`` has swapped its averages in, every
+    re-parameterised conv of the model, and of the EMA's copy, becomes a plain one, and
+    the outputs of both forms are compared. Validation switches nothing.
 
     Args:
-        tolerance (float, optional): The largest difference of the raw outputs,
-            relative to the largest value, that is accepted. None skips the
-            comparison. Defaults to 1e-4.
-        save_after_train (bool): Whether to write, after training, the deployed
-            form of the last checkpoint beside it, as ``NAME_deploy.pth``.
-            Defaults to False.
+        tolerance (float, optional): The largest accepted difference of the raw outputs,
+            relative to the largest value; None skips the comparison. Defaults to 1e-4.
+        save_after_train (bool): Write the deployed form of the last checkpoint beside
+            it after training, as ``NAME_deploy.pth``. Defaults to False.
+
+    Raises:
+        RuntimeError: In a test, if the outputs differ by more than the tolerance.
 
     Examples:
         >>> custom_hooks = [dict(type='SwitchToDeployHook')]
@@ -46,16 +45,7 @@ class SwitchToDeployHook(Hook):
     def before_test_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None
     ) -> None:
-        """Switches at the first batch.
-
-        Args:
-            runner (Runner): The runner of the test.
-            batch_idx (int): Index of the batch.
-            data_batch (Any): The batch that the comparison uses.
-
-        Raises:
-            RuntimeError: If the outputs differ by more than the tolerance.
-        """
+        """Switches at the first batch."""
         if batch_idx != 0:
             return
         if not is_switchable(runner.model):
@@ -103,11 +93,7 @@ class SwitchToDeployHook(Hook):
 
     @master_only
     def after_train(self, runner: Runner) -> None:
-        """Writes the deployed checkpoint if asked to.
-
-        Args:
-            runner (Runner): The runner of the training.
-        """
+        """Writes the deployed checkpoint if asked to."""
         if not self.save_after_train:
             return
         last = find_latest_checkpoint(runner.work_dir)

@@ -45,31 +45,26 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     - ``norm_bias_lr_mult`` (float): Learning rate of the biases of normalisation
       layers, which ``bias_lr_mult`` leaves out.
-    - ``stem_lr_mult`` (float): Learning rate of everything in the stem, its
-      BatchNorm and scaling vectors included. It is for deep linear stems: another
-      stem of this package's backbones keeps its learning rate, and the log says so.
+    - ``stem_lr_mult`` (float): Learning rate of everything in a deep linear stem; any
+      other stem of this package's backbones keeps its rate, and the log says so.
     - ``stem_keys`` (list[str]): Names of the modules that are the stem, such as
-      ``['backbone.conv1']``, of any kind. By default the deep linear stems of this
-      package's backbones.
+      ``['backbone.conv1']``. By default the deep linear stems of our backbones.
     - ``scale_lr_mult``, ``scale_decay_mult`` (float): Learning rate and weight decay
       of the scaling vectors.
     - ``branch_decay_mult`` (float): Weight decay of all that is folded into kernels,
       scaling vectors included; 0 goes with
       :class:`mmorepa.engine.EquivalentKernelDecayHook`.
 
-    Networks with kernels to fold train folded: a wrapper of type ``OptimWrapper``,
-    ``AmpOptimWrapper`` or ``BFloat16OptimWrapper`` becomes its folded form, such as
-    :class:`FoldedOptimWrapper`, unless ``folded=False`` stands beside its type.
+    Beside the type of the wrapper, ``folded=False`` and ``channels_last`` (True, False)
+    change two defaults:
 
-    Convs run with channels last in memory where that was measured to be faster: ResNets
-    and RepVGGs, as whole models or as backbones, on a CPU, and in mixed precision on a
-    GPU, unless a wrapper is around them. ``channels_last=False`` beside the type leaves
-    the default order, ``channels_last=True`` takes the whole model, see
-    :func:`mmorepa.set_channels_last`.
+    - ``OptimWrapper``, ``AmpOptimWrapper`` and ``BFloat16OptimWrapper`` become their
+      folded forms, as :class:`FoldedOptimWrapper`, where there are kernels to fold.
+    - ResNets and RepVGGs that are not wrapped run with channels last on a CPU, and in
+      mixed precision on a GPU, see :func:`mmorepa.set_channels_last`.
 
-    Parameters with the same settings share one group, and an optimizer of PyTorch's
-    updates them in one fused loop where it can, unless its config says ``fused`` or
-    ``foreach``; the groups are logged as one table.
+    Parameters with the same settings share one group, which PyTorch's optimizers update
+    in one fused loop where they can; one table of the groups is logged.
 
     Raises:
         ValueError: If an option is not known, a multiplier fits no parameter that is
@@ -108,14 +103,7 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
-        """Builds the optimizer and its wrapper.
-
-        Args:
-            model (nn.Module): The model, wrapped or not.
-
-        Returns:
-            OptimWrapper: Of the type that the config asks for, or its folded form.
-        """
+        """Builds the optimizer and its wrapper for a model, wrapped or not."""
         self.optimizer_cfg = with_fused_update(self.optimizer_cfg, model)
         kernels = count_kernels(model)
         if self.folded and kernels:
@@ -140,14 +128,7 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         prefix: str = '',
         is_dcn_module: Optional[Union[int, float]] = None,
     ) -> None:
-        """Adds the parameters of ``module`` to ``params``, in groups.
-
-        Args:
-            params (list[dict]): Parameter groups, extended in place.
-            module (nn.Module): The module.
-            prefix (str): Its name within the model. Defaults to ``''``, the model.
-            is_dcn_module (int | float | None): As in the base class.
-        """
+        """Adds the parameters of a module to ``params``, as the base class does."""
         if prefix:  # The base class calls this for every child.
             super().add_params(params, module, prefix, is_dcn_module)
             return
