@@ -2,9 +2,15 @@
 
 from .blocks import BLOCKS, build_conv
 from .branch_kernel import BranchKernel
+from .conv import ReparamConv2d
 from .dbb import DBBConv2d
 from .deep_linear import DeepLinearConv2d, DeepLinearKernel
-from .holding import KernelLeaf, backward_to_branches, folded, held
+from .exchange import (
+    add_branches,
+    build_with_branches,
+    log_plain_starts,
+    reparameterize,
+)
 from .memory_format import faster_in_channels_last, set_channels_last
 from .multi_branch import MultiBranchConv2d
 from .orepa import (
@@ -15,14 +21,8 @@ from .orepa import (
 )
 from .param_groups import param_groups
 from .plain import PlainConv2d, PlainKernel
-from .plain_start import (
-    add_branches,
-    build_with_branches,
-    log_plain_starts,
-    reparameterize,
-)
-from .reparam_conv import ReparamConv2d
 from .repvgg import OREPARepVGGConv2d, RepVGGConv2d
+from .scopes import KernelLeaf, backward_to_branches, folded, held
 from .switch import ConvAct2d, is_switchable, outermost, switch_to_deploy
 
 __all__ = [
