@@ -67,7 +67,10 @@ class CUDAGraphRecorder:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may pin the memory of the next batch meanwhile.
+        with torch.cuda.graph(
+            graph, pool=self._pool, capture_error_mode='thread_local'
+        ):
             results = run()
         return results, graph.replay
 
