@@ -51,12 +51,6 @@ def test_unknown_block(block):
         build_conv(block, 4, 6, 3)
 
 
-def test_plain_conv_starts_as_those_of_openmmlab():
-    conv = PlainConv2d(32, 64, 3, bias=False)
-    expected = (2 / (64 * 9)) ** 0.5
-    assert conv.kernel().std().item() == pytest.approx(expected, rel=0.05)
-
-
 def test_plain_conv_serves_its_parameter():
     conv = PlainConv2d(4, 6, 3)
     assert conv.kernel() is conv.branches.weight

@@ -153,19 +153,6 @@ def test_efficient_conv_bn_eval():
     assert_near(*found, 1e-4)
 
 
-@pytest.mark.parametrize('kind', ['ShuffleNetV1', 'ShuffleNetV2'])
-def test_shufflenet(kind):
-    import_models('mmpretrain')
-    init_default_scope('mmpretrain')
-    model = MODELS.build(dict(type=kind, conv_cfg=OREPA))
-    model.init_weights()
-    trained_like(model).eval()
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        expected = model(x)
-        assert_near(switch_to_deploy(model)(x), expected, 1e-4)
-
-
 @pytest.mark.parametrize(
     'cfg', [dict(type='RepVGG', arch='A0'), dict(type='MobileOne', arch='s0')]
 )
