@@ -11,10 +11,10 @@ from torch.nn.modules.utils import _pair
 from torch.nn.utils import skip_init
 
 from ..utils.weights import warn_of_flaws
-from . import loading
 from .changes import check_foldable, warn_of_silent_hooks
 from .folded_weight import ParametersOfBranches, WeightOfBranches
 from .folding import double, fold, fold_exactly, fuse_norm, is_fusible, is_sharded
+from .loading import adapt
 from .param_groups import watch
 from .starting import StartsFromKernels
 
@@ -311,10 +311,8 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         error_msgs = args[-1]  # MMEngine's loader and PyTorch's both give one list.
         if self.warns_of_flaws:
             warn_of_flaws(state_dict, prefix, error_msgs)
-        dtypes = loading.dtypes_of(state_dict, prefix)
-        self.is_plain_start = loading.adapt(self, state_dict, prefix, error_msgs)
-        if metadata.get('assign_to_params_buffers'):
-            loading.keep_dtypes(state_dict, prefix, dtypes)
+        assign = metadata.get('assign_to_params_buffers', False)
+        self.is_plain_start = adapt(self, state_dict, prefix, error_msgs, assign)
         super()._load_from_state_dict(state_dict, prefix, metadata, *args)
         self.forget_folds()
 

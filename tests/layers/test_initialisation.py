@@ -10,7 +10,6 @@ from torch import nn
 
 from mmorepa.backbones import OREPARepVGG, OREPAResNet
 from mmorepa.layers import (
-    BranchKernel,
     DBBConv2d,
     DeepLinearConv2d,
     OREPAConv2d,
@@ -251,18 +250,6 @@ class TestBranches:
         assert_near(conv(x), expected, 1e-5)
         conv.switch_to_deploy()
         assert_near(conv(x), expected, 1e-5)
-
-    def test_in_resnet(self):
-        cfg = dict(branches=['origin', 'average', 'pointwise_pointwise'])
-        net = OREPAResNet(50, base_channels=4, block_cfg=cfg)
-        kernels = {m.branch_names for m in net.modules() if isinstance(m, BranchKernel)}
-        assert kernels == {('origin', 'average'), ('origin', 'pointwise_pointwise')}
-
-    def test_in_repvgg(self):
-        net = OREPARepVGG('A0', base_channels=4, block_cfg=dict(branches=['origin']))
-        convs = [m for m in net.modules() if isinstance(m, OREPARepVGGConv2d)]
-        assert len(convs) == 22
-        assert {tuple(conv.branches) for conv in convs} == {('origin',)}
 
 
 @pytest.mark.parametrize('kind', [OREPAConv2d, DeepLinearConv2d])

@@ -12,7 +12,6 @@ from helpers import (
     gradients,
     trained_like,
 )
-from torch import nn
 
 from mmorepa.layers import (
     DBBConv2d,
@@ -175,15 +174,6 @@ def test_deployed_equals_training_form(kind, in_channels, out_channels, k, optio
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_half_precision(kind):
-    conv = make(kind, 4, 4, 3).eval().bfloat16()
-    x = torch.randn(2, 4, 9, 9, dtype=torch.bfloat16)
-    y = conv(x)
-    assert y.dtype == torch.bfloat16
-    assert_near(deployed_twin(conv)(x), y, 3e-2)
-
-
-@pytest.mark.parametrize('kind', KINDS)
 def test_autocast(kind):
     conv = make(kind, 4, 4, 3).train()
     twin = copy.deepcopy(conv)
@@ -239,22 +229,6 @@ def test_training_form_has_no_kernel():
     assert conv.kernel() is conv.weight
 
 
-@pytest.mark.parametrize('kind', [*KINDS, OREPAConv2d, PlainConv2d])
-def test_regularized_kernel_at_the_start(kind):
-    """With every last norm at zero as well, it is finite."""
-    conv = kind(4, 4, 3, padding=1, norm_cfg=dict(type='BN'))
-    for norm in conv.last_norms:
-        nn.init.zeros_(norm.weight)
-    kernel = conv.regularized_kernel()
-    kernel.square().sum().backward()
-    for parameter in conv.parameters():
-        assert parameter.grad is None or parameter.grad.isfinite().all()
-    if not isinstance(conv, MultiBranchConv2d):
-        assert_near(kernel, conv.branches(), 1e-6)
-    conv.switch_to_deploy()
-    assert conv.regularized_kernel() is conv.weight
-
-
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize(
     ('options', 'message'),
@@ -291,27 +265,6 @@ def test_deployed_checkpoint_into_training_form(kind):
     state = deployed_twin(make(kind, 4, 4, 3)).state_dict()
     with pytest.raises(RuntimeError, match=f'{kind.__name__} cannot .* deployed'):
         kind(4, 4, 3, padding=1, bias=False).load_state_dict(state)
-
-
-def test_copies_and_switch_inside_inference_mode():
-    conv = make(DBBConv2d, 4, 6, 3).eval()
-    x = torch.randn(2, 4, 8, 8)
-    with torch.inference_mode():
-        expected = conv(x)
-        twin = deployed_twin(conv)
-    assert_near(twin(x), expected)
-    twin(x).sum().backward()
-    assert twin.weight.grad.any()
-
-
-def test_plain_branches_are_not_switched_one_by_one():
-    """Only the block as a whole has a deployed form."""
-    net = nn.Sequential(make(DBBConv2d, 4, 4, 3), make(PlainConv2d, 4, 4, 3)).eval()
-    x = torch.randn(2, 4, 8, 8)
-    expected = net(x)
-    twin = deployed_twin(net)
-    assert_near(twin(x), expected)
-    assert set(twin.state_dict()) == {'0.weight', '0.bias', '1.weight'}
 
 
 def test_a_block_of_ones_own():

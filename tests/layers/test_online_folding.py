@@ -151,30 +151,6 @@ def test_other_parameters_in_a_call(folded_conv):
     assert_same_gradients(dict(zip(state, found)), expected, 1e-11)
 
 
-@pytest.mark.parametrize('kind', FOLDED)
-def test_autocast_and_half_precision(kind):
-    """The fold itself is done in float32, in half precision and autocast alike."""
-    conv = trained_like(CONVS[kind]()).eval()
-    x = image()
-    expected = conv(x).detach()
-    with torch.autocast('cpu', torch.bfloat16):
-        if kind != 'orepa_repvgg':
-            assert conv.kernel().dtype == torch.float32
-        y = conv(x)
-    assert_near(y.float(), expected, 3e-2)
-    y.float().sum().backward()
-    assert all(p.grad.isfinite().all() for p in conv.parameters())
-    half = copy.deepcopy(conv).bfloat16()
-    with torch.no_grad():
-        wide = copy.deepcopy(half).float()
-        if kind != 'orepa_repvgg':
-            assert_near(half.kernel().float(), wide.kernel(), 2**-8)
-        # There and back leaves no rounded constants.
-        twin = trained_like(CONVS[kind]()).eval()
-        twin.bfloat16().float().load_state_dict(conv.state_dict())
-        assert_near(twin(x), expected, 1e-6)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', FOLDED)
 def test_compiled_by_pytorch(kind):

@@ -16,7 +16,6 @@ from helpers import (
 from mmorepa.layers import (
     DeepLinearConv2d,
     OREPAConv2d,
-    OREPADeepLinearKernel,
     OREPAKernel,
     OREPAPointwiseKernel,
 )
@@ -129,22 +128,6 @@ def test_kernel_equals_its_branches_on_the_feature_map(
     assert_same_gradients(
         gradients(y, conv.branches), gradients(expected, conv.branches), 1e-12
     )
-
-
-@pytest.mark.parametrize(
-    ('k', 'kind'),
-    [
-        (1, OREPAPointwiseKernel),
-        (3, OREPAKernel),
-        (5, OREPAKernel),
-        (7, OREPADeepLinearKernel),
-        (9, OREPADeepLinearKernel),
-    ],
-)
-def test_kernel_by_size(k, kind):
-    conv = OREPAConv2d(2, 4, k)
-    assert type(conv.branches) is kind
-    assert conv.branches().shape == (4, 2, k, k)
 
 
 def assert_kaiming_uniform(weight, a):

@@ -11,7 +11,7 @@ from mmcv.cnn import ConvModule
 from torch import nn
 
 from mmorepa import is_switchable, switch_to_deploy
-from mmorepa.layers import OREPAConv2d, PlainConv2d, ReparamConv2d
+from mmorepa.layers import OREPAConv2d, PlainConv2d
 
 BN = dict(type='BN')
 RELU = dict(type='ReLU', inplace=True)
@@ -191,14 +191,6 @@ def test_parents_do_not_initialise_a_conv_with_a_norm():
     assert all(torch.equal(v, before[n]) for n, v in module.conv.state_dict().items())
 
 
-def test_repr_says_which_form():
-    conv = make(4, 6, 3, stride=2, norm_cfg=BN)
-    assert 'kernel_size=(3, 3), stride=(2, 2)' in repr(conv)
-    assert 'training form' in repr(conv)
-    conv.switch_to_deploy()
-    assert 'deployed' in repr(conv) and 'training form' not in repr(conv)
-
-
 # Loading
 
 
@@ -356,26 +348,16 @@ def test_empty_checkpoint_is_reported():
 # Bad input
 
 
-@pytest.mark.parametrize('kind', [OREPAConv2d, PlainConv2d])
-@pytest.mark.parametrize('k', [0, 2, 4, (3, 1), (1, 3), (2, 2), -1])
-def test_kernel_without_a_centre(kind, k):
-    with pytest.raises(ValueError, match=f'{kind.__name__} takes an odd, square') as e:
-        kind(4, 4, k)
-    assert f'kernel_size={k}' in str(e.value)
-
-
-@pytest.mark.parametrize('mode', ['reflect', 'circular', 'replicate'])
-def test_padding_mode(mode):
-    with pytest.raises(ValueError, match=f"padding_mode='zeros' only, found '{mode}'"):
-        OREPAConv2d(4, 4, 3, padding=1, padding_mode=mode)
-
-
-@pytest.mark.parametrize('padding', [-1, (1, -1)])
-def test_negative_padding(padding):
-    with pytest.raises(ValueError, match='takes padding >= 0, found padding='):
-        OREPAConv2d(4, 4, 3, padding=padding)
-
-
-def test_a_block_type_needs_branches():
-    with pytest.raises(NotImplementedError):
-        ReparamConv2d(4, 4, 3)
+@pytest.mark.parametrize(
+    ('k', 'options', 'message'),
+    [
+        (2, dict(), 'OREPAConv2d takes an odd, square kernel .*kernel_size=2'),
+        ((3, 1), dict(), 'odd, square'),
+        (-1, dict(), 'odd, square'),
+        (3, dict(padding_mode='reflect'), "padding_mode='zeros' only"),
+        (3, dict(padding=(1, -1)), 'padding >= 0'),
+    ],
+)
+def test_what_has_no_fold(k, options, message):
+    with pytest.raises(ValueError, match=message):
+        OREPAConv2d(4, 4, k, **options)

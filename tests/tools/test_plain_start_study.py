@@ -109,7 +109,7 @@ def test_names_and_colours():
     module, charts = tool(TOOL), tool('analysis_tools/charts.py')
     assert [*module.PRETRAININGS] == ['plain', 'orepa']
     assert {arm.block for arm in module.ARMS.values()} == {'plain', 'orepa'}
-    assert {*module.COLOURS} == {*ARMS} - {'plain'}
+    assert {*module.COLOURS} == {*ARMS, 'balanced'} - {'plain'}
     assert {*module.COLOURS.values()} <= {*charts.SERIES}
 
 
