@@ -165,6 +165,6 @@ def _fold_entries(conv: nn.Conv2d, state_dict: StateDict, prefix: str) -> None:
     if bias is not None:
         state_dict[f'{prefix}bias'] = bias
     folded = ('branches.', 'bias', 'norm.' if twin.fuses_norm else 'branches.')
-    for name, value in entries.items():
+    for name, value in twin.state_dict().items():
         if not name.startswith(folded):
             state_dict[prefix + name] = value
