@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import is_being_traced
+from .capture import RecordedFolds
 from .changes import overridden_fold
 from .conv import ReparamConv2d
-from .folding import double, fuse_norm, named_tensors
+from .folding import double, fold, fuse_norm, named_tensors
 
 FusedConv = tuple[Tensor, Optional[Tensor], Optional[nn.Module]]
 
@@ -136,7 +137,11 @@ def _must_run(module: nn.Module) -> bool:
 
 
 @contextmanager
-def held(model: nn.Module) -> Iterator[list['KernelLeaf']]:
+def held(
+    model: nn.Module,
+    recorded: Optional[RecordedFolds] = None,
+    dtype: Optional[torch.dtype] = None,
+) -> Iterator[list['KernelLeaf']]:
     """Folds the trained kernels of a model, and cuts the graph there.
 
     Inside of the block, passes with gradients see each kernel as a leaf, an ordinary
@@ -148,6 +153,10 @@ def held(model: nn.Module) -> Iterator[list['KernelLeaf']]:
 
     Args:
         model (nn.Module): Wrapped for data parallelism or not.
+        recorded (RecordedFolds, optional): Replays the fold of all kernels. Defaults
+            to None.
+        dtype (torch.dtype, optional): Of leaves whose fold is replayed. Defaults to
+            that of the branches.
 
     Yields:
         list[KernelLeaf]: One for each trained kernel.
@@ -155,7 +164,7 @@ def held(model: nn.Module) -> Iterator[list['KernelLeaf']]:
     Raises:
         RuntimeError: If data parallelism does not average the gradient of a kernel.
     """
-    leaves = _hold(model)
+    leaves = _hold(model, recorded, dtype)
     try:
         yield leaves
     finally:
@@ -165,20 +174,38 @@ def held(model: nn.Module) -> Iterator[list['KernelLeaf']]:
 
 # Graph break: torch.compile resumes after this and sees leaves.
 @torch.compiler.disable
-def _hold(model: nn.Module) -> list['KernelLeaf']:
+def _hold(
+    model: nn.Module, recorded: Optional[RecordedFolds], dtype: Optional[torch.dtype]
+) -> list['KernelLeaf']:
     convs = [conv for conv in _training_forms(model) if conv.is_held_in_training]
     with torch.enable_grad(), torch.inference_mode(False):
-        leaves = [_leaf_of(conv, model) for conv in convs]
+        fresh = [conv for conv in convs if not _is_held(conv)]
+        leaves = [_leaf_of(conv, model) for conv in fresh]
+        if any(leaf.is_reduced for leaf in leaves):
+            dtype = None  # Data parallelism counts on that of its parameters.
+        recording = None if recorded is None else recorded.fold(fresh, dtype)
+        for i, (conv, leaf) in enumerate(zip(fresh, leaves)):
+            sources = tuple(conv.branches.parameters())
+            if recording is None:
+                leaf.take(conv.folded_kernel(), sources)
+            else:
+                leaf.take(recording.kernels[i], sources)
+                leaf.graph.replays(conv, recorded, recording, i)
+                recorded.lend(leaf.leaf)
+    leaves = [conv.scope for conv in convs]
     for leaf in leaves:
         leaf.depth += 1
     return leaves
 
 
+def _is_held(conv: ReparamConv2d) -> bool:
+    leaf = conv.scope
+    return isinstance(leaf, KernelLeaf) and leaf.depth > 0 and bool(leaf.sources)
+
+
 def _leaf_of(conv: ReparamConv2d, model: nn.Module) -> 'KernelLeaf':
-    leaf, evaluation = conv.scope, conv.scope
+    leaf = evaluation = conv.scope
     if isinstance(leaf, KernelLeaf):
-        if leaf.depth > 0 and leaf.sources:
-            return leaf
         evaluation = leaf.evaluation
     if not (isinstance(leaf, KernelLeaf) and leaf.is_reduced):
         leaf = conv.scope = KernelLeaf(evaluation=evaluation)
@@ -189,7 +216,6 @@ def _leaf_of(conv: ReparamConv2d, model: nn.Module) -> 'KernelLeaf':
             'is trained now: its gradients would not be averaged. Freeze it after '
             'that, with find_unused_parameters=True in model_wrapper_cfg'
         )
-    leaf.take(conv.folded_kernel(), tuple(conv.branches.parameters()))
     return leaf
 
 
@@ -206,10 +232,19 @@ def backward_to_branches(leaves: list['KernelLeaf']) -> None:
     gradients = [leaf.leaf.grad for leaf in leaves]
     for leaf in leaves:
         leaf.leaf.grad = None
+    replays: dict[Any, dict[int, Tensor]] = {}
+    kernels, others = [], []
+    for leaf, gradient in zip(leaves, gradients):
+        recording = leaf.graph.current_recording()
+        if recording is None:
+            kernels.append(leaf.graph.kernel)
+            others.append(gradient)
+        else:
+            replays.setdefault(recording, {})[leaf.graph.number] = gradient
+    for recording, numbered in replays.items():
+        recording.pass_on(numbered)
     # There may be another backward pass through the same forward pass.
-    torch.autograd.backward(
-        [leaf.graph.kernel for leaf in leaves], gradients, retain_graph=True
-    )
+    torch.autograd.backward(kernels, others, retain_graph=True)
 
 
 class KernelGraph:
@@ -220,6 +255,7 @@ class KernelGraph:
 
     Attributes:
         kernel (Tensor): The leaf's numbers, as a function of the branches.
+        number (int): That of the kernel in a recording.
         is_deferred (bool): Whether :func:`backward_to_branches` is called after the
             backward pass.
         is_reduced (bool): Whether data parallelism averages the leaf's gradient,
@@ -227,9 +263,44 @@ class KernelGraph:
     """
 
     def __init__(self, is_reduced: bool) -> None:
-        self.kernel: Optional[Tensor] = None
+        self._kernel: Optional[Tensor] = None
+        self._fold: Optional[Callable[[], Tensor]] = None
+        self._recorded: Optional[RecordedFolds] = None
+        self._recording: Any = None
+        self.number = 0
         self.is_deferred = False
         self.is_reduced = is_reduced
+
+    @property
+    def kernel(self) -> Tensor:
+        if self._kernel is None:  # A replay leaves no graph.
+            assert self._fold is not None
+            with torch.enable_grad():
+                self._kernel = self._fold()
+        return self._kernel
+
+    @kernel.setter
+    def kernel(self, kernel: Tensor) -> None:
+        self._kernel, self._recording = kernel, None
+
+    def replays(
+        self,
+        conv: ReparamConv2d,
+        recorded: RecordedFolds,
+        recording: Any,
+        number: int,
+    ) -> None:
+        """Leaves the way to the branches to a recording while it is current."""
+        self._kernel, self._recorded = None, recorded
+        self._recording, self.number = recording, number
+        branches, memory_format = conv.branches, conv.memory_format
+        self._fold = lambda: fold(branches, memory_format)
+
+    def current_recording(self) -> Any:
+        """The recording that passes the gradient on, if there is one."""
+        if self._recorded is not None and self._recorded.has(self._recording):
+            return self._recording
+        return None
 
     def on_gradient(self, leaf: nn.Parameter) -> None:
         """Passes the leaf's gradient on to the branches, or leaves it to others."""
@@ -289,7 +360,8 @@ class KernelLeaf:
         """
         self.graph.kernel, self.sources = kernel, sources
         if self.leaf is None:
-            self.leaf = nn.Parameter(kernel.detach())
+            # By .data, each leaf counts the writes to it by itself.
+            self.leaf = nn.Parameter(kernel.data)
             self.leaf.register_post_accumulate_grad_hook(self.graph.on_gradient)
             return
         self.leaf.data = kernel.detach()
@@ -306,10 +378,17 @@ class KernelLeaf:
                 self.forget(conv)
             # A compiler takes the parameters for granted.
             elif torch.compiler.is_compiling() or self._was_folded_from(conv):
-                return self.leaf
+                return self._for_pass(self.leaf)
         if self.evaluation is None:
             return conv.folded_kernel()
         return self.evaluation.kernel(conv)
+
+    def _for_pass(self, leaf: nn.Parameter) -> Tensor:
+        # A leaf in half precision may be used where autocast is off for a while.
+        like = self.sources[0].dtype
+        if leaf.dtype == like or torch.is_autocast_enabled(leaf.device.type):
+            return leaf
+        return leaf.to(like)
 
     def fused_conv(self, conv: ReparamConv2d) -> Optional[FusedConv]:
         """See :meth:`EvaluationScope.fused_conv`."""
