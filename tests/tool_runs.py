@@ -3,12 +3,17 @@
 import importlib.util
 import itertools
 import os
+import runpy
+import socket
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
-ROOT = Path(__file__).parents[2]
+import pytest
+
+ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / 'tools'
 _numbers = itertools.count()
 
@@ -34,12 +39,29 @@ def run_here(name, *args):
 
 
 def run_runner(name, config, *args, options=()):
-    """As :func:`run_here`, for tools that build a runner.
+    """As :func:`run_here`, for tools that build a runner."""
+    return run_here(name, config, *args, '--cfg-options', run_name(), *options)
 
-    Runners of one second would share their loggers, were they not named.
-    """
-    options = [f'experiment_name=tool-{next(_numbers)}', *options]
-    return run_here(name, config, *args, '--cfg-options', *options)
+
+def run_name():
+    """An option for a runner: those of one second share their loggers otherwise."""
+    return f'experiment_name=tool-{next(_numbers)}'
+
+
+def run_tool_of(package, name, *args):
+    """Runs a tool that an OpenMMLab package was installed with, in this process."""
+    folder = Path(importlib.import_module(package).__file__).parent
+    path = folder / '.mim' / 'tools' / name
+    if not path.is_file():
+        pytest.skip(f'{package} was installed without its tools')
+    with mock.patch.object(sys, 'argv', [str(path), *map(str, args)]):
+        runpy.run_path(str(path), run_name='__main__')
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return str(probe.getsockname()[1])
 
 
 def environment(**variables):
