@@ -56,7 +56,8 @@ def test_deployed_configs():
         if not name.startswith('imagenet/') or name in DEPLOYED:
             continue
         cfg = Config.fromfile(CONFIGS / name)
-        if cfg.model.backbone.block != 'plain':
+        backbone = cfg.model.backbone
+        if 'stem_block' in backbone or backbone.block != 'plain':
             cfg.model.backbone.deploy = True
             stem = Path(name).stem.replace('_4xb64_', '_deploy_')
             expected[f'imagenet/deploy/{stem}.py'] = cfg.to_dict()
@@ -146,6 +147,9 @@ def test_names_tell_the_truth(name):
     cfg = Config.fromfile(CONFIGS / name)
     network, batches, data = Path(name).stem.split('_')
     backbone = cfg.model.backbone
+    stem = re.search('-(orepa|deep-linear)-stem', network)
+    network = network.replace(stem[0], '') if stem else network
+    assert backbone.get('stem_block') == (stem[1].replace('-', '_') if stem else None)
     parts = network.split('-')
     block = next((b for b in ('orepa', 'dbb') if b in parts), 'plain')
     if 'repvgg' in network:
@@ -227,7 +231,8 @@ def test_learning_rates():
     cfg = Config.fromfile(CONFIGS / 'imagenet/resnet18-orepa_4xb64_in1k.py')
     epochs, length = cfg.train_cfg.max_epochs, 3
     assert epochs == 120  # As in the paper.
-    wrapper = build_optim_wrapper(nn.Linear(1, 1), cfg.optim_wrapper)
+    model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     schedulers = []
     for scheduler in cfg.param_scheduler:
         kind = PARAM_SCHEDULERS.get(scheduler.pop('type'))
@@ -235,7 +240,7 @@ def test_learning_rates():
             kind = partial(kind.build_iter_from_epoch, epoch_length=length)
         schedulers.append(kind(optimizer=wrapper.optimizer, **scheduler))
     for i in range(epochs * length):
-        bias, weight = sorted(wrapper.get_lr()['lr'], reverse=True)
+        bias, weight = sorted({*wrapper.get_lr()['lr']}, reverse=True)
         warm = 0.1 * min(1, (i + 1) / 5)
         expected = warm * (1 + math.cos(math.pi * i / (epochs * length))) / 2
         assert weight == pytest.approx(expected, rel=1e-6)

@@ -66,7 +66,8 @@ def test_names_tell_the_truth(name):
     """And images and backbone are as in the pretraining that the name implies."""
     cfg = Config.fromfile(CONFIGS / name)
     stem, backbone = Path(name).stem, cfg.model.backbone
-    kind = re.search('orepa|dbb', stem)
+    kind = re.search('(orepa|dbb)(?!-stem)', stem)
+    assert backbone.get('stem_block') == ('orepa' if '-orepa-stem' in stem else None)
     assert backbone.block == (kind[0] if kind else 'plain')
     if 'repvgg' in stem:
         assert backbone.arch.lower() == re.search('repvgg-(a[02])', stem)[1]
@@ -80,12 +81,13 @@ def test_names_tell_the_truth(name):
         if 'from-plain' in stem:
             network = f'repvgg-{backbone.arch}' if 'repvgg' in stem else 'resnet50'
             assert network.lower() in checkpoint.lower()
-            twin = f'imagenet/{network.lower()}-orepa_4xb64_in1k.py'
+            suffix = '-orepa-stem' if '-orepa-stem' in stem else '-orepa'
+            twin = f'imagenet/{network.lower()}{suffix}_4xb64_in1k.py'
     if name.startswith('cityscapes'):
         assert cfg.train_cfg.max_iters == int(re.search('([0-9]+)k', stem)[1]) * 1000
         assert cfg.param_scheduler[-1].end == cfg.train_cfg.max_iters
     pretraining = Config.fromfile(CONFIGS / twin)
-    for key in ('depth', 'arch', 'block', 'base_channels'):
+    for key in ('depth', 'arch', 'block', 'stem_block', 'base_channels'):
         assert backbone.get(key) == pretraining.model.backbone.get(key)
     ours, theirs = cfg.model.data_preprocessor, pretraining.data_preprocessor
     assert (ours.mean, ours.std) == (theirs.mean, theirs.std)
@@ -125,8 +127,8 @@ def test_multiplier_is_for_chains(name):
     cfg = Config.fromfile(CONFIGS / name)
     multiplier = cfg.optim_wrapper.get('paramwise_cfg', {}).get('stem_lr_mult', 1)
     backbone = cfg.model.backbone
-    is_chain = backbone.type == 'OREPAResNet' and backbone.block == 'orepa'
-    assert (multiplier != 1) == is_chain
+    is_chain = 'orepa' in (backbone.block, backbone.get('stem_block'))
+    assert (multiplier != 1) == (is_chain and backbone.type == 'OREPAResNet')
 
 
 def test_rules_hold_for_the_stem_too():
