@@ -17,7 +17,7 @@ from typing import Optional
 # Before NumPy and PyTorch are loaded: there is a process for each core.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
-from accuracy_report import report
+from accuracy_report import FIGURES, report
 from accuracy_runs import (
     ABLATIONS,
     ALL_BLOCKS,
@@ -34,18 +34,11 @@ from accuracy_runs import (
     job_of,
     keys_of,
 )
-from studies import (
-    Results,
-    add_report_arguments,
-    is_gpu_there,
-    report_and_raise,
-    run_jobs,
-)
-from study_reports import check_document
+from studies import Job, Results, run_study, study_parser
+from torch.cuda import is_available as is_gpu_there
 
 from mmorepa.cli import one_line_errors, positive
 from mmorepa.engine.config import check_data_folders
-from mmorepa.utils.files import check_outputs
 
 
 def seeds(text: str) -> list[int]:
@@ -60,12 +53,12 @@ def seeds(text: str) -> list[int]:
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description='Measures whether re-parameterised networks are better than plain '
-        'ones, which are the block "none". A stopped run goes on with the trainings '
-        'that had not ended.',
-        epilog='variants: '
-        + '; '.join(f'{n}: {VARIANTS[n].text}' for n in VARIANTS if n != STANDARD),
+    parser = study_parser(
+        __doc__,
+        'accuracy',
+        'trainings, on a GPU too,',
+        epilog='variants:\n'
+        + '\n'.join(f'  {n}: {v.text}' for n, v in VARIANTS.items() if v.text),
     )
     parser.add_argument(
         '--data', nargs='+', choices=DATA, default=[*DATA], help='(default: both)'
@@ -123,7 +116,6 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         metavar='CSV',
         help='take the rows of these files, too, such as those of other machines',
     )
-    add_report_arguments(parser, 'accuracy', 'trainings, on a GPU too,', 'tables.md')
     args = parser.parse_args(argv)
     if 'ablations' in args.variants:
         names = [*args.variants, *ABLATIONS]
@@ -134,27 +126,28 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 @one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    names = ('results.csv', 'tables.md', 'differences.png', 'ablations.png')
-    outputs = [args.out / name for name in (*names, 'budget.png')]
-    check_outputs([*outputs, args.document], args.merge)
-    check_document(args.document)
     results = Results(args.out / 'results.csv', KEY, VALUES, check_row)
-    if args.merge:
-        results.merge(*args.merge)
-    failures = []
-    if not args.report_only:
+
+    def make_jobs() -> list[Job]:
         keys = [*keys_of(args)]
         if not keys:
             raise ValueError('these blocks and variants do not go together')
         check_recipes(results, keys)
-        if any(results.get(key) is None for key in keys):
+        if not {tuple(key.values()) for key in keys} <= results.keys():
             for data in args.data:
                 config = base_config(data, args.networks[0])
                 check_data_folders(config, ('train', 'val'))
-        jobs = [job_of(key, args.workers, args.out / 'runs') for key in keys]
-        shown = ('accuracy', 'seconds', 'device')
-        failures = run_jobs(jobs, results, args.jobs, shown)
-    report_and_raise(results, failures, partial(report, results, args))
+        return [job_of(key, args.workers, args.out / 'runs') for key in keys]
+
+    run_study(
+        args,
+        results,
+        make_jobs,
+        partial(report, epochs=args.epochs),
+        FIGURES,
+        inputs=args.merge,
+        shown=('accuracy', 'seconds', 'device'),
+    )
 
 
 if __name__ == '__main__':

@@ -3,16 +3,18 @@
 import argparse
 import copy
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterator
 from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple, Optional
 
 from mmengine.config import Config
-from studies import ROOT, Job, Point, Results, epochs_options, train
+from studies import ROOT, Job, Results
+from trainings import Point, epochs_options, train
 
 from mmorepa.layers import OREPAKernel
 
@@ -163,29 +165,21 @@ def standard_epochs(data: str, given: Optional[int]) -> int:
 
 
 def keys_of(args: argparse.Namespace) -> Iterator[dict[str, str]]:
-    """Those of all rows that are asked for.
+    """The keys of all rows that are asked for.
 
     Seed by seed, so that a part of the study is one of fewer seeds, and blocks in turn,
     so that all of them meet the same machine.
     """
-    for seed in args.seeds:
-        for data in args.data:
-            for network in args.networks:
-                for name in args.variants:
-                    variant = VARIANTS[name]
-                    for factor in args.lr_factors:
-                        for block in args.blocks:
-                            if (
-                                block in BLOCKS[network]
-                                and block in variant.blocks
-                                and network in variant.networks
-                            ):
-                                epochs = variant.epochs(
-                                    standard_epochs(data, args.epochs)
-                                )
-                                parts = (data, network, block, name, factor)
-                                parts = (*parts, str(seed), str(epochs))
-                                yield dict(zip(KEY, parts))
+    for seed, data, network, name, factor, block in itertools.product(
+        *(args.seeds, args.data, args.networks, args.variants, args.lr_factors),
+        args.blocks,
+    ):
+        variant = VARIANTS[name]
+        is_asked = block in BLOCKS[network] and block in variant.blocks
+        if is_asked and network in variant.networks:
+            epochs = variant.epochs(standard_epochs(data, args.epochs))
+            parts = (data, network, block, name, factor, str(seed), str(epochs))
+            yield dict(zip(KEY, parts))
 
 
 def options_of(key: dict[str, str], workers: int = 0) -> dict:
@@ -210,48 +204,46 @@ def recipe_of(key: dict[str, str]) -> str:
     cfg = copy.deepcopy(base_config(key['data'], key['network']))
     cfg.merge_from_dict(options_of(key))
     loader = cfg.train_dataloader
-    parts = (
-        cfg.model,
-        cfg.optim_wrapper,
-        cfg.param_scheduler,
-        cfg.get('custom_hooks', []),
-    )
-    parts = (*parts, cfg.train_cfg.max_epochs, loader.batch_size)
     dataset = {k: v for k, v in loader.dataset.items() if k != 'data_root'}
-    parts = (*parts, dataset, cfg.val_dataloader.dataset.pipeline)
+    parts = (
+        *(cfg.model, cfg.optim_wrapper, cfg.param_scheduler),
+        *(cfg.get('custom_hooks', []), cfg.train_cfg.max_epochs, loader.batch_size),
+        *(dataset, cfg.val_dataloader.dataset.pipeline),
+    )
     text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+def measure(key: dict[str, str], workers: int, runs: Path) -> dict[str, str]:
+    """Trains what a row stands for, and gives its other columns."""
+    options = options_of(key, workers)
+    config = config_of(key['data'], key['network'])
+    training = train(config, options, folder_of(key, runs), METRIC)
+    return dict(
+        accuracy=f'{training.metric:.2f}',
+        lr=f'{options["optim_wrapper.optimizer.lr"]:.4g}',
+        recipe=recipe_of(key),
+        cpu_seconds=f'{training.cpu_seconds:.1f}',
+        seconds=f'{training.seconds:.1f}',
+        device=training.device,
+        deployed_parameters=str(training.deployed_parameters),
+        curve=' '.join(
+            f'{p.epoch}:{p.metric:.2f}:{p.seconds:.1f}:{p.cpu_seconds:.1f}'
+            for p in training.curve
+        ),
+    )
+
+
 def job_of(key: dict[str, str], workers: int, runs: Path) -> Job:
     """The training that gives a row."""
-
-    def run() -> dict[str, str]:
-        options = options_of(key, workers)
-        config = config_of(key['data'], key['network'])
-        training = train(config, options, folder_of(key, runs), METRIC)
-        return dict(
-            accuracy=f'{training.metric:.2f}',
-            lr=f'{options["optim_wrapper.optimizer.lr"]:.4g}',
-            recipe=recipe_of(key),
-            cpu_seconds=f'{training.cpu_seconds:.1f}',
-            seconds=f'{training.seconds:.1f}',
-            device=training.device,
-            deployed_parameters=str(training.deployed_parameters),
-            curve=' '.join(
-                f'{p.epoch}:{p.metric:.2f}:{p.seconds:.1f}:{p.cpu_seconds:.1f}'
-                for p in training.curve
-            ),
-        )
-
-    return Job(key, run)
+    return Job(key, partial(measure, key, workers, runs))
 
 
 def check_recipes(results: Results, keys: list[dict[str, str]]) -> None:
     """Raises a ValueError for rows of these keys that the configs no longer give."""
-    for key in keys:
-        row = results.get(key)
-        if row and row['recipe'] != recipe_of(key):
+    for row in results.rows.to_dict('records'):
+        key = {name: row[name] for name in KEY}
+        if key in keys and row['recipe'] != recipe_of(key):
             raise ValueError(
                 f'the configs have changed: the row of {", ".join(key.values())} in '
                 f"'{results.path}' was trained with another recipe, {row['recipe']}; "
