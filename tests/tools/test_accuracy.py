@@ -8,11 +8,14 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import matplotlib.image
+import numpy as np
 import pandas as pd
 import pytest
 from helpers import import_models
 from idx_files import idx, random_arrays
 from mmengine.config import Config
+from mmengine.dataset import Compose
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import EpochBasedTrainLoop
 from tool_runs import ROOT, command, environment, run_here, tool
 from torch.utils.data import DataLoader
@@ -359,6 +362,39 @@ def test_document_has_the_commands_of_these_figures(study):
     rows = rows_of(ROWS_OF_DOCUMENT)
     assert {tuple(row[name] for name in study.KEY) for row in rows} == found
     assert f'These lines are {len(found)}\ntrainings' in text
+
+
+def test_stems(reports, tmp_path):
+    rows = [row('none', seed, 80 + seed) for seed in range(2)]
+    assert not reports.stems_table([study_of(reports, tmp_path / 'a', *rows)])
+    rows += [row('none', 0, 81, variant='orepa_stem', seconds=1.25)]
+    rows += [row('orepa', 0, 82, seconds=1.5)]
+    study = study_of(reports, tmp_path / 'b', *rows)
+    data = '10 % of Fashion-MNIST | 1'
+    assert reports.stems_table([study]).splitlines()[2:] == [
+        f'| slim ResNet-18, plain | {data} | 80.50 ± 0.71 |  | +2.00 (1 pair) | 2 |',
+        f'| slim ResNet-18, plain, OREPA stem | {data} | 81.00 | +1.00 | +1.00 | 1 |',
+        f'| slim ResNet-18, OREPA | {data} | 82.00 | +2.00 |  | 1 |',
+    ]
+
+
+@pytest.mark.parametrize('network', ['resnet18', 'resnet34', 'resnet50'])
+def test_other_depths_and_sizes(runs, network):
+    import_models('mmpretrain')
+    init_default_scope('mmpretrain')
+    key = dict(zip(runs.KEY, ('10pct-56px', network, 'none', 'orepa_stem', '1')))
+    cfg = sys.modules['trainings'].merged(
+        runs.config_of('10pct-56px', network),
+        runs.options_of({**key, 'seed': '0', 'epochs': '20'}),
+    )
+    pipeline = Compose(cfg.train_dataloader.dataset.pipeline)
+    packed = pipeline(dict(img=np.zeros((28, 28), np.uint8), gt_label=1))
+    assert packed['inputs'].shape == (1, 56, 56)
+    model = MODELS.build(cfg.model)
+    images = packed['inputs'][None].float().repeat(2, 1, 1, 1)
+    assert model(images).shape == (2, 10)
+    assert any('branches' in name for name, _ in model.backbone.named_modules())
+    assert cfg.model.backbone.depth == int(network.removeprefix('resnet'))
 
 
 def test_parts(study):

@@ -61,14 +61,18 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         + '\n'.join(f'  {n}: {v.text}' for n, v in VARIANTS.items() if v.text),
     )
     parser.add_argument(
-        '--data', nargs='+', choices=DATA, default=[*DATA], help='(default: both)'
+        '--data',
+        nargs='+',
+        choices=DATA,
+        default=['10pct', 'full'],
+        help='(default: 10pct full)',
     )
     parser.add_argument(
         '--networks',
         nargs='+',
         choices=NETWORKS,
-        default=[*NETWORKS],
-        help='(default: both)',
+        default=['resnet18', 'repvgg-a0'],
+        help='(default: resnet18 repvgg-a0)',
     )
     parser.add_argument(
         '--blocks',

@@ -1,5 +1,6 @@
 """Tables and figures of the accuracy study."""
 
+import itertools
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -18,6 +19,7 @@ from accuracy_runs import (
     NETWORKS,
     REFERENCE,
     STANDARD,
+    STEMS,
     VARIANTS,
     curve_of,
     standard_epochs,
@@ -193,6 +195,27 @@ def budget_table(study: Study) -> str:
     return markdown_table(rows)
 
 
+def stems_table(studies: Sequence[Study]) -> str:
+    """The stem alone, the stages alone, and both, wherever one stem was trained."""
+    forms = {'plain': (REFERENCE, STANDARD)}
+    forms |= {f'plain, {VARIANTS[name].text}': (REFERENCE, name) for name in STEMS}
+    forms |= {'OREPA, plain stem': ('orepa', 'plain_stem')}
+    forms |= {'OREPA': ('orepa', STANDARD)}
+    rows = []
+    for study, network, factor in itertools.product(studies, NETWORKS, FACTORS):
+        found = {t: study.of(network, *form, factor) for t, form in forms.items()}
+        plain, *stems, _, orepa = found.values()
+        for text, form in found.items() if any(map(len, stems)) else ():
+            if len(form):
+                row = {'': f'{NETWORKS[network]}, {text}', 'data': DATA[study.data]}
+                row['learning rate x'] = factor
+                row[ACCURACY] = mean_and_deviation(form.accuracy)
+                row['minus plain'] = _minus(form, plain)
+                row['OREPA minus this'] = _minus(orepa, form, form)
+                rows.append({**row, 'seeds': str(len(form))})
+    return markdown_table(rows)
+
+
 TABLES: dict[str, Callable[[Study], str]] = dict(
     main=main_table,
     rates=rates_table,
@@ -209,6 +232,7 @@ def tables_of(studies: Sequence[Study]) -> dict[str, str]:
         for study in studies
         for name, make in TABLES.items()
     }
+    found['stems'] = stems_table(studies)
     return {name: table for name, table in found.items() if table}
 
 
@@ -265,6 +289,9 @@ def plot_differences(
 
 # Times plain's training, on the figure of the budget.
 MOST_TIME = 2.5
+# A step with the OREPA stem, times plain's, by train_cost.py on these slim networks:
+# the trainings of the stems ran beside other programs.
+STEM_TIME = 1.1
 
 
 def plot_budget(studies: Sequence[Study]) -> Optional[plt.Figure]:
@@ -338,6 +365,12 @@ def _draw_budget(axes: plt.Axes, study: Study, network: str) -> None:
                 # An epoch takes as long, however many there are.
                 _draw_ring(axes, longer, end.x * float(length), colour)
                 ends.append(longer.accuracy.mean())
+    if len(rows := of(REFERENCE, STEMS[0])):
+        label = f'plain, {VARIANTS[STEMS[0]].text} ({len(rows)})'
+        style = dict(fmt='D', color='#D55E00', capsize=3, label=label)
+        mean = rows.accuracy.mean()
+        axes.errorbar(STEM_TIME * plain_end, mean, rows.accuracy.std(), **style)
+        ends.append(mean)
     # The first epochs would take all of the height.
     low, high = min(ends, default=0), max(ends, default=0)
     reach = max(high - low, 1.0)

@@ -30,12 +30,41 @@ METRIC = 'accuracy/top1'
 # a CPU: 1, 2, 4, 6, 8, 12, 16, 20.
 VALIDATIONS = [(3, 2), (9, 4)]
 
-DATA = {'10pct': '10 % of Fashion-MNIST', 'full': 'Fashion-MNIST'}
+DATA = {
+    '10pct': '10 % of Fashion-MNIST',
+    'full': 'Fashion-MNIST',
+    '10pct-56px': '10 % of Fashion-MNIST at 56 pixels',
+}
 _SUFFIX = {'10pct': '1xb64_fashion-mnist-10pct', 'full': '1xb256_fashion-mnist'}
-NETWORKS = {'resnet18': 'slim ResNet-18', 'repvgg-a0': 'slim RepVGG-A0'}
+_SUFFIX['10pct-56px'] = _SUFFIX['10pct']
+NETWORKS = {
+    'resnet18': 'slim ResNet-18',
+    'repvgg-a0': 'slim RepVGG-A0',
+    'resnet34': 'slim ResNet-34',
+    'resnet50': 'slim ResNet-50',
+}
 BLOCKS = {
     'resnet18': dict(none='plain', dbb='DBB', orepa='OREPA', repvgg='RepVGG'),
     'repvgg-a0': dict(none='plain', repvgg='RepVGG', orepa='OREPA-RepVGG'),
+    'resnet34': dict(none='plain', orepa='OREPA'),
+    'resnet50': dict(none='plain', orepa='OREPA'),
+}
+# What a network and a data set change in the config of resnet18 and of 28 pixels.
+CHANGES = {
+    'resnet34': {'model.backbone.depth': 34},
+    'resnet50': {'model.backbone.depth': 50, 'model.head.in_channels': 512},
+    '10pct-56px': {
+        'train_dataloader.dataset.pipeline': [
+            dict(type='Resize', scale=56),
+            dict(type='RandomCrop', crop_size=56, padding=4),
+            dict(type='RandomFlip', prob=0.5, direction='horizontal'),
+            dict(type='PackInputs'),
+        ],
+        'val_dataloader.dataset.pipeline': [
+            dict(type='Resize', scale=56),
+            dict(type='PackInputs'),
+        ],
+    },
 }
 REFERENCE = 'none'
 FACTORS = ('1/3', '1', '3')
@@ -68,6 +97,7 @@ _BLOCK_CFG = 'model.backbone.block_cfg'
 _STEM = 'model.backbone.stem_block'
 _BRANCHES = tuple(OREPAKernel.INITIAL_SCALES)
 _FROZEN = {f'{_PARAMWISE}.scale_lr_mult': 0.0}
+_RESNETS = ('resnet18', 'resnet34', 'resnet50')
 ALL_BLOCKS = ('none', 'dbb', 'orepa', 'repvgg')
 STANDARD = 'standard'
 # Trainings that take as long as others of fewer epochs.
@@ -124,10 +154,10 @@ VARIANTS = {
         )
         for branch in _BRANCHES
     },
-    'plain_stem': Variant('plain stem', {_STEM: 'plain'}),
-    'orepa_stem': Variant('OREPA stem', {_STEM: 'orepa'}, blocks=('none',)),
+    'plain_stem': Variant('plain stem', {_STEM: 'plain'}, _RESNETS),
+    'orepa_stem': Variant('OREPA stem', {_STEM: 'orepa'}, _RESNETS, ('none',)),
     'deep_linear_stem': Variant(
-        'deep linear stem', {_STEM: 'deep_linear'}, blocks=('none',)
+        'deep linear stem', {_STEM: 'deep_linear'}, _RESNETS, ('none',)
     ),
     'single_init': Variant(
         'single_init', {_BLOCK_CFG: dict(single_init=True)}, blocks=ALL_BLOCKS[1:]
@@ -148,7 +178,8 @@ ABLATIONS = [
 
 
 def config_of(data: str, network: str) -> Path:
-    """The config of the network; its blocks are an option."""
+    """The config of the network; its blocks, depth and size of images are options."""
+    network = 'resnet18' if network in CHANGES else network
     name = f'{network}-slim_{_SUFFIX[data]}.py'
     return ROOT / 'configs/fashion_mnist' / name
 
@@ -190,6 +221,8 @@ def options_of(key: dict[str, str], workers: int = 0) -> dict:
         'model.backbone.block': key['block'],
         'optim_wrapper.optimizer.lr': recipe * float(Fraction(key['lr_factor'])),
         'randomness.seed': int(key['seed']),
+        **CHANGES.get(key['data'], {}),
+        **CHANGES.get(key['network'], {}),
         **VARIANTS[key['variant']].options,
     }
     if (key['variant'], key['lr_factor']) == (STANDARD, '1'):

@@ -48,18 +48,21 @@ class Variant(NamedTuple):
         folded (bool): Whether the fold is outside of the graph.
         naive (bool): Whether every pass differentiates the plain formulas.
         channels_last (bool): The layout of the convs.
+        stem (str): The block type of the stem, where it is another one.
     """
 
     block: str
     folded: bool = False
     naive: bool = False
     channels_last: bool = True
+    stem: str = ''
 
 
 VARIANTS = {
     'stock': Variant('', channels_last=False),
     'plain, default layout': Variant('plain', channels_last=False),
     'plain': Variant('plain'),
+    'plain, OREPA stem': Variant('plain', folded=True, stem='orepa'),
     'DBB': Variant('dbb'),
     'OREPA, naive': Variant('orepa', naive=True),
     'OREPA, online': Variant('orepa'),
@@ -86,6 +89,8 @@ class Trainer:
         options = copy.deepcopy(cfg.optim_wrapper)
         if variant.block:
             model.backbone.block = variant.block
+            if variant.stem:
+                model.backbone.stem_block = variant.stem
             options.update(folded=variant.folded, channels_last=variant.channels_last)
         else:
             model.backbone = stock_backbone(model.backbone)

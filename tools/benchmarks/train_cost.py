@@ -60,6 +60,7 @@ PAPER_BATCH = 64
 COLOURS = {
     'plain, default layout': '#999999',
     'plain': '#000000',
+    'plain, OREPA stem': '#D55E00',
     'DBB': '#E69F00',
     'OREPA, naive': '#CC79A7',
     'OREPA, online': '#56B4E9',
@@ -138,7 +139,12 @@ def measure(path: str, cfg: Config, batch_size: int, args: argparse.Namespace) -
     samples = [DataSample().set_gt_label(label).to(args.device) for label in labels]
     batch = (images, samples)
 
-    trainers = {n: Trainer(cfg, v, args.device) for n, v in VARIANTS.items()}
+    is_resnet = cfg.model.backbone.type.endswith('ResNet')
+    trainers = {
+        name: Trainer(cfg, variant, args.device)
+        for name, variant in VARIANTS.items()
+        if is_resnet or not variant.stem
+    }
     steps = measure_steps(trainers, batch, args.rounds, clock)
     for name, trainer in trainers.items():
         steps[name].update(measure_bytes(trainer, batch))
@@ -237,7 +243,7 @@ def plot(results: list[dict], path: Path) -> None:
             frame = frame.map(lambda ratio: ratio.median)
         else:
             frame = frame.div(frame[STOCK], axis=0)
-        frame[[*COLOURS]].plot.bar(
+        frame.drop(columns=STOCK).plot.bar(
             ax=axis, color=COLOURS, width=0.8, rot=0, legend=False
         )
         for bars in axis.containers:
