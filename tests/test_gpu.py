@@ -168,6 +168,84 @@ def test_folded_training_keeps_its_memory():
     assert used[2] == used[-1]
 
 
+def freeze_half_way(model: nn.Module, wrapper, step: int) -> None:
+    if step in (2, 4):
+        model.backbone.layer2.requires_grad_(step == 4)
+
+
+def evaluate(model: nn.Module, wrapper, step: int) -> None:
+    with folded(model.eval()), torch.no_grad():
+        model(batch(device='cuda')['inputs'])
+    model.train()
+
+
+def zero_to_zero(model: nn.Module, wrapper, step: int) -> None:
+    wrapper.optimizer.zero_grad(set_to_none=False)
+
+
+@pytest.mark.parametrize('capture', [True, 'compiled'])
+@pytest.mark.parametrize('between', [None, freeze_half_way, evaluate, zero_to_zero])
+@pytest.mark.parametrize(
+    'options', [{}, dict(accumulative_counts=2), dict(clip_grad=dict(max_norm=0.1))]
+)
+def test_captured_training(options, between, capture):
+    if capture == 'compiled' and (options or between):
+        return
+    model = build('resnet')
+    twin = copy.deepcopy(model)
+    wrappers = [
+        wrap(model, 'FoldedOptimWrapper', 'cuda', **options),
+        wrap(twin, 'FoldedOptimWrapper', 'cuda', capture=capture, **options),
+    ]
+    for step in range(6):
+        for net, wrapper in zip((model, twin), wrappers):
+            net.train_step(batch(device='cuda'), wrapper)
+            if between:
+                between(net, wrapper, step)
+    (recorded,) = wrappers[1]._recorded.values()
+    assert recorded.count == (3 if between is freeze_half_way else 1)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(twin.state_dict()[key], value, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+def test_captured_mixed_precision(dtype):
+    """A step with an overflow is skipped, and the kernels are in half precision."""
+    torch.manual_seed(0)
+    model = BackboneClassifier(NETWORKS['resnet']).train()
+    options = dict(dtype=dtype, loss_scale=2.0**60, capture=True)
+    wrapper = wrap(model, 'FoldedAmpOptimWrapper', 'cuda', **options)
+    data = batch(torch.float32, 'cuda')
+    before = [p.clone() for p in model.parameters()]
+    model.train_step(data, wrapper)
+    if dtype == 'float16':
+        assert all(map(torch.equal, before, model.parameters()))
+    (recorded,) = wrapper._recorded.values()
+    assert recorded._recording.kernels[0].dtype == getattr(torch, dtype)
+    wrapper.loss_scaler.update(128.0)
+    losses = [model.train_step(data, wrapper)['loss'].item() for _ in range(30)]
+    assert losses[-1] < 0.7 * losses[0] and recorded.count == 1
+
+
+def test_a_captured_step_waits_for_nothing_and_keeps_its_memory():
+    model = build('resnet', torch.float32)
+    wrapper = wrap(model, 'FoldedOptimWrapper', 'cuda', capture=True)
+    data = batch(torch.float32, 'cuda')
+    for _ in range(2):
+        model.train_step(data, wrapper)
+    used = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        for _ in range(3):
+            with wrapper.optim_context(model):
+                loss = model(**data, mode='loss')['loss']
+            wrapper.update_params(loss)
+            del loss
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    assert torch.cuda.memory_allocated() == used
+
+
 @pytest.fixture
 def nccl():
     with socket.socket() as free:
@@ -180,12 +258,13 @@ def nccl():
     torch.distributed.destroy_process_group()
 
 
-def test_data_parallel_by_nccl(nccl):
+@pytest.mark.parametrize('capture', [False, True])
+def test_data_parallel_by_nccl(nccl, capture):
     model = build('resnet')
     twin = copy.deepcopy(model).cuda()
     wrapper = wrap(model, 'OptimWrapper', 'cpu')
     parallel = FoldedDistributedDataParallel(twin, device_ids=[0])
-    twin_wrapper = wrap(twin, 'FoldedOptimWrapper', 'cuda')
+    twin_wrapper = wrap(twin, 'FoldedOptimWrapper', 'cuda', capture=capture)
     for _ in range(3):
         expected = model.train_step(batch(), wrapper)['loss']
         found = parallel.train_step(batch(device='cuda'), twin_wrapper)['loss']

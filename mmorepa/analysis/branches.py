@@ -14,8 +14,7 @@ from ..layers import (
     ReparamConv2d,
     outermost,
 )
-from ..layers.multi_branch import norm_scale
-from ..layers.reparam_conv import is_fusible
+from ..layers.folding import is_fusible, norm_scale
 
 
 class BranchKernels(NamedTuple):

@@ -1,12 +1,10 @@
 """What a network costs: parameters, bytes, multiply-adds."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
+import torch
 from mmengine.analysis import FlopAnalyzer
 from torch import Tensor, nn
 
-from .amplification import folded_convs
+from ..layers import ReparamConv2d, folded
 from .comparison import network_outputs
 
 
@@ -52,19 +50,8 @@ def count_gflops(model: nn.Module, inputs: Tensor) -> float:
     analyzer = FlopAnalyzer(RawNetwork(model).eval(), (inputs,))
     # Losses are never called, and additions and pooling are not counted by anyone.
     analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    with _folded_beforehand(model):
+    with torch.no_grad(), folded(model, in_traces=True):
+        for module in model.modules():
+            if isinstance(module, ReparamConv2d) and module.folds_online:
+                module.kernel()  # Before the trace, which would record the fold.
         return analyzer.total() / 1e9
-
-
-@contextmanager
-def _folded_beforehand(model: nn.Module) -> Iterator[None]:
-    """Makes convs serve a finished kernel, since a trace would record the fold."""
-    convs = [conv for _, conv in folded_convs(model)]
-    for conv in convs:
-        kernel = conv.kernel().detach()
-        conv.kernel = lambda kernel=kernel: kernel
-    try:
-        yield
-    finally:
-        for conv in convs:
-            del conv.kernel

@@ -33,25 +33,25 @@ class FoldedDistributedDataParallel(MMDistributedDataParallel):
             if isinstance(m, ReparamConv2d) and m.folds_online and not m.deployed
         ]
         with torch.no_grad():
-            leaves = {conv: nn.Parameter(conv.folded_kernel()) for conv in convs}
-        for conv, leaf in leaves.items():
-            leaf.requires_grad_(conv.is_held_in_training)
+            parameters = [
+                nn.Parameter(conv.folded_kernel(), conv.is_held_in_training)
+                for conv in convs
+            ]
         branches = {id(p) for conv in convs for p in conv.branches.parameters()}
         module._ddp_params_and_buffers_to_ignore = [
             *getattr(module, '_ddp_params_and_buffers_to_ignore', ()),
             *(n for n, p in module.named_parameters() if id(p) in branches),
         ]
-        # Parameters of the module for as long as it takes to say what is reduced. For
-        # everybody else, the branches are the parameters.
-        for conv, leaf in leaves.items():
-            conv.register_parameter('held_kernel', leaf)
+        # The constructor reduces what it finds in the module. For everybody else, the
+        # branches are the parameters.
+        module.add_module('held_kernels', nn.ParameterList(parameters))
         try:
             super().__init__(module, *args, **kwargs)
         finally:
-            for conv in convs:
-                del conv.held_kernel
-        for conv, leaf in leaves.items():
-            conv.reduced_kernel = KernelLeaf(leaf)
+            del module.held_kernels
+        self._leaves = [KernelLeaf(parameter) for parameter in parameters]
+        for conv, leaf in zip(convs, self._leaves):
+            conv.scope = leaf
             # DDP does not broadcast at the start what it does not reduce.
             for tensor in conv.branches.state_dict().values():
                 source = dist.get_global_rank(self.process_group, 0)
@@ -61,14 +61,13 @@ class FoldedDistributedDataParallel(MMDistributedDataParallel):
         """As the base class, with kernels held if gradients are asked for."""
         if not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
-        with held(self.module) as kernels:
-            for kernel in kernels:
-                kernel.awaits_sync = not self.require_backward_grad_sync
+        with held(self.module) as leaves:
+            for leaf in leaves:
+                leaf.awaits_sync = not self.require_backward_grad_sync
             return super().forward(*args, **kwargs)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of the held kernels as well."""
         super().zero_grad(set_to_none)
-        for conv in self.module.modules():
-            if isinstance(conv, ReparamConv2d) and conv.reduced_kernel is not None:
-                conv.reduced_kernel.leaf.grad = None
+        for leaf in self._leaves:
+            leaf.leaf.grad = None

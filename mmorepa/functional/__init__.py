@@ -3,7 +3,7 @@
 from .branch_sum import BranchSum
 from .closed_forms import fold_kernel, is_being_traced, recomputed
 from .fusion import fuse_bn
-from .inverses import check_is_wide, solve_deep_linear, solve_scaled_sum
+from .inverses import check_is_wide, solve_deep_linear
 from .kernels import (
     average_kernel,
     compose_1x1_kxk,
@@ -17,8 +17,6 @@ from .kernels import (
     identity_1x1,
     scaled_sum,
 )
-
-Fold = BranchSum  # Its older name.
 
 __all__ = [
     'BranchSum',
@@ -39,5 +37,4 @@ __all__ = [
     'recomputed',
     'scaled_sum',
     'solve_deep_linear',
-    'solve_scaled_sum',
 ]

@@ -1,36 +1,9 @@
-"""Inverses of folds: the weights of one branch that make the fold a given kernel.
-
-Each fold is linear in one of its weights, the others being as they are.
-"""
+"""The inverse of a deep linear fold, which is linear in the last of its kernels."""
 
 import torch
 from torch import Tensor
 
 from .kernels import compose_deep_linear
-
-
-def solve_scaled_sum(kernel: Tensor, rest: Tensor, scale: Tensor) -> Tensor:
-    """The term ``X`` of ``kernel[o] = scale[o] · X[o] + rest[o]``.
-
-    Args:
-        kernel (Tensor): The wanted sum, shape (O, Ig, k, k).
-        rest (Tensor): All other terms, scaled, shape (O, Ig, k, k).
-        scale (Tensor): The scale of the term, shape (O,).
-
-    Returns:
-        Tensor: Shape (O, Ig, k, k), in float64.
-
-    Raises:
-        ValueError: If a scale is zero.
-    """
-    zeros = (scale == 0).nonzero().flatten().tolist()
-    if zeros:
-        raise ValueError(
-            f'the scale of the branch is zero in {len(zeros)} of {len(scale)} output '
-            f'channels (the first is {zeros[0]}), so that nothing that it holds '
-            "reaches the kernel; start='quiet' sets the scales"
-        )
-    return (kernel.double() - rest.double()) / scale.double()[:, None, None, None]
 
 
 def solve_deep_linear(kernel: Tensor, first: Tensor, groups: int = 1) -> Tensor:

@@ -2,9 +2,16 @@
 
 from .blocks import BLOCKS, build_conv
 from .branch_kernel import BranchKernel
+from .capture import CUDAGraphRecorder, RecordedFolds
+from .conv import ReparamConv2d
 from .dbb import DBBConv2d
 from .deep_linear import DeepLinearConv2d, DeepLinearKernel
-from .holding import KernelLeaf, backward_to_branches, folded, held
+from .exchange import (
+    add_branches,
+    build_with_branches,
+    log_plain_starts,
+    reparameterize,
+)
 from .memory_format import faster_in_channels_last, set_channels_last
 from .multi_branch import MultiBranchConv2d
 from .orepa import (
@@ -15,18 +22,13 @@ from .orepa import (
 )
 from .param_groups import param_groups
 from .plain import PlainConv2d, PlainKernel
-from .plain_start import (
-    add_branches,
-    build_with_branches,
-    log_plain_starts,
-    reparameterize,
-)
-from .reparam_conv import ReparamConv2d
 from .repvgg import OREPARepVGGConv2d, RepVGGConv2d
+from .scopes import KernelLeaf, backward_to_branches, folded, held
 from .switch import ConvAct2d, is_switchable, outermost, switch_to_deploy
 
 __all__ = [
     'BLOCKS',
+    'CUDAGraphRecorder',
     'ConvAct2d',
     'DBBConv2d',
     'DeepLinearConv2d',
@@ -42,6 +44,7 @@ __all__ = [
     'PlainConv2d',
     'PlainKernel',
     'RepVGGConv2d',
+    'RecordedFolds',
     'ReparamConv2d',
     'build_conv',
     'build_with_branches',

@@ -1,11 +1,10 @@
 """The block types, and which conv a network of a block type has where."""
 
-from typing import TYPE_CHECKING, Optional, Union
+from typing import Optional, Union
 
 from mmengine.registry import MODELS, Registry
 
-if TYPE_CHECKING:
-    from .reparam_conv import ReparamConv2d
+from .conv import ReparamConv2d
 
 
 class _Blocks(Registry):
@@ -13,12 +12,10 @@ class _Blocks(Registry):
 
     def _register_module(
         self,
-        module: type['ReparamConv2d'],
+        module: type[ReparamConv2d],
         module_name: Union[str, list[str], None] = None,
         force: bool = False,
     ) -> None:
-        from .reparam_conv import ReparamConv2d  # Its children import this module.
-
         if not (isinstance(module, type) and issubclass(module, ReparamConv2d)):
             raise TypeError(
                 f'a block type is a subclass of ReparamConv2d, not {module}'
@@ -43,7 +40,7 @@ Examples:
 """
 
 
-def conv_type(block: str, kernel_size: int) -> type['ReparamConv2d']:
+def conv_type(block: str, kernel_size: int) -> type[ReparamConv2d]:
     """The class of the convs of one size in networks of a block type.
 
     Args:
@@ -70,7 +67,7 @@ def build_conv(
     kernel_size: int,
     block_cfg: Optional[dict] = None,
     **kwargs,
-) -> 'ReparamConv2d':
+) -> ReparamConv2d:
     """Builds the conv that networks of this block type use.
 
     Args:

@@ -14,8 +14,9 @@ from ..functional import (
     identity_1x1,
 )
 from .blocks import BLOCKS
-from .multi_branch import MultiBranchConv2d, norm_scale
-from .reparam_conv import ReparamConv2d, leaf_call
+from .conv import ReparamConv2d, leaf_call
+from .folding import norm_scale
+from .multi_branch import MultiBranchConv2d
 
 
 @BLOCKS.register_module('dbb')

@@ -18,8 +18,8 @@ from ..functional import (
 )
 from .blocks import BLOCKS
 from .branch_kernel import BranchKernel
+from .conv import ReparamConv2d
 from .plain import PlainKernel
-from .reparam_conv import ReparamConv2d
 
 # As for fold_kernel: a node of its own in a symbolic trace.
 torch.fx.wrap('compose_deep_linear')
@@ -103,12 +103,11 @@ class DeepLinearKernel(nn.Module):
         return recomputed(compose, *own.values())
 
     @torch.no_grad()
-    def start_from(self, kernel: Tensor, start: str) -> None:
+    def set_kernel(self, kernel: Tensor) -> None:
         """Gives the last factor the weights with which the kernel is a given one.
 
         Args:
             kernel (Tensor): Shape (O, Ig, k, k).
-            start (str): How the last factor takes its kernel.
 
         Raises:
             ValueError: If the other factors have too few channels for that.
@@ -119,11 +118,10 @@ class DeepLinearKernel(nn.Module):
             # Before a system is solved that takes minutes.
             inner = len(others[0]()) // self.groups
             check_is_wide(kernel, inner, 9 * inner)
-            if start == 'quiet':
-                options = self._shift()
+            options = self._shift()
             wide = copy.deepcopy(_Factors(others)).double()
             kernel = solve_deep_linear(kernel, wide(self.groups), self.groups)
-        last.start_from(kernel, start, **options)
+        last.set_kernel(kernel, **options)
 
     def _shift(self) -> dict[str, float]:
         """Lets all factors but the last do nothing but shift their input.
@@ -165,9 +163,9 @@ class DeepLinearKernel(nn.Module):
         has_scale = isinstance(last, BranchKernel)
         for factor, kernel in zip(others, kernels):
             if has_scale:
-                factor.start_from(kernel, 'quiet', scale=0.2**0.5)
+                factor.set_kernel(kernel, scale=0.2**0.5)
             else:
-                factor.start_from(kernel * gain ** (-0.5 / len(others)), 'quiet')
+                factor.set_kernel(kernel * gain ** (-0.5 / len(others)))
         return dict(scale=gain**-0.5) if has_scale else {}
 
     def rescale(self, factor: Tensor) -> None:

@@ -2,13 +2,12 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .reparam_conv import ReparamConv2d
+from ..functional import is_being_traced
 
 NO_PARAMETER = (
     'the weight of a training form is folded from its branches and is no parameter. '
@@ -21,9 +20,53 @@ NO_GRADIENT = (
     'conv.weight of a training form is folded anew each time, and keeps no gradient '
     'and no hooks: take those of the parameters of conv.branches'
 )
-_OWN = ('conv', 'whole', 'is_random', 'is_written')
+_ATTRIBUTES = ('conv', 'whole', 'is_random', 'is_written')
 _DRAWS = ('normal_', 'uniform_', 'kaiming_uniform_')
 _SETS = ('zero_', 'fill_', '__setitem__')
+
+
+class WeightOfBranches(nn.Conv2d):
+    """A conv whose ``weight`` is the fold of its branches until it is deployed."""
+
+    def _weight_of_training_form(self) -> Tensor:
+        kernel = self.kernel()
+        return kernel if is_being_traced() else FoldedWeight.of(self, kernel)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == 'weight' and _is_training_form(self):
+            return self._weight_of_training_form()
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == 'weight' and _is_training_form(self):
+            # `conv.weight += 1` ends with the weight that was written to.
+            is_same = isinstance(value, FoldedWeight) and value.conv is self
+            if is_same and value.whole is value and value.is_written:
+                return
+            raise TypeError(NO_PARAMETER)
+        if name == 'qconfig' and value is not None and _is_training_form(self):
+            raise TypeError(
+                'a training form is not quantized: call '
+                'mmorepa.switch_to_deploy(model) first, and train that with prepare_qat'
+            )
+        super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
+        # torch.nn.utils.prune would keep the weight under another name.
+        if name.startswith('weight') and _is_training_form(self):
+            raise TypeError(NO_PARAMETER)
+        super().register_parameter(name, param)
+
+
+class ParametersOfBranches(dict):
+    """Those of a training form, for wrappers that look for its weight there."""
+
+    def __missing__(self, name: str) -> None:
+        raise KeyError(NO_PARAMETER if name == 'weight' else name)
+
+
+def _is_training_form(conv: nn.Module) -> bool:
+    return not vars(conv).get('deployed', True)
 
 
 class FoldedWeight(Tensor):
@@ -31,7 +74,7 @@ class FoldedWeight(Tensor):
 
     To write to it in place (``normal_``, ``copy_``, ``weight[0] = …``, also through
     ``.data`` and views) starts the branches from the kernel that comes out, see
-    :meth:`~mmorepa.layers.ReparamConv2d.start_from`. Random numbers, by which networks
+    :meth:`~mmorepa.layers.ReparamConv2d.set_kernel`. Random numbers, by which networks
     initialise every conv that they know, are an exception: they make the branches
     fresh. Then a conv with an initialisation of its own passes them over, and one whose
     branches cannot give just any kernel takes the norm of every row. What is computed
@@ -42,19 +85,19 @@ class FoldedWeight(Tensor):
     are not kept, and asking for them is an error.
 
     Attributes:
-        conv (ReparamConv2d): What is written to.
-        whole (FoldedWeight): What this is a view of, with the whole kernel.
+        conv (ReparamConv2d): Its branches are written to.
+        whole (FoldedWeight): The whole kernel that this is a view of.
         is_random (bool): Whether random numbers have been written to ``whole``.
         is_written (bool): Whether anything has been written to ``whole``.
     """
 
-    conv: 'ReparamConv2d'
+    conv: Any
     whole: 'FoldedWeight'
     is_random = False
     is_written = False
 
     @classmethod
-    def of(cls, conv: 'ReparamConv2d', kernel: Tensor) -> 'FoldedWeight':
+    def of(cls, conv: nn.Conv2d, kernel: Tensor) -> 'FoldedWeight':
         """The kernel of a conv, in memory of its own."""
         # Outside of inference mode, whose tensors do not count what is written.
         with torch.inference_mode(False):
@@ -81,21 +124,20 @@ class FoldedWeight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             versions = [weight._version for weight in weights]
             with torch.set_grad_enabled(torch.is_grad_enabled() and not is_rule):
-                found = func(*args, **kwargs)
+                result = func(*args, **kwargs)
             for weight, version in zip(weights, versions):
                 if weight._version == version:
                     continue
                 # As for a parameter that requires a gradient.
                 if torch.is_grad_enabled() and weight.requires_grad and not is_rule:
                     raise TypeError(NO_PARAMETER)
-                weight._written(name)
-                weight.whole.is_written = True
+                weight.whole._start_branches(name)
             if name != 'detach':
-                return _as_views(found, weights)
+                return _as_views(result, weights)
             # A detached one is taken for parameters of other modules. nn.Parameter()
             # asks for one of the same type, and marks it then.
             is_asked = sys._getframe(1).f_code is torch.nn.Parameter.__new__.__code__
-            return found.as_subclass(cls) if is_asked else found
+            return result.as_subclass(cls) if is_asked else result
 
     def _as_parameter(
         self, func: Callable, name: str, args: tuple, kwargs: dict
@@ -125,7 +167,7 @@ class FoldedWeight(Tensor):
         if func in (tensor.requires_grad_, tensor.requires_grad.__set__):
             value = next(iter((*args, *kwargs.values())), True)
             self.conv.branches.requires_grad_(value)
-            self.conv._forget()
+            self.conv.forget_folds()
             return self if name == 'requires_grad_' else None
         if name == '__set__':
             raise TypeError(NO_PARAMETER)
@@ -140,7 +182,7 @@ class FoldedWeight(Tensor):
         if name == '_is_param':
             self.__class__ = torch.nn.Parameter  # What nn.Parameter(conv.weight) makes.
             return
-        if name not in _OWN and not hasattr(Tensor, name):
+        if name not in _ATTRIBUTES and not hasattr(Tensor, name):
             raise TypeError(
                 f'{name!r} would be lost, since conv.weight is folded anew each time: '
                 "set it on the conv, or on conv.branches' parameters"
@@ -153,17 +195,17 @@ class FoldedWeight(Tensor):
     def __reduce_ex__(self, protocol: int) -> Any:
         return self.detach().__reduce_ex__(protocol)
 
-    def _written(self, name: str) -> None:
-        """Starts the branches from the written kernel."""
-        whole, conv = self.whole, self.conv
+    def _start_branches(self, function: str) -> None:
+        """Starts the branches from this kernel, which a function has written to."""
         # Draws from a truncated distribution are drawn, and then worked upon.
-        was_random = whole.is_random
-        whole.is_random = name in _DRAWS or (was_random and name not in _SETS)
-        if whole.is_random and not was_random and not conv.is_fresh():
-            conv.redraw()
-        if not (whole.is_random and conv.keeps_own_init and conv.folds_online):
-            kernel = whole.detach().as_subclass(Tensor)
-            conv.start_kernel_from(kernel, exactly=not whole.is_random)
+        was_random = self.is_random
+        self.is_random = function in _DRAWS or (was_random and function not in _SETS)
+        if self.is_random and not was_random:
+            self.conv.refresh()
+        if not (self.is_random and self.conv.keeps_own_init and self.conv.folds_online):
+            kernel = self.detach().as_subclass(Tensor)
+            self.conv.set_kernel(kernel, exactly=not self.is_random)
+        self.is_written = True
 
 
 def _weights(items: Iterable) -> Iterator[FoldedWeight]:
@@ -175,19 +217,19 @@ def _weights(items: Iterable) -> Iterator[FoldedWeight]:
             yield from _weights(item)
 
 
-def _as_views(found: Any, weights: Sequence[FoldedWeight]) -> Any:
-    """What a function returned, where it is a view of a fold to be written to."""
-    if isinstance(found, (tuple, list)):
-        views = [_as_views(item, weights) for item in found]
-        changed = any(one is not other for one, other in zip(views, found))
-        return type(found)(views) if changed else found
-    if type(found) is Tensor:
+def _as_views(result: Any, weights: Sequence[FoldedWeight]) -> Any:
+    """Results of a function, with views of a fold as folds to be written to."""
+    if isinstance(result, (tuple, list)):
+        views = [_as_views(item, weights) for item in result]
+        changed = any(one is not other for one, other in zip(views, result))
+        return type(result)(views) if changed else result
+    if type(result) is Tensor:
         for weight in weights:
-            if _share_memory(found, weight):
-                view = found.as_subclass(FoldedWeight)
+            if _share_memory(result, weight):
+                view = result.as_subclass(FoldedWeight)
                 view.conv, view.whole = weight.conv, weight.whole
                 return view
-    return found
+    return result
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:

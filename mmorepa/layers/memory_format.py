@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 
+from .conv import ReparamConv2d
+from .folding import in_memory_format
 from .plain import PlainKernel
-from .reparam_conv import ReparamConv2d, in_memory_format
 
 # Where channels last was tried and is faster: networks, by the name of their class or
 # of one that it inherits from, if they are made of modules of these packages, or of

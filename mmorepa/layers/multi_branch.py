@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from ..functional import embed_1x1
+from .conv import ReparamConv2d
+from .folding import is_fusible, norm_scale
 from .plain import PlainConv2d
-from .reparam_conv import ReparamConv2d, is_fusible
 
 _GEOMETRY = ('stride', 'padding', 'dilation')
 
@@ -226,16 +227,15 @@ class MultiBranchConv2d(ReparamConv2d):
         weight: Tensor,
         bias: Optional[Tensor] = None,
         norm: Optional[Mapping[str, Tensor]] = None,
-        start: Optional[str] = None,
     ) -> None:
         if bias is not None and norm is not None and 'running_mean' in norm:
             # That of the plain conv comes before its norm, this one's after.
             norm = {**norm, 'running_mean': norm['running_mean'] - bias}
             bias = None
-        super().start_from(weight, bias, norm, start)
+        super().start_from(weight, bias, norm)
 
-    def _take_kernel(
-        self, weight: Tensor, norm: Optional[Mapping[str, Tensor]], start: str
+    def _start_before_bias(
+        self, weight: Tensor, norm: Optional[Mapping[str, Tensor]]
     ) -> None:
         """``origin`` takes kernel and norm, and the last norms of the others end in 0.
 
@@ -259,7 +259,7 @@ class MultiBranchConv2d(ReparamConv2d):
             running_mean=ones * 0,
             running_var=ones,
         )
-        origin.start_from(weight, norm=identity if norm is None else norm, start=start)
+        origin.start_from(weight, norm=identity if norm is None else norm)
 
     def convolve(self, x: Tensor) -> Tensor:
         if '_conv_forward' in vars(self):
@@ -300,16 +300,3 @@ class MultiBranchConv2d(ReparamConv2d):
                 f'{", ".join(cls.BRANCH_NAMES)}'
             )
         return tuple(n for n in cls.BRANCH_NAMES if names is None or n in names)
-
-
-def norm_scale(norm: nn.Module) -> Tensor:
-    """``γ/√(σ²+ε)`` of a BatchNorm with its running statistics, held constant.
-
-    Args:
-        norm (nn.Module): A layer that :func:`is_fusible`.
-
-    Returns:
-        Tensor: Shape (O,).
-    """
-    scale = (norm.running_var + norm.eps).rsqrt()
-    return scale * norm.weight.detach() if norm.affine else scale

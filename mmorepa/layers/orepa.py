@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ..functional import BranchSum, identity_1x1
 from .blocks import BLOCKS
 from .branch_kernel import BranchKernel
+from .conv import ReparamConv2d
 from .deep_linear import DEEP_LINEAR_FROM, DeepLinearKernel
-from .reparam_conv import ReparamConv2d
 
 
 class OREPAKernel(BranchKernel):

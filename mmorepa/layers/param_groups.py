@@ -2,18 +2,15 @@
 
 import warnings
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 from weakref import WeakSet
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-if TYPE_CHECKING:
-    from .reparam_conv import ReparamConv2d
-
-# Convs that have folded with a gradient, once and for all, and those of them whose
-# optimizer has not been seen yet.
+# Branches that have been folded with a gradient, once and for all, and those of them
+# whose optimizer has not been seen yet.
 _seen: WeakSet = WeakSet()
 _waiting: WeakSet = WeakSet()
 _hook: Optional[torch.utils.hooks.RemovableHandle] = None
@@ -53,44 +50,39 @@ def param_groups(
     ]
 
 
-def watch(conv: 'ReparamConv2d') -> None:
+def watch(branches: nn.Module) -> None:
     """Warns at the first step of an optimizer that has no branch of any conv.
 
     Args:
-        conv (ReparamConv2d): It folds with a gradient.
+        branches (nn.Module): Those of a conv, folded with a gradient.
     """
     global _hook
-    if conv in _seen:
+    if branches in _seen:
         return
-    _seen.add(conv)
-    _waiting.add(conv)
+    _seen.add(branches)
+    _waiting.add(branches)
     if _hook is None:
         _hook = register_optimizer_step_post_hook(_check)
 
 
 def _check(optimizer: torch.optim.Optimizer, *args) -> None:
     global _hook
-    branches = {
-        conv: list(conv.branches.parameters())
-        for conv in list(_waiting)
-        if not conv.deployed
+    trained = {
+        branches: list(branches.parameters())
+        for branches in _waiting
+        if any(p.grad is not None for p in branches.parameters())
     }
-    branches = {
-        conv: own
-        for conv, own in branches.items()
-        if any(p.grad is not None for p in own)
-    }
-    if not branches:
+    if not trained:
         return
-    _waiting.difference_update(branches)
+    _waiting.difference_update(trained)
     if not _waiting and _hook is not None:
         _hook.remove()
         _hook = None
     known = {id(p) for group in optimizer.param_groups for p in group['params']}
     # One that trains a part of the convs was told which.
-    if not any(id(p) in known for own in branches.values() for p in own):
+    if not any(id(p) in known for parameters in trained.values() for p in parameters):
         warnings.warn(
-            f'{len(branches)} re-parameterised convs have gradients, and the optimizer '
+            f'{len(trained)} re-parameterised convs have gradients, and the optimizer '
             'has no parameter of any of their branches: give it '
             "mmorepa.param_groups(model, weight_decay) where it was made of modules' "
             'weights, or freeze the convs (requires_grad_(False)) if that is meant',

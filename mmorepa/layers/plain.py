@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import BLOCKS
-from .branch_kernel import own_parameter
-from .reparam_conv import ReparamConv2d
+from .conv import ReparamConv2d
+from .starting import parameter_of
 
 
 class PlainKernel(nn.Module):
@@ -31,9 +31,9 @@ class PlainKernel(nn.Module):
         return self.weight
 
     @torch.no_grad()
-    def start_from(self, kernel: Tensor, start: str) -> None:
+    def set_kernel(self, kernel: Tensor) -> None:
         """Takes the kernel, shape (O, Ig, k, k)."""
-        own_parameter(self, 'weight').copy_(kernel)
+        parameter_of(self, 'weight').copy_(kernel)
 
     @torch.no_grad()
     def rescale(self, factor: Tensor) -> None:

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from ..functional import identity_1x1
 from .blocks import BLOCKS
+from .conv import ReparamConv2d
+from .folding import fuse_norm
 from .multi_branch import MultiBranchConv2d
 from .orepa import OREPAConv2d, OREPAKernel
-from .reparam_conv import ReparamConv2d, fuse_norm
 
 
 @BLOCKS.register_module('repvgg')

@@ -8,13 +8,17 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from .conv import ReparamConv2d
+from .folding import check_is_whole
 from .references import parallel_wrapper, replace_modules
-from .reparam_conv import ReparamConv2d
 
 _OF_BRANCHES = re.compile(
     r'(^|[._])branches[._](scale|weight|factors|origin|pointwise|average|identity)'
 )
 _OF_CONVS = vars(nn.Conv2d(1, 1, 1, device='meta')).keys()
+# What this package sets on training forms after they are built.
+_SET_LATER = {'scope', 'channels_last', 'is_plain_start', 'warns_of_flaws'}
+_SET_LATER |= {'own_geometry', 'built'}
 
 
 def switch_to_deploy(module: nn.Module) -> nn.Module:
@@ -45,7 +49,7 @@ def switch_to_deploy(module: nn.Module) -> nn.Module:
     wrapper = parallel_wrapper(module) if forms else None
     if wrapper is not None:
         for conv in forms:
-            conv.check_is_whole()
+            check_is_whole(list(conv.parameters()))
         if wrapper.training:
             _refuse_training(wrapper)
         wrapper.register_forward_pre_hook(_refuse_training)
@@ -107,7 +111,7 @@ def user_attributes(conv: nn.Conv2d) -> dict[str, Any]:
     """
     known = set(_OF_CONVS)
     if isinstance(conv, ReparamConv2d):
-        known |= conv._built | ReparamConv2d.SET_LATER
+        known |= conv.built | _SET_LATER
     return {name: value for name, value in vars(conv).items() if name not in known}
 
 

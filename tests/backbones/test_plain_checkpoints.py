@@ -147,12 +147,6 @@ def test_into_a_deployed_form(block):
         assert_near(net(x)[-1], expected, 1e-10)
 
 
-@pytest.mark.parametrize('block', ['orepa', 'dbb'])
-def test_balanced_start(block):
-    net = OREPAResNet(18, block, block_cfg=dict(start='balanced'))
-    check_training(net, *check_start(net, *torchvision_source('resnet18')))
-
-
 @pytest.mark.parametrize('prefix', ['', 'backbone.'])
 @pytest.mark.parametrize('is_whole', [False, True])
 def test_openmmlab(prefix, is_whole, log):

@@ -68,7 +68,8 @@ def test_deployed_configs():
         if not name.startswith('imagenet/') or name in DEPLOYED:
             continue
         cfg = Config.fromfile(CONFIGS / name)
-        if cfg.model.backbone.block != 'plain':
+        backbone = cfg.model.backbone
+        if 'stem_block' in backbone or backbone.block != 'plain':
             cfg.model.backbone.deploy = True
             stem = Path(name).stem.replace('_4xb64_', '_deploy_')
             expected[f'imagenet/deploy/{stem}.py'] = cfg.to_dict()
@@ -150,10 +151,13 @@ def test_names_tell_the_truth(name):
     """The name of a file is all that many users read of it."""
     cfg = Config.fromfile(CONFIGS / name)
     network, batches, data = Path(name).stem.split('_')
+    stem = re.search('-(orepa|deep-linear)-stem', network)
+    network = network.replace(stem[0], '') if stem else network
     is_part = data.endswith('-10pct')
     assert (cfg.train_dataloader.dataset.get('indices') == 6000) is is_part
     assert 'indices' not in cfg.val_dataloader.dataset
     backbone = cfg.model.backbone
+    assert backbone.get('stem_block') == (stem[1].replace('-', '_') if stem else None)
     blocks = dict(orepa='orepa', dbb='dbb')
     wanted = next((v for k, v in blocks.items() if k in network.split('-')), 'plain')
     if 'repvgg' in network:

@@ -7,23 +7,7 @@ from helpers import assert_near
 from mmorepa.functional import (
     compose_deep_linear,
     solve_deep_linear,
-    solve_scaled_sum,
 )
-
-
-def test_scaled_sum():
-    kernel, rest = torch.randn(2, 6, 4, 3, 3)
-    scale = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.1, 1e-3])
-    term = solve_scaled_sum(kernel, rest, scale)
-    assert term.dtype == torch.float64
-    found = scale.double()[:, None, None, None] * term + rest
-    assert_near(found, kernel.double(), 1e-12)
-
-
-def test_scale_of_zero():
-    scale = torch.tensor([1.0, 0.0, 2.0, 0.0])
-    with pytest.raises(ValueError, match=r'zero in 2 of 4 .* \(the first is 1\)'):
-        solve_scaled_sum(torch.ones(4, 1, 1, 1), torch.zeros(4, 1, 1, 1), scale)
 
 
 @pytest.mark.parametrize(

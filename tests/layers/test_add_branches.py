@@ -128,8 +128,6 @@ def test_choice():
         add_branches(model(), 'opera')
     with pytest.raises(ValueError, match='no conv of Linear was re-parameterised'):
         add_branches(nn.Linear(2, 2))
-    conv = add_branches(nn.Conv2d(2, 2, 3), block_cfg=dict(start='balanced'))
-    assert conv.start == 'balanced' and conv.branches.scale.all(dim=1).sum() == 5
 
 
 def test_frozen_and_half():

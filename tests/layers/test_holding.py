@@ -28,7 +28,7 @@ from mmorepa.layers import (
     backward_to_branches,
     held,
 )
-from mmorepa.layers.reparam_conv import is_fusible
+from mmorepa.layers.folding import is_fusible
 
 BN = dict(type='BN')
 RELU = dict(type='ReLU')
@@ -423,4 +423,4 @@ class TestHeld:
         loss.backward()
         losses(online, x).backward()
         self.check(twins)
-        assert all(m.held is None for m in model if isinstance(m, ReparamConv2d))
+        assert all(m.scope is None for m in model if isinstance(m, ReparamConv2d))

@@ -66,27 +66,16 @@ def row_power(weight):
     return weight.detach().square().sum(dim=(1, 2, 3)).mean().item()
 
 
-@pytest.mark.parametrize('start', ['quiet', 'balanced'])
 @pytest.mark.parametrize(('kind', 'options'), FOLDED)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-def test_start(kind, options, start, dtype):
-    conv = kind(*CHANNELS, **options, start=start)
-    if start == 'balanced':
-        trained_like(conv)
-    conv.to(dtype)
+def test_start(kind, options, dtype):
+    conv = kind(*CHANNELS, **options).to(dtype)
     plain = plain_of(conv).to(dtype)
-    before = copy.deepcopy(conv.state_dict())
     conv.start_from(plain.weight, plain.bias)
     x = torch.randn(2, CHANNELS[0], 11, 11, dtype=dtype)
     tolerance = 1e-4 if dtype == torch.float32 else 1e-10
     assert_near(conv(x), plain(x), tolerance)
     assert_near(switch_to_deploy(copy.deepcopy(conv))(x), plain(x), tolerance)
-    changed = {n for n, v in conv.state_dict().items() if not torch.equal(v, before[n])}
-    if start == 'balanced':
-        # Everything but one branch keeps its weights.
-        assert {name.rpartition('.')[2] for name in changed} <= {
-            *('weight_origin', 'weight', 'bias')
-        }
 
 
 def test_quiet_start_moves_like_a_plain_conv():
@@ -291,13 +280,6 @@ def test_loading(kind, options):
             "only the branch 'origin' can be a plain conv, .* only average",
         ),
         (
-            lambda: OREPAConv2d(
-                4, 6, 3, start='balanced', initial_scales=dict(origin=0.0)
-            ),
-            dict(weight=torch.randn(6, 4, 3, 3)),
-            'zero in 6 of 6 output channels',
-        ),
-        (
             lambda: OREPAConv2d(4, 6, 3, bias=False, norm_cfg=BN),
             {'weight': torch.randn(6, 4, 3, 3), 'norm.weight': torch.ones(6)},
             'its norm has weight, and BatchNorm2d has weight, bias, running_mean',
@@ -311,18 +293,12 @@ def test_loading(kind, options):
 )
 def test_what_has_no_start(conv, state, message):
     module = nn.Sequential(conv())
-    if module[0].start == 'balanced':
-        nn.init.zeros_(module[0].branches.scale[0])
     with pytest.raises(RuntimeError, match=message):
         module.load_state_dict({f'0.{name}': value for name, value in state.items()})
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="one of quiet, balanced, found 'loud'"):
-        OREPAConv2d(4, 6, 3, start='loud')
     conv = OREPAConv2d(4, 6, 3)
-    with pytest.raises(ValueError, match="one of quiet, balanced, found 'loud'"):
-        conv.start_from(torch.ones(6, 4, 3, 3), start='loud')
     with pytest.raises(ValueError, match=r'the kernel is of \(6, 4, 1, 1\), not'):
         conv.start_from(torch.ones(6, 4, 1, 1))
     with pytest.raises(ValueError, match=r'the bias is of \(4,\), not \(6,\)'):

@@ -235,24 +235,6 @@ def test_deployed(files, block, capsys):
     )
 
 
-@pytest.mark.parametrize(
-    ('options', 'expected'),
-    [
-        ((), 'quiet'),
-        (('--start', 'balanced'), 'balanced'),
-        (('--cfg-options', 'model.backbone.block_cfg.start=balanced'), 'balanced'),
-    ],
-)
-def test_start(files, options, expected):
-    plain = resnet18()
-    paths = files(torchvision_names(plain))
-    run_here(TOOL, *paths, *SHAPE, *options)
-    check(plain, *paths[1:])
-    state = torch.load(paths[2], weights_only=True)['state_dict']
-    others = state['backbone.layer1.0.conv1.branches.scale'][1:]
-    assert bool(others.any()) == (expected == 'balanced')
-
-
 def edited(edit):
     state = torchvision_names(resnet18())
     edit(state)

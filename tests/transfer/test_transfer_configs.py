@@ -21,7 +21,7 @@ OREPA_RESNETS = [name for name in NAMES if re.search('r50-orepa|r18-slim-orepa',
 
 def test_there_are_configs():
     digits = [name for name in NAMES if name.startswith('digits')]
-    assert (len(digits), len(FULL)) == (4, 12 + 16)
+    assert (len(digits), len(FULL)) == (4, 14 + 20)
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -65,6 +65,9 @@ def test_names_tell_the_truth(name):
     stem = Path(name).stem
     backbone = cfg.model.backbone
     kind = re.search('orepa|dbb', stem)
+    if '-orepa-stem' in stem:
+        assert backbone.stem_block == 'orepa'
+        kind = None
     assert backbone.block == (kind[0] if kind else 'plain')
     heads = dict(
         faster='FasterRCNN', retinanet='RetinaNet', pspnet='PSP', deeplab='Separable'
@@ -83,6 +86,7 @@ def test_names_tell_the_truth(name):
         if 'from-plain' in stem:
             arch = backbone.get('arch', '').lower()
             twin = f'repvgg-{arch}-orepa' if arch else 'resnet50-orepa'
+            twin += '-stem' if '-orepa-stem' in stem else ''
             assert (
                 f'repvgg-{arch}_' in checkpoint.lower()
                 if arch
@@ -156,7 +160,8 @@ def test_parameter_groups(name):
         ):
             assert found[f'backbone.stem.{role}'] == (lr * multiplier, decay)
         conv = 'backbone.layer1.0.conv2'
-        for role in ('branches.scale', 'norm.weight', 'norm.bias'):
+        kernel = 'weight' if '-orepa-stem' in name else 'scale'
+        for role in (f'branches.{kernel}', 'norm.weight', 'norm.bias'):
             assert found[f'{conv}.{role}'] == (lr, decay)
     assert any(isinstance(m, _BatchNorm) for m in model.modules())
 

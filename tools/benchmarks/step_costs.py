@@ -124,7 +124,7 @@ class Trainer:
         parameters = list(self.network.parameters())
         if isinstance(self.wrapper, FoldedOptimWrapper):
             convs = folded_convs(self.network)
-            parameters += [conv.held.leaf for conv in convs if conv.held]
+            parameters += [conv.scope.leaf for conv in convs if conv.scope]
         return parameters
 
     def gradients(self) -> list[Tensor]:

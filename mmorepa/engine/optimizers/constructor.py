@@ -37,7 +37,7 @@ from ...layers import (
     outermost,
     set_channels_last,
 )
-from ...layers.plain_start import has_branches
+from ...layers.exchange import has_branches
 from ...utils.tables import format_table
 from ..distributed import FoldedDistributedDataParallel
 from .bfloat16_optim_wrapper import BFloat16OptimWrapper

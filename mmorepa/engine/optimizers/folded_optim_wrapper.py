@@ -3,7 +3,8 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from weakref import WeakSet
+from typing import Optional, Union
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from mmengine.logging import print_log
@@ -12,7 +13,7 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
 
-from ...layers import KernelLeaf, backward_to_branches, held
+from ...layers import KernelLeaf, RecordedFolds, backward_to_branches, held
 from ..distributed import FoldedDistributedDataParallel
 from .bfloat16_optim_wrapper import BFloat16OptimWrapper
 
@@ -26,10 +27,22 @@ class _FoldedTraining:
     ``dL/dθ = Jᵀ · dL/dW``. This is linear in the gradient, with the same ``J`` on every
     process, so that the result is that of online folding under gradient accumulation,
     loss scaling, clipping and data parallelism too.
+
+    Args:
+        *args, **kwargs: See the base class.
+        capture (bool | str): Whether the fold and its derivative are recorded as CUDA
+            graphs, see :class:`mmorepa.layers.RecordedFolds`; ``'compiled'`` fuses
+            their operations before by ``torch.compile``. Defaults to False.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args, capture: Union[bool, str] = False, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        if capture not in (False, True, 'compiled'):
+            raise ValueError(f"capture is True, False or 'compiled', found {capture!r}")
+        self._capture = capture
+        self._recorded: WeakKeyDictionary[nn.Module, RecordedFolds] = (
+            WeakKeyDictionary()
+        )
         # Those that a loss may still lead to.
         self._kernels: WeakSet[KernelLeaf] = WeakSet()
         self._is_told = False
@@ -49,9 +62,22 @@ class _FoldedTraining:
             with super().optim_context(model):
                 yield
             return
-        with held(model) as kernels, super().optim_context(model):
+        recorded = self._recorded_folds(model)
+        # In this order: the context of the base class chooses the autocast dtype.
+        with (
+            super().optim_context(model),
+            held(model, recorded, _autocast_dtype(model)) as kernels,
+        ):
             self._kernels.update(kernels)
             yield
+
+    def _recorded_folds(self, model: nn.Module) -> Optional[RecordedFolds]:
+        if not self._capture:
+            return None
+        if model not in self._recorded:
+            is_compiled = self._capture == 'compiled'
+            self._recorded[model] = RecordedFolds(is_compiled=is_compiled)
+        return self._recorded[model]
 
     @torch.compiler.disable
     def backward(self, loss: Tensor, **kwargs) -> None:
@@ -94,6 +120,13 @@ class _FoldedTraining:
                 logger='current',
                 level=logging.WARNING,
             )
+
+
+def _autocast_dtype(model: nn.Module) -> Optional[torch.dtype]:
+    device = next(model.parameters()).device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
 
 
 @OPTIM_WRAPPERS.register_module()

@@ -14,9 +14,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from .blocks import build_conv, conv_type
+from .conv import ReparamConv2d
 from .plain import PlainConv2d
 from .references import hidden_modules, parallel_wrapper, replace_modules
-from .reparam_conv import ReparamConv2d
 from .switch import has_hooks, outermost, overrides, registered, user_attributes
 
 # What conv layers of mmcv add is for empty batches in old versions of PyTorch.
@@ -176,10 +176,9 @@ def log_plain_starts(model: nn.Module) -> None:
     convs = [conv for conv in convs if has_branches(conv)]
     if not convs:
         return
-    starts = ', '.join(sorted({conv.start for conv in convs}))
     print_log(
         f'{type(model).__name__}: {len(convs)} re-parameterised convs start from the '
-        f'plain kernels of the checkpoint ({starts} start)',
+        'plain kernels of the checkpoint (quiet start)',
         logger='current',
         level=logging.INFO,
     )

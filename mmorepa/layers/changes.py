@@ -1,0 +1,71 @@
+"""What people change on a training form, and deployment has to respect."""
+
+import warnings
+from typing import Optional
+
+from torch import nn
+
+from .folding import is_fusible
+
+
+def overridden_fold(conv: nn.Conv2d) -> Optional[str]:
+    """The method of the training form alone that somebody has overridden.
+
+    Args:
+        conv (ReparamConv2d): A training form.
+
+    Returns:
+        str | None: ``'kernel'``, ``'convolve'``, or None. An override that comes with
+        a fold in float64 of its own is fine.
+    """
+    exact = {'branches_kernel_bias', 'equivalent_kernel_bias'}
+    for name in ('kernel', 'convolve'):
+        if name in vars(conv):
+            return name
+        owner = next(c for c in type(conv).__mro__ if vars(c).keys() & {name, *exact})
+        is_ours = owner.__module__.startswith('mmorepa.')
+        if not is_ours and not vars(owner).keys() & exact:
+            return name
+    return None
+
+
+def check_foldable(conv: nn.Conv2d) -> None:
+    """Raises a TypeError if the deployed form would leave out what somebody added.
+
+    Args:
+        conv (ReparamConv2d): A training form.
+    """
+    name = overridden_fold(conv)
+    if name is not None:
+        raise TypeError(
+            f'{type(conv).__name__} has a {name}() of its own, which the '
+            'deployed form does not call: override _conv_forward() or forward(), '
+            'which it does, or branches_kernel_bias() too'
+        )
+
+
+def warn_of_silent_hooks(conv: nn.Conv2d) -> None:
+    """Warns of hooks inside of a conv that are not called once it is deployed.
+
+    Args:
+        conv (ReparamConv2d): A training form.
+    """
+    folded = ('branches', 'norm') if is_fusible(conv.norm) else ('branches',)
+    names = [
+        name
+        for name, module in conv.named_modules()
+        # Hooks of pruning and its like make weights, which are in the fold.
+        if name.startswith(folded)
+        and any(
+            not type(hook).__module__.startswith('torch.nn.utils')
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+            for hook in hooks.values()
+        )
+    ]
+    if names:
+        warnings.warn(
+            f'hooks on {", ".join(names)} of a {type(conv).__name__} are not '
+            'called any more: these modules are folded into the kernel. Put hooks '
+            'on the conv itself',
+            stacklevel=3,
+        )

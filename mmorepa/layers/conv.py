@@ -1,0 +1,409 @@
+"""The base class of re-parameterised convs: train, fold, load, deploy."""
+
+from collections.abc import Callable, Container
+from typing import Any, Optional, Union
+
+import torch
+import torch.fx
+from mmcv.cnn import build_activation_layer, build_norm_layer
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+from torch.nn.utils import skip_init
+
+from ..utils.weights import warn_of_flaws
+from . import loading
+from .changes import check_foldable, warn_of_silent_hooks
+from .folded_weight import ParametersOfBranches, WeightOfBranches
+from .folding import double, fold, fold_exactly, fuse_norm, is_fusible, is_sharded
+from .param_groups import watch
+from .starting import StartsFromKernels
+
+IntPair = Union[int, tuple[int, int]]
+
+
+class ReparamConv2d(StartsFromKernels, WeightOfBranches):
+    """A conv that trains as several linear branches and deploys as one plain conv.
+
+    In training form the branches live in :attr:`branches`, and :attr:`weight` is
+    their fold, see :class:`~mmorepa.layers.folded_weight.FoldedWeight`. Deployed,
+    :attr:`branches` and a BatchNorm :attr:`norm` are gone, and :attr:`weight` and
+    :attr:`bias` are those of a plain :class:`torch.nn.Conv2d`, whose ``state_dict``
+    keys it shares.
+
+    A new block is a subclass with a ``build_branches`` that returns a module
+    whose ``forward()`` maps its parameters to the kernel. The base class does the rest:
+    fold, convolution, normalisation, activation, deployment and loading.
+
+    Args:
+        in_channels (int): I.
+        out_channels (int): O.
+        kernel_size (int | tuple[int, int]): k, odd and square.
+        stride (int | tuple[int, int]): Defaults to 1.
+        padding (int | tuple[int, int] | str): Zero padding, as
+            :class:`torch.nn.Conv2d` takes it. Defaults to 0.
+        dilation (int | tuple[int, int]): Defaults to 1.
+        groups (int): g. Defaults to 1.
+        bias (bool): Whether a bias is added to the conv. Defaults to True.
+        padding_mode (str): Only ``'zeros'``. Defaults to ``'zeros'``.
+        norm_cfg (dict, optional): Normalisation after the conv. Batch
+            normalisation is folded for deployment, any other kind stays.
+            Defaults to None.
+        act_cfg (dict, optional): Activation after all that. Defaults to None.
+        deploy (bool): Builds the deployed form directly. Defaults to False.
+
+    Raises:
+        ValueError: If the arguments describe a conv that has no fold.
+    """
+
+    # The kernel sizes for which networks of its block type have this conv; convs of
+    # other sizes are plain. By conv_cfg, all sizes are of one type.
+    BLOCK_SIZES: Container[int] = (3, 5)
+    # False if the kernel is stored, or if the branches run on the feature map.
+    folds_online = True
+    # Where kernels come from while a block of mmorepa.layers.scopes is open.
+    scope: Any = None
+    # The memory of the kernel: see mmorepa.set_channels_last.
+    channels_last = False
+    # Warn when loaded weights hold NaN, Inf or a negative variance.
+    warns_of_flaws = True
+    # Whether the last state dict held a plain kernel.
+    is_plain_start = False
+    # The names of the attributes that the constructor sets.
+    built: frozenset[str] = frozenset()
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: IntPair,
+        stride: IntPair = 1,
+        padding: Union[IntPair, str] = 0,
+        dilation: IntPair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = 'zeros',
+        *,
+        norm_cfg: Optional[dict] = None,
+        act_cfg: Optional[dict] = None,
+        deploy: bool = False,
+    ) -> None:
+        _check_has_fold(type(self).__name__, kernel_size, padding, padding_mode)
+        arguments = (in_channels, out_channels, kernel_size, stride, padding, dilation)
+        # On 'meta', the kernel of the plain conv takes no memory, no time and no
+        # random numbers: only the deployed form has one.
+        super().__init__(*arguments, groups, bias, padding_mode, device='meta')
+        self.conv_bias = bias
+        self.norm_cfg = norm_cfg
+        self.act = None if act_cfg is None else build_activation_layer(act_cfg)
+        self.scope = None
+        self.become_training_form(with_branches=not deploy)
+        if deploy:
+            self._become_plain(self._deployed_with_bias)
+        else:
+            self._start_fresh()
+        self.built = frozenset((*vars(self), 'built'))
+
+    def build_branches(self) -> nn.Module:
+        """Makes the parameters of the training form.
+
+        The attributes of :class:`torch.nn.Conv2d` (``in_channels``, ``groups``,
+        …) are set when this is called.
+
+        Returns:
+            nn.Module: Its ``forward()`` takes nothing and returns the kernel,
+            shape (O, Ig, k, k).
+        """
+        raise NotImplementedError
+
+    def build_norm(self) -> Optional[nn.Module]:
+        """Makes :attr:`norm` from ``norm_cfg``, or none."""
+        if self.norm_cfg is None:
+            return None
+        return build_norm_layer(self.norm_cfg, self.out_channels)[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolution, normalisation, activation.
+
+        Args:
+            x (Tensor): Shape (N, I, H, W).
+
+        Returns:
+            Tensor: Shape (N, O, H', W').
+        """
+        if isinstance(x, torch.fx.Proxy):
+            node = leaf_call(self, x)
+            if node is not None:
+                return node
+        norm, act = self.norm, self.act
+        fused = None if self.scope is None else self.scope.fused_conv(self)
+        if fused is not None:
+            kernel, bias, norm = fused
+            x = self._conv_forward(x, kernel, bias)
+        elif self.deployed:
+            x = self._conv_forward(x, self.weight, self.bias)
+        else:
+            if _is_exported_to_onnx():
+                raise RuntimeError(
+                    'a training form is not exported to ONNX: call '
+                    'mmorepa.switch_to_deploy(model) first'
+                )
+            x = self.convolve(x)
+        if norm is not None:
+            x = norm(x)
+        return x if act is None else act(x)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """The training form, up to normalisation: (N, I, H, W) to (N, O, H', W')."""
+        return self._conv_forward(x, self.kernel(), self.bias)
+
+    def kernel(self) -> Tensor:
+        """The kernel that the conv runs with, before normalisation.
+
+        Returns:
+            Tensor: Shape (O, Ig, k, k). In training form it carries the gradient to
+            the branches if gradients are enabled. It is folded now, unless a block of
+            :func:`mmorepa.folded` or folded training is open.
+        """
+        if self.deployed:
+            return self.weight
+        return self.folded_kernel() if self.scope is None else self.scope.kernel(self)
+
+    def folded_kernel(self) -> Tensor:
+        """The kernel of a training form, folded now, shape (O, Ig, k, k)."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            watch(self.branches)
+        return fold(self.branches, self.memory_format)
+
+    def regularized_kernel(self) -> Tensor:
+        """The kernel whose L2 norm a weight decay should penalise, with a gradient.
+
+        Normalisation undoes the scale of a kernel, so this is the kernel before it.
+
+        Returns:
+            Tensor: Shape (O, Ig, k, k).
+        """
+        return self.kernel()
+
+    @torch.no_grad()
+    def equivalent_kernel_bias(self) -> tuple[Tensor, Optional[Tensor]]:
+        """The plain conv that equals this one in eval mode, BatchNorm included.
+
+        Equation: ``W_eq = W·γ/√(σ²+ε)``, ``b_eq = β + (b − μ)·γ/√(σ²+ε)``.
+
+        Returns:
+            tuple[Tensor, Tensor | None]: Kernel, shape (O, Ig, k, k), and bias,
+            shape (O,), both in float64.
+        """
+        bias = None if self.bias is None else double(self.bias)
+        if self.deployed:
+            return double(self.weight), bias
+        kernel, bias = self.branches_kernel_bias(bias)
+        return fuse_norm(kernel, bias, self.norm) if self.fuses_norm else (kernel, bias)
+
+    def branches_kernel_bias(
+        self, bias: Optional[Tensor]
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        """The kernel and bias of the branches, before :attr:`norm`, in float64.
+
+        Args:
+            bias (Tensor, optional): The bias of this conv, shape (O,), in float64.
+
+        Returns:
+            tuple[Tensor, Tensor | None]: Shapes (O, Ig, k, k) and (O,).
+        """
+        return fold_exactly(self.branches), bias
+
+    def switch_to_deploy(self) -> None:
+        """Turns this module into the plain conv, in place.
+
+        The fold is computed in float64 and stored in the dtype and on the device
+        of the branches. Calling it again does nothing.
+
+        Raises:
+            TypeError: If ``kernel()`` or ``convolve()`` was overridden, which the
+                deployed form does not call.
+        """
+        if self.deployed:
+            return
+        check_foldable(self)
+        warn_of_silent_hooks(self)
+        like, bias = next(self.branches.parameters()), self.bias
+        # The bias of a norm that is folded in has no such parameter.
+        former_bias = None if self.last_norms else bias
+        others = [p for p in self.parameters() if p is not former_bias]
+        is_trained = any(p.requires_grad for p in others)
+        # Outside of inference mode, whose tensors could never be trained again.
+        with torch.inference_mode(False), torch.no_grad():
+            values = self.equivalent_kernel_bias()
+            self._become_plain(values[1] is not None, like)
+            for tensor, value, former in zip(
+                (self.weight, self.bias), values, (like, former_bias)
+            ):
+                if tensor is not None:
+                    tensor.copy_(value)
+                    tensor.requires_grad_(is_trained)
+                    vars(tensor).update({} if former is None else vars(former))
+        if former_bias is not None:
+            self.bias.requires_grad_(former_bias.requires_grad)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """That of the kernel. It is not stored, since no file can hold it."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """(O, Ig, k, k)."""
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
+
+    @property
+    def last_norms(self) -> list[nn.Module]:
+        """The normalisations whose sum is the output; none where they were folded."""
+        return [] if self.norm is None else [self.norm]
+
+    @property
+    def fuses_norm(self) -> bool:
+        """Whether deployment folds :attr:`norm` into the kernel."""
+        return is_fusible(self.norm)
+
+    @property
+    def _deployed_with_bias(self) -> bool:
+        return self.conv_bias or self.fuses_norm
+
+    @property
+    def is_held_in_training(self) -> bool:
+        """Whether folded training makes a leaf of the kernel."""
+        if self.deployed or not self.folds_online:
+            return False
+        parameters = list(self.branches.parameters())
+        return any(p.requires_grad for p in parameters) and not is_sharded(parameters)
+
+    def forget_folds(self) -> None:
+        """Tells open scopes that the kernel has changed."""
+        if self.scope is not None:
+            self.scope.forget(self)
+
+    def become_training_form(self, with_branches: bool = True) -> None:
+        """Gives this module fresh parameters of the training form."""
+        self.deployed = False
+        self._parameters.pop('weight', None)
+        vars(self)['_parameters'] = ParametersOfBranches(self._parameters)
+        self.bias = None
+        if self.conv_bias:
+            self.bias = nn.Parameter(torch.zeros(self.out_channels))
+        self.norm = self.build_norm()
+        self.branches = self.build_branches() if with_branches else None
+
+    def _become_plain(self, with_bias: bool, like: Optional[Tensor] = None) -> None:
+        """Gives this module parameters of the deployed form.
+
+        They are initialised, or left for the caller to fill where ``like`` gives
+        their device and dtype.
+        """
+        self.deployed = True
+        del self.branches
+        if self.fuses_norm:
+            self.norm = None
+        shape = (self.in_channels, self.out_channels, self.kernel_size)
+        options = dict(groups=self.groups, bias=with_bias)
+        if like is None:
+            plain = nn.Conv2d(*shape, **options)
+        else:
+            # Uninitialised: a switch or a load takes no random numbers away from
+            # the training that goes on around it.
+            options.update(device=like.device, dtype=like.dtype)
+            plain = skip_init(nn.Conv2d, *shape, **options)
+        plain.to(memory_format=self.memory_format)
+        others = {k: v for k, v in self._parameters.items() if k != 'bias'}
+        vars(self)['_parameters'] = {}  # In the order of a plain conv.
+        self.weight, self.bias = plain.weight, plain.bias
+        self._parameters.update(others)
+        self.forget_folds()
+
+    def train(self, mode: bool = True) -> 'ReparamConv2d':
+        self.forget_folds()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable, *args, **kwargs) -> 'ReparamConv2d':
+        self.forget_folds()
+        # By Module.to(memory_format=...), which the branches are not asked for.
+        probe = torch.empty(2, 2, 2, 2).to(memory_format=self.memory_format)
+        is_last = fn(probe).is_contiguous(memory_format=torch.channels_last)
+        if is_last is not self.channels_last:
+            self.channels_last = is_last
+        return super()._apply(fn, *args, **kwargs)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, metadata: dict, *args
+    ) -> None:
+        # MMEngine's loader and PyTorch's both call this for every module.
+        error_msgs = args[-1]
+        if self.warns_of_flaws:
+            warn_of_flaws(state_dict, prefix, error_msgs)
+        dtypes = loading.dtypes_of(state_dict, prefix)
+        self.is_plain_start = loading.adapt(self, state_dict, prefix, error_msgs)
+        if metadata.get('assign_to_params_buffers'):
+            loading.keep_dtypes(state_dict, prefix, dtypes)
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+        self.forget_folds()
+
+    def __getstate__(self) -> dict:
+        # A copy belongs to no scope.
+        return {**super().__getstate__(), 'scope': None}
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Called by torch.jit.script."""
+        if not self.deployed:
+            raise TypeError(
+                'a training form is not scripted: call mmorepa.switch_to_deploy(model) '
+                'first'
+            )
+        return self
+
+    def extra_repr(self) -> str:
+        form = 'deployed' if self.deployed else 'training form'
+        return f'{super().extra_repr()}, {form}'
+
+
+def leaf_call(module: nn.Module, x: torch.fx.Proxy) -> Optional[torch.fx.Proxy]:
+    """The node of a symbolic trace that calls a module as a whole.
+
+    Returns:
+        torch.fx.Proxy | None: None if the module is traced itself, or has a
+        ``forward()`` that calls this one.
+    """
+    method = type(module).forward
+    if (
+        x.tracer.root is module
+        or 'forward' in vars(module)
+        or not method.__module__.startswith('mmorepa.')
+    ):
+        return None
+    name = x.tracer.path_of_module(module)
+    return x.tracer.create_proxy('call_module', name, (x,), {})
+
+
+# Asked while a compiler traces, which would answer itself, and no.
+@torch.compiler.assume_constant_result
+def _is_exported_to_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
+def _check_has_fold(
+    name: str, kernel_size: IntPair, padding: Union[IntPair, str], padding_mode: str
+) -> None:
+    height, width, *more = _pair(kernel_size)
+    if more:
+        raise ValueError(f'{name} is a 2D conv; found kernel_size={kernel_size}')
+    if height != width or height % 2 == 0 or height < 1:
+        raise ValueError(
+            f'{name} takes an odd, square kernel (1, 3, 5, 7, …), since its branches '
+            f'share one centre; found kernel_size={kernel_size}'
+        )
+    if padding_mode != 'zeros':
+        raise ValueError(
+            f"{name} takes padding_mode='zeros' only, found {padding_mode!r}; pad the "
+            'input yourself (torch.nn.functional.pad) and use padding=0'
+        )
+    if not isinstance(padding, str) and min(_pair(padding)) < 0:
+        raise ValueError(f'{name} takes padding >= 0, found padding={padding}')

@@ -1,0 +1,179 @@
+"""What a conv makes of a state dict of another form than its own.
+
+A form is the training form of its block, that of
+:class:`~mmorepa.layers.PlainConv2d`, or a plain conv, with its norm or with the norm
+folded in.
+"""
+
+import copy
+import functools
+
+import torch
+from mmcv.cnn import build_norm_layer
+from torch import Tensor, nn
+
+from ..utils.errors import CheckpointError
+from .changes import check_foldable
+from .folding import double, fuse_norm
+from .starting import load_norm
+
+StateDict = dict[str, Tensor]
+
+
+def adapt(
+    conv: nn.Conv2d, state_dict: StateDict, prefix: str, error_msgs: list[str]
+) -> bool:
+    """Gives the entries of a conv the form that the conv is in.
+
+    Args:
+        conv (ReparamConv2d): What the state dict is loaded into. A training form
+            starts from a plain kernel here.
+        state_dict (dict[str, Tensor]): Changed in place.
+        prefix (str): That of the conv's keys.
+        error_msgs (list[str]): Takes what is wrong with a shape, for the loader.
+
+    Returns:
+        bool: Whether the conv has started from a plain kernel.
+
+    Raises:
+        CheckpointError: If the entries do not fit the conv.
+    """
+    plain, former = f'{prefix}weight', f'{prefix}branches.weight'
+    if former in state_dict and not conv.deployed and not _is_plain(conv.branches):
+        # The training form of a PlainConv2d, whose kernel is a parameter.
+        state_dict[plain] = state_dict.pop(former)
+    has_branches = any(key.startswith(f'{prefix}branches.') for key in state_dict)
+    try:
+        if has_branches and conv.deployed:
+            _fold_entries(conv, state_dict, prefix)
+        elif plain in state_dict and not has_branches:
+            if not conv.deployed:
+                return _start(conv, state_dict, prefix, error_msgs)
+            _fuse_norm_entries(conv, state_dict, prefix)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{type(conv).__name__} cannot start from '{plain}': {error}"
+        ) from error
+    return False
+
+
+def dtypes_of(state_dict: StateDict, prefix: str) -> dict[str, torch.dtype]:
+    """The dtypes of a conv's entries, by key."""
+    return {k: v.dtype for k, v in state_dict.items() if k.startswith(prefix)}
+
+
+def keep_dtypes(
+    state_dict: StateDict, prefix: str, dtypes: dict[str, torch.dtype]
+) -> None:
+    """Gives computed entries the dtypes of the file, as they become parameters.
+
+    Args:
+        state_dict (dict[str, Tensor]): Changed in place.
+        prefix (str): That of the conv's keys.
+        dtypes (dict[str, torch.dtype]): Those before :func:`adapt`.
+    """
+    kernels = [v for k, v in dtypes.items() if 'norm.' not in k and v.is_floating_point]
+    for name, value in state_dict.items():
+        if kernels and name.startswith(prefix) and value.is_floating_point():
+            state_dict[name] = value.to(dtypes.get(name, kernels[0]))
+
+
+def _is_plain(branches: nn.Module) -> bool:
+    return 'weight' in branches._parameters
+
+
+def _norm_entries(state_dict: StateDict, prefix: str) -> StateDict:
+    start = f'{prefix}norm.'
+    return {k[len(start) :]: v for k, v in state_dict.items() if k.startswith(start)}
+
+
+def _fuse_norm_entries(conv: nn.Conv2d, state_dict: StateDict, prefix: str) -> None:
+    """Fuses the norm of a plain conv, for a deployed one."""
+    entries = _norm_entries(state_dict, prefix)
+    if not entries or conv.norm is not None or conv.norm_cfg is None:
+        return
+    for name in entries:
+        del state_dict[f'{prefix}norm.{name}']
+    norm = build_norm_layer(conv.norm_cfg, conv.out_channels)[1]
+    load_norm(norm, entries)
+    bias = state_dict.get(f'{prefix}bias')
+    kernel, bias = fuse_norm(
+        double(state_dict[f'{prefix}weight']),
+        None if bias is None else double(bias),
+        norm,
+    )
+    state_dict.update({f'{prefix}weight': kernel, f'{prefix}bias': bias})
+
+
+def _start(
+    conv: nn.Conv2d, state_dict: StateDict, prefix: str, error_msgs: list[str]
+) -> bool:
+    """Starts a training form; its entries take the place of the plain ones."""
+    weight, bias = state_dict[f'{prefix}weight'], state_dict.get(f'{prefix}bias')
+    norm = _norm_entries(state_dict, prefix)
+    is_folded = conv.norm is not None or (conv.last_norms and not conv.conv_bias)
+    if bias is not None and not norm and is_folded:
+        raise ValueError(
+            'it has a bias, so the BatchNorm is folded into it (a deployed '
+            'checkpoint), while the training form has a BatchNorm. Build the model '
+            'with deploy=True: take the config that was written beside the '
+            'checkpoint, NAME_config.py, or add --cfg-options '
+            'model.backbone.deploy=True to the command line; or call '
+            'mmorepa.switch_to_deploy on the model before loading. Or load the '
+            'checkpoint that this one was made from'
+        )
+    if any(parameter.is_meta for parameter in conv.branches.parameters()):
+        raise ValueError(
+            'its branches are on meta, and a start keeps what they were built '
+            'with: build the model on a device that has memory'
+        )
+    del state_dict[f'{prefix}weight']
+    if weight.shape != conv.kernel_shape:
+        # In PyTorch's words, and left to the loader: some go on with the rest.
+        error_msgs.append(
+            f'size mismatch for {prefix}weight: copying a param with shape '
+            f'{weight.shape} from checkpoint, the shape in current model is '
+            f'{torch.Size(conv.kernel_shape)}.'
+        )
+        state_dict.update(conv.branches.state_dict(prefix=f'{prefix}branches.'))
+        return False
+    # What is missing or of another shape is reported as for any parameter.
+    has_bias = bias is not None and bias.shape == (conv.out_channels,)
+    conv.start_from(weight, bias if has_bias else conv.bias, norm or None)
+    for name in norm:
+        del state_dict[f'{prefix}norm.{name}']
+    for name, value in conv.state_dict(prefix=prefix).items():
+        is_left = name == f'{prefix}bias' and not has_bias
+        if not is_left and (norm or not name.startswith(f'{prefix}norm.')):
+            state_dict[name] = value
+    return True
+
+
+def _fold_entries(conv: nn.Conv2d, state_dict: StateDict, prefix: str) -> None:
+    """Folds the entries of a training form, for a deployed conv."""
+    keys = [key for key in state_dict if key.startswith(prefix)]
+    entries = {key[len(prefix) :]: state_dict.pop(key) for key in keys}
+    twin = copy.deepcopy(conv)
+    with torch.random.fork_rng(devices=[]):
+        twin.become_training_form()
+    for module in twin.modules():  # A load within one that has warned.
+        module.warns_of_flaws = False
+    # In the widest dtype at hand, so that the result is rounded once.
+    dtypes = [v.dtype for v in entries.values() if v.is_floating_point()]
+    twin.to(functools.reduce(torch.promote_types, dtypes, conv.weight.dtype))
+    try:
+        twin.load_state_dict(entries)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the training form under '{prefix}' cannot be folded while loading: "
+            f'{error}'
+        ) from error
+    check_foldable(twin)
+    kernel, bias = twin.equivalent_kernel_bias()
+    state_dict[f'{prefix}weight'] = kernel
+    if bias is not None:
+        state_dict[f'{prefix}bias'] = bias
+    folded = ('branches.', 'bias', 'norm.' if twin.fuses_norm else 'branches.')
+    for name, value in entries.items():
+        if not name.startswith(folded):
+            state_dict[prefix + name] = value

@@ -1,0 +1,426 @@
+"""Scopes that fold a model's kernels once and serve them until they end.
+
+Without one, every forward pass folds. Nothing else is remembered, so nothing can be
+out of date outside of a scope. ``conv.scope`` is the one that serves a conv: a
+:class:`KernelLeaf` of folded training, an :class:`EvaluationScope`, or the first with
+the second behind it, for passes without gradients.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import is_being_traced
+from .capture import RecordedFolds
+from .changes import overridden_fold
+from .conv import ReparamConv2d
+from .folding import double, fold, fuse_norm, named_tensors
+
+FusedConv = tuple[Tensor, Optional[Tensor], Optional[nn.Module]]
+
+
+@contextmanager
+def folded(model: nn.Module, in_traces: bool = False) -> Iterator[nn.Module]:
+    """Folds every conv of a model once, and serves that until the end of the block.
+
+    For loops of evaluation: a conv in eval mode, without gradients, runs as the plain
+    conv that it equals, BatchNorm included. Elsewhere its kernel is folded once, as
+    :func:`torch.nn.utils.parametrize.cached` does it, with a gradient where one is
+    asked for. A conv folds when it first runs. What is written to the model inside of
+    the block after that, a parameter, a statistic or an attribute of a BatchNorm, is
+    not seen; :meth:`~torch.nn.Module.train`, :meth:`~torch.nn.Module.eval`, loading a
+    state dict and moving the model are.
+
+    Blocks may be nested: the outermost one decides how long a fold is served.
+
+    Args:
+        model (nn.Module): A layer or a whole model, wrapped or not.
+        in_traces (bool): Whether a tracer sees finished kernels too, rather than the
+            fold. Defaults to False.
+
+    Yields:
+        nn.Module: The model.
+
+    Examples:
+        >>> with mmorepa.folded(model), torch.no_grad():
+        ...     for batch in batches:
+        ...         model(batch)
+    """
+    scope = EvaluationScope(in_traces)
+    convs = _training_forms(model)
+    for conv in convs:
+        if conv.scope is None:
+            conv.scope = scope
+        elif isinstance(conv.scope, KernelLeaf) and conv.scope.evaluation is None:
+            conv.scope.evaluation = scope
+    try:
+        yield model
+    finally:
+        for conv in convs:
+            if conv.scope is scope:
+                conv.scope = None
+            elif isinstance(conv.scope, KernelLeaf) and conv.scope.evaluation is scope:
+                conv.scope.evaluation = None
+
+
+class EvaluationScope:
+    """Keeps the folds of convs; each is made when it is first asked for.
+
+    Args:
+        in_traces (bool): See :func:`folded`.
+    """
+
+    def __init__(self, in_traces: bool = False) -> None:
+        self._in_traces = in_traces
+        self._folds: dict[ReparamConv2d, dict[str, Any]] = {}
+
+    def kernel(self, conv: ReparamConv2d) -> Tensor:
+        """The kernel of a conv, with a gradient if gradients are enabled."""
+        if is_being_traced() and not self._in_traces:
+            return conv.folded_kernel()
+        with_grad = torch.is_grad_enabled()
+        name = 'trained kernel' if with_grad else 'kernel'
+        return self._once(conv, name, conv.folded_kernel, with_grad)
+
+    def fused_conv(self, conv: ReparamConv2d) -> Optional[FusedConv]:
+        """Kernel and bias in eval mode, with the norm that is not fused into them.
+
+        Returns:
+            tuple | None: None if the conv has to run as it is.
+        """
+        if conv.training or torch.is_grad_enabled() or is_being_traced():
+            return None
+        return self._once(conv, 'fused', lambda: _fused_conv(conv), with_grad=False)
+
+    def forget(self, conv: ReparamConv2d) -> None:
+        """Drops the folds of a conv, which has changed."""
+        self._folds.pop(conv, None)
+
+    def _once(
+        self, conv: ReparamConv2d, name: str, make: Callable[[], Any], with_grad: bool
+    ) -> Any:
+        folds = self._folds.setdefault(conv, {})
+        if name not in folds:
+            # Outside of inference mode, whose tensors could serve nothing else.
+            with torch.inference_mode(False), torch.set_grad_enabled(with_grad):
+                folds[name] = make()
+        return folds[name]
+
+
+def _fused_conv(conv: ReparamConv2d) -> Optional[FusedConv]:
+    # A BatchNorm may be in another mode than the conv that it belongs to, and somebody
+    # may be waiting for its inputs or outputs.
+    inner = list(conv.modules())[1:]
+    if conv.deployed or overridden_fold(conv) or any(map(_must_run, inner)):
+        return None
+    bias = None if conv.bias is None else double(conv.bias)
+    if conv.folds_online:
+        # Fast, in the precision that training forms run in.
+        like = conv.folded_kernel()
+        kernel = double(like)
+    else:
+        kernel, bias = conv.branches_kernel_bias(bias)
+        # A branch may have no parameter (an average), or those of norms.
+        like = next(t for t in named_tensors(conv.branches).values() if t.dim() == 4)
+    norm = conv.norm
+    if conv.fuses_norm:
+        kernel, bias = fuse_norm(kernel, bias, norm)
+        norm = None
+    return kernel.to(like), None if bias is None else bias.to(like), norm
+
+
+def _must_run(module: nn.Module) -> bool:
+    return module.training or bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+@contextmanager
+def held(
+    model: nn.Module,
+    recorded: Optional[RecordedFolds] = None,
+    dtype: Optional[torch.dtype] = None,
+) -> Iterator[list['KernelLeaf']]:
+    """Folds the trained kernels of a model, and cuts the graph there.
+
+    Inside of the block, passes with gradients see each kernel as a leaf, an ordinary
+    plain weight. Its gradient goes on to the branches in the same backward pass or, if
+    :attr:`KernelGraph.is_deferred`, when :func:`backward_to_branches` is called.
+
+    The fold is that of the branches at the beginning of the block. A block inside of
+    another one serves the leaves of that one.
+
+    Args:
+        model (nn.Module): Wrapped for data parallelism or not.
+        recorded (RecordedFolds, optional): Replays the fold of all kernels. Defaults
+            to None.
+        dtype (torch.dtype, optional): Of leaves whose fold is replayed. Defaults to
+            that of the branches.
+
+    Yields:
+        list[KernelLeaf]: One for each trained kernel.
+
+    Raises:
+        RuntimeError: If data parallelism does not average the gradient of a kernel.
+    """
+    leaves = _hold(model, recorded, dtype)
+    try:
+        yield leaves
+    finally:
+        for leaf in leaves:
+            leaf.depth -= 1
+
+
+# Graph break: torch.compile resumes after this and sees leaves.
+@torch.compiler.disable
+def _hold(
+    model: nn.Module, recorded: Optional[RecordedFolds], dtype: Optional[torch.dtype]
+) -> list['KernelLeaf']:
+    convs = [conv for conv in _training_forms(model) if conv.is_held_in_training]
+    with torch.enable_grad(), torch.inference_mode(False):
+        fresh = [conv for conv in convs if not _is_held(conv)]
+        leaves = [_leaf_of(conv, model) for conv in fresh]
+        if any(leaf.is_reduced for leaf in leaves):
+            dtype = None  # Data parallelism counts on that of its parameters.
+        recording = None if recorded is None else recorded.fold(fresh, dtype)
+        for i, (conv, leaf) in enumerate(zip(fresh, leaves)):
+            sources = tuple(conv.branches.parameters())
+            if recording is None:
+                leaf.take(conv.folded_kernel(), sources)
+            else:
+                leaf.take(recording.kernels[i], sources)
+                leaf.graph.replays(conv, recorded, recording, i)
+                recorded.lend(leaf.leaf)
+    leaves = [conv.scope for conv in convs]
+    for leaf in leaves:
+        leaf.depth += 1
+    return leaves
+
+
+def _is_held(conv: ReparamConv2d) -> bool:
+    leaf = conv.scope
+    return isinstance(leaf, KernelLeaf) and leaf.depth > 0 and bool(leaf.sources)
+
+
+def _leaf_of(conv: ReparamConv2d, model: nn.Module) -> 'KernelLeaf':
+    leaf = evaluation = conv.scope
+    if isinstance(leaf, KernelLeaf):
+        evaluation = leaf.evaluation
+    if not (isinstance(leaf, KernelLeaf) and leaf.is_reduced):
+        leaf = conv.scope = KernelLeaf(evaluation=evaluation)
+    elif not leaf.leaf.requires_grad:
+        name = next(name for name, m in model.named_modules() if m is conv)
+        raise RuntimeError(
+            f'{name} was frozen when the model was wrapped for data parallelism, and '
+            'is trained now: its gradients would not be averaged. Freeze it after '
+            'that, with find_unused_parameters=True in model_wrapper_cfg'
+        )
+    return leaf
+
+
+@torch.compiler.disable
+def backward_to_branches(leaves: list['KernelLeaf']) -> None:
+    """Backpropagates the gradients of held kernels to the branches.
+
+    ``dL/dθ += Jᵀ · dL/dW`` with ``J = dW/dθ``; the kernels' gradients are consumed.
+
+    Args:
+        leaves (list[KernelLeaf]): Those without a gradient are left out.
+    """
+    leaves = [leaf for leaf in leaves if leaf.leaf.grad is not None]
+    gradients = [leaf.leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.leaf.grad = None
+    replays: dict[Any, dict[int, Tensor]] = {}
+    kernels, others = [], []
+    for leaf, gradient in zip(leaves, gradients):
+        recording = leaf.graph.current_recording()
+        if recording is None:
+            kernels.append(leaf.graph.kernel)
+            others.append(gradient)
+        else:
+            replays.setdefault(recording, {})[leaf.graph.number] = gradient
+    for recording, numbered in replays.items():
+        recording.pass_on(numbered)
+    # There may be another backward pass through the same forward pass.
+    torch.autograd.backward(kernels, others, retain_graph=True)
+
+
+class KernelGraph:
+    """The graph that connects the leaf of a folded kernel with the branches.
+
+    The leaf's hook holds this object, invisibly to Python's garbage collector. A
+    reference back would leak both.
+
+    Attributes:
+        kernel (Tensor): The leaf's numbers, as a function of the branches.
+        number (int): That of the kernel in a recording.
+        is_deferred (bool): Whether :func:`backward_to_branches` is called after the
+            backward pass.
+        is_reduced (bool): Whether data parallelism averages the leaf's gradient,
+            which is done at the end of a backward pass only.
+    """
+
+    def __init__(self, is_reduced: bool) -> None:
+        self._kernel: Optional[Tensor] = None
+        self._fold: Optional[Callable[[], Tensor]] = None
+        self._recorded: Optional[RecordedFolds] = None
+        self._recording: Any = None
+        self.number = 0
+        self.is_deferred = False
+        self.is_reduced = is_reduced
+
+    @property
+    def kernel(self) -> Tensor:
+        if self._kernel is None:  # A replay leaves no graph.
+            assert self._fold is not None
+            with torch.enable_grad():
+                self._kernel = self._fold()
+        return self._kernel
+
+    @kernel.setter
+    def kernel(self, kernel: Tensor) -> None:
+        self._kernel, self._recording = kernel, None
+
+    def replays(
+        self,
+        conv: ReparamConv2d,
+        recorded: RecordedFolds,
+        recording: Any,
+        number: int,
+    ) -> None:
+        """Leaves the way to the branches to a recording while it is current."""
+        self._kernel, self._recorded = None, recorded
+        self._recording, self.number = recording, number
+        branches, memory_format = conv.branches, conv.memory_format
+        self._fold = lambda: fold(branches, memory_format)
+
+    def current_recording(self) -> Any:
+        """The recording that passes the gradient on, if there is one."""
+        if self._recorded is not None and self._recorded.has(self._recording):
+            return self._recording
+        return None
+
+    def on_gradient(self, leaf: nn.Parameter) -> None:
+        """Passes the leaf's gradient on to the branches, or leaves it to others."""
+        if self.is_deferred:
+            return
+        gradient, leaf.grad = leaf.grad, None
+        if self.is_reduced:
+            raise RuntimeError(
+                'with FoldedDistributedDataParallel, gradients reach the branches '
+                'through optim_wrapper.update_params(loss) or .backward(loss) of a '
+                'Folded...OptimWrapper, and loss.backward() was called by hand. Wrap '
+                'the model in MMDistributedDataParallel for a loop of your own'
+            )
+        torch.autograd.backward(self.kernel, gradient, retain_graph=True)
+
+
+class KernelLeaf:
+    """The training scope of one conv: a kernel cut off from its branches.
+
+    Args:
+        leaf (nn.Parameter, optional): One whose gradients data parallelism averages:
+            it serves all blocks. Defaults to None, a new one, for one block.
+        evaluation (EvaluationScope, optional): Serves passes without gradients.
+            Defaults to None.
+
+    Attributes:
+        leaf (nn.Parameter): What the conv runs with.
+        graph (KernelGraph): What turns its gradient into those of the branches.
+        sources (tuple[nn.Parameter, ...]): The parameters that it is folded from;
+            none once these have changed.
+        depth (int): The number of open blocks.
+        awaits_sync (bool): Whether data parallelism does not average its gradient in
+            this pass, as in :meth:`~torch.nn.parallel.DistributedDataParallel.no_sync`.
+    """
+
+    def __init__(
+        self,
+        leaf: Optional[nn.Parameter] = None,
+        evaluation: Optional[EvaluationScope] = None,
+    ) -> None:
+        self.leaf = leaf
+        self.evaluation = evaluation
+        self.is_reduced = leaf is not None
+        self.graph = KernelGraph(self.is_reduced)
+        self.sources: tuple[nn.Parameter, ...] = ()
+        self.depth = 0
+        self.awaits_sync = False
+        if leaf is not None and leaf.requires_grad:
+            leaf.register_post_accumulate_grad_hook(self.graph.on_gradient)
+
+    def take(self, kernel: Tensor, sources: tuple[nn.Parameter, ...]) -> None:
+        """Serves this kernel from now on.
+
+        Args:
+            kernel (Tensor): With a graph.
+            sources (tuple[nn.Parameter, ...]): What it is folded from.
+        """
+        self.graph.kernel, self.sources = kernel, sources
+        if self.leaf is None:
+            # By .data, each leaf counts the writes to it by itself.
+            self.leaf = nn.Parameter(kernel.data)
+            self.leaf.register_post_accumulate_grad_hook(self.graph.on_gradient)
+            return
+        self.leaf.data = kernel.detach()
+        # A graph that used the former numbers must not go on with these.
+        torch.autograd.graph.increment_version(self.leaf)
+
+    def kernel(self, conv: ReparamConv2d) -> Tensor:
+        """The leaf for passes with gradients, and a fold for others."""
+        if torch.is_grad_enabled() and self.sources:
+            # Checkpointed blocks run their forward pass again in the backward one.
+            if self.depth == 0 and torch._C._current_graph_task_id() == -1:
+                # Passes outside of the block fold, and so do their checkpointed parts
+                # when they run again.
+                self.forget(conv)
+            # A compiler takes the parameters for granted.
+            elif torch.compiler.is_compiling() or self._was_folded_from(conv):
+                return self._for_pass(self.leaf)
+        if self.evaluation is None:
+            return conv.folded_kernel()
+        return self.evaluation.kernel(conv)
+
+    def _for_pass(self, leaf: nn.Parameter) -> Tensor:
+        # A leaf in half precision may be used where autocast is off for a while.
+        like = self.sources[0].dtype
+        if leaf.dtype == like or torch.is_autocast_enabled(leaf.device.type):
+            return leaf
+        return leaf.to(like)
+
+    def fused_conv(self, conv: ReparamConv2d) -> Optional[FusedConv]:
+        """See :meth:`EvaluationScope.fused_conv`."""
+        return None if self.evaluation is None else self.evaluation.fused_conv(conv)
+
+    def forget(self, conv: ReparamConv2d) -> None:
+        """Serves the conv no longer, since it has changed."""
+        self.sources = ()
+        if not self.is_reduced:
+            conv.scope = self.evaluation
+        if self.evaluation is not None:
+            self.evaluation.forget(conv)
+
+    def has_final_gradient(self) -> bool:
+        """Whether the leaf's gradient can be passed on to the branches."""
+        return not self.awaits_sync and self.leaf.grad is not None
+
+    def _was_folded_from(self, conv: ReparamConv2d) -> bool:
+        """Whether the conv has the same parameters.
+
+        It has not where others stand in their place for a call, as in
+        :func:`torch.func.functional_call`.
+        """
+        parameters = tuple(conv.branches.parameters())
+        return len(parameters) == len(self.sources) and all(
+            one is other for one, other in zip(parameters, self.sources)
+        )
+
+
+def _training_forms(model: nn.Module) -> list[ReparamConv2d]:
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, ReparamConv2d) and not module.deployed
+    ]

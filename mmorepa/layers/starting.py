@@ -1,0 +1,204 @@
+"""How branches take a given kernel, or start again from fresh parameters."""
+
+from collections.abc import Mapping
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from .folding import check_is_whole, named_tensors
+
+
+class StartsFromKernels(nn.Conv2d):
+    """How a re-parameterised conv takes the kernel of a plain one, or fresh ones."""
+
+    _fresh: Optional[list[float]] = None
+
+    def start_from(
+        self,
+        weight: Tensor,
+        bias: Optional[Tensor] = None,
+        norm: Optional[Mapping[str, Tensor]] = None,
+    ) -> None:
+        """Makes the training form compute what a plain conv computes.
+
+        ``origin`` becomes the plain kernel, scaled by one, and every other branch is
+        scaled by zero and made small: the kernel moves about as far in a first step as
+        that of a plain conv. In a deep linear kernel that is the ``origin`` of the
+        last factor. Where branches have BatchNorms, that of ``origin`` becomes the
+        norm of the plain conv, and the others' last weights and biases become zero.
+
+        Args:
+            weight (Tensor): The plain kernel, shape (O, Ig, k, k).
+            bias (Tensor, optional): The plain bias, shape (O,). Defaults to None:
+                zeros, where this conv has a bias.
+            norm (Mapping[str, Tensor], optional): The state dict of the BatchNorm
+                after the plain conv, where this conv has one. Defaults to None, which
+                leaves the norm as it is.
+
+        Raises:
+            ValueError: If the conv is deployed, shapes do not fit, or the branches
+                cannot give this kernel: ``origin`` is missing, or the chain of a deep
+                linear kernel has too few channels.
+        """
+        if self.deployed:
+            raise ValueError('the conv is deployed: it has a weight, and no branches')
+        if bias is not None and self.bias is None:
+            raise ValueError('there is a bias, and the conv has none (bias=False)')
+        for what, tensor, shape in (
+            ('kernel', weight, self.kernel_shape),
+            ('bias', bias, (self.out_channels,)),
+        ):
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f'the {what} is of {tuple(tensor.shape)}, not {shape}')
+        with torch.inference_mode(False), torch.no_grad():
+            self._start_before_bias(weight, norm)
+            if self.bias is not None:
+                self.bias.copy_(torch.zeros_like(self.bias) if bias is None else bias)
+        self.forget_folds()
+
+    def _start_before_bias(
+        self, weight: Tensor, norm: Optional[Mapping[str, Tensor]]
+    ) -> None:
+        if norm is not None:
+            if self.norm is None:
+                raise ValueError('there is a norm, and the conv has none')
+            load_norm(self.norm, norm)
+        self.set_kernel(weight)
+
+    def set_kernel(self, kernel: Tensor, exactly: bool = True) -> None:
+        """Gives the branches the weights with which they fold to a kernel.
+
+        Args:
+            kernel (Tensor): Shape (O, Ig, k, k).
+            exactly (bool): False multiplies each output channel by the factor that
+                gives it the norm of the kernel's, where the branches cannot give this
+                kernel. Defaults to True.
+
+        Raises:
+            ValueError: If the branches cannot give this kernel exactly.
+            RuntimeError: If the branches are sharded.
+        """
+        branches = self.branches
+        parameters = list(branches.parameters())
+        if not parameters and exactly:
+            raise ValueError(f'{type(self).__name__} has a fixed kernel')
+        if not parameters or parameters[0].is_meta:
+            return
+        check_is_whole(parameters)
+        with torch.inference_mode(False), torch.no_grad():
+            kernel = kernel.to(parameters[0].device, torch.float64)
+            try:
+                if not hasattr(branches, 'set_kernel'):
+                    raise ValueError(f'{type(branches).__name__} has no set_kernel')
+                branches.set_kernel(kernel)
+            except ValueError:
+                if exactly:
+                    raise
+                if hasattr(branches, 'rescale'):
+                    folded = self.folded_kernel().double()
+                    norms = [k.flatten(1).norm(dim=1) for k in (kernel, folded)]
+                    branches.rescale(norms[0] / norms[1].clamp_min(1e-12))
+        self.forget_folds()
+
+    def reset_parameters(self) -> None:
+        """Draws the parameters anew, as the constructor does, those of norms included.
+
+        Raises:
+            ValueError: If pruning or a parametrization computes a weight of a branch.
+        """
+        if vars(self).get('deployed', True):  # Of a plain conv, as which it is built.
+            super().reset_parameters()
+            return
+        copy_fresh(self.branches, self.build_branches())
+        if self.norm is not None and hasattr(self.norm, 'reset_parameters'):
+            self.norm.reset_parameters()
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        self._start_fresh()
+        self.forget_folds()
+
+    def _start_fresh(self) -> None:
+        self._fresh = fingerprint(self.branches)
+        if not self.keeps_own_init:
+            nn.Conv2d.reset_parameters(self)  # Writes to the weight and the bias.
+            self._fresh = fingerprint(self.branches)
+
+    def refresh(self) -> None:
+        """Makes the branches fresh, unless they are so to the last bit.
+
+        It takes no random numbers away from others.
+        """
+        if self._fresh == fingerprint(self.branches):
+            return
+        with torch.random.fork_rng(devices=[]):
+            copy_fresh(self.branches, self.build_branches())
+        self._fresh = fingerprint(self.branches)
+        self.forget_folds()
+
+    @property
+    def keeps_own_init(self) -> bool:
+        """Whether the fresh branches are left as they are by a network's init_weights.
+
+        They are where a norm follows, which makes the scale of the kernel irrelevant:
+        one of its own, or one of the network, where the conv has no bias.
+        """
+        return self.norm is not None or not self.conv_bias
+
+
+@torch.no_grad()
+def copy_fresh(branches: nn.Module, fresh: nn.Module) -> None:
+    """Gives branches the values of fresh ones, in place.
+
+    Raises:
+        ValueError: If pruning or a parametrization computes a weight of the branches.
+        RuntimeError: If the branches are sharded.
+    """
+    tensors, values = named_tensors(branches), named_tensors(fresh)
+    if tensors.keys() != values.keys():
+        raise ValueError(
+            'its branches are computed from other tensors (pruned or parametrized)'
+            ': call torch.nn.utils.prune.remove or '
+            'torch.nn.utils.parametrize.remove_parametrizations before a reset'
+        )
+    check_is_whole(tensors.values())
+    for name, tensor in tensors.items():
+        tensor.copy_(values[name])
+
+
+def load_norm(norm: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Loads a norm layer; only its ``num_batches_tracked`` may be missing.
+
+    Raises:
+        ValueError: If it is the state of another kind of norm.
+    """
+    keys = norm.load_state_dict(state_dict, strict=False)
+    missing = [key for key in keys.missing_keys if key != 'num_batches_tracked']
+    if missing or keys.unexpected_keys:
+        raise ValueError(
+            f'its norm has {", ".join(state_dict)}, and {type(norm).__name__} has '
+            f'{", ".join(norm.state_dict())}'
+        )
+
+
+def fingerprint(branches: nn.Module) -> list[float]:
+    """The sums of the parameters, which tell whether any was written to."""
+    tensors = [p.detach() for p in branches.parameters()]
+    # Fake ones have no sum.
+    is_real = all(type(t) is Tensor and not t.is_meta for t in tensors)
+    return [float(t.sum()) for t in tensors] if is_real else []
+
+
+def parameter_of(module: nn.Module, name: str) -> nn.Parameter:
+    """A parameter to write to.
+
+    Raises:
+        ValueError: If pruning or a parametrization computes it.
+    """
+    if module._parameters.get(name) is None:
+        raise ValueError(
+            f'{name!r} is computed from other tensors (pruned or parametrized), and '
+            'what is written to it is lost: call torch.nn.utils.prune.remove or '
+            'torch.nn.utils.parametrize.remove_parametrizations before'
+        )
+    return module._parameters[name]

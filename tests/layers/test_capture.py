@@ -1,0 +1,317 @@
+"""Folds that are recorded and replayed, by a recorder that stands in for CUDA's."""
+
+import copy
+
+import pytest
+import torch
+from helpers import trained_like
+from mmengine.optim import build_optim_wrapper
+from torch import nn
+
+from mmorepa import folded, switch_to_deploy
+from mmorepa.layers import build_conv, capture
+from mmorepa.layers.capture import CUDAGraphRecorder, RecordedFolds
+
+
+class StandIn:
+    """Runs again what it recorded, and writes the results to the same memory."""
+
+    def __init__(self):
+        self.recorded = self.replayed = 0
+
+    def refusal(self, device):
+        return ''
+
+    def record(self, run):
+        self.recorded += 1
+        results = run()
+        memory = [None if r is None else r.detach() for r in results]
+
+        def replay():
+            self.replayed += 1
+            new = run()
+            for old, value in zip(memory, new):
+                if old is not None:
+                    old.copy_(value.detach())
+            if new[0] is not None and new[0].grad_fn is not None:
+                results[:] = new  # CUDA needs no graph to replay a derivative.
+
+        return results, replay
+
+
+@pytest.fixture
+def recorders(monkeypatch):
+    """The stand-ins that were made."""
+    made = []
+
+    def make():
+        made.append(StandIn())
+        return made[-1]
+
+    monkeypatch.setattr(capture, 'CUDAGraphRecorder', make)
+    return made
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """The lines that are logged."""
+    lines = []
+    monkeypatch.setattr(capture, 'print_log', lambda line, **_: lines.append(line))
+    return lines
+
+
+def network(dtype=torch.float64):
+    torch.manual_seed(0)
+    layers = [
+        build_conv('deep_linear', 2, 4, 7, padding=3),
+        build_conv('orepa', 4, 4, 3, padding=1),
+        nn.ReLU(),
+        build_conv('orepa', 4, 4, 3, padding=1, groups=2),
+        build_conv('dbb', 4, 4, 3, padding=1),
+        build_conv('orepa', 4, 3, 1),
+    ]
+    return trained_like(nn.Sequential(*layers)).to(dtype).train()
+
+
+def wrapped(model, capture=True, kind='FoldedOptimWrapper', **options):
+    optimizer = dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=1e-3)
+    cfg = dict(type=kind, optimizer=optimizer, capture=capture, **options)
+    wrapper = build_optim_wrapper(model, cfg)
+    wrapper.initialize_count_status(model, 0, 100)
+    return wrapper
+
+
+def loss_of(model, wrapper, seed):
+    generator = torch.Generator().manual_seed(seed)
+    dtype = next(model.parameters()).dtype
+    images = torch.rand(2, 2, 6, 6, generator=generator, dtype=torch.float64)
+    with wrapper.optim_context(model):
+        return model(images.to(dtype)).square().mean()
+
+
+def freeze(model, wrapper, step):
+    if step == 2:
+        model[1].requires_grad_(False)
+    if step == 4:
+        model[1].requires_grad_(True)
+
+
+def evaluate(model, wrapper, step):
+    with folded(model.eval()), torch.no_grad():
+        model(torch.rand(1, 2, 6, 6, dtype=torch.float64))
+    model.train()
+
+
+def zero_to_zero(model, wrapper, step):
+    wrapper.optimizer.zero_grad(set_to_none=False)
+
+
+def assign(model, wrapper, step):
+    if step == 2:
+        state = {key: value.clone() for key, value in model[1].state_dict().items()}
+        model[1].load_state_dict(state, assign=True)
+        rebuilt = {id(p) for p in model.parameters()}
+        for group in wrapper.optimizer.param_groups:
+            group['params'] = [p for p in group['params'] if id(p) in rebuilt]
+        group['params'] += list(model[1].parameters())
+
+
+def deploy(model, wrapper, step):
+    if step == 3:
+        model[3].switch_to_deploy()
+
+
+def write(model, wrapper, step):
+    with torch.no_grad():
+        for parameter in model[1].parameters():
+            parameter.data.mul_(1.01)
+
+
+def move(model, wrapper, step):
+    if step == 2:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+
+
+def nothing(model, wrapper, step):
+    pass
+
+
+def train(model, wrapper, between=nothing, steps=6):
+    for step in range(steps):
+        wrapper.update_params(loss_of(model, wrapper, step))
+        between(model, wrapper, step)
+
+
+@pytest.mark.parametrize(
+    ('between', 'options', 'times'),
+    [
+        (nothing, {}, 1),
+        (nothing, dict(accumulative_counts=3), 1),
+        (nothing, dict(clip_grad=dict(max_norm=0.1)), 1),
+        (evaluate, {}, 1),
+        (zero_to_zero, {}, 1),
+        (write, {}, 1),
+        (freeze, {}, 3),
+        (assign, {}, 2),
+        (deploy, {}, 2),
+        (move, {}, 2),
+    ],
+)
+def test_trains_as_without(recorders, between, options, times):
+    plain, recorded = network(), network()
+    train(plain, wrapped(plain, capture=False, **options), between)
+    train(recorded, wrapped(recorded, **options), between)
+    (recorder,) = recorders
+    assert recorder.recorded == 2 * times and recorder.replayed > 6
+    pairs = zip(plain.state_dict().items(), recorded.state_dict().values())
+    for (name, expected), value in pairs:
+        assert torch.allclose(value, expected, rtol=1e-9, atol=1e-12), name
+
+
+def test_two_models(recorders):
+    models = [network() for _ in range(3)]
+    models[1][0].load_state_dict(trained_like(models[1][0]).state_dict())
+    wrapper = wrapped(nn.ModuleList(models[:2]))
+    for step in range(3):
+        for model in models[:2]:
+            wrapper.update_params(loss_of(model, wrapper, step))
+    assert [recorder.recorded for recorder in recorders] == [2, 2]
+
+
+def test_losses_of_several_passes(recorders):
+    plain, recorded = network(), network()
+    for model, capture_ in ((plain, False), (recorded, True)):
+        wrapper = wrapped(model, capture_)
+        for step in range(3):
+            loss = loss_of(model, wrapper, step) + loss_of(model, wrapper, step + 9)
+            wrapper.update_params(loss)
+        loss = loss_of(model, wrapper, 7)
+        wrapper.zero_grad()
+        wrapper.backward(loss, retain_graph=True)
+        wrapper.backward(loss)
+        wrapper.step()
+    for one, other in zip(plain.parameters(), recorded.parameters()):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_a_loss_of_former_numbers_is_refused(recorders):
+    model = network()
+    wrapper = wrapped(model)
+    former = loss_of(model, wrapper, 0)
+    wrapper.update_params(loss_of(model, wrapper, 1))
+    loss_of(model, wrapper, 2)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        former.backward()
+
+
+def test_backward_by_hand(recorders):
+    plain, recorded = network(), network()
+    for model, capture_ in ((plain, False), (recorded, True)):
+        wrapper = wrapped(model, capture_)
+        for step in range(2):
+            loss_of(model, wrapper, step).backward()
+    for one, other in zip(plain.parameters(), recorded.parameters()):
+        assert torch.allclose(one.grad, other.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_are_the_callers(recorders):
+    """One that was cloned stays, and one that is added to is added to."""
+    model = network()
+    model[4].eval()  # A border of running means changes with every pass.
+    wrapper = wrapped(model)
+    wrapper.backward(loss_of(model, wrapper, 0))
+    first = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    wrapper.backward(loss_of(model, wrapper, 0))
+    twice = [p.grad for p in model.parameters() if p.grad is not None]
+    for one, two in zip(first, twice):
+        assert torch.allclose(2 * one, two)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16])
+def test_half_precision(recorders, dtype):
+    """Under autocast, the conv gets a kernel in half precision, once."""
+    plain, recorded = network(torch.float32), network(torch.float32)
+    found = []
+    recorded[1].register_forward_pre_hook(
+        lambda conv, _: found.append(conv.kernel().dtype)
+    )
+    for model, capture_ in ((plain, False), (recorded, True)):
+        kind = 'FoldedBFloat16OptimWrapper'
+        train(model, wrapped(model, capture_, kind=kind), steps=2)
+    assert found == [dtype, dtype]
+    for one, other in zip(plain.parameters(), recorded.parameters()):
+        assert torch.allclose(one, other, rtol=0.02, atol=0.002)
+
+
+def test_it_says_why_not(log, recorders):
+    model = network()
+    hook = model[1].branches.scale.register_hook(lambda gradient: gradient)
+    wrapper = wrapped(model)
+    train(model, wrapper, steps=2)
+    (line,) = log
+    assert 'hooks' in line
+    assert not recorders[0].recorded
+    hook.remove()
+    train(model, wrapper, steps=2)
+    assert recorders[0].recorded
+
+
+def test_a_recorder_that_fails(log, monkeypatch):
+    class Failing(StandIn):
+        def record(self, run):
+            raise RuntimeError('operation not permitted when stream is capturing')
+
+    monkeypatch.setattr(capture, 'CUDAGraphRecorder', Failing)
+    plain, recorded = network(), network()
+    train(plain, wrapped(plain, capture=False))
+    train(recorded, wrapped(recorded))
+    assert len(log) == 1 and 'not permitted' in log[0]
+    for one, other in zip(plain.parameters(), recorded.parameters()):
+        assert torch.equal(one, other)
+
+
+def test_without_a_gpu(log):
+    """CUDA's own recorder says what it lacks, and the training goes on."""
+    assert 'cpu' in CUDAGraphRecorder().refusal(torch.device('cpu'))
+    model = network()
+    train(model, wrapped(model), steps=2)
+    assert len(log) == 1 and 'cpu' in log[0]
+
+
+def test_copies_and_deployed_forms_are_free(recorders):
+    model = network()
+    wrapper = wrapped(model)
+    train(model, wrapper, steps=2)
+    twin = copy.deepcopy(model).eval()
+    before = twin(torch.ones(1, 2, 6, 6, dtype=torch.float64))
+    train(model, wrapper, steps=1)
+    assert torch.equal(before, twin(torch.ones(1, 2, 6, 6, dtype=torch.float64)))
+    image = torch.ones(1, 2, 6, 6, dtype=torch.float64)
+    expected = model.eval()(image)
+    assert torch.allclose(switch_to_deploy(model)(image), expected)
+
+
+@pytest.mark.slow
+def test_compiled(recorders):
+    """The operations that are recorded may be those of torch.compile."""
+    plain, recorded = network(), network()
+    train(plain, wrapped(plain, capture=False), steps=2)
+    train(recorded, wrapped(recorded, capture='compiled'), steps=2)
+    assert recorders[0].recorded == 2
+    for one, other in zip(plain.parameters(), recorded.parameters()):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_a_recording_is_told_apart(recorders):
+    convs = [build_conv('orepa', 2, 2, 3, padding=1) for _ in range(2)]
+    folds = RecordedFolds()
+    for _ in range(2):
+        assert len(folds.fold(convs).kernels) == 2
+    assert folds.count == 1
+    folds.fold(convs[:1])
+    folds.fold(convs[:1], torch.bfloat16)
+    convs[0].bfloat16()
+    folds.fold(convs[:1])
+    assert folds.count == 4
+    assert folds.fold([]) is None
