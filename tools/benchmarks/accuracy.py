@@ -17,23 +17,8 @@ from typing import Optional
 # Before NumPy and PyTorch are loaded: there is a process for each core.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
+import accuracy_runs as runs
 from accuracy_report import FIGURES, report
-from accuracy_runs import (
-    ABLATIONS,
-    ALL_BLOCKS,
-    DATA,
-    FACTORS,
-    KEY,
-    NETWORKS,
-    STANDARD,
-    VALUES,
-    VARIANTS,
-    base_config,
-    check_recipes,
-    check_row,
-    job_of,
-    keys_of,
-)
 from studies import Job, Results, run_study, study_parser
 from torch.cuda import is_available as is_gpu_there
 
@@ -58,45 +43,45 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         'accuracy',
         'trainings, on a GPU too,',
         epilog='variants:\n'
-        + '\n'.join(f'  {n}: {v.text}' for n, v in VARIANTS.items() if v.text),
+        + '\n'.join(f'  {n}: {v.text}' for n, v in runs.VARIANTS.items() if v.text),
     )
     parser.add_argument(
         '--data',
         nargs='+',
-        choices=DATA,
+        choices=runs.DATA,
         default=['10pct', 'full'],
         help='(default: 10pct full)',
     )
     parser.add_argument(
         '--networks',
         nargs='+',
-        choices=NETWORKS,
+        choices=runs.NETWORKS,
         default=['resnet18', 'repvgg-a0'],
         help='(default: resnet18 repvgg-a0)',
     )
     parser.add_argument(
         '--blocks',
         nargs='+',
-        choices=ALL_BLOCKS,
-        default=[*ALL_BLOCKS],
+        choices=runs.ALL_BLOCKS,
+        default=[*runs.ALL_BLOCKS],
         help='a network goes without those that are not its own (default: all)',
     )
     parser.add_argument(
         '--lr-factors',
         nargs='+',
-        choices=FACTORS,
-        default=[*FACTORS],
+        choices=runs.FACTORS,
+        default=[*runs.FACTORS],
         metavar='FACTOR',
         help="learning rates, in units of the recipe's: 1/3, 1 and 3 (default: all)",
     )
     parser.add_argument(
         '--variants',
         nargs='+',
-        choices=(*VARIANTS, 'ablations'),
-        default=[STANDARD],
+        choices=(*runs.VARIANTS, 'ablations'),
+        default=[runs.STANDARD],
         metavar='VARIANT',
         help='changes to the trainings, see below; standard is none, ablations stands '
-        f'for {ABLATIONS[0]} and all after it (default: standard)',
+        f'for {runs.ABLATIONS[0]} and all after it (default: standard)',
     )
     parser.add_argument(
         '--seeds', type=seeds, default=seeds('0-7'), help='like 0-7, the default'
@@ -122,26 +107,26 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if 'ablations' in args.variants:
-        names = [*args.variants, *ABLATIONS]
-        args.variants = [name for name in VARIANTS if name in names]
+        names = [*args.variants, *runs.ABLATIONS]
+        args.variants = [name for name in runs.VARIANTS if name in names]
     return args
 
 
 @one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    results = Results(args.out / 'results.csv', KEY, VALUES, check_row)
+    results = Results(args.out / 'results.csv', runs.KEY, runs.VALUES, runs.check_row)
 
     def make_jobs() -> list[Job]:
-        keys = [*keys_of(args)]
+        keys = [*runs.keys_of(args)]
         if not keys:
             raise ValueError('these blocks and variants do not go together')
-        check_recipes(results, keys)
+        runs.check_recipes(results, keys)
         if not {tuple(key.values()) for key in keys} <= results.keys():
             for data in args.data:
-                config = base_config(data, args.networks[0])
+                config = runs.base_config(data, args.networks[0])
                 check_data_folders(config, ('train', 'val'))
-        return [job_of(key, args.workers, args.out / 'runs') for key in keys]
+        return [runs.job_of(key, args.workers, args.out / 'runs') for key in keys]
 
     run_study(
         args,

@@ -19,38 +19,13 @@ from typing import NamedTuple, Optional
 # Before NumPy and PyTorch are loaded: there is a process for each core.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
+import accuracy_runs as runs
 import matplotlib.pyplot as plt
 import pandas as pd
+import studies
 import torch
 from accuracy_report import COLOURS
-from accuracy_runs import (
-    BLOCKS,
-    DATA,
-    KERNEL_DECAY,
-    KEY,
-    METRIC,
-    NETWORKS,
-    REFERENCE,
-    STANDARD,
-    STRONG,
-    STRONG_DECAY,
-    STRONG_KERNEL_DECAY,
-    folder_of,
-)
 from accuracy_runs import VALUES as TRAINING_VALUES
-from studies import (
-    Job,
-    Line,
-    Report,
-    Results,
-    draw_differences,
-    markdown_table,
-    mean_and_deviation,
-    paired_difference,
-    panels,
-    run_study,
-    study_parser,
-)
 from trainings import last_checkpoint
 
 from mmorepa.cli import one_line_errors, positive
@@ -80,10 +55,10 @@ SCHEMES = (
 VALUES = (*SCHEMES, 'outlier', 'kernel_snr')
 # By the variants of the trainings.
 DECAYS = {
-    STANDARD: 'branches',
-    KERNEL_DECAY: 'folded kernels',
-    STRONG_DECAY: f'branches, {STRONG:g}',
-    STRONG_KERNEL_DECAY: f'folded kernels, {STRONG:g}',
+    runs.STANDARD: 'branches',
+    runs.KERNEL_DECAY: 'folded kernels',
+    runs.STRONG_DECAY: f'branches, {runs.STRONG:g}',
+    runs.STRONG_KERNEL_DECAY: f'folded kernels, {runs.STRONG:g}',
 }
 TICKS = (-30, -10, -3, -1, -0.5, 0, 0.5, 1)
 HEADERS = {
@@ -97,7 +72,7 @@ _LAYER_IMAGES = 1
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = study_parser(__doc__, 'int8', 'networks')
+    parser = studies.study_parser(__doc__, 'int8', 'networks')
     parser.add_argument(
         '--study',
         type=Path,
@@ -115,15 +90,15 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def trained(study: Path) -> Iterator[tuple[dict[str, str], Path]]:
     """The networks of a study whose weights are there: keys and folders."""
-    results = Results(study / 'results.csv', KEY, TRAINING_VALUES)
+    results = studies.Results(study / 'results.csv', runs.KEY, TRAINING_VALUES)
     for row in results.rows.to_dict('records'):
-        folder = folder_of(row, study / 'runs')
+        folder = runs.folder_of(row, study / 'runs')
         if (
             row['variant'] in DECAYS
             and row['lr_factor'] == '1'
             and last_checkpoint(folder) is not None
         ):
-            yield {name: row[name] for name in KEY}, folder
+            yield {name: row[name] for name in runs.KEY}, folder
 
 
 @torch.no_grad()
@@ -145,7 +120,7 @@ def measure(folder: Path, number: int) -> dict[str, str]:
 
     def accuracy(path: Path) -> str:
         with network_from(model, OnnxNetwork(path)):
-            return f'{evaluate(cfg, model)[METRIC]:.2f}'
+            return f'{evaluate(cfg, model)[runs.METRIC]:.2f}'
 
     with tempfile.TemporaryDirectory() as name:
         exported, float32, equalized, int8 = (Path(name, f'{i}.onnx') for i in range(4))
@@ -178,20 +153,25 @@ class Group(NamedTuple):
     variant: str
     rows: pd.DataFrame
 
+    def text(self) -> str:
+        """Network and block."""
+        block = runs.BLOCKS[self.network][self.block]
+        return f'{runs.NETWORKS[self.network]}, {block}'
+
     def decay(self) -> str:
         """What the weight decay was of."""
         decay = DECAYS[self.variant]
-        is_plain = self.block == REFERENCE
+        is_plain = self.block == runs.REFERENCE
         return decay.replace('branches', 'kernels') if is_plain else decay
 
 
 def groups_of(rows: pd.DataFrame) -> list[Group]:
     """In the order of data, networks, blocks and variants."""
     numbers = rows.set_index('seed').astype(dict.fromkeys(VALUES, float))
-    found = dict(iter(numbers.groupby([*KEY[:4]])))
+    found = dict(iter(numbers.groupby([*runs.KEY[:4]])))
     return [
         Group(*key, found[key])
-        for key in itertools.product(DATA, NETWORKS, COLOURS, DECAYS)
+        for key in itertools.product(runs.DATA, runs.NETWORKS, COLOURS, DECAYS)
         if key in found
     ]
 
@@ -200,32 +180,34 @@ def table(groups: Sequence[Group]) -> str:
     """A line for each network, block and weight decay."""
     rows = []
     for group in groups:
-        found, block = group.rows, BLOCKS[group.network][group.block]
-        row = {'': f'{NETWORKS[group.network]}, {block}'}
+        found = group.rows
+        row = {'': group.text()}
         row['weight decay of'] = group.decay()
-        row['float32 (%)'] = mean_and_deviation(found.float32)
+        row['float32 (%)'] = studies.mean_and_deviation(found.float32)
         for scheme, text in HEADERS.items():
-            row[text] = str(paired_difference(found[scheme], found.float32))
+            row[text] = str(studies.paired_difference(found[scheme], found.float32))
         row['outlier'] = f'{fmean(found.outlier):.1f}'
         row['kernel SNR (dB)'] = f'{fmean(found.kernel_snr):.1f}'
         rows.append({**row, 'seeds': str(len(found))})
-    return markdown_table(rows)
+    return studies.markdown_table(rows)
 
 
 def plot(groups: Sequence[Group]) -> plt.Figure:
     """Each seed's difference to float, by scheme."""
-    several = len({(group.data, group.network) for group in groups}) > 1
-    figure, grid = panels(2, 2, 10.5, 1.6 + 0.56 * len(groups), sharex=True)
+    several = len({group.data for group in groups}) > 1
+    figure, grid = studies.panels(2, 2, 10.5, 1.6 + 0.56 * len(groups), sharex=True)
     for axes, (scheme, title) in zip(grid.flat, HEADERS.items()):
         lines = []
         for group in groups:
-            name = f'{BLOCKS[group.network][group.block]}: {group.decay()}'
+            name = f'{group.text()}: {group.decay()}'
             if several:
-                name = f'{NETWORKS[group.network]}, {DATA[group.data]}, {name}'
+                name = f'{runs.DATA[group.data]}, {name}'
             pair, is_dot = group.rows[[scheme, 'float32']], 'kernel' in group.variant
             colour = COLOURS[group.block]
-            lines.append(Line(name, colour, pair[scheme], pair.float32, not is_dot))
-        draw_differences(axes, lines)
+            lines.append(
+                studies.Line(name, colour, pair[scheme], pair.float32, not is_dot)
+            )
+        studies.draw_differences(axes, lines)
         # One kind of network loses a hundred times what the others do.
         axes.set_xscale('symlog', linthresh=1)
         axes.set_xticks(TICKS, [f'{tick:g}' for tick in TICKS])
@@ -241,7 +223,7 @@ def plot(groups: Sequence[Group]) -> plt.Figure:
     return figure
 
 
-def report(rows: pd.DataFrame) -> Report:
+def report(rows: pd.DataFrame) -> studies.Report:
     """A table for each data set, and a figure."""
     groups = groups_of(rows)
     tables = {
@@ -257,7 +239,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     for package in ('onnx', 'onnxruntime'):
         require(package)
 
-    def make_jobs() -> list[Job]:
+    def make_jobs() -> list[studies.Job]:
         networks = [*trained(args.study)]
         if not networks:
             raise FileNotFoundError(
@@ -269,12 +251,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         for folder in {key['data']: folder for key, folder in networks}.values():
             check_data_folders(read_config(str(folder / 'run.py')), ('train', 'val'))
         return [
-            Job(key, partial(measure, folder, args.images)) for key, folder in networks
+            studies.Job(key, partial(measure, folder, args.images))
+            for key, folder in networks
         ]
 
-    results = Results(args.out / 'results.csv', KEY, VALUES)
+    results = studies.Results(args.out / 'results.csv', runs.KEY, VALUES)
     inputs = [args.study / 'results.csv']
-    run_study(args, results, make_jobs, report, ['int8'], inputs)
+    studies.run_study(args, results, make_jobs, report, ['int8'], inputs)
 
 
 if __name__ == '__main__':

@@ -17,20 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, Optional
 
 import pandas as pd
-from studies import (
-    ROOT,
-    Job,
-    Line,
-    Report,
-    Results,
-    draw_differences,
-    markdown_table,
-    mean_and_deviation,
-    paired_difference,
-    panels,
-    run_study,
-    study_parser,
-)
+import studies
 from trainings import Training, epochs_options, last_checkpoint, merged, train
 
 from mmorepa.cli import one_line_errors, positive
@@ -89,8 +76,10 @@ class Task(NamedTuple):
     options: tuple[dict, dict]
 
 
-_FASHION = ROOT / 'configs/fashion_mnist/resnet18-slim_1xb64_fashion-mnist-10pct.py'
-_DIGITS = ROOT / 'configs/digits'
+_FASHION = (
+    studies.ROOT / 'configs/fashion_mnist/resnet18-slim_1xb64_fashion-mnist-10pct.py'
+)
+_DIGITS = studies.ROOT / 'configs/digits'
 # A slim deep linear stem can be any plain kernel only for one channel of the image: for
 # three, the chain of its factors would need more than 16 channels.
 _GREY = {
@@ -134,7 +123,7 @@ TASKS = {
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = study_parser(__doc__, 'plain_start')
+    parser = studies.study_parser(__doc__, 'plain_start')
     parser.add_argument('--tasks', nargs='+', choices=TASKS, default=[*TASKS])
     parser.add_argument(
         '--seeds', type=positive, default=5, help='how many of them (default: 5)'
@@ -190,7 +179,7 @@ def _epochs(task: str) -> str:
     return '+'.join(map(str, TASKS[task].epochs))
 
 
-def jobs_of(name: str, seed: int, runs: Path) -> Iterator[Job]:
+def jobs_of(name: str, seed: int, runs: Path) -> Iterator[studies.Job]:
     """Those of a task with one seed: two pretrainings, and the arms."""
     task, key = TASKS[name], dict(task=name, name='', seed=str(seed))
     key['epochs'] = _epochs(name)
@@ -198,11 +187,11 @@ def jobs_of(name: str, seed: int, runs: Path) -> Iterator[Job]:
     for block, text in PRETRAININGS.items():
         place = folder / f'pretraining-{block}-{seed}'
         run = partial(pretrain, task, block, seed, place, None)
-        yield Job({**key, 'name': text}, partial(measured, 1.0, run))
+        yield studies.Job({**key, 'name': text}, partial(measured, 1.0, run))
     for arm, (*blocks, stem_lr_mult) in ARMS.items():
         place = folder / f'{arm}-{seed}'
         run = partial(fine_tune, task, blocks, seed, place, stem_lr_mult)
-        yield Job({**key, 'name': arm}, partial(measured, task.unit, run))
+        yield studies.Job({**key, 'name': arm}, partial(measured, task.unit, run))
 
 
 def values_of(rows: pd.DataFrame, task: str) -> dict[str, pd.Series]:
@@ -217,29 +206,29 @@ def table(task: str, values: dict[str, pd.Series]) -> str:
     rows, arms = [], [name for name in values if name not in PRETRAININGS.values()]
     for name, found in values.items():
         row = {TASKS[task].text: TEXTS[name]}
-        row['mean ± deviation'] = mean_and_deviation(found)
+        row['mean ± deviation'] = studies.mean_and_deviation(found)
         for reference in REFERENCES:
             text = ''
             # Each pair once.
             if reference in arms and name in arms[arms.index(reference) + 1 :]:
-                text = str(paired_difference(found, values[reference]) or '')
+                text = str(studies.paired_difference(found, values[reference]) or '')
             row[f'minus {TEXTS[reference]}'] = text
         rows.append({**row, 'seeds': str(len(found))})
-    return markdown_table(rows)
+    return studies.markdown_table(rows)
 
 
-def report(rows: pd.DataFrame) -> Report:
+def report(rows: pd.DataFrame) -> studies.Report:
     """A table for each task, and the differences to plain of each arm."""
     found = {task: values_of(rows, task) for task in TASKS}
     found = {task: values for task, values in found.items() if values}
-    figure, grid = panels(1, len(found), 5.5 * len(found), 3)
+    figure, grid = studies.panels(1, len(found), 5.5 * len(found), 3)
     for axes, (task, values) in zip(grid[0], found.items()):
         lines = [
-            Line(TEXTS[name], colour, values[name], values['plain'])
+            studies.Line(TEXTS[name], colour, values[name], values['plain'])
             for name, colour in COLOURS.items()
-            if name in values and paired_difference(values[name], values['plain'])
+            if name in values
         ]
-        draw_differences(axes, lines)
+        studies.draw_differences(axes, lines)
         axes.set(title=TASKS[task].text, xlabel='difference to plain, within a seed')
     figure.suptitle('Each seed, and the mean with its 95 % interval', fontsize='medium')
     tables = {task: table(task, values) for task, values in found.items()}
@@ -257,7 +246,7 @@ def check_data(tasks: Iterable[str]) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
 
-    def make_jobs() -> list[Job]:
+    def make_jobs() -> list[studies.Job]:
         check_data(args.tasks)
         # Seed by seed, so that a part of the study is one of fewer seeds.
         return [
@@ -267,8 +256,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             for job in jobs_of(task, seed, args.out / 'runs')
         ]
 
-    results = Results(args.out / 'results.csv', KEY, VALUES)
-    run_study(args, results, make_jobs, report, ['plain_start'])
+    results = studies.Results(args.out / 'results.csv', KEY, VALUES)
+    studies.run_study(args, results, make_jobs, report, ['plain_start'])
 
 
 if __name__ == '__main__':

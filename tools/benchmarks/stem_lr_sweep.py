@@ -17,18 +17,8 @@ from pathlib import Path
 from typing import Optional
 
 import pandas as pd
+import studies
 from plain_start import TASKS, check_data, fine_tune, measured, pretrain
-from studies import (
-    Job,
-    Report,
-    Results,
-    markdown_table,
-    mean_and_deviation,
-    paired_difference,
-    panels,
-    run_study,
-    study_parser,
-)
 
 from mmorepa.cli import one_line_errors, positive
 
@@ -47,7 +37,7 @@ EPOCHS['detector'] = TASKS['detector'].epochs[1]
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = study_parser(__doc__, 'stem_lr_sweep')
+    parser = studies.study_parser(__doc__, 'stem_lr_sweep')
     parser.add_argument('--tasks', nargs='+', choices=TEXTS, default=[*TEXTS])
     parser.add_argument(
         '--multipliers', nargs='+', type=float, default=[*MULTIPLIERS], metavar='M'
@@ -61,7 +51,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return args
 
 
-def job_of(name: str, multiplier: float, seed: int, runs: Path) -> Job:
+def job_of(name: str, multiplier: float, seed: int, runs: Path) -> studies.Job:
     """One training."""
     task, folder = TASKS[name], runs / name / f'{multiplier:g}-{seed}'
     if name == 'classifier':
@@ -69,7 +59,7 @@ def job_of(name: str, multiplier: float, seed: int, runs: Path) -> Job:
     else:
         run = partial(fine_tune, task, ('orepa', 'orepa'), seed, folder, multiplier)
     parts = (name, f'{multiplier:g}', str(seed), str(EPOCHS[name]))
-    return Job(dict(zip(KEY, parts)), partial(measured, task.unit, run))
+    return studies.Job(dict(zip(KEY, parts)), partial(measured, task.unit, run))
 
 
 def values_of(rows: pd.DataFrame, task: str) -> dict[float, pd.Series]:
@@ -85,18 +75,21 @@ def table(text: str, values: dict[float, pd.Series]) -> str:
     for multiplier, found in values.items():
         difference = None
         if multiplier != REFERENCE and REFERENCE in values:
-            difference = paired_difference(found, values[REFERENCE])
-        row = {'stem_lr_mult': f'{multiplier:g}', text: mean_and_deviation(found)}
+            difference = studies.paired_difference(found, values[REFERENCE])
+        row = {
+            'stem_lr_mult': f'{multiplier:g}',
+            text: studies.mean_and_deviation(found),
+        }
         row[f'minus that of {REFERENCE:g}'] = str(difference or '')
         rows.append({**row, 'seeds': str(len(found))})
-    return markdown_table(rows)
+    return studies.markdown_table(rows)
 
 
-def report(rows: pd.DataFrame) -> Report:
+def report(rows: pd.DataFrame) -> studies.Report:
     """A table for each task, and each seed and their mean over the multipliers."""
     found = {task: values_of(rows, task) for task in TEXTS}
     found = {task: values for task, values in found.items() if values}
-    figure, grid = panels(1, len(found), 6 * len(found), 4)
+    figure, grid = studies.panels(1, len(found), 6 * len(found), 4)
     for axes, (task, values) in zip(grid[0], found.items()):
         for multiplier, each in values.items():
             axes.scatter([multiplier] * len(each), each, s=16, color='#56B4E9')
@@ -116,7 +109,7 @@ def report(rows: pd.DataFrame) -> Report:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
 
-    def make_jobs() -> list[Job]:
+    def make_jobs() -> list[studies.Job]:
         check_data(args.tasks)
         # Seed by seed, so that a part of the study is one of fewer seeds.
         return [
@@ -126,8 +119,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             for multiplier in args.multipliers
         ]
 
-    results = Results(args.out / 'results.csv', KEY, VALUES)
-    run_study(args, results, make_jobs, report, ['results'])
+    results = studies.Results(args.out / 'results.csv', KEY, VALUES)
+    studies.run_study(args, results, make_jobs, report, ['results'])
 
 
 if __name__ == '__main__':

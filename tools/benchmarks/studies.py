@@ -490,10 +490,13 @@ class Line(NamedTuple):
 
 
 def draw_differences(axes: plt.Axes, lines: Sequence[Line]) -> None:
-    """From top to bottom: each seed, and the mean with its interval."""
-    texts = []
-    for y, line in enumerate(lines):
-        found = paired_difference(line.values, line.reference)
+    """From top to bottom: each seed, and the mean with its interval.
+
+    Lines without a pair are left out.
+    """
+    texts, pairs = [], (paired_difference(x.values, x.reference) for x in lines)
+    lines = [(line, found) for line, found in zip(lines, pairs) if found]
+    for y, (line, found) in enumerate(lines):
         each = (line.values - line.reference).dropna()
         texts.append(f'{line.text} ({found.pairs})')
         axes.scatter(each, [y + 0.22] * len(each), s=9, alpha=0.45, color=line.colour)

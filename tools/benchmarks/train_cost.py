@@ -22,25 +22,12 @@ from start import positive  # Sets how threads wait, before PyTorch is loaded.
 # isort: split
 
 import pandas as pd
+import step_costs as costs
 import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmpretrain.structures import DataSample
-from step_costs import (
-    OREPA,
-    PLAIN,
-    STOCK,
-    VARIANTS,
-    Trainer,
-    measure_all_reduced,
-    measure_bytes,
-    measure_fold,
-    measure_inference,
-    measure_peak_memory,
-    measure_steps,
-    process_group,
-)
 from studies import ROOT, panels, save
 
 from mmorepa.analysis.timing import Clock, busy_warning
@@ -141,20 +128,20 @@ def measure(path: str, cfg: Config, batch_size: int, args: argparse.Namespace) -
 
     is_resnet = cfg.model.backbone.type.endswith('ResNet')
     trainers = {
-        name: Trainer(cfg, variant, args.device)
-        for name, variant in VARIANTS.items()
+        name: costs.Trainer(cfg, variant, args.device)
+        for name, variant in costs.VARIANTS.items()
         if is_resnet or not variant.stem
     }
-    steps = measure_steps(trainers, batch, args.rounds, clock)
+    steps = costs.measure_steps(trainers, batch, args.rounds, clock)
     for name, trainer in trainers.items():
-        steps[name].update(measure_bytes(trainer, batch))
-        steps[name]['all_reduced_bytes'] = measure_all_reduced(trainer, batch)
+        steps[name].update(costs.measure_bytes(trainer, batch))
+        steps[name]['all_reduced_bytes'] = costs.measure_all_reduced(trainer, batch)
         if clock.is_cuda:
-            steps[name]['peak_memory_bytes'] = measure_peak_memory(trainer, batch)
-    fold = measure_fold(trainers['OREPA, online'].network, args.rounds, clock)
+            steps[name]['peak_memory_bytes'] = costs.measure_peak_memory(trainer, batch)
+    fold = costs.measure_fold(trainers['OREPA, online'].network, args.rounds, clock)
     trainers.clear()
-    inference = measure_inference(cfg, images, args.rounds, clock)
-    plain, added = steps[PLAIN]['step'].median, steps[OREPA]['added'].median
+    inference = costs.measure_inference(cfg, images, args.rounds, clock)
+    plain, added = steps[costs.PLAIN]['step'].median, steps[costs.OREPA]['added'].median
     return dict(
         config=path,
         batch_size=batch_size,
@@ -208,12 +195,12 @@ def print_tables(result: dict) -> None:
     sizes = {
         text: lambda r, key=key: f'{r[key] / 1e6:.1f}'
         for text, key in sizes.items()
-        if key in steps[STOCK]
+        if key in steps[costs.STOCK]
     }
     _table('MB', steps, **sizes)
     by_floor = {'x floor': lambda r: f'{r["ratio"]:.2f}'}
     _table('all folds, with derivatives', fold, **seconds, **by_floor)
-    added = steps[OREPA]['added'].median * 1e3
+    added = steps[costs.OREPA]['added'].median * 1e3
     print(
         f'Folded training adds {added:.1f} ms to the plain step: '
         f'{result["added_over_floor"]:.2f} x the floor. With {PAPER_BATCH} images a '
@@ -242,8 +229,8 @@ def plot(results: list[dict], path: Path) -> None:
         if key == 'ratio':
             frame = frame.map(lambda ratio: ratio.median)
         else:
-            frame = frame.div(frame[STOCK], axis=0)
-        frame.drop(columns=STOCK).plot.bar(
+            frame = frame.div(frame[costs.STOCK], axis=0)
+        frame.drop(columns=costs.STOCK).plot.bar(
             ax=axis, color=COLOURS, width=0.8, rot=0, legend=False
         )
         for bars in axis.containers:
@@ -281,7 +268,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     # Without the tables of parameter groups.
     MMLogger.get_instance('train_cost', log_level='WARNING')
     results = []
-    with process_group(args.device):
+    with costs.process_group(args.device):
         for path, batch_size in args.runs:
             results.append(measure(path, configs[path], batch_size, args))
             print_tables(results[-1])
