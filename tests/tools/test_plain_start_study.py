@@ -80,7 +80,7 @@ def test_from_end_to_end(toy, tmp_path, capsys):
 
 def test_report(toy, tmp_path):
     """Means, deviations and differences within seeds, of the rows that are there."""
-    results = toy.Results(tmp_path / 'results.csv', toy.KEY, toy.VALUES)
+    results = toy.studies.Results(tmp_path / 'results.csv', toy.KEY, toy.VALUES)
     table = dict(plain=(80.0, 82.0), quiet=(81.0, 85.0), balanced=(84.0,))
     for name, values in table.items():
         for seed, value in enumerate(values):
