@@ -256,7 +256,6 @@ def lines():
         (COST, 'CONFIG --out notes.txt'),
         (COMPATIBILITY, '--only nothing --out out'),
         (COMPATIBILITY, '--tables nothing'),
-        (COMPATIBILITY, '--steps 0'),
         (PUBLISHED, 'good.pth'),
         (PUBLISHED, 'good.pth out.pth --arch ResNet-18'),
         (PUBLISHED, 'good.pth out.pth --arch VGG --block orepa'),

@@ -1,13 +1,11 @@
 """Tests which stock models take re-parameterised convs, and what changes then.
 
-Three tables, from models as they come with the toolboxes:
+Two tables, from models as they come with the toolboxes:
 
 - ``conv_cfg``: a config of mmdet, mmseg or mmpretrain with ``OREPAConv2d`` wherever a
   ``conv_cfg`` is taken. It loads the state dict of the plain model, computes the same,
   trains three steps, is deployed, and the plain model loads what is left.
 - ``add_branches``: the same for classes of torchvision and timm, which take none.
-- ``fresh``: both forms from their own initialisation: the first loss, and the loss
-  after some steps on one batch at the learning rate of the config, without warm-up.
 
 Kernels are random and BatchNorm statistics are like trained ones: nothing is
 downloaded. A stopped run goes on where it was.
@@ -18,7 +16,6 @@ import copy
 import fnmatch
 import importlib
 import inspect
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,14 +26,14 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, PARAM_SCHEDULERS, init_default_scope
+from mmengine.registry import MODELS, init_default_scope
 from studies import Job, Report, Results, markdown_table, run_study, study_parser
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import mmorepa
 from mmorepa.analysis import largest_difference, raw_outputs
-from mmorepa.cli import one_line_errors, positive
+from mmorepa.cli import one_line_errors
 from mmorepa.layers import ReparamConv2d
 
 # Of the largest output, in float32.
@@ -82,18 +79,13 @@ REPARAMETERIZE = (
     *(f'timm:{name}' for name in ('mobilenetv3_small_100', 'hrnet_w18_small')),
     *(f'timm:{name}' for name in ('convnext_atto', 'ghostnet_100', 'dla34')),
 )
-FRESH = (
-    *CONV_CFG[:4],
-    *CONV_CFG[5:11],
-    'mmdet:ssd/ssd300_coco.py',
-    'mmpretrain:vgg/vgg11_8xb32_in1k.py',
-)
-TABLES = dict(conv_cfg=CONV_CFG, add_branches=REPARAMETERIZE, fresh=FRESH)
+TABLES = dict(conv_cfg=CONV_CFG, add_branches=REPARAMETERIZE)
 KEY = ('table', 'model')
 COLUMNS = dict(
     convs='convs turned',
     start='difference at the start',
     deployed='difference deployed',
+    # Losses of a table that an earlier version measured.
     plain='plain',
     orepa='OREPA',
     note='note',
@@ -108,9 +100,6 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         default='*',
         metavar='PATTERN',
         help="models whose name matches, such as 'mmdet:retinanet*'",
-    )
-    parser.add_argument(
-        '--steps', type=positive, default=50, help='of the table fresh (default: 50)'
     )
     return parser.parse_args(argv)
 
@@ -245,7 +234,7 @@ def compare(
     )
 
 
-def conv_cfg_row(name: str, steps: int) -> dict:
+def conv_cfg_row(name: str) -> dict:
     """A stock config, plain and with ``conv_cfg``."""
     cfg = stock_config(name)
     plain = make_trained_like(build(cfg))
@@ -265,7 +254,7 @@ def conv_cfg_row(name: str, steps: int) -> dict:
     )
 
 
-def add_branches_row(name: str, steps: int) -> dict:
+def add_branches_row(name: str) -> dict:
     """A class of torchvision or timm, plain and re-parameterised."""
     library, model = name.split(':')
     torch.manual_seed(0)
@@ -290,90 +279,14 @@ def add_branches_row(name: str, steps: int) -> dict:
     return compare(plain, training, outputs, step)
 
 
-def fresh_row(name: str, steps: int) -> dict:
-    """First and last loss of both forms, each from its own initialisation."""
-    cfg = stock_config(name)
-    for node in _dicts(cfg.model):
-        # They go with weights of a trained backbone.
-        if 'norm_eval' in node:
-            node['norm_eval'] = False
-        if 'frozen_stages' in node:
-            node['frozen_stages'] = -1
-    batch = make_batch(name.split(':')[0], cfg.model)
-    first, texts, fails = {}, {}, []
-    for form in ('plain', 'orepa'):
-        if form == 'orepa':
-            set_conv_cfg(cfg.model)
-        model, losses = train_fresh(cfg, batch, steps)
-        first[form], texts[form] = losses[0], _ends(losses)
-        scale = 2 / cfg.auto_scale_lr.base_batch_size
-        for way, lr_mult in (('with warm-up', 1), ('for two images', scale)):
-            if _diverges(losses):
-                model, losses = train_fresh(cfg, batch, steps, True, lr_mult)
-                texts[form] += f'; {way} {_ends(losses)}'
-        if form == 'orepa' and _diverges(losses):
-            fails.append('diverges')
-    if not abs(first['orepa'] / first['plain'] - 1) <= 0.1:
-        fails.append('first losses differ')
-    convs = sum(isinstance(m, ReparamConv2d) for m in model.modules())
-    return dict(convs=convs, **texts, note=', '.join(fails))
+ROWS = dict(conv_cfg=conv_cfg_row, add_branches=add_branches_row)
 
 
-def train_fresh(
-    cfg: Config, batch: dict, steps: int, warm_up: bool = False, lr_mult: float = 1
-) -> tuple[nn.Module, list[float]]:
-    """A model from its own initialisation, and the losses of its steps.
-
-    Args:
-        cfg (Config): A whole config.
-        batch (dict): What it trains on.
-        steps (int): How often; a loss that is not finite is the last.
-        warm_up (bool): Whether the learning rate grows as the config has it. Defaults
-            to False, that of the config from the first step on.
-        lr_mult (float): Multiplies the learning rate. Defaults to 1.
-    """
-    model = build(cfg)
-    model.init_weights()
-    options = copy.deepcopy(dict(cfg.optim_wrapper, type='OptimWrapper'))
-    options['optimizer']['lr'] *= lr_mult
-    wrapper = build_optim_wrapper(model, options)
-    found = cfg.param_scheduler
-    schedulers = [
-        PARAM_SCHEDULERS.build(dict(scheduler, optimizer=wrapper.optimizer))
-        for scheduler in ([found] if isinstance(found, dict) else found)
-        if warm_up and scheduler['type'] == 'LinearLR'
-    ]
-    torch.manual_seed(0)
-    losses: list[float] = []
-    while len(losses) < steps and all(map(math.isfinite, losses)):
-        losses.append(_total(model.train().train_step(batch, wrapper)))
-        for scheduler in schedulers:
-            scheduler.step()
-    return model, losses
-
-
-def _diverges(losses: list[float]) -> bool:
-    return not math.isfinite(losses[-1]) or max(losses) > 2 * losses[0]
-
-
-def _ends(losses: list[float]) -> str:
-    return f'{losses[0]:.3g} → {losses[-1]:.3g}'
-
-
-def _total(losses: dict[str, Tensor]) -> float:
-    if 'loss' in losses:
-        return losses['loss'].item()
-    return sum(float(v) for k, v in losses.items() if 'loss' in k)
-
-
-ROWS = dict(conv_cfg=conv_cfg_row, add_branches=add_branches_row, fresh=fresh_row)
-
-
-def row(table: str, name: str, steps: int) -> dict[str, str]:
+def row(table: str, name: str) -> dict[str, str]:
     """One row. What fails is noted in it."""
     MMLogger.get_instance('mmorepa', log_level='ERROR')
     try:
-        found = ROWS[table](name, steps)
+        found = ROWS[table](name)
     except Exception as error:
         found = dict(note=f'{type(error).__name__}: {" ".join(str(error).split())}')
     return {column: str(found.get(column, ''))[:200] for column in COLUMNS}
@@ -396,7 +309,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
     def make_jobs() -> list[Job]:
         jobs = [
-            Job(dict(table=table, model=name), partial(row, table, name, args.steps))
+            Job(dict(table=table, model=name), partial(row, table, name))
             for table in args.tables
             for name in TABLES[table]
             if fnmatch.fnmatchcase(name, args.only)
