@@ -26,6 +26,7 @@ def tool(name):
     path = TOOLS / name
     spec = importlib.util.spec_from_file_location(f'tool_{path.stem}', path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # For what is pickled.
     # As Python does for a script, which may import its neighbours.
     sys.path.insert(0, str(path.parent))
     try:

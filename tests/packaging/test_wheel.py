@@ -31,6 +31,8 @@ def test_wheel_carries_what_mim_looks_for(wheel, names, source):
     carried |= {f'tools/{path}' for path in COMMANDS.values()}
     carried |= {'model-index.yml', 'configs/imagenet/metafile.yml', 'tools/start.py'}
     assert {f'mmorepa/.mim/{name}' for name in carried} <= files
+    # How the documents were made is no tool.
+    assert not [name for name in files if '/tools/benchmarks/' in name]
     assert {'mmorepa/py.typed', 'mmorepa/functional/csrc/fold.cpp'} <= files
     assert not [name for name in files if name.startswith(('tests', 'tools', 'setup'))]
     assert (source / 'tests' / 'packaging').is_dir()
