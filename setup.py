@@ -12,6 +12,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 CARRIED = ('configs', 'tools', 'model-index.yml')
+# How the figures of the documents were made: for those who work on a clone.
+STUDIES = ('benchmarks', 'drawings.py', 'model_zoo.py', 'scaling_experiment.py')
 
 
 class BuildWithMim(build_py):
@@ -31,7 +33,9 @@ class BuildWithMim(build_py):
         for name in CARRIED:
             source = ROOT / name
             if source.is_dir():
-                ignored = shutil.ignore_patterns('__pycache__', '*.pyc', '.*')
+                ignored = shutil.ignore_patterns(
+                    *('__pycache__', '*.pyc', '.*'), *STUDIES
+                )
                 shutil.copytree(source, target / name, ignore=ignored)
             else:
                 shutil.copy2(source, target / name)

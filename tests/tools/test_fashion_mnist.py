@@ -75,18 +75,18 @@ def test_missing(folder, tmp_path):
 @pytest.mark.parametrize(
     'damage, message',
     [
-        (lambda packed, data: packed[:-9], 'not a whole gzip file'),
-        (lambda packed, data: b'<html>', 'not a whole gzip file'),
-        (lambda packed, data: gzip.compress(b''), 'no IDX file of bytes'),
-        (lambda packed, data: gzip.compress(data[:9]), 'no IDX file of bytes'),
-        (lambda packed, data: gzip.compress(data[:-1]), r'not whole: .* found 3919'),
+        (lambda packed, data: packed[:-9], 'not a whole IDX file'),
+        (lambda packed, data: b'<html>', 'not a whole IDX file'),
+        (lambda packed, data: gzip.compress(b''), 'not a whole IDX file'),
+        (lambda packed, data: gzip.compress(data[:-1]), 'not a whole IDX file'),
+        (lambda packed, data: gzip.compress(b'\1' + data[1:]), 'no IDX file of bytes'),
         (
             lambda packed, data: gzip.compress(idx(np.zeros((5, 32, 32)))),
-            r'the shape \(5, 32, 32\)',
+            r'\(5, 32, 32',
         ),
         (
             lambda packed, data: gzip.compress(idx(np.zeros((4, 28, 28)))),
-            r'train-labels-idx1-ubyte is of \(5,\), and there are 4 images',
+            r'\(4, 28, 28',
         ),
     ],
 )

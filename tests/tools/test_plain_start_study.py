@@ -1,68 +1,63 @@
-import csv
+import sys
+from pathlib import Path
 
 import matplotlib.image
+import pandas as pd
 import pytest
 from helpers import import_models
 from idx_files import idx, random_arrays
 from mmengine.config import Config
-from tool_runs import ROOT, run_here, tool
+from tool_runs import run_here, tool
 
 TOOL = 'benchmarks/plain_start.py'
-TABLE = dict(plain=(80, 82), quiet=(81, 85), balanced=(84,))
-ARMS = ('plain', 'quiet', 'scratch')
+SWEEP = 'benchmarks/stem_lr_sweep.py'
 
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     """One task of seconds: the classifier, on a few images of noise."""
     import_models('mmpretrain')
-    data = tmp_path / 'data'
-    data.mkdir()
-    for name, array in random_arrays(train=48, test=16).items():
-        (data / name).write_bytes(idx(array))
+    for name, array in random_arrays(train=16, test=8).items():
+        (tmp_path / name).write_bytes(idx(array))
     part = {
-        f'{split}_dataloader.dataset.data_root': str(data) for split in ('train', 'val')
+        f'{split}_dataloader.dataset.data_root': str(tmp_path)
+        for split in ('train', 'val')
     }
-    sizes = {'train_dataloader.batch_size': 8}
+    sizes = {'train_dataloader.batch_size': 4}
     module = tool(TOOL)
     task = module.TASKS['classifier']
     options = tuple(
         {**own, **part, **sizes, 'train_dataloader.dataset.indices': indices}
-        for own, indices in zip(task.options, (24, -24))
+        for own, indices in zip(task.options, (8, -8))
     )
     task = task._replace(epochs=(1, 1), options=options)
     monkeypatch.setattr(module, 'TASKS', dict(classifier=task))
     return module
 
 
-def rows_of(out):
-    with (out / 'results.csv').open(newline='') as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.mark.slow
 def test_from_end_to_end(toy, tmp_path, capsys):
     out = tmp_path / 'out'
-    run_here(TOOL, '--seeds', 1, '--out', out)
-    rows = rows_of(out)
-    names = ('pretrained plain', 'pretrained OREPA', *ARMS)
-    assert [row['name'] for row in rows] == list(names)
-    assert {(row['seed'], row['epochs']) for row in rows} == {('0', '1+1')}
-    assert all(0 <= float(row['value']) <= 100 for row in rows)
-    assert matplotlib.image.imread(out / 'results.png').ndim == 3
-    tables = (out / 'results.md').read_text()
-    assert tables in capsys.readouterr().out + '\n'
+    line = (TOOL, '--tasks', 'classifier', '--seeds', 1, '--out', out)
+    run_here(*line)
+    rows = pd.read_csv(out / 'results.csv')
+    assert [*rows.name] == ['pretrained plain', 'pretrained OREPA', *toy.ARMS]
+    assert {*rows.seed} == {0} and {*rows.epochs} == {'1+1'}
+    assert rows.value.between(0, 100).all()
+    assert matplotlib.image.imread(out / 'plain_start.png').ndim == 3
+    assert (out / 'tables.md').read_text() in capsys.readouterr().out
 
     runs = out / 'runs/classifier-1+1'
-    cfgs = {name: Config.fromfile(runs / f'{name}-0/run.py') for name in ARMS}
-    plain, quiet, scratch = (cfgs[name] for name in ARMS)
+    cfgs = {name: Config.fromfile(runs / f'{name}-0/run.py') for name in toy.ARMS}
+    plain, quiet, scratch = cfgs.values()
     assert plain.load_from == quiet.load_from
     assert plain.load_from == str(runs / 'pretraining-plain-0/epoch_1.pth')
     assert scratch.load_from == str(runs / 'pretraining-orepa-0/epoch_1.pth')
     blocks = [cfg.model.backbone.block for cfg in cfgs.values()]
     assert blocks == ['plain', 'orepa', 'orepa']
-    log = (runs / 'quiet-0/output.log').read_text()
-    assert 'start from the plain kernels of the checkpoint (quiet start)' in log
+    assert (
+        'plain kernels of the checkpoint' in (runs / 'quiet-0/output.log').read_text()
+    )
     assert quiet.optim_wrapper.paramwise_cfg.stem_lr_mult == 0.02
     assert 'plain kernels' not in (runs / 'scratch-0/output.log').read_text()
     for cfg in cfgs.values():
@@ -72,65 +67,77 @@ def test_from_end_to_end(toy, tmp_path, capsys):
 
     # Of a study that was stopped, what is missing is trained, and no more. The row was
     # written before its pretraining was lost.
-    lines = (out / 'results.csv').read_text().splitlines(keepends=True)
-    (out / 'results.csv').write_text(''.join(lines[:-1]))
+    text = (out / 'results.csv').read_text()
+    (out / 'results.csv').write_text(''.join(text.splitlines(keepends=True)[:-1]))
     (runs / 'pretraining-orepa-0/last_checkpoint').unlink()
     before = (runs / 'quiet-0/last_checkpoint').stat().st_mtime
-    run_here(TOOL, '--seeds', 1, '--out', out)
+    run_here(*line)
     assert '1 of 5 jobs to do.' in capsys.readouterr().out
     assert (runs / 'quiet-0/last_checkpoint').stat().st_mtime == before
-    assert rows_of(out)[:-1] == rows[:-1]
     # The same seed gives the same network.
-    assert rows_of(out)[-1]['value'] == rows[-1]['value']
+    assert pd.read_csv(out / 'results.csv').value.tolist() == rows.value.tolist()
 
 
-def test_report(toy, tmp_path, capsys):
+def test_report(toy, tmp_path):
     """Means, deviations and differences within seeds, of the rows that are there."""
-    results = toy.Results(tmp_path / 'results.csv', toy.KEY, toy.VALUES)
-    for name, values in TABLE.items():
+    results = toy.studies.Results(tmp_path / 'results.csv', toy.KEY, toy.VALUES)
+    table = dict(plain=(80.0, 82.0), quiet=(81.0, 85.0), balanced=(84.0,))
+    for name, values in table.items():
         for seed, value in enumerate(values):
             for epochs, extra in (('1+1', 0), ('9+9', 50)):  # Of another schedule.
                 row = dict(task='classifier', name=name, seed=str(seed), epochs=epochs)
                 results.add({**row, 'value': str(value + extra), 'seconds': '1'})
     run_here(TOOL, '--out', tmp_path, '--report-only')
-    assert (tmp_path / 'results.md').read_text().splitlines() == [
-        '| Fashion-MNIST, top-1 accuracy (%) | mean ± deviation | minus plain | '
-        'minus OREPA, quiet start | seeds |',
-        '| --- | --: | --: | --: | --: |',
+    assert (tmp_path / 'tables.md').read_text().splitlines()[4:] == [
         '| plain | 81.00 ± 1.41 |  |  | 2 |',
         '| OREPA, quiet start | 83.00 ± 2.83 | +2.00 [-10.71, +14.71] |  | 2 |',
         '| OREPA, balanced start | 84.00 | +4.00 | +3.00 | 1 |',
     ]
-    assert (tmp_path / 'results.png').is_file()
-
-
-def test_names_and_colours():
-    """No text has the block's former name; the colours are those of other figures."""
-    module, charts = tool(TOOL), tool('analysis_tools/charts.py')
-    assert [*module.PRETRAININGS] == ['plain', 'orepa']
-    assert {arm.block for arm in module.ARMS.values()} == {'plain', 'orepa'}
-    assert {*module.COLOURS} == {*ARMS, 'balanced'} - {'plain'}
-    assert {*module.COLOURS.values()} <= {*charts.SERIES}
 
 
 def test_bad_input(toy, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match='error: no rows in .* without --report-only'):
         run_here(TOOL, '--out', tmp_path / 'new', '--report-only')
-    with pytest.raises(SystemExit):
-        run_here(TOOL, '--seeds', 0)
     task = toy.TASKS['classifier']
     nowhere = {'train_dataloader.dataset.data_root': str(tmp_path / 'nowhere')}
     options = (task.options[0], {**task.options[1], **nowhere})
     monkeypatch.setitem(toy.TASKS, 'classifier', task._replace(options=options))
     with pytest.raises(SystemExit, match='error: the data folder .*nowhere'):
-        run_here(TOOL, '--out', tmp_path / 'new')
+        run_here(TOOL, '--tasks', 'classifier', '--out', tmp_path / 'new')
     assert not (tmp_path / 'new').exists()
 
 
-def test_document_has_these_figures():
-    """Of docs/plain_start.md: they are made of the rows beside it."""
-    module = tool(TOOL)
-    rows = module.Results(ROOT / 'docs/plain_start.csv', module.KEY, module.VALUES)
-    text = (ROOT / 'docs/plain_start.md').read_text()
-    for table in module.to_markdown(rows).split('\n\n'):
-        assert table in text
+def fake(config, options, work_dir, metric):
+    """A training that is better the nearer the multiplier is to 0.5."""
+    multiplier, seed = options[plain_start().STEM_LR_MULT], options['randomness.seed']
+    assert options['model.backbone.block'] == 'orepa'
+    if 'faster-rcnn' in config.name:
+        start = options['model.backbone.init_cfg.checkpoint']
+        assert start.endswith(f'pretraining-orepa-{seed}.pth')
+    value = 0.8 - abs(multiplier - 0.5) / 10 + seed / 100
+    unit = 100 if 'accuracy' in metric else 1
+    return plain_start().Training(value * unit, 12.0, 12.0, None, 'cpu', 1, [])
+
+
+def plain_start():
+    tool(SWEEP)
+    return sys.modules['plain_start']
+
+
+def test_sweep(tmp_path, monkeypatch, capsys):
+    import_models('mmpretrain')
+    monkeypatch.setattr(plain_start(), 'train', fake)
+    monkeypatch.setattr(
+        plain_start(), 'last_checkpoint', lambda path: Path(f'{path}.pth')
+    )
+    monkeypatch.setattr(tool(SWEEP), 'check_data', lambda tasks: None)
+    line = ['--multipliers', 0.5, 1, '--out', tmp_path]
+    run_here(SWEEP, '--seeds', 2, *line)
+    assert '8 of 8 jobs to do.' in capsys.readouterr().out
+    tables = (tmp_path / 'tables.md').read_text()
+    assert '| 0.5 | 80.50 ± 0.71 | +5.00 [+5.00, +5.00] | 2 |' in tables
+    assert matplotlib.image.imread(tmp_path / 'results.png').ndim == 3
+
+    # Goes on with a third seed.
+    run_here(SWEEP, '--seeds', 3, *line, '--tasks', 'detector')
+    assert '2 of 6 jobs to do.' in capsys.readouterr().out

@@ -1,144 +1,144 @@
-import csv
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from helpers import import_models
 from scipy import stats
-from tool_runs import ROOT, tool
+from tool_runs import ROOT, run_here, tool
 
 from mmorepa.utils.errors import OutputError
 
-tool('benchmarks/int8.py')
-studies, reports = (sys.modules[n] for n in ('studies', 'study_reports'))
+tool('benchmarks/plain_start.py')
+studies, trainings = (sys.modules[name] for name in ('studies', 'trainings'))
 KEY, VALUES = ('name', 'seed'), ('value',)
 
 
 class TestDifferences:
     def test_is_that_of_a_paired_t_test(self):
-        rng = np.random.default_rng(0)
-        first, second = rng.normal(size=(2, 7))
-        found = reports.paired_difference(
-            {str(i): value for i, value in enumerate(first)},
-            # Pairs are found by seed, not by order.
-            {str(i): second[i] for i in reversed(range(7))},
+        first, second = np.random.default_rng(0).normal(size=(2, 7))
+        seeds = [*'0123456']
+        # Pairs are found by seed, not by order.
+        found = studies.paired_difference(
+            pd.Series(first, seeds), pd.Series(second, seeds)[::-1]
         )
-        expected = stats.ttest_rel(first, second).confidence_interval(0.95)
+        low, high = stats.ttest_rel(first, second).confidence_interval(0.95)
         assert found.pairs == 7
         assert found.mean == pytest.approx((first - second).mean())
-        assert (found.low, found.high) == pytest.approx(tuple(expected))
+        assert found.mean - found.reach == pytest.approx(low)
+        assert found.mean + found.reach == pytest.approx(high)
 
-    def test_seeds_that_only_one_has(self):
-        found = reports.paired_difference(
-            dict(a=3.0, b=5.0, c=100.0), dict(b=1.0, a=1.0, d=-100.0)
+    def test_pairs(self):
+        """Seeds that only one has are left out, and trainings that diverged."""
+        values = pd.Series(dict(a=3.0, b=5.0, c=100.0, e=math.nan))
+        found = studies.paired_difference(
+            values, pd.Series(dict(b=1.0, a=1.0, d=-100.0, e=1.0))
         )
-        assert found.mean == 3 and found.pairs == 2
-        assert str(found) == '+3.00 [-9.71, +15.71]'
+        assert found.pairs == 2 and str(found) == '+3.00 [-9.71, +15.71]'
+        assert studies.paired_difference(values, pd.Series(dict(d=1.0))) is None
+        assert str(studies.paired_difference(values[:1], values[:1] + 1.5)) == '-1.50'
 
-    def test_too_few(self):
-        assert reports.paired_difference(dict(a=1.0), dict(b=1.0)) is None
-        found = reports.paired_difference(dict(a=1.0), dict(a=2.5))
-        assert str(found) == '-1.50' and math.isnan(found.low)
-
-    def test_mean_and_deviation(self):
-        assert reports.mean_and_deviation([1.0, 3.0]) == '2.00 ± 1.41'
-        assert reports.mean_and_deviation([1.0]) == '1.00'
-
-
-def jobs(names, done, fails_at=None):
-    def job(name):
-        def run():
-            if name == fails_at:
-                raise KeyboardInterrupt
-            done.append(name)
-            return dict(value=f'{name}!')
-
-        return studies.Job(dict(name=name, seed='0'), run)
-
-    return [job(name) for name in names]
+    @pytest.mark.parametrize(
+        'values, text',
+        [
+            ([1.0, 3.0], '2.00 ± 1.41'),
+            ([1.0], '1.00'),
+            ([3.0, math.nan, 5.0], '4.00 ± 1.41 (1 diverged)'),
+            ([math.nan], '(1 diverged)'),
+        ],
+    )
+    def test_mean_and_deviation(self, values, text):
+        assert studies.mean_and_deviation(pd.Series(values)) == text
 
 
-class TestResume:
-    def test_goes_on_where_it_was(self, tmp_path, capsys):
-        path, done = tmp_path / 'new' / 'results.csv', []
-        with pytest.raises(SystemExit, match='Stopped. The same line goes on'):
-            studies.run_jobs(
-                jobs('abc', done, fails_at='b'), studies.Results(path, KEY, VALUES)
-            )
-        assert done == ['a']
-        studies.run_jobs(jobs('abc', done), studies.Results(path, KEY, VALUES))
-        assert done == ['a', 'b', 'c']
-        with path.open(newline='') as file:
-            rows = list(csv.DictReader(file))
-        assert rows == [dict(name=n, seed='0', value=f'{n}!') for n in 'abc']
-        assert [p.name for p in path.parent.iterdir()] == ['results.csv']
-        printed = capsys.readouterr().out.splitlines()
-        assert printed[-3:] == [
-            '2 of 3 jobs to do.',
-            '1 of 2: name b, seed 0, value b!. About 0 min left',
-            '2 of 2: name c, seed 0, value c!. About 0 min left',
-        ]
+def values_of(name):
+    if name == 'odd':
+        raise ValueError('it is odd')
+    return dict(value=f'{name}!')
 
+
+def jobs(*names):
+    return [
+        studies.Job(dict(name=name, seed='0'), partial(values_of, name))
+        for name in names
+    ]
+
+
+class TestJobs:
     @pytest.mark.parametrize('processes', [1, 2])
-    def test_goes_on_after_any_error(self, tmp_path, processes):
-        def fail():
-            raise ValueError('odd')
-
-        results = studies.Results(tmp_path / 'results.csv', KEY, VALUES)
-        bad = studies.Job(dict(name='x', seed='0'), fail)
-        failures = studies.run_jobs([bad, *jobs('ab', [])], results, processes)
-        assert failures == ['name x, seed 0: odd']
-        assert sorted(row['name'] for row in results.rows) == ['a', 'b']
+    def test_go_on_where_they_were(self, tmp_path, capsys, processes):
+        path = tmp_path / 'new' / 'results.csv'
+        results = studies.Results(path, KEY, VALUES)
+        failures = studies.run_jobs(jobs('odd', 'a'), results, processes)
+        assert failures == ['name odd, seed 0: it is odd']
+        assert path.read_text() == 'name,seed,value\na,0,a!\n'
+        results = studies.Results(path, KEY, VALUES)
+        assert not studies.run_jobs(jobs('a', 'b'), results, processes)
+        assert path.read_text() == 'name,seed,value\na,0,a!\nb,0,b!\n'
+        assert [p.name for p in path.parent.iterdir()] == ['results.csv']
+        assert capsys.readouterr().out.splitlines()[-2:] == [
+            '1 of 2 jobs to do.',
+            '1 of 1: name b, seed 0, value b!. About 0 min left',
+        ]
 
     def test_one_process_a_folder(self, tmp_path):
         path = tmp_path / 'results.csv'
         first, second = (studies.Results(path, KEY, VALUES) for _ in range(2))
         with first.locked():
-            with pytest.raises(OutputError, match='another process works in'):
-                studies.run_jobs(jobs('a', []), second)
-            with pytest.raises(OutputError, match='another process works in'):
-                second.merge()
+            for work in (partial(studies.run_jobs, jobs('a'), second), second.merge):
+                with pytest.raises(OutputError, match='another process works in'):
+                    work()
             first.add(dict(name='b', seed='0', value='1'))
         # It sees what the other one wrote.
-        studies.run_jobs(jobs('ab', []), second)
-        assert [row['name'] for row in second.rows] == ['b', 'a']
-        assert [p.name for p in tmp_path.iterdir()] == ['results.csv']
-
-    def test_merge(self, tmp_path, capsys):
-        def file(name, *rows):
-            results = studies.Results(tmp_path / name / 'results.csv', KEY, VALUES)
-            results.add(*(dict(zip((*KEY, *VALUES), row)) for row in rows))
-            return results
-
-        ours = file('a', ('x', '0', '1'))
-        other = file('b', ('x', '0', '2'), ('y', '0', '3'), ('y', '0', '3'))
-        before = ours.path.read_text()
-        with pytest.raises(FileNotFoundError, match="no results at 'gone.csv'"):
-            ours.merge(other.path, Path('gone.csv'))
-        assert ours.path.read_text() == before
-        ours.merge(other.path)
-        assert [tuple(row.values()) for row in ours.rows] == [
-            ('x', '0', '1'),
-            ('y', '0', '3'),
-        ]
-        printed = capsys.readouterr().out
-        assert '1 rows are new' in printed and '1 others have other values' in printed
-
-    def test_another_study(self, tmp_path):
-        path = tmp_path / 'results.csv'
-        studies.Results(path, KEY, VALUES).add(dict(name='a', seed='0', value='1'))
-        with pytest.raises(ValueError, match=r"not those of this study, \['name', "):
-            studies.Results(path, KEY, ('other',))
+        studies.run_jobs(jobs('a', 'b'), second)
+        assert [*second.rows.name] == ['b', 'a']
 
 
-def test_diverged():
-    values = dict(a=3.0, b=math.nan, c=5.0)
-    assert reports.mean_and_deviation([*values.values()]) == '4.00 ± 1.41 (1 diverged)'
-    assert reports.mean_and_deviation([math.nan]) == '(1 diverged)'
-    assert reports.paired_difference(values, dict(a=1.0, b=1.0)).pairs == 1
-    assert reports.paired_difference(dict(b=math.nan), dict(b=1.0)) is None
+def test_merge(tmp_path, capsys):
+    def file(name, *rows):
+        results = studies.Results(tmp_path / name / 'results.csv', KEY, VALUES)
+        results.add(*(dict(zip((*KEY, *VALUES), row)) for row in rows))
+        return results
+
+    ours = file('a', ('x', '0', '1'))
+    other = file('b', ('x', '0', '2'), ('y', '0', '3'), ('y', '0', '3'))
+    before = ours.path.read_text()
+    with pytest.raises(FileNotFoundError, match="no results at 'gone.csv'"):
+        ours.merge(other.path, Path('gone.csv'))
+    assert ours.path.read_text() == before
+    ours.merge(other.path)
+    assert [*ours.rows.itertuples(index=False, name=None)] == [
+        ('x', '0', '1'),
+        ('y', '0', '3'),
+    ]
+    printed = capsys.readouterr().out
+    assert '1 rows are new' in printed and '1 others have other values' in printed
+
+
+def test_files_of_no_study(tmp_path):
+    path = tmp_path / 'results.csv'
+    for text, words in (
+        ('', 'cannot be read'),
+        ('name,seed,other\na,0,1\n', 'not those of this study'),
+        ('name,seed,value\na,0,1\nb,0,1,2\n', 'cannot be read'),
+        ('name,seed,value\na,0,1\nb,0,1', 'is not whole'),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            studies.Results(path, KEY, VALUES)
+    path.write_text('name,seed,value\n', encoding='utf-16')
+    with pytest.raises(ValueError, match='cannot be read'):
+        studies.Results(path, KEY, VALUES)
+
+
+def test_tables():
+    rows = [{'': 'a', 'x': '1'}, {'': 'b', 'x': '2'}]
+    table = '|  | x |\n| --- | --: |\n| a | 1 |\n| b | 2 |'
+    assert studies.markdown_table(rows) == table
+    assert studies.markdown_table([]) == ''
 
 
 class TestTrain:
@@ -153,25 +153,42 @@ class TestTrain:
             str(tmp_path / 'nowhere'),
         )
         with pytest.raises(RuntimeError) as failed:
-            studies.train(config, nowhere, tmp_path / 'run', 'accuracy/top1')
+            trainings.train(config, nowhere, tmp_path / 'run', 'accuracy/top1')
         message = str(failed.value)
         assert message.startswith(f'a training of {config.name} failed')
-        assert 'error: the data folder' in message and 'digits.py' in message
-        assert '\n' not in message
+        assert 'error: the data folder' in message and '\n' not in message
 
     def test_options_of_a_recipe(self):
         """The recipe's schedule with another length, and nothing else of it."""
         config = ROOT / 'configs/digits/resnet18-slim_1xb64_digits.py'
-        cfg = studies.merged(config, studies.epochs_options(3))
+        cfg = trainings.merged(config, trainings.epochs_options(3))
         assert cfg.train_cfg.max_epochs == cfg.train_cfg.val_interval == 3
         warm_up, cosine = cfg.param_scheduler
-        before = studies.merged(config, {}).param_scheduler
+        before = trainings.merged(config, {}).param_scheduler
         assert warm_up == before[0]
         assert cosine == dict(before[1], T_max=3, end=3)
-        assert cosine.type == 'CosineAnnealingLR'
 
 
-def test_markdown_table():
-    assert reports.markdown_table(('', 'x'), [('a', '1'), ('b', '2')]) == (
-        '|  | x |\n| --- | --: |\n| a | 1 |\n| b | 2 |'
-    )
+@pytest.mark.parametrize(
+    'study, folder, document',
+    [
+        ('accuracy', '.', 'evidence.md'),
+        ('int8', 'int8', 'int8.md'),
+        ('plain_start', 'plain_start', 'plain_start.md'),
+        ('stem_lr_sweep', 'stem_lr_sweep', 'transfer.md'),
+        ('compatibility', 'compatibility', 'compatibility.md'),
+    ],
+)
+def test_documents_have_these_figures(study, folder, document, tmp_path, capsys):
+    """They are made of the rows beside them."""
+    rows = ROOT / 'docs/evidence' / folder / 'results.csv'
+    (tmp_path / 'results.csv').write_bytes(rows.read_bytes())
+    try:
+        run_here(f'benchmarks/{study}.py', '--report-only', '--out', tmp_path)
+    except SystemExit as error:
+        assert study == 'compatibility' and 'these have a note' in str(error)
+    text = (ROOT / 'docs' / document).read_text()
+    _, *parts = (tmp_path / 'tables.md').read_text().split('### ')
+    assert parts
+    for part in parts:
+        assert part.partition('\n\n')[2].strip() in text

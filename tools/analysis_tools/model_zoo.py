@@ -8,19 +8,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 import yaml
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / 'benchmarks'))
+from studies import ROOT, markdown_table
+
 from mmorepa import switch_to_deploy
 from mmorepa.analysis.complexity import count_bytes, count_gflops, count_parameters
 from mmorepa.cli import one_line_errors
 from mmorepa.utils.files import atomic_write
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / 'configs' / 'imagenet'
 METAFILE = CONFIGS / 'metafile.yml'
 DOCUMENT = ROOT / 'docs' / 'model_zoo.md'
@@ -70,18 +72,6 @@ or train with the configs.
 """
 
 
-class Entry(NamedTuple):
-    """The figures of one config."""
-
-    name: str
-    path: Path
-    params: int
-    gflops: float
-    deployed_params: int
-    deployed_gflops: float
-    deployed_megabytes: float
-
-
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description='Writes docs/model_zoo.md and configs/imagenet/metafile.yml.'
@@ -100,62 +90,55 @@ def name_of(path: Path) -> str:
     return path.stem.split('_')[0]
 
 
-def measure(path: Path) -> Entry:
+def measure(path: Path) -> dict:
     """Builds a config's model and computes its figures in both forms."""
     cfg = Config.fromfile(path)
     init_default_scope(cfg.default_scope)
     model = MODELS.build(dict(cfg.model, data_preprocessor=cfg.data_preprocessor))
     model.eval()
     image = torch.zeros(1, 3, SIZE, SIZE)
-    params, gflops = count_parameters(model), count_gflops(model, image)
+    training = dict(params=count_parameters(model), gflops=count_gflops(model, image))
     switch_to_deploy(model)
-    return Entry(
-        name_of(path),
-        path,
-        params,
-        gflops,
-        count_parameters(model),
-        count_gflops(model, image),
-        count_bytes(model) / 1e6,
+    return dict(
+        name=name_of(path),
+        config=path.relative_to(ROOT).as_posix(),
+        **training,
+        deployed_params=count_parameters(model),
+        deployed_gflops=count_gflops(model, image),
+        deployed_megabytes=count_bytes(model) / 1e6,
     )
 
 
-def to_row(entry: Entry) -> str:
-    """A row of the Markdown table."""
-    paper = ('–', '–', '–')
-    if entry.name in PAPER:
-        accuracy, memory, seconds = PAPER[entry.name]
-        paper = (f'{accuracy:.2f}', f'{memory} G', f'{seconds:.3f} s')
-    cells = [
-        f'[{entry.name}](../{entry.path.relative_to(ROOT).as_posix()})',
-        f'{entry.params / 1e6:.2f} M',
-        f'{entry.gflops:.2f}',
-        f'{entry.deployed_params / 1e6:.2f} M',
-        f'{entry.deployed_gflops:.2f}',
-        f'{entry.deployed_megabytes:.1f} MB',
-        *paper,
-    ]
-    return f'| {" | ".join(cells)} |'
+def to_rows(entries: Sequence[dict]) -> list[dict[str, str]]:
+    """The rows of the Markdown table, by the head of the column."""
+    rows = []
+    for entry in entries:
+        accuracy, memory, seconds = '–', '–', '–'
+        if entry['name'] in PAPER:
+            figures = zip(('{:.2f}', '{} G', '{:.3f} s'), PAPER[entry['name']])
+            accuracy, memory, seconds = (text.format(x) for text, x in figures)
+        rows.append(
+            {
+                'config': f'[{entry["name"]}](../{entry["config"]})',
+                'parameters, training form': f'{entry["params"] / 1e6:.2f} M',
+                'GFLOPs': f'{entry["gflops"]:.2f}',
+                'parameters, deployed': f'{entry["deployed_params"] / 1e6:.2f} M',
+                'GFLOPs, deployed': f'{entry["deployed_gflops"]:.2f}',
+                'size, deployed': f'{entry["deployed_megabytes"]:.1f} MB',
+                "top-1 (%), paper's": accuracy,
+                "GPU memory, paper's": memory,
+                "time of a batch, paper's": seconds,
+            }
+        )
+    return rows
 
 
-def to_document(entries: Sequence[Entry]) -> str:
+def to_document(entries: Sequence[dict]) -> str:
     """docs/model_zoo.md."""
-    columns = (
-        'config',
-        'parameters, training form',
-        'GFLOPs',
-        'parameters, deployed',
-        'GFLOPs',
-        'size, deployed',
-        "top-1 (%), paper's",
-        "GPU memory, paper's",
-        "time of a batch, paper's",
-    )
-    lines = [f'| {" | ".join(columns)} |', '|---' + '|--:' * (len(columns) - 1) + '|']
-    return HEADER + '\n'.join([*lines, *map(to_row, entries)]) + '\n'
+    return f'{HEADER}{markdown_table(to_rows(entries))}\n'
 
 
-def to_metafile(entries: Sequence[Entry]) -> str:
+def to_metafile(entries: Sequence[dict]) -> str:
     """configs/imagenet/metafile.yml, in the format that mim and mmpretrain read."""
     collections = [
         dict(
@@ -177,33 +160,26 @@ def to_metafile(entries: Sequence[Entry]) -> str:
     ]
     models = []
     for entry in entries:
-        is_repvgg = entry.name.startswith('repvgg')
+        is_repvgg = entry['name'].startswith('repvgg')
         model = dict(
-            Name=entry.path.stem,
+            Name=Path(entry['config']).stem,
             Metadata=dict(
-                FLOPs=round(entry.deployed_gflops * 1e9),
-                Parameters=entry.deployed_params,
+                FLOPs=round(entry['deployed_gflops'] * 1e9),
+                Parameters=entry['deployed_params'],
             ),
-            Config=entry.path.relative_to(ROOT).as_posix(),
+            Config=entry['config'],
         )
         model['In Collection'] = 'OREPARepVGG' if is_repvgg else 'OREPAResNet'
-        if entry.name in PAPER:
-            metric = 'Top 1 Accuracy'
-            model['Results'] = [
-                dict(
-                    Dataset='ImageNet-1k',
-                    Task='Image Classification',
-                    Metrics={metric: PAPER[entry.name][0]},
-                )
-            ]
+        if entry['name'] in PAPER:
+            result = dict(Dataset='ImageNet-1k', Task='Image Classification')
+            result['Metrics'] = {'Top 1 Accuracy': PAPER[entry['name']][0]}
+            model['Results'] = [result]
         models.append(model)
-    body = yaml.safe_dump(
-        dict(Collections=collections, Models=models), sort_keys=False, width=88
-    )
+    document = dict(Collections=collections, Models=models)
     return (
         '# Written by tools/analysis_tools/model_zoo.py. FLOPs and parameters are '
         'those\n# of the deployed form; the accuracies are the figures of the paper.\n'
-        + body
+        + yaml.safe_dump(document, sort_keys=False, width=88)
     )
 
 
@@ -221,7 +197,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         print(f'[{i}/{len(paths)}] {name_of(path)}', file=sys.stderr)
         entries.append(measure(path))
     if args.only:
-        print('\n'.join(map(to_row, entries)))
+        print(markdown_table(to_rows(entries)))
         return
     for path, text in (
         (DOCUMENT, to_document(entries)),
@@ -229,7 +205,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     ):
         with atomic_write(path) as file:
             file.write_text(text, encoding='utf-8')
-        print(f'Wrote {path.relative_to(ROOT)}.')
+        print(f'Wrote {path}.')
 
 
 if __name__ == '__main__':

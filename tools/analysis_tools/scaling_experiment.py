@@ -11,20 +11,19 @@ import argparse
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Optional
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import torch
 import torch.nn.functional as F
-from charts import SERIES, save, write_csv
-from matplotlib.ticker import MaxNLocator
+from charts import SERIES, save
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from mmorepa.cli import one_line_errors, positive
 from mmorepa.functional import scaled_sum
-from mmorepa.utils.files import check_outputs
-from mmorepa.utils.tables import format_table
+from mmorepa.utils.files import atomic_write, check_outputs
 
 BRANCHES, CHANNELS, BATCH = 4, 16, 64
 # A hundred times the usual decay, since there are a thousand times fewer steps: what
@@ -82,17 +81,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load_digits() -> tuple[Tensor, Tensor]:
+def read_digits() -> tuple[Tensor, Tensor]:
     """The 1,797 images of scikit-learn, shape (N, 1, 8, 8), and their classes."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ValueError(
-            'the digits are those of scikit-learn: pip install scikit-learn'
-        ) from error
-    found = load_digits()
-    images = torch.tensor(found.images, dtype=torch.float32)[:, None]
-    return (images - images.mean()) / images.std(), torch.tensor(found.target)
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32)[:, None]
+    return (images - images.mean()) / images.std(), torch.tensor(data.target)
 
 
 def similarity(kernels: Tensor) -> Tensor:
@@ -101,10 +94,10 @@ def similarity(kernels: Tensor) -> Tensor:
     return rows @ rows.T
 
 
-def mean_of_pairs(cosines: Tensor) -> float:
-    """The mean of what is above the diagonal."""
-    pairs = itertools.combinations(range(len(cosines)), 2)
-    return fmean(cosines[i, j].item() for i, j in pairs)
+def mean_of_pairs(cosines: list[Tensor]) -> float:
+    """The mean of what is above the diagonals."""
+    above = torch.ones(BRANCHES, BRANCHES).triu(1).bool()
+    return torch.stack(cosines)[:, above].mean().item()
 
 
 def train(
@@ -139,27 +132,26 @@ def train(
             gradients=[similarity(conv.weight.grad) for conv in convs],
             kernels=[similarity(conv.kernels()) for conv in convs],
         )
-        means = {kind: fmean(map(mean_of_pairs, v)) for kind, v in measured.items()}
-        rows.append(dict(seed=seed, epoch=epoch, loss=fmean(losses), **means))
+        means = {kind: mean_of_pairs(cosines) for kind, cosines in measured.items()}
+        loss = sum(losses) / len(losses)
+        rows.append(dict(seed=seed, epoch=epoch, loss=loss, **means))
     return rows, measured['kernels'][1]
 
 
-def plot(rows: Sequence[dict], kernels: dict[str, Tensor], path: Path) -> None:
+def plot(rows: pd.DataFrame, kernels: dict[str, Tensor]) -> plt.Figure:
     """Cosines over the epochs, and those of one conv at the end."""
     figure = plt.figure(figsize=(13, 4.4), layout='constrained')
     left, right = figure.subfigures(1, 2, width_ratios=(7, 6))
     panels = left.subplots(1, 2, sharey=True)
     for axes, (kind, title) in zip(panels, KINDS.items()):
         for arm, colour, marker in zip(ARMS, SERIES, 'so'):
-            own = [row for row in rows if row['arm'] == arm]
-            epochs = sorted({row['epoch'] for row in own})
-            by_epoch = [[r[kind] for r in own if r['epoch'] == e] for e in epochs]
+            by_epoch = rows[rows.arm == arm].groupby('epoch')[kind]
             style = dict(color=colour, marker=marker, markersize=4, label=arm)
-            axes.plot(epochs, list(map(fmean, by_epoch)), **style)
-            low, high = (list(map(f, by_epoch)) for f in (min, max))
-            axes.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set(title=title, xlabel='epoch')
+            by_epoch.mean().plot(ax=axes, xlabel='epoch', title=title, **style)
+            low, high = by_epoch.min(), by_epoch.max()
+            axes.fill_between(
+                low.index, low, high, color=colour, alpha=0.2, linewidth=0
+            )
         axes.grid(alpha=0.3)
     panels[0].set_ylabel('cosine, mean of all pairs')
     panels[0].set_ylim(min(-0.05, panels[0].get_ylim()[0]), 1.05)
@@ -169,39 +161,34 @@ def plot(rows: Sequence[dict], kernels: dict[str, Tensor], path: Path) -> None:
     for axes, (arm, cosines) in zip(grid, kernels.items()):
         image = axes.imshow(cosines.numpy(), cmap='viridis', vmin=0, vmax=1)
         for i, j in itertools.product(range(BRANCHES), repeat=2):
-            ink = 'white' if cosines[i, j] < 0.6 else 'black'
-            text = f'{cosines[i, j]:.2f}'
-            axes.text(j, i, text, ha='center', va='center', color=ink, fontsize=9)
-        places = range(BRANCHES)
-        axes.set_xticks(places, [i + 1 for i in places])
-        axes.set_yticks(places, [i + 1 for i in places])
+            ink, text = 'white' if cosines[i, j] < 0.6 else 'black', cosines[i, j]
+            axes.text(j, i, f'{text:.2f}', ha='center', va='center', color=ink)
+        axes.set_xticks(range(BRANCHES), range(1, BRANCHES + 1))
+        axes.set_yticks(range(BRANCHES), range(1, BRANCHES + 1))
         axes.set(title=arm, xlabel='branch', ylabel='branch')
     right.colorbar(image, ax=grid, label='cosine', shrink=0.7)
-    save(figure, path)
+    return figure
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> list[dict]:
+def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     numbers = args.out.with_suffix('.csv')
     check_outputs([args.out, numbers])
-    data = load_digits()
-    rows, kernels = [], {}
+    data, found, kernels = read_digits(), [], {}
     for arm, is_scaled in ARMS.items():
         for seed in range(args.seeds):
             print(f'Training {arm}, {seed + 1} of {args.seeds} …', flush=True)
-            found, kernels[arm] = train(data, is_scaled, seed, args.epochs)
-            rows += [dict(arm=arm, **row) for row in found]
-    table = []
-    for arm in ARMS:
-        last = [r for r in rows if r['arm'] == arm and r['epoch'] == args.epochs]
-        table.append((arm, *(f'{fmean(r[k] for r in last):.4f}' for k in KINDS)))
+            rows, kernels[arm] = train(data, is_scaled, seed, args.epochs)
+            found += [dict(arm=arm, **row) for row in rows]
+    rows = pd.DataFrame(found)
+    last = rows[rows.epoch == args.epochs].groupby('arm')[[*KINDS]].mean()
     print('Mean cosine of two branches after the last epoch:')
-    print(format_table(('', *KINDS), table))
-    plot(rows, kernels, args.out)
-    write_csv(rows, numbers)
+    print(last.loc[[*ARMS]].to_string(float_format='{:.4f}'.format))
+    save(plot(rows, kernels), args.out)
+    with atomic_write(numbers) as file:
+        rows.to_csv(file, index=False, float_format='%.6g', lineterminator='\n')
     print(f'Wrote {args.out} and {numbers}.')
-    return rows
 
 
 if __name__ == '__main__':

@@ -6,7 +6,6 @@ the metrics are zoomed to the values of their second half, where runs differ.
 
 import argparse
 import json
-import statistics
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -43,6 +42,7 @@ if __name__ == '__main__':
     parse_args()  # Before the seconds that the rest takes.
 
 import matplotlib.pyplot as plt
+import numpy as np
 from charts import SERIES, colour_of, save, short, write_csv
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
@@ -97,32 +97,31 @@ def read_run(folder: Path, name: Optional[str] = None) -> Run:
         raise FileNotFoundError(
             f"no log of a training, */vis_data/scalars.json, under '{folder}'"
         )
-    unit, losses, rates, metrics, branches = 'iteration', [], [], {}, {}
+    unit, series = 'iteration', {}
     for file in files:
         records = _records(file)
-        trained = [r for r in records if 'loss' in r]
+        trained = [record for record in records if 'loss' in record]
         if not trained:
             continue
-        epochs = 1.0
+        epochs, found = 1.0, {}
         if 'epoch' in trained[-1]:
             unit, epochs = 'epoch', trained[-1]['step'] / trained[-1]['epoch']
-        losses = _continued(losses, [(r['step'] / epochs, r['loss']) for r in trained])
-        new = [(r['step'] / epochs, r['base_lr']) for r in trained if 'base_lr' in r]
-        rates = _continued(rates, new) if new else rates
-        found: tuple[dict, dict] = ({}, {})
         for record in records:
-            if 'loss' in record:
-                continue
-            is_hook = any(key.startswith(BRANCH_KINDS) for key in record)
-            x = record['step'] / (epochs if is_hook else 1)
-            for key, value in record.items():
-                if key not in NO_METRICS and isinstance(value, (int, float)):
-                    found[is_hook].setdefault(key, []).append((x, value))
-        for known, new in zip((metrics, branches), found):
-            for key, series in new.items():
-                known[key] = _continued(known.get(key, []), series)
-    if not losses:
+            kinds = ('loss', *BRANCH_KINDS)
+            counts_steps = any(key.startswith(kinds) for key in record)
+            x = record['step'] / (epochs if counts_steps else 1)
+            for key in ('loss', 'base_lr') if 'loss' in record else record:
+                if isinstance(record.get(key), (int, float)) and key not in NO_METRICS:
+                    found.setdefault(key, []).append((x, record[key]))
+        for key, later in found.items():
+            # What a later run repeats, it replaces.
+            earlier = [point for point in series.get(key, ()) if point[0] < later[0][0]]
+            series[key] = earlier + later
+    if 'loss' not in series:
         raise ValueError(f"no loss is logged under '{folder}'")
+    losses, rates = series.pop('loss'), series.pop('base_lr', [])
+    branches = {k: v for k, v in series.items() if k.startswith(BRANCH_KINDS)}
+    metrics = {k: v for k, v in series.items() if k not in branches}
     return Run(name or _name_of(folder), unit, losses, rates, metrics, branches)
 
 
@@ -131,11 +130,6 @@ def _records(file: Path) -> list[dict]:
         return [json.loads(line) for line in file.read_text().splitlines()]
     except ValueError as error:
         raise ValueError(f"'{file}' is damaged: {error}") from error
-
-
-def _continued(series: Series, later: Series) -> Series:
-    """What a later run repeats, it replaces."""
-    return [point for point in series if point[0] < later[0][0]] + later
 
 
 def _name_of(folder: Path) -> str:
@@ -259,39 +253,29 @@ def plot_branches(run: Run, path: Path) -> None:
             "[dict(type='BranchStatisticsHook')]"
         )
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
+    highest = 0.0
     for branch, all_series in by_branch.items():
-        x, y = _mean(all_series)
+        x, y = np.mean(all_series, axis=0).T
         left.plot(x, y, '.-', color=colour_of(branch), label=branch)
+        highest = max(highest, *y)
     left.set(
         title='What each branch puts into the kernels\n(share of the norms, mean of '
         'the layers)',
         ylabel='share',
         # The legend is above the lines.
-        ylim=(0, 1.4 * max(y for all_ in by_branch.values() for y in _mean(all_)[1])),
+        ylim=(0, 1.4 * highest),
     )
     left.legend(loc='upper center', fontsize='small', ncols=3)
 
     first, *rest = steps
     right.plot(*zip(*steps[first]), '.-', color='#D55E00', label=short(first))
     if rest:
-        columns = list(zip(*(zip(*steps[name]) for name in rest)))
-        x, values = columns[0][0], list(zip(*columns[1]))
-        right.plot(
-            x,
-            [statistics.median(v) for v in values],
-            '.-',
-            color='#000000',
-            label='median of the other convs',
-        )
-        right.fill_between(
-            x,
-            [min(v) for v in values],
-            [max(v) for v in values],
-            color='#BBBBBB',
-            alpha=0.5,
-            linewidth=0,
-            label='all of them',
-        )
+        x, *_ = zip(*steps[rest[0]])
+        values = np.array([[y for _, y in steps[name]] for name in rest])
+        style = dict(color='#000000', label='median of the other convs')
+        right.plot(x, np.median(values, axis=0), '.-', **style)
+        style = dict(color='#BBBBBB', alpha=0.5, linewidth=0, label='all of them')
+        right.fill_between(x, values.min(axis=0), values.max(axis=0), **style)
     right.set(
         title='How far a step moves a folded kernel,\nrelative to the kernel',
         ylabel='relative step',
@@ -301,15 +285,6 @@ def plot_branches(run: Run, path: Path) -> None:
     for axes in (left, right):
         _finish(axes, run.unit)
     save(figure, path)
-
-
-def _mean(all_series: Sequence[Series]) -> tuple[list[float], list[float]]:
-    """Over layers that were measured at the same time."""
-    values: dict[float, list[float]] = {}
-    for series in all_series:
-        for x, y in series:
-            values.setdefault(x, []).append(y)
-    return list(values), [statistics.fmean(v) for v in values.values()]
 
 
 def table_of(runs: Sequence[Run]) -> list[dict]:

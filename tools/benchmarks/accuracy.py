@@ -17,35 +17,13 @@ from typing import Optional
 # Before NumPy and PyTorch are loaded: there is a process for each core.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
-from accuracy_report import report
-from accuracy_runs import (
-    ABLATIONS,
-    ALL_BLOCKS,
-    DATA,
-    FACTORS,
-    KEY,
-    NETWORKS,
-    STANDARD,
-    VALUES,
-    VARIANTS,
-    base_config,
-    check_recipes,
-    check_row,
-    job_of,
-    keys_of,
-)
-from studies import (
-    Results,
-    add_report_arguments,
-    is_gpu_there,
-    report_and_raise,
-    run_jobs,
-)
-from study_reports import check_document
+import accuracy_runs as runs
+from accuracy_report import FIGURES, report
+from studies import Job, Results, run_study, study_parser
+from torch.cuda import is_available as is_gpu_there
 
 from mmorepa.cli import one_line_errors, positive
 from mmorepa.engine.config import check_data_folders
-from mmorepa.utils.files import check_outputs
 
 
 def seeds(text: str) -> list[int]:
@@ -60,46 +38,50 @@ def seeds(text: str) -> list[int]:
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description='Measures whether re-parameterised networks are better than plain '
-        'ones, which are the block "none". A stopped run goes on with the trainings '
-        'that had not ended.',
-        epilog='variants: '
-        + '; '.join(f'{n}: {VARIANTS[n].text}' for n in VARIANTS if n != STANDARD),
+    parser = study_parser(
+        __doc__,
+        'accuracy',
+        'trainings, on a GPU too,',
+        epilog='variants:\n'
+        + '\n'.join(f'  {n}: {v.text}' for n, v in runs.VARIANTS.items() if v.text),
     )
     parser.add_argument(
-        '--data', nargs='+', choices=DATA, default=[*DATA], help='(default: both)'
+        '--data',
+        nargs='+',
+        choices=runs.DATA,
+        default=['10pct', 'full'],
+        help='(default: 10pct full)',
     )
     parser.add_argument(
         '--networks',
         nargs='+',
-        choices=NETWORKS,
-        default=[*NETWORKS],
-        help='(default: both)',
+        choices=runs.NETWORKS,
+        default=['resnet18', 'repvgg-a0'],
+        help='(default: resnet18 repvgg-a0)',
     )
     parser.add_argument(
         '--blocks',
         nargs='+',
-        choices=ALL_BLOCKS,
-        default=[*ALL_BLOCKS],
+        choices=runs.ALL_BLOCKS,
+        default=[*runs.ALL_BLOCKS],
         help='a network goes without those that are not its own (default: all)',
     )
     parser.add_argument(
         '--lr-factors',
         nargs='+',
-        choices=FACTORS,
-        default=[*FACTORS],
+        choices=runs.FACTORS,
+        default=[*runs.FACTORS],
         metavar='FACTOR',
         help="learning rates, in units of the recipe's: 1/3, 1 and 3 (default: all)",
     )
     parser.add_argument(
         '--variants',
         nargs='+',
-        choices=(*VARIANTS, 'ablations'),
-        default=[STANDARD],
+        choices=(*runs.VARIANTS, 'ablations'),
+        default=[runs.STANDARD],
         metavar='VARIANT',
         help='changes to the trainings, see below; standard is none, ablations stands '
-        f'for {ABLATIONS[0]} and all after it (default: standard)',
+        f'for {runs.ABLATIONS[0]} and all after it (default: standard)',
     )
     parser.add_argument(
         '--seeds', type=seeds, default=seeds('0-7'), help='like 0-7, the default'
@@ -123,38 +105,38 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         metavar='CSV',
         help='take the rows of these files, too, such as those of other machines',
     )
-    add_report_arguments(parser, 'accuracy', 'trainings, on a GPU too,', 'tables.md')
     args = parser.parse_args(argv)
     if 'ablations' in args.variants:
-        names = [*args.variants, *ABLATIONS]
-        args.variants = [name for name in VARIANTS if name in names]
+        names = [*args.variants, *runs.ABLATIONS]
+        args.variants = [name for name in runs.VARIANTS if name in names]
     return args
 
 
 @one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    names = ('results.csv', 'tables.md', 'differences.png', 'ablations.png')
-    outputs = [args.out / name for name in (*names, 'budget.png')]
-    check_outputs([*outputs, args.document], args.merge)
-    check_document(args.document)
-    results = Results(args.out / 'results.csv', KEY, VALUES, check_row)
-    if args.merge:
-        results.merge(*args.merge)
-    failures = []
-    if not args.report_only:
-        keys = [*keys_of(args)]
+    results = Results(args.out / 'results.csv', runs.KEY, runs.VALUES, runs.check_row)
+
+    def make_jobs() -> list[Job]:
+        keys = [*runs.keys_of(args)]
         if not keys:
             raise ValueError('these blocks and variants do not go together')
-        check_recipes(results, keys)
-        if any(results.get(key) is None for key in keys):
+        runs.check_recipes(results, keys)
+        if not {tuple(key.values()) for key in keys} <= results.keys():
             for data in args.data:
-                config = base_config(data, args.networks[0])
+                config = runs.base_config(data, args.networks[0])
                 check_data_folders(config, ('train', 'val'))
-        jobs = [job_of(key, args.workers, args.out / 'runs') for key in keys]
-        shown = ('accuracy', 'seconds', 'device')
-        failures = run_jobs(jobs, results, args.jobs, shown)
-    report_and_raise(results, failures, partial(report, results, args))
+        return [runs.job_of(key, args.workers, args.out / 'runs') for key in keys]
+
+    run_study(
+        args,
+        results,
+        make_jobs,
+        partial(report, epochs=args.epochs),
+        FIGURES,
+        inputs=args.merge,
+        shown=('accuracy', 'seconds', 'device'),
+    )
 
 
 if __name__ == '__main__':

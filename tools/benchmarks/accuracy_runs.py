@@ -3,16 +3,18 @@
 import argparse
 import copy
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterator
 from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple, Optional
 
 from mmengine.config import Config
-from studies import ROOT, Job, Point, Results, epochs_options, train
+from studies import ROOT, Job, Results
+from trainings import Point, epochs_options, train
 
 from mmorepa.layers import OREPAKernel
 
@@ -28,12 +30,41 @@ METRIC = 'accuracy/top1'
 # a CPU: 1, 2, 4, 6, 8, 12, 16, 20.
 VALIDATIONS = [(3, 2), (9, 4)]
 
-DATA = {'10pct': '10 % of Fashion-MNIST', 'full': 'Fashion-MNIST'}
+DATA = {
+    '10pct': '10 % of Fashion-MNIST',
+    'full': 'Fashion-MNIST',
+    '10pct-56px': '10 % of Fashion-MNIST at 56 pixels',
+}
 _SUFFIX = {'10pct': '1xb64_fashion-mnist-10pct', 'full': '1xb256_fashion-mnist'}
-NETWORKS = {'resnet18': 'slim ResNet-18', 'repvgg-a0': 'slim RepVGG-A0'}
+_SUFFIX['10pct-56px'] = _SUFFIX['10pct']
+NETWORKS = {
+    'resnet18': 'slim ResNet-18',
+    'repvgg-a0': 'slim RepVGG-A0',
+    'resnet34': 'slim ResNet-34',
+    'resnet50': 'slim ResNet-50',
+}
 BLOCKS = {
     'resnet18': dict(none='plain', dbb='DBB', orepa='OREPA', repvgg='RepVGG'),
     'repvgg-a0': dict(none='plain', repvgg='RepVGG', orepa='OREPA-RepVGG'),
+    'resnet34': dict(none='plain', orepa='OREPA'),
+    'resnet50': dict(none='plain', orepa='OREPA'),
+}
+# What a network and a data set change in the config of resnet18 and of 28 pixels.
+CHANGES = {
+    'resnet34': {'model.backbone.depth': 34},
+    'resnet50': {'model.backbone.depth': 50, 'model.head.in_channels': 512},
+    '10pct-56px': {
+        'train_dataloader.dataset.pipeline': [
+            dict(type='Resize', scale=56),
+            dict(type='RandomCrop', crop_size=56, padding=4),
+            dict(type='RandomFlip', prob=0.5, direction='horizontal'),
+            dict(type='PackInputs'),
+        ],
+        'val_dataloader.dataset.pipeline': [
+            dict(type='Resize', scale=56),
+            dict(type='PackInputs'),
+        ],
+    },
 }
 REFERENCE = 'none'
 FACTORS = ('1/3', '1', '3')
@@ -66,6 +97,7 @@ _BLOCK_CFG = 'model.backbone.block_cfg'
 _STEM = 'model.backbone.stem_block'
 _BRANCHES = tuple(OREPAKernel.INITIAL_SCALES)
 _FROZEN = {f'{_PARAMWISE}.scale_lr_mult': 0.0}
+_RESNETS = ('resnet18', 'resnet34', 'resnet50')
 ALL_BLOCKS = ('none', 'dbb', 'orepa', 'repvgg')
 STANDARD = 'standard'
 # Trainings that take as long as others of fewer epochs.
@@ -122,10 +154,10 @@ VARIANTS = {
         )
         for branch in _BRANCHES
     },
-    'plain_stem': Variant('plain stem', {_STEM: 'plain'}),
-    'orepa_stem': Variant('OREPA stem', {_STEM: 'orepa'}, blocks=('none',)),
+    'plain_stem': Variant('plain stem', {_STEM: 'plain'}, _RESNETS),
+    'orepa_stem': Variant('OREPA stem', {_STEM: 'orepa'}, _RESNETS, ('none',)),
     'deep_linear_stem': Variant(
-        'deep linear stem', {_STEM: 'deep_linear'}, blocks=('none',)
+        'deep linear stem', {_STEM: 'deep_linear'}, _RESNETS, ('none',)
     ),
     'single_init': Variant(
         'single_init', {_BLOCK_CFG: dict(single_init=True)}, blocks=ALL_BLOCKS[1:]
@@ -146,7 +178,8 @@ ABLATIONS = [
 
 
 def config_of(data: str, network: str) -> Path:
-    """The config of the network; its blocks are an option."""
+    """The config of the network; its blocks, depth and size of images are options."""
+    network = 'resnet18' if network in CHANGES else network
     name = f'{network}-slim_{_SUFFIX[data]}.py'
     return ROOT / 'configs/fashion_mnist' / name
 
@@ -163,29 +196,21 @@ def standard_epochs(data: str, given: Optional[int]) -> int:
 
 
 def keys_of(args: argparse.Namespace) -> Iterator[dict[str, str]]:
-    """Those of all rows that are asked for.
+    """The keys of all rows that are asked for.
 
     Seed by seed, so that a part of the study is one of fewer seeds, and blocks in turn,
     so that all of them meet the same machine.
     """
-    for seed in args.seeds:
-        for data in args.data:
-            for network in args.networks:
-                for name in args.variants:
-                    variant = VARIANTS[name]
-                    for factor in args.lr_factors:
-                        for block in args.blocks:
-                            if (
-                                block in BLOCKS[network]
-                                and block in variant.blocks
-                                and network in variant.networks
-                            ):
-                                epochs = variant.epochs(
-                                    standard_epochs(data, args.epochs)
-                                )
-                                parts = (data, network, block, name, factor)
-                                parts = (*parts, str(seed), str(epochs))
-                                yield dict(zip(KEY, parts))
+    for seed, data, network, name, factor, block in itertools.product(
+        *(args.seeds, args.data, args.networks, args.variants, args.lr_factors),
+        args.blocks,
+    ):
+        variant = VARIANTS[name]
+        is_asked = block in BLOCKS[network] and block in variant.blocks
+        if is_asked and network in variant.networks:
+            epochs = variant.epochs(standard_epochs(data, args.epochs))
+            parts = (data, network, block, name, factor, str(seed), str(epochs))
+            yield dict(zip(KEY, parts))
 
 
 def options_of(key: dict[str, str], workers: int = 0) -> dict:
@@ -196,6 +221,8 @@ def options_of(key: dict[str, str], workers: int = 0) -> dict:
         'model.backbone.block': key['block'],
         'optim_wrapper.optimizer.lr': recipe * float(Fraction(key['lr_factor'])),
         'randomness.seed': int(key['seed']),
+        **CHANGES.get(key['data'], {}),
+        **CHANGES.get(key['network'], {}),
         **VARIANTS[key['variant']].options,
     }
     if (key['variant'], key['lr_factor']) == (STANDARD, '1'):
@@ -210,48 +237,46 @@ def recipe_of(key: dict[str, str]) -> str:
     cfg = copy.deepcopy(base_config(key['data'], key['network']))
     cfg.merge_from_dict(options_of(key))
     loader = cfg.train_dataloader
-    parts = (
-        cfg.model,
-        cfg.optim_wrapper,
-        cfg.param_scheduler,
-        cfg.get('custom_hooks', []),
-    )
-    parts = (*parts, cfg.train_cfg.max_epochs, loader.batch_size)
     dataset = {k: v for k, v in loader.dataset.items() if k != 'data_root'}
-    parts = (*parts, dataset, cfg.val_dataloader.dataset.pipeline)
+    parts = (
+        *(cfg.model, cfg.optim_wrapper, cfg.param_scheduler),
+        *(cfg.get('custom_hooks', []), cfg.train_cfg.max_epochs, loader.batch_size),
+        *(dataset, cfg.val_dataloader.dataset.pipeline),
+    )
     text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+def measure(key: dict[str, str], workers: int, runs: Path) -> dict[str, str]:
+    """Trains what a row stands for, and gives its other columns."""
+    options = options_of(key, workers)
+    config = config_of(key['data'], key['network'])
+    training = train(config, options, folder_of(key, runs), METRIC)
+    return dict(
+        accuracy=f'{training.metric:.2f}',
+        lr=f'{options["optim_wrapper.optimizer.lr"]:.4g}',
+        recipe=recipe_of(key),
+        cpu_seconds=f'{training.cpu_seconds:.1f}',
+        seconds=f'{training.seconds:.1f}',
+        device=training.device,
+        deployed_parameters=str(training.deployed_parameters),
+        curve=' '.join(
+            f'{p.epoch}:{p.metric:.2f}:{p.seconds:.1f}:{p.cpu_seconds:.1f}'
+            for p in training.curve
+        ),
+    )
+
+
 def job_of(key: dict[str, str], workers: int, runs: Path) -> Job:
     """The training that gives a row."""
-
-    def run() -> dict[str, str]:
-        options = options_of(key, workers)
-        config = config_of(key['data'], key['network'])
-        training = train(config, options, folder_of(key, runs), METRIC)
-        return dict(
-            accuracy=f'{training.metric:.2f}',
-            lr=f'{options["optim_wrapper.optimizer.lr"]:.4g}',
-            recipe=recipe_of(key),
-            cpu_seconds=f'{training.cpu_seconds:.1f}',
-            seconds=f'{training.seconds:.1f}',
-            device=training.device,
-            deployed_parameters=str(training.deployed_parameters),
-            curve=' '.join(
-                f'{p.epoch}:{p.metric:.2f}:{p.seconds:.1f}:{p.cpu_seconds:.1f}'
-                for p in training.curve
-            ),
-        )
-
-    return Job(key, run)
+    return Job(key, partial(measure, key, workers, runs))
 
 
 def check_recipes(results: Results, keys: list[dict[str, str]]) -> None:
     """Raises a ValueError for rows of these keys that the configs no longer give."""
-    for key in keys:
-        row = results.get(key)
-        if row and row['recipe'] != recipe_of(key):
+    for row in results.rows.to_dict('records'):
+        key = {name: row[name] for name in KEY}
+        if key in keys and row['recipe'] != recipe_of(key):
             raise ValueError(
                 f'the configs have changed: the row of {", ".join(key.values())} in '
                 f"'{results.path}' was trained with another recipe, {row['recipe']}; "

@@ -8,13 +8,11 @@ as ``--busy`` says; figures are milliseconds per step, the median and the slowes
 """
 
 import argparse
-import multiprocessing
 import os
-import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Optional
 
 SETTINGS = {
@@ -74,23 +72,19 @@ def measure(steps: int) -> list[float]:
     return [1e3 * clock.seconds(step) for _ in range(steps + 3)][3:]
 
 
-def _spin() -> None:
-    while True:
-        pass
-
-
-@contextmanager
-def busy(count: int) -> Iterator[None]:
-    """Processes that keep cores busy."""
-    processes = [multiprocessing.Process(target=_spin) for _ in range(count)]
-    for process in processes:
-        process.start()
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
+def measure_beside(busy: int, args: argparse.Namespace, setting: str) -> list[float]:
+    """As :func:`measure`, in a process of its own beside so many busy ones."""
+    known = ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')
+    env = {k: v for k, v in os.environ.items() if k not in known}
+    env.update(SETTINGS[setting], OMP_NUM_THREADS=str(args.threads))
+    line = [sys.executable, __file__, '--measure', '--steps', str(args.steps)]
+    with ExitStack() as stack:
+        for _ in range(busy):
+            process = subprocess.Popen([sys.executable, '-c', 'while True: pass'])
+            stack.enter_context(process)
+            stack.callback(process.kill)
+        text = subprocess.check_output(line, env=env, text=True)
+    return [*map(float, text.splitlines()[-1].split())]
 
 
 def main(argv: Optional[Sequence[str]] = None) -> dict:
@@ -98,38 +92,18 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     if args.measure:
         print(*measure(args.steps))
         return {}
-    from mmorepa.utils.tables import format_table
+    import pandas as pd
 
-    line = [sys.executable, __file__, '--measure', '--steps', str(args.steps)]
-    base = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')
-    }
-    base['OMP_NUM_THREADS'] = str(args.threads)
     times = {(setting, n): [] for setting in args.settings for n in args.busy}
     for _ in range(args.rounds):
         for setting, n in times:
-            with busy(n):
-                done = subprocess.run(
-                    line,
-                    env={**base, **SETTINGS[setting]},
-                    check=True,
-                    capture_output=True,
-                    text=True,
-                )
-            words = done.stdout.splitlines()[-1].split()
-            times[setting, n] += map(float, words)
-    rows = []
-    for setting in args.settings:
-        row = [setting]
-        for n in args.busy:
-            found = sorted(times[setting, n])
-            slow = found[int(0.9 * len(found))]
-            row.append(f'{statistics.median(found):.0f} ({slow:.0f})')
-        rows.append(row)
-    headers = [f'{args.threads} threads', *(f'{n} busy' for n in args.busy)]
-    print(format_table(headers, rows))
+            times[setting, n] += measure_beside(n, args, setting)
+    frame = pd.DataFrame(times).quantile([0.5, 0.9]).round().astype(int)
+    cells = (
+        frame.loc[0.5].astype(str) + ' (' + frame.loc[0.9].astype(str) + ')'
+    ).unstack()
+    cells = cells.rename(columns='{} busy'.format).loc[args.settings]
+    print(cells.rename_axis(columns=f'{args.threads} threads').to_string())
     return times
 
 

@@ -1,48 +1,41 @@
 """Tests which stock models take re-parameterised convs, and what changes then.
 
-Three tables, from models as they come with the toolboxes:
+Two tables, from models as they come with the toolboxes:
 
 - ``conv_cfg``: a config of mmdet, mmseg or mmpretrain with ``OREPAConv2d`` wherever a
   ``conv_cfg`` is taken. It loads the state dict of the plain model, computes the same,
   trains three steps, is deployed, and the plain model loads what is left.
 - ``add_branches``: the same for classes of torchvision and timm, which take none.
-- ``fresh``: both forms from their own initialisation: the first loss, and the loss
-  after some steps on one batch at the learning rate of the config, without warm-up.
 
 Kernels are random and BatchNorm statistics are like trained ones: nothing is
-downloaded. Rows go to a CSV file as they are measured, so that a stopped run goes on
-where it was; the Markdown is made of that file.
+downloaded. A stopped run goes on where it was.
 """
 
 import argparse
 import copy
-import csv
 import fnmatch
 import importlib
 import inspect
-import math
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Optional
 
+import pandas as pd
 import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, PARAM_SCHEDULERS, init_default_scope
+from mmengine.registry import MODELS, init_default_scope
+from studies import Job, Report, Results, markdown_table, run_study, study_parser
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import mmorepa
 from mmorepa.analysis import largest_difference, raw_outputs
-from mmorepa.cli import one_line_errors, positive
+from mmorepa.cli import one_line_errors
 from mmorepa.layers import ReparamConv2d
-from mmorepa.utils.files import atomic_write, check_outputs
 
-ROOT = Path(__file__).resolve().parents[2]
-CONV = dict(type='OREPAConv2d')
 # Of the largest output, in float32.
 TOLERANCE = 1e-3
 
@@ -86,36 +79,27 @@ REPARAMETERIZE = (
     *(f'timm:{name}' for name in ('mobilenetv3_small_100', 'hrnet_w18_small')),
     *(f'timm:{name}' for name in ('convnext_atto', 'ghostnet_100', 'dla34')),
 )
-FRESH = (
-    *CONV_CFG[:4],
-    *CONV_CFG[5:11],
-    'mmdet:ssd/ssd300_coco.py',
-    'mmpretrain:vgg/vgg11_8xb32_in1k.py',
+TABLES = dict(conv_cfg=CONV_CFG, add_branches=REPARAMETERIZE)
+KEY = ('table', 'model')
+COLUMNS = dict(
+    convs='convs turned',
+    start='difference at the start',
+    deployed='difference deployed',
+    # Losses of a table that an earlier version measured.
+    plain='plain',
+    orepa='OREPA',
+    note='note',
 )
-TABLES = dict(conv_cfg=CONV_CFG, add_branches=REPARAMETERIZE, fresh=FRESH)
-FIELDS = ('table', 'model', 'convs', 'start', 'deployed', 'plain', 'orepa', 'note')
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description='Measures which stock models take re-parameterised convs, and '
-        'what changes when they do. A stopped run goes on where it was.'
-    )
+    parser = study_parser(__doc__, 'compatibility')
     parser.add_argument('--tables', nargs='+', choices=TABLES, default=[*TABLES])
     parser.add_argument(
         '--only',
         default='*',
         metavar='PATTERN',
         help="models whose name matches, such as 'mmdet:retinanet*'",
-    )
-    parser.add_argument(
-        '--steps', type=positive, default=50, help='of the table fresh (default: 50)'
-    )
-    parser.add_argument(
-        '--out',
-        type=Path,
-        default=ROOT / 'docs/compatibility.md',
-        help='the Markdown file; rows are kept beside it as .csv',
     )
     return parser.parse_args(argv)
 
@@ -154,7 +138,7 @@ def set_conv_cfg(model: dict) -> None:
             kind = node.get('type')
             cls = registry.get(kind) if isinstance(kind, str) else None
             if cls and not node.get('conv_cfg') and _takes_conv_cfg(cls):
-                node['conv_cfg'] = dict(CONV)
+                node['conv_cfg'] = dict(type='OREPAConv2d')
 
 
 def _takes_conv_cfg(cls: type) -> bool:
@@ -191,29 +175,25 @@ def make_batch(toolbox: str, model: dict) -> dict:
 
         with_mask = 'mask_head' in model.get('roi_head', {})
         return demo_mm_inputs(2, (3, size, size), [4, 6], 80, with_mask=with_mask)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (2, 3, size, size), generator=generator)
+    torch.manual_seed(0)
+    images = torch.randint(256, (2, 3, size, size)).to(torch.uint8)
     if toolbox == 'mmpretrain':
         from mmpretrain.structures import DataSample
 
         # VGG has its classifier in the backbone.
         classes = {**model['backbone'], **model['head']}['num_classes']
-        labels = torch.randint(classes, (2,), generator=generator)
+        labels = torch.randint(classes, (2,))
         samples = [DataSample().set_gt_label(label) for label in labels]
-        return dict(inputs=images.to(torch.uint8), data_samples=samples)
+        return dict(inputs=images, data_samples=samples)
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
 
     classes = model['decode_head']['num_classes']
-    labels = torch.randint(classes, (2, 1, size, size), generator=generator)
-    samples = []
-    for label in labels:
-        sample = SegDataSample(
-            metainfo=dict(img_shape=(size, size), ori_shape=(size, size))
-        )
-        sample.gt_sem_seg = PixelData(data=label)
-        samples.append(sample)
-    return dict(inputs=[*images.to(torch.uint8)], data_samples=samples)
+    shape = dict(img_shape=(size, size), ori_shape=(size, size))
+    samples = [SegDataSample(metainfo=shape) for _ in images]
+    for sample in samples:
+        sample.gt_sem_seg = PixelData(data=torch.randint(classes, (1, size, size)))
+    return dict(inputs=[*images], data_samples=samples)
 
 
 def build(cfg: Config) -> nn.Module:
@@ -254,7 +234,7 @@ def compare(
     )
 
 
-def conv_cfg_row(name: str, steps: int) -> dict:
+def conv_cfg_row(name: str) -> dict:
     """A stock config, plain and with ``conv_cfg``."""
     cfg = stock_config(name)
     plain = make_trained_like(build(cfg))
@@ -274,7 +254,7 @@ def conv_cfg_row(name: str, steps: int) -> dict:
     )
 
 
-def add_branches_row(name: str, steps: int) -> dict:
+def add_branches_row(name: str) -> dict:
     """A class of torchvision or timm, plain and re-parameterised."""
     library, model = name.split(':')
     torch.manual_seed(0)
@@ -299,200 +279,49 @@ def add_branches_row(name: str, steps: int) -> dict:
     return compare(plain, training, outputs, step)
 
 
-def fresh_row(name: str, steps: int) -> dict:
-    """First and last loss of both forms, each from its own initialisation."""
-    cfg = stock_config(name)
-    for node in _dicts(cfg.model):
-        # They go with weights of a trained backbone.
-        if 'norm_eval' in node:
-            node['norm_eval'] = False
-        if 'frozen_stages' in node:
-            node['frozen_stages'] = -1
-    batch = make_batch(name.split(':')[0], cfg.model)
-    first, texts, fails = {}, {}, []
-    for form in ('plain', 'orepa'):
-        if form == 'orepa':
-            set_conv_cfg(cfg.model)
-        model, losses = train_fresh(cfg, batch, steps)
-        first[form], texts[form] = losses[0], _ends(losses)
-        scale = 2 / cfg.auto_scale_lr.base_batch_size
-        for way, lr_mult in (('with warm-up', 1), ('for two images', scale)):
-            if _diverges(losses):
-                model, losses = train_fresh(cfg, batch, steps, True, lr_mult)
-                texts[form] += f'; {way} {_ends(losses)}'
-        if form == 'orepa' and _diverges(losses):
-            fails.append('diverges')
-    if not abs(first['orepa'] / first['plain'] - 1) <= 0.1:
-        fails.append('first losses differ')
-    convs = sum(isinstance(m, ReparamConv2d) for m in model.modules())
-    return dict(convs=convs, **texts, note=', '.join(fails))
+ROWS = dict(conv_cfg=conv_cfg_row, add_branches=add_branches_row)
 
 
-def train_fresh(
-    cfg: Config, batch: dict, steps: int, warm_up: bool = False, lr_mult: float = 1
-) -> tuple[nn.Module, list[float]]:
-    """A model from its own initialisation, and the losses of its steps.
-
-    Args:
-        cfg (Config): A whole config.
-        batch (dict): What it trains on.
-        steps (int): How often; a loss that is not finite is the last.
-        warm_up (bool): Whether the learning rate grows as the config has it. Defaults
-            to False, that of the config from the first step on.
-        lr_mult (float): Multiplies the learning rate. Defaults to 1.
-    """
-    model = build(cfg)
-    model.init_weights()
-    options = copy.deepcopy(dict(cfg.optim_wrapper, type='OptimWrapper'))
-    options['optimizer']['lr'] *= lr_mult
-    wrapper = build_optim_wrapper(model, options)
-    found = cfg.param_scheduler
-    schedulers = [
-        PARAM_SCHEDULERS.build(dict(scheduler, optimizer=wrapper.optimizer))
-        for scheduler in ([found] if isinstance(found, dict) else found)
-        if warm_up and scheduler['type'] == 'LinearLR'
-    ]
-    torch.manual_seed(0)
-    losses: list[float] = []
-    while len(losses) < steps and all(map(math.isfinite, losses)):
-        losses.append(_total(model.train().train_step(batch, wrapper)))
-        for scheduler in schedulers:
-            scheduler.step()
-    return model, losses
+def row(table: str, name: str) -> dict[str, str]:
+    """One row. What fails is noted in it."""
+    MMLogger.get_instance('mmorepa', log_level='ERROR')
+    try:
+        found = ROWS[table](name)
+    except Exception as error:
+        found = dict(note=f'{type(error).__name__}: {" ".join(str(error).split())}')
+    return {column: str(found.get(column, ''))[:200] for column in COLUMNS}
 
 
-def _diverges(losses: list[float]) -> bool:
-    return not math.isfinite(losses[-1]) or max(losses) > 2 * losses[0]
-
-
-def _ends(losses: list[float]) -> str:
-    return f'{losses[0]:.3g} → {losses[-1]:.3g}'
-
-
-def _total(losses: dict[str, Tensor]) -> float:
-    if 'loss' in losses:
-        return losses['loss'].item()
-    return sum(float(v) for k, v in losses.items() if 'loss' in k)
-
-
-ROWS = dict(conv_cfg=conv_cfg_row, add_branches=add_branches_row, fresh=fresh_row)
-
-
-def read_rows(path: Path) -> list[dict]:
-    if not path.is_file():
-        return []
-    with path.open(newline='') as file:
-        return list(csv.DictReader(file))
-
-
-def write_rows(path: Path, rows: Iterable[dict]) -> None:
-    with atomic_write(path) as temporary, temporary.open('w', newline='') as file:
-        writer = csv.DictWriter(file, FIELDS, restval='')
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def to_markdown(rows: list[dict], steps: int) -> str:
-    """The document, of the rows that are there."""
-    heads = dict(
-        conv_cfg='By `conv_cfg`: configs of mmdet, mmseg and mmpretrain',
-        add_branches='By `add_branches`: classes of torchvision and timm',
-        fresh=f'Fresh: the loss at the first step and at step {steps}',
-    )
-    columns = dict(
-        model='model',
-        convs='convs turned',
-        start='difference at the start',
-        deployed='difference deployed',
-        plain='plain',
-        orepa='OREPA',
-        note='note',
-    )
-    lines = [
-        '# Compatibility',
-        '',
-        'Which stock models of mmdet, mmseg, mmpretrain, torchvision and timm take '
-        're-parameterised convs? Each model here starts from plain weights, trains '
-        'three steps and is deployed.',
-        '',
-        '- **convs turned**: how many convs became `OREPAConv2d`. The others stay '
-        'plain: the model builds them without asking `conv_cfg`, or they have no fold.',
-        '- **difference at the start**: the training form loads the state dict of the '
-        'plain model. Its outputs are compared with those of the plain model.',
-        '- **difference deployed**: the training form trains three steps and is '
-        'switched. The plain model loads the state dict of the result, and outputs are '
-        'compared again.',
-        '',
-        'Differences are relative to the largest output; about 1e-6 is the '
-        'rounding of float32. '
-        'The images are two of 128x128 pixels (SSD: 300x300, VGG: 224x224). No weights '
-        'are downloaded: kernels are random, BatchNorm statistics are like trained '
-        'ones. To measure it again:',
-        '',
-        '```bash',
-        'python tools/benchmarks/compatibility.py --out work_dirs/compatibility.md',
-        '```',
-    ]
-    for table, head in heads.items():
-        here = [row for row in rows if row['table'] == table]
-        if not here:
-            continue
-        shown = [key for key in columns if key == 'note' or any(r[key] for r in here)]
-        if not any(row['note'] for row in here):
-            shown.remove('note')
-        lines += ['', f'## {head}', '']
-        if table == 'fresh':
-            lines += [
-                'Here both forms start from their own random weights and train on one '
-                'batch of two images, at the learning rate of the config without '
-                'warm-up. A form that diverges is tried again with the warm-up of the '
-                'config, and if it still does, with a learning rate for two images '
-                '(`auto_scale_lr`). BatchNorm trains and no stage is frozen, since '
-                'there are no trained weights.',
-                '',
-            ]
-        lines.append('| ' + ' | '.join(columns[key] for key in shown) + ' |')
-        lines.append('|' + '---|' * len(shown))
-        for row in here:
-            lines.append('| ' + ' | '.join(row[key] for key in shown) + ' |')
-    return '\n'.join(lines) + '\n'
+def report(rows: pd.DataFrame) -> Report:
+    """A table of each kind, with the columns that say something."""
+    tables = {}
+    for name, found in rows.groupby('table', sort=False):
+        found = found.drop(columns='table').rename(columns=COLUMNS)
+        found = found.loc[:, found.ne('').any()]
+        tables[name] = markdown_table(found.to_dict('records'))
+    return tables, {}
 
 
 @one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    MMLogger.get_instance('mmorepa', log_level='ERROR')
-    path = args.out.with_suffix('.csv')
-    check_outputs([args.out, path])
-    rows = read_rows(path)
-    done = {(row['table'], row['model']) for row in rows}
-    todo = [
-        (table, name)
-        for table in args.tables
-        for name in TABLES[table]
-        if fnmatch.fnmatchcase(name, args.only) and (table, name) not in done
-    ]
-    if not todo and not rows:
-        raise ValueError(f'no model has a name like {args.only!r}')
-    for i, (table, name) in enumerate(todo, 1):
-        began = time.perf_counter()
-        try:
-            row = ROWS[table](name, args.steps)
-        except Exception as error:  # A row says what fails; the others go on.
-            text = ' '.join(str(error).split())
-            row = dict(note=f'{type(error).__name__}: {text[:160]}')
-        rows.append({**dict.fromkeys(FIELDS, ''), 'table': table, 'model': name})
-        rows[-1].update({key: str(value) for key, value in row.items()})
-        write_rows(path, rows)
-        seconds = time.perf_counter() - began
-        values = [v for k, v in rows[-1].items() if v and k != 'table']
-        print(f'{i} of {len(todo)} ({seconds:.0f} s)', *values, sep='  ')
-    with atomic_write(args.out) as temporary:
-        temporary.write_text(to_markdown(rows, args.steps))
-    failed = [row['model'] for row in rows if row['note']]
-    print(f'{len(rows)} rows, {len(failed)} with a note. Wrote {args.out} and {path}.')
-    if failed:
-        sys.exit(1)
+    results = Results(args.out / 'results.csv', KEY, [*COLUMNS])
+
+    def make_jobs() -> list[Job]:
+        jobs = [
+            Job(dict(table=table, model=name), partial(row, table, name))
+            for table in args.tables
+            for name in TABLES[table]
+            if fnmatch.fnmatchcase(name, args.only)
+        ]
+        if not jobs:
+            raise ValueError(f'no model has a name like {args.only!r}')
+        return jobs
+
+    run_study(args, results, make_jobs, report, [])
+    failed = results.rows[results.rows.note != ''].model
+    if len(failed):
+        raise ValueError(f'these have a note: {", ".join(failed)}')
 
 
 if __name__ == '__main__':

@@ -7,53 +7,26 @@ was.
 """
 
 import argparse
+import itertools
 import os
-import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Optional
+from statistics import fmean
+from typing import NamedTuple, Optional
 
 # Before NumPy and PyTorch are loaded: there is a process for each core.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
-import matplotlib
-
-matplotlib.use('Agg')
+import accuracy_runs as runs
 import matplotlib.pyplot as plt
+import pandas as pd
+import studies
 import torch
-from accuracy_report import COLOURS, Line, draw_differences
-from accuracy_runs import (
-    BLOCKS,
-    DATA,
-    KERNEL_DECAY,
-    KEY,
-    METRIC,
-    NETWORKS,
-    REFERENCE,
-    STANDARD,
-    STRONG,
-    STRONG_DECAY,
-    STRONG_KERNEL_DECAY,
-    folder_of,
-)
+from accuracy_report import COLOURS
 from accuracy_runs import VALUES as TRAINING_VALUES
-from studies import (
-    Job,
-    Results,
-    add_report_arguments,
-    last_checkpoint,
-    report_and_raise,
-    run_jobs,
-)
-from study_reports import (
-    check_document,
-    markdown_table,
-    mean_and_deviation,
-    paired_difference,
-    write_tables,
-)
+from trainings import last_checkpoint
 
 from mmorepa.cli import one_line_errors, positive
 from mmorepa.converters import read_checkpoint
@@ -69,7 +42,6 @@ from mmorepa.deployment.int8 import (
 from mmorepa.deployment.networks import network_from, require
 from mmorepa.deployment.onnx_files import OnnxNetwork, export_onnx, preprocessing
 from mmorepa.engine.config import check_data_folders, read_config
-from mmorepa.utils.files import atomic_write, check_outputs
 
 # Of accuracies: in float, and with one scale for each channel or each kernel.
 SCHEMES = (
@@ -83,13 +55,12 @@ SCHEMES = (
 VALUES = (*SCHEMES, 'outlier', 'kernel_snr')
 # By the variants of the trainings.
 DECAYS = {
-    STANDARD: 'branches',
-    KERNEL_DECAY: 'folded kernels',
-    STRONG_DECAY: f'branches, {STRONG:g}',
-    STRONG_KERNEL_DECAY: f'folded kernels, {STRONG:g}',
+    runs.STANDARD: 'branches',
+    runs.KERNEL_DECAY: 'folded kernels',
+    runs.STRONG_DECAY: f'branches, {runs.STRONG:g}',
+    runs.STRONG_KERNEL_DECAY: f'folded kernels, {runs.STRONG:g}',
 }
 TICKS = (-30, -10, -3, -1, -0.5, 0, 0.5, 1)
-OF_KERNELS = (KERNEL_DECAY, STRONG_KERNEL_DECAY)
 HEADERS = {
     'per_channel': 'one scale a channel',
     'per_channel_minmax': 'one scale a channel, widest ranges',
@@ -101,9 +72,7 @@ _LAYER_IMAGES = 1
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = studies.study_parser(__doc__, 'int8', 'networks')
     parser.add_argument(
         '--study',
         type=Path,
@@ -116,20 +85,20 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         default=1000,
         help='training images to calibrate with (default: 1000)',
     )
-    add_report_arguments(parser, 'int8', 'networks', 'results.md')
     return parser.parse_args(argv)
 
 
 def trained(study: Path) -> Iterator[tuple[dict[str, str], Path]]:
     """The networks of a study whose weights are there: keys and folders."""
-    for row in Results(study / 'results.csv', KEY, TRAINING_VALUES).rows:
-        folder = folder_of(row, study / 'runs')
+    results = studies.Results(study / 'results.csv', runs.KEY, TRAINING_VALUES)
+    for row in results.rows.to_dict('records'):
+        folder = runs.folder_of(row, study / 'runs')
         if (
             row['variant'] in DECAYS
             and row['lr_factor'] == '1'
             and last_checkpoint(folder) is not None
         ):
-            yield {name: row[name] for name in KEY}, folder
+            yield {name: row[name] for name in runs.KEY}, folder
 
 
 @torch.no_grad()
@@ -151,7 +120,7 @@ def measure(folder: Path, number: int) -> dict[str, str]:
 
     def accuracy(path: Path) -> str:
         with network_from(model, OnnxNetwork(path)):
-            return f'{evaluate(cfg, model)[METRIC]:.2f}'
+            return f'{evaluate(cfg, model)[runs.METRIC]:.2f}'
 
     with tempfile.TemporaryDirectory() as name:
         exported, float32, equalized, int8 = (Path(name, f'{i}.onnx') for i in range(4))
@@ -170,115 +139,98 @@ def measure(folder: Path, number: int) -> dict[str, str]:
             values[scheme] = accuracy(int8)
         losses = layer_losses(float32, int8, images[:_LAYER_IMAGES])
     for column in ('outlier', 'kernel_snr'):
-        mean = statistics.fmean(getattr(loss, column) for loss in losses)
+        mean = fmean(getattr(loss, column) for loss in losses)
         values[column] = f'{mean:.2f}'
     return values
 
 
-def _rows_by_network(
-    results: Results, data: str
-) -> Iterator[tuple[str, str, str, list[dict[str, str]]]]:
-    """Network, block, variant, and their rows."""
-    for network, blocks in BLOCKS.items():
-        for block in blocks:
-            for variant in DECAYS:
-                wanted = (data, network, block, variant)
-                rows = [
-                    row
-                    for row in results.rows
-                    if tuple(row[name] for name in KEY[:4]) == wanted
-                ]
-                if rows:
-                    yield network, block, variant, rows
+class Group(NamedTuple):
+    """The rows of one kind of network, by seed, and what it is called."""
+
+    data: str
+    network: str
+    block: str
+    variant: str
+    rows: pd.DataFrame
+
+    def text(self) -> str:
+        """Network and block."""
+        block = runs.BLOCKS[self.network][self.block]
+        return f'{runs.NETWORKS[self.network]}, {block}'
+
+    def decay(self) -> str:
+        """What the weight decay was of."""
+        decay = DECAYS[self.variant]
+        is_plain = self.block == runs.REFERENCE
+        return decay.replace('branches', 'kernels') if is_plain else decay
 
 
-def _decay(block: str, variant: str) -> str:
-    decay = DECAYS[variant]
-    return decay.replace('branches', 'kernels') if block == REFERENCE else decay
+def groups_of(rows: pd.DataFrame) -> list[Group]:
+    """In the order of data, networks, blocks and variants."""
+    numbers = rows.set_index('seed').astype(dict.fromkeys(VALUES, float))
+    found = dict(iter(numbers.groupby([*runs.KEY[:4]])))
+    return [
+        Group(*key, found[key])
+        for key in itertools.product(runs.DATA, runs.NETWORKS, COLOURS, DECAYS)
+        if key in found
+    ]
 
 
-def _column(rows: Sequence[dict[str, str]], name: str) -> dict[str, float]:
-    return {row['seed']: float(row[name]) for row in rows}
-
-
-def to_markdown(results: Results, data: str) -> Optional[str]:
+def table(groups: Sequence[Group]) -> str:
     """A line for each network, block and weight decay."""
-    lines = []
-    for network, block, variant, rows in _rows_by_network(results, data):
-        float32 = _column(rows, 'float32')
-        cells = [
-            str(paired_difference(_column(rows, scheme), float32)) for scheme in HEADERS
-        ]
-        means = [
-            f'{statistics.fmean(_column(rows, name).values()):.1f}'
-            for name in ('outlier', 'kernel_snr')
-        ]
-        lines.append(
-            (
-                f'{NETWORKS[network]}, {BLOCKS[network][block]}',
-                _decay(block, variant),
-                mean_and_deviation([*float32.values()]),
-                *cells,
-                *means,
-                str(len(rows)),
-            )
-        )
-    headers = ('', 'weight decay of', 'float32 (%)', *HEADERS.values())
-    headers = (*headers, 'outlier', 'kernel SNR (dB)', 'seeds')
-    return markdown_table(headers, lines) if lines else None
+    rows = []
+    for group in groups:
+        found = group.rows
+        row = {'': group.text()}
+        row['weight decay of'] = group.decay()
+        row['float32 (%)'] = studies.mean_and_deviation(found.float32)
+        for scheme, text in HEADERS.items():
+            row[text] = str(studies.paired_difference(found[scheme], found.float32))
+        row['outlier'] = f'{fmean(found.outlier):.1f}'
+        row['kernel SNR (dB)'] = f'{fmean(found.kernel_snr):.1f}'
+        rows.append({**row, 'seeds': str(len(found))})
+    return studies.markdown_table(rows)
 
 
-def plot(results: Results, path: Path) -> None:
+def plot(groups: Sequence[Group]) -> plt.Figure:
     """Each seed's difference to float, by scheme."""
-    found = [(data, *rest) for data in DATA for rest in _rows_by_network(results, data)]
-    several = {(data, network) for data, network, *_ in found}
-    figure, all_axes = plt.subplots(
-        2,
-        2,
-        figsize=(10.5, 1.6 + 0.56 * len(found)),
-        layout='constrained',
-        sharex=True,
-    )
-    for axes, (scheme, title) in zip(all_axes.flat, HEADERS.items()):
+    several = len({group.data for group in groups}) > 1
+    figure, grid = studies.panels(2, 2, 10.5, 1.6 + 0.56 * len(groups), sharex=True)
+    for axes, (scheme, title) in zip(grid.flat, HEADERS.items()):
         lines = []
-        for data, network, block, variant, rows in found:
-            name = f'{BLOCKS[network][block]}: {_decay(block, variant)}'
-            if len(several) > 1:
-                name = f'{NETWORKS[network]}, {DATA[data]}, {name}'
-            columns = (
-                {row['seed']: dict(accuracy=row[column]) for row in rows}
-                for column in (scheme, 'float32')
+        for group in groups:
+            name = f'{group.text()}: {group.decay()}'
+            if several:
+                name = f'{runs.DATA[group.data]}, {name}'
+            pair, is_dot = group.rows[[scheme, 'float32']], 'kernel' in group.variant
+            colour = COLOURS[group.block]
+            lines.append(
+                studies.Line(name, colour, pair[scheme], pair.float32, not is_dot)
             )
-            of_branches = variant not in OF_KERNELS
-            lines.append(Line(name, COLOURS[block], *columns, of_branches))
-        draw_differences(axes, lines)
+        studies.draw_differences(axes, lines)
         # One kind of network loses a hundred times what the others do.
         axes.set_xscale('symlog', linthresh=1)
         axes.set_xticks(TICKS, [f'{tick:g}' for tick in TICKS])
         axes.set(title=title)
-        axes.tick_params(labelleft=axes in all_axes[:, 0])
-    for axes in all_axes[-1]:
+        axes.tick_params(labelleft=axes in grid[:, 0])
+    for axes in grid[-1]:
         axes.set_xlabel('points of accuracy beyond float32 (logarithmic beyond 1)')
     figure.suptitle(
         'What INT8 changes: each seed, and the mean with its 95 % interval.\n'
         'Weight decay of branches (dots) or of folded kernels (squares)',
         fontsize='medium',
     )
-    with atomic_write(path) as file:
-        figure.savefig(file, dpi=120, format='png')
-    plt.close(figure)
+    return figure
 
 
-def report(results: Results, args: argparse.Namespace) -> None:
-    """Writes tables and figure of all rows."""
-    figure = args.out / 'int8.png'
-    plot(results, figure)
-    tables = {f'int8-{data}': to_markdown(results, data) for data in DATA}
-    tables = {name: table for name, table in tables.items() if table}
-    caption = 'What INT8 changes, network by network'
-    figures = dict(int8=(figure, caption))
-    write_tables(tables, figures, args.out / 'results.md', args.document)
-    print(f"Wrote tables to '{args.document or args.out}', the figure to '{figure}'.")
+def report(rows: pd.DataFrame) -> studies.Report:
+    """A table for each data set, and a figure."""
+    groups = groups_of(rows)
+    tables = {
+        f'int8-{data}': table([group for group in groups if group.data == data])
+        for data in dict.fromkeys(group.data for group in groups)
+    }
+    return tables, dict(int8=(plot(groups), 'What INT8 changes, network by network'))
 
 
 @one_line_errors()
@@ -286,12 +238,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     for package in ('onnx', 'onnxruntime'):
         require(package)
-    outputs = [args.out / name for name in ('results.csv', 'results.md', 'int8.png')]
-    check_outputs([*outputs, args.document], [args.study / 'results.csv'])
-    check_document(args.document)
-    results = Results(outputs[0], KEY, VALUES)
-    failures = []
-    if not args.report_only:
+
+    def make_jobs() -> list[studies.Job]:
         networks = [*trained(args.study)]
         if not networks:
             raise FileNotFoundError(
@@ -302,11 +250,14 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         # The networks of a study share their data.
         for folder in {key['data']: folder for key, folder in networks}.values():
             check_data_folders(read_config(str(folder / 'run.py')), ('train', 'val'))
-        jobs = [
-            Job(key, partial(measure, folder, args.images)) for key, folder in networks
+        return [
+            studies.Job(key, partial(measure, folder, args.images))
+            for key, folder in networks
         ]
-        failures = run_jobs(jobs, results, args.jobs)
-    report_and_raise(results, failures, partial(report, results, args))
+
+    results = studies.Results(args.out / 'results.csv', runs.KEY, VALUES)
+    inputs = [args.study / 'results.csv']
+    studies.run_study(args, results, make_jobs, report, ['int8'], inputs)
 
 
 if __name__ == '__main__':

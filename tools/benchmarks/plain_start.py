@@ -1,92 +1,49 @@
-"""Does it help to fine-tune a plain network with OREPA, and from which start?
+"""Does it help to fine-tune a plain network with OREPA?
 
-A slim ResNet-18 is pretrained and then fine-tuned in four ways, on each of two tasks:
+A slim ResNet-18 is pretrained and then fine-tuned in three ways, on each of two tasks:
 
 - ``plain``: the plain network, plain.
-- ``quiet``: the plain network as OREPA convs.
+- ``quiet``: the plain network as OREPA convs, by the quiet start.
 - ``scratch``: a network of OREPA convs that was pretrained as such, for as long.
 
-Seeds change initialisation and the order of the images, alike for all four, so that
+Seeds change initialisation and the order of the images, alike for all three, so that
 differences are taken within a seed. A stopped run goes on where it was.
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-import matplotlib
+import pandas as pd
+import studies
+from trainings import Training, epochs_options, last_checkpoint, merged, train
 
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
-from studies import (
-    ROOT,
-    Job,
-    Results,
-    Training,
-    add_study_arguments,
-    epochs_options,
-    last_checkpoint,
-    merged,
-    raise_failures,
-    run_jobs,
-    train,
-)
-from study_reports import (
-    markdown_table,
-    mean_and_deviation,
-    paired_difference,
-    write_report,
-)
-
-from mmorepa.cli import one_line_errors
+from mmorepa.cli import one_line_errors, positive
 from mmorepa.engine.config import check_data_folders
-from mmorepa.utils.files import atomic_write, check_outputs
 
 KEY = ('task', 'name', 'seed', 'epochs')
 VALUES = ('value', 'seconds')
 CLASSIFIER_METRIC = 'accuracy/top1'
-# From a plain kernel, a step moves that of the deep linear stem about 50 times as far:
-# see docs/transfer.md.
-STEM_LR_MULT = 0.02
-
-
-class Arm(NamedTuple):
-    """One way to fine-tune.
-
-    Args:
-        text (str): What it is called in tables.
-        pretrained (str): The block type of the pretraining.
-        block (str): That of the fine-tuning.
-        stem_lr_mult (float, optional): None is what the config has.
-    """
-
-    text: str
-    pretrained: str
-    block: str
-    stem_lr_mult: Optional[float] = None
-
-    def options(self) -> dict:
-        """What it changes in a config."""
-        options = {'model.backbone.block': self.block}
-        if self.stem_lr_mult is not None:
-            options['optim_wrapper.paramwise_cfg.stem_lr_mult'] = self.stem_lr_mult
-        return options
-
-
-ARMS = {
-    'plain': Arm('plain', 'plain', 'plain', stem_lr_mult=1.0),
-    'quiet': Arm('OREPA, quiet start', 'plain', 'orepa', STEM_LR_MULT),
-    # Another way to split kernels, which is gone: its results are reported.
-    'balanced': Arm('OREPA, balanced start', 'plain', 'orepa', STEM_LR_MULT),
-    'scratch': Arm('OREPA, from scratch', 'orepa', 'orepa'),
-}
+STEM_LR_MULT = 'optim_wrapper.paramwise_cfg.stem_lr_mult'
 # By block type.
 PRETRAININGS = {'plain': 'pretrained plain', 'orepa': 'pretrained OREPA'}
+# The block types of pretraining and fine-tuning, and the multiplier of the stem's
+# learning rate, if it is not the config's. From a plain kernel, a step moves that of
+# the deep linear stem about 50 times as far: see docs/transfer.md.
+ARMS = {
+    'plain': ('plain', 'plain', 1.0),
+    'quiet': ('plain', 'orepa', 0.02),
+    'scratch': ('orepa', 'orepa', None),
+}
 TEXTS = {
     **{name: f'{name}, top-1 accuracy (%)' for name in PRETRAININGS.values()},
-    **{name: arm.text for name, arm in ARMS.items()},
+    'plain': 'plain',
+    'quiet': 'OREPA, quiet start',
+    # Of earlier versions, which had it.
+    'balanced': 'OREPA, balanced start',
+    'scratch': 'OREPA, from scratch',
 }
 # Okabe and Ito's, as in tools/analysis_tools/charts.py.
 COLOURS = dict(quiet='#0072B2', balanced='#D55E00', scratch='#009E73')
@@ -103,8 +60,8 @@ class Task(NamedTuple):
         unit (float): Multiplies it.
         pretraining (Path): A classifier's config.
         fine_tuning (Path): The config.
-        takes_head (bool): Whether the fine-tuning starts from all weights, and not from
-            those of the backbone alone.
+        start (str): The option that names the pretrained weights: of all layers, or of
+            the backbone alone.
         epochs (tuple[int, int]): Of both phases.
         options (tuple[dict, dict]): What to change in the configs.
     """
@@ -114,20 +71,21 @@ class Task(NamedTuple):
     unit: float
     pretraining: Path
     fine_tuning: Path
-    takes_head: bool
+    start: str
     epochs: tuple[int, int]
     options: tuple[dict, dict]
 
 
-_FASHION = ROOT / 'configs/fashion_mnist/resnet18-slim_1xb64_fashion-mnist-10pct.py'
-_DIGITS = ROOT / 'configs/digits'
+_FASHION = (
+    studies.ROOT / 'configs/fashion_mnist/resnet18-slim_1xb64_fashion-mnist-10pct.py'
+)
+_DIGITS = studies.ROOT / 'configs/digits'
 # A slim deep linear stem can be any plain kernel only for one channel of the image: for
 # three, the chain of its factors would need more than 16 channels.
-_GREY = dict(color_type='grayscale')
-_GREY_NETWORK = {
+_GREY = {
     'model.backbone.in_channels': 1,
-    'train_dataloader.dataset.pipeline.0': _GREY,
-    'val_dataloader.dataset.pipeline.0': _GREY,
+    'train_dataloader.dataset.pipeline.0': dict(color_type='grayscale'),
+    'val_dataloader.dataset.pipeline.0': dict(color_type='grayscale'),
 }
 _GREY_PIXELS = dict(mean=[77.0], std=[95.0])
 TASKS = {
@@ -137,7 +95,7 @@ TASKS = {
         unit=1.0,
         pretraining=_FASHION,
         fine_tuning=_FASHION,
-        takes_head=True,
+        start='load_from',
         epochs=(8, 8),
         options=(
             {},
@@ -154,189 +112,152 @@ TASKS = {
         unit=100.0,
         pretraining=_DIGITS / 'resnet18-slim_1xb64_digits.py',
         fine_tuning=_DIGITS / 'faster-rcnn_r18-slim-orepa_fpn_1xb2-10e_digits.py',
-        takes_head=False,
+        start='model.backbone.init_cfg.checkpoint',
         epochs=(8, 5),
         options=(
-            {
-                **_GREY_NETWORK,
-                'data_preprocessor': dict(_GREY_PIXELS, to_rgb=False),
-            },
-            {
-                **_GREY_NETWORK,
-                'model.data_preprocessor': dict(_GREY_PIXELS, bgr_to_rgb=False),
-            },
+            {**_GREY, 'data_preprocessor': dict(_GREY_PIXELS, to_rgb=False)},
+            {**_GREY, 'model.data_preprocessor': dict(_GREY_PIXELS, bgr_to_rgb=False)},
         ),
     ),
 }
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description='Measures whether a start from a plain network helps, and which '
-        'one. A stopped run goes on where it was.'
-    )
+    parser = studies.study_parser(__doc__, 'plain_start')
     parser.add_argument('--tasks', nargs='+', choices=TASKS, default=[*TASKS])
-    add_study_arguments(parser, 'plain_start')
+    parser.add_argument(
+        '--seeds', type=positive, default=5, help='how many of them (default: 5)'
+    )
     return parser.parse_args(argv)
 
 
-def checkpoint_of(task: str, block: str, seed: int, runs: Path) -> Path:
-    """The network that the fine-tuning starts from; trained if it is not there."""
-    work_dir = _work_dir(task, f'pretraining-{block}', seed, runs)
-    return last_checkpoint(work_dir) or pretrain(task, block, seed, runs).checkpoint
-
-
-def pretrain(task: str, block: str, seed: int, runs: Path) -> Training:
+def pretrain(
+    task: Task, block: str, seed: int, folder: Path, stem_lr_mult: Optional[float]
+) -> Training:
+    """Trains the classifier of a task; a multiplier of None is what the config has."""
     options = {
-        **epochs_options(TASKS[task].epochs[0]),
-        **TASKS[task].options[0],
+        **epochs_options(task.epochs[0]),
+        **task.options[0],
+        **({} if stem_lr_mult is None else {STEM_LR_MULT: stem_lr_mult}),
         'model.backbone.block': block,
         'randomness.seed': seed,
     }
-    work_dir = _work_dir(task, f'pretraining-{block}', seed, runs)
-    return train(TASKS[task].pretraining, options, work_dir, CLASSIFIER_METRIC)
+    return train(task.pretraining, options, folder, CLASSIFIER_METRIC)
 
 
-def fine_tune(task: str, name: str, seed: int, runs: Path) -> Training:
-    arm, takes_head = ARMS[name], TASKS[task].takes_head
-    start = 'load_from' if takes_head else 'model.backbone.init_cfg.checkpoint'
+def fine_tune(
+    task: Task,
+    blocks: tuple[str, str],
+    seed: int,
+    folder: Path,
+    stem_lr_mult: Optional[float],
+) -> Training:
+    """Fine-tunes from a pretrained network, which is trained if it is not there."""
+    start = folder.with_name(f'pretraining-{blocks[0]}-{seed}')
+    if last_checkpoint(start) is None:
+        pretrain(task, blocks[0], seed, start, None)
     options = {
-        **epochs_options(TASKS[task].epochs[1]),
-        **TASKS[task].options[1],
-        **arm.options(),
-        start: str(checkpoint_of(task, arm.pretrained, seed, runs)),
+        **epochs_options(task.epochs[1]),
+        **task.options[1],
+        **({} if stem_lr_mult is None else {STEM_LR_MULT: stem_lr_mult}),
+        'model.backbone.block': blocks[1],
+        task.start: str(last_checkpoint(start)),
         'randomness.seed': seed,
     }
-    work_dir = _work_dir(task, name, seed, runs)
-    return train(TASKS[task].fine_tuning, options, work_dir, TASKS[task].metric)
+    return train(task.fine_tuning, options, folder, task.metric)
 
 
-def _work_dir(task: str, name: str, seed: int, runs: Path) -> Path:
-    return runs / f'{task}-{_epochs(task)}' / f'{name}-{seed}'
+def measured(unit: float, run: partial) -> dict[str, str]:
+    """The values of a row, from a training."""
+    training = run()
+    return dict(
+        value=f'{training.metric * unit:.3f}', seconds=f'{training.seconds:.0f}'
+    )
 
 
 def _epochs(task: str) -> str:
     return '+'.join(map(str, TASKS[task].epochs))
 
 
-def jobs_of(task: str, seed: int, runs: Path) -> Iterator[Job]:
+def jobs_of(name: str, seed: int, runs: Path) -> Iterator[studies.Job]:
     """Those of a task with one seed: two pretrainings, and the arms."""
-
-    def job(name: str, unit: float, run: Callable[[], Training]) -> Job:
-        def values() -> dict[str, str]:
-            training = run()
-            return dict(
-                value=f'{training.metric * unit:.3f}',
-                seconds=f'{training.seconds:.0f}',
-            )
-
-        key = dict(task=task, name=name, seed=str(seed), epochs=_epochs(task))
-        return Job(key, values)
-
-    for block, name in PRETRAININGS.items():
-        yield job(name, 1.0, partial(pretrain, task, block, seed, runs))
-    for name in (name for name in ARMS if name != 'balanced'):
-        yield job(name, TASKS[task].unit, partial(fine_tune, task, name, seed, runs))
+    task, key = TASKS[name], dict(task=name, name='', seed=str(seed))
+    key['epochs'] = _epochs(name)
+    folder = runs / f'{name}-{key["epochs"]}'
+    for block, text in PRETRAININGS.items():
+        place = folder / f'pretraining-{block}-{seed}'
+        run = partial(pretrain, task, block, seed, place, None)
+        yield studies.Job({**key, 'name': text}, partial(measured, 1.0, run))
+    for arm, (*blocks, stem_lr_mult) in ARMS.items():
+        place = folder / f'{arm}-{seed}'
+        run = partial(fine_tune, task, blocks, seed, place, stem_lr_mult)
+        yield studies.Job({**key, 'name': arm}, partial(measured, task.unit, run))
 
 
-def values_of(results: Results, task: str, name: str) -> dict[str, float]:
-    """By seed, for the schedule that the task has now."""
-    return {
-        row['seed']: float(row['value'])
-        for row in results.rows
-        if (row['task'], row['name'], row['epochs']) == (task, name, _epochs(task))
-    }
+def values_of(rows: pd.DataFrame, task: str) -> dict[str, pd.Series]:
+    """By name and seed, for the schedule that the task has now."""
+    rows = rows[(rows.task == task) & (rows.epochs == _epochs(task))].set_index('seed')
+    groups = dict(iter(rows.value.astype(float).groupby(rows.name)))
+    return {name: groups[name] for name in TEXTS if name in groups}
 
 
-def to_markdown(results: Results) -> str:
-    """A table for each task: what each network reaches, and differences of seeds."""
-    tables = []
-    arms = [*ARMS]
-    for task, spec in TASKS.items():
-        rows = []
-        for name, text in TEXTS.items():
-            values = values_of(results, task, name)
-            if not values:
-                continue
-            cells = []
-            for reference in REFERENCES:
-                difference = paired_difference(
-                    values, values_of(results, task, reference)
-                )
-                # Each pair once.
-                is_later = name in arms[arms.index(reference) + 1 :]
-                cells.append(str(difference) if difference and is_later else '')
-            mean = mean_and_deviation([*values.values()])
-            rows.append((text, mean, *cells, str(len(values))))
-        differences = [f'minus {TEXTS[reference]}' for reference in REFERENCES]
-        headers = (spec.text, 'mean ± deviation', *differences, 'seeds')
-        tables.append(markdown_table(headers, rows))
-    return '\n\n'.join(tables)
+def table(task: str, values: dict[str, pd.Series]) -> str:
+    """What each network reaches, and differences within seeds."""
+    rows, arms = [], [name for name in values if name not in PRETRAININGS.values()]
+    for name, found in values.items():
+        row = {TASKS[task].text: TEXTS[name]}
+        row['mean ± deviation'] = studies.mean_and_deviation(found)
+        for reference in REFERENCES:
+            text = ''
+            # Each pair once.
+            if reference in arms and name in arms[arms.index(reference) + 1 :]:
+                text = str(studies.paired_difference(found, values[reference]) or '')
+            row[f'minus {TEXTS[reference]}'] = text
+        rows.append({**row, 'seeds': str(len(found))})
+    return studies.markdown_table(rows)
 
 
-def plot(results: Results, path: Path) -> None:
-    """Draws the difference to plain of each arm: seeds, mean and interval."""
-    figure, panels = plt.subplots(
-        1,
-        len(TASKS),
-        figsize=(4.6 * len(TASKS), 3.6),
-        layout='constrained',
-        squeeze=False,
-    )
-    for axes, (task, spec) in zip(panels[0], TASKS.items()):
-        plain = values_of(results, task, 'plain')
-        for x, (name, colour) in enumerate(COLOURS.items()):
-            values = values_of(results, task, name)
-            seeds = [seed for seed in values if seed in plain]
-            axes.scatter(
-                [x - 0.12] * len(seeds),
-                [values[seed] - plain[seed] for seed in seeds],
-                s=14,
-                alpha=0.6,
-                color=colour,
-            )
-            found = paired_difference(values, plain)
-            if found and found.pairs > 1:
-                reach = found.high - found.mean
-                axes.errorbar(
-                    x + 0.12, found.mean, reach, fmt='o', capsize=4, color=colour
-                )
-        axes.axhline(0, color='black', linewidth=0.8)
-        axes.set_xticks(
-            range(len(COLOURS)), [TEXTS[n].replace(', ', '\n') for n in COLOURS]
-        )
-        axes.set_xlim(-0.5, len(COLOURS) - 0.5)
-        axes.set(title=spec.text, ylabel='difference to plain, within a seed')
-        axes.grid(alpha=0.3, axis='y')
+def report(rows: pd.DataFrame) -> studies.Report:
+    """A table for each task, and the differences to plain of each arm."""
+    found = {task: values_of(rows, task) for task in TASKS}
+    found = {task: values for task, values in found.items() if values}
+    figure, grid = studies.panels(1, len(found), 5.5 * len(found), 3)
+    for axes, (task, values) in zip(grid[0], found.items()):
+        lines = [
+            studies.Line(TEXTS[name], colour, values[name], values['plain'])
+            for name, colour in COLOURS.items()
+            if name in values
+        ]
+        studies.draw_differences(axes, lines)
+        axes.set(title=TASKS[task].text, xlabel='difference to plain, within a seed')
     figure.suptitle('Each seed, and the mean with its 95 % interval', fontsize='medium')
-    with atomic_write(path) as file:
-        figure.savefig(file, dpi=120, format='png')
-    plt.close(figure)
+    tables = {task: table(task, values) for task, values in found.items()}
+    return tables, {'plain_start': (figure, 'The differences to plain, seed by seed')}
 
 
-def check_data(task: Task) -> None:
+def check_data(tasks: Iterable[str]) -> None:
     """Raises before hours of training, not after."""
-    for config, options in zip((task.pretraining, task.fine_tuning), task.options):
-        check_data_folders(merged(config, options), ('train', 'val'))
+    for task in map(TASKS.get, tasks):
+        for config, options in zip((task.pretraining, task.fine_tuning), task.options):
+            check_data_folders(merged(config, options), ('train', 'val'))
 
 
 @one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    check_outputs(args.out / f'results.{suffix}' for suffix in ('csv', 'md', 'png'))
-    results = Results(args.out / 'results.csv', KEY, VALUES)
-    if not args.report_only:
-        for task in args.tasks:
-            check_data(TASKS[task])
+
+    def make_jobs() -> list[studies.Job]:
+        check_data(args.tasks)
         # Seed by seed, so that a part of the study is one of fewer seeds.
-        jobs = [
+        return [
             job
             for seed in range(args.seeds)
             for task in args.tasks
             for job in jobs_of(task, seed, args.out / 'runs')
         ]
-        raise_failures(run_jobs(jobs, results))
-    write_report(results, to_markdown, plot)
+
+    results = studies.Results(args.out / 'results.csv', KEY, VALUES)
+    studies.run_study(args, results, make_jobs, report, ['plain_start'])
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Is the multiplier that stem_lr.py suggests a good one?
+"""How fast should the deep linear stem learn?
 
 Two trainings are repeated with several multipliers of the stem's learning rate:
 
@@ -11,193 +11,116 @@ that differences are taken within a seed. A stopped run goes on where it was.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Optional
 
-import matplotlib
+import pandas as pd
+import studies
+from plain_start import TASKS, check_data, fine_tune, measured, pretrain
 
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
-from plain_start import CLASSIFIER_METRIC, TASKS, check_data, checkpoint_of
-from studies import (
-    Job,
-    Results,
-    Training,
-    add_study_arguments,
-    epochs_options,
-    raise_failures,
-    run_jobs,
-    train,
-)
-from study_reports import (
-    markdown_table,
-    mean_and_deviation,
-    paired_difference,
-    write_report,
-)
-
-from mmorepa.cli import one_line_errors
-from mmorepa.utils.files import atomic_write, check_outputs
+from mmorepa.cli import one_line_errors, positive
 
 KEY = ('task', 'stem_lr_mult', 'seed', 'epochs')
 VALUES = ('value', 'seconds')
 MULTIPLIERS = (0.02, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 # What the others are compared with.
 REFERENCE = 1.0
-OPTION = 'optim_wrapper.paramwise_cfg.stem_lr_mult'
 TEXTS = {
     'classifier': 'Fashion-MNIST from initial weights, top-1 accuracy (%)',
     'detector': 'Scenes of digits from an OREPA backbone, box AP (%)',
 }
+# The classifier's pretraining; the detector's fine-tuning.
+EPOCHS = {'classifier': TASKS['classifier'].epochs[0]}
+EPOCHS['detector'] = TASKS['detector'].epochs[1]
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = studies.study_parser(__doc__, 'stem_lr_sweep')
     parser.add_argument('--tasks', nargs='+', choices=TEXTS, default=[*TEXTS])
     parser.add_argument(
         '--multipliers', nargs='+', type=float, default=[*MULTIPLIERS], metavar='M'
     )
-    add_study_arguments(parser, 'stem_lr_sweep')
+    parser.add_argument(
+        '--seeds', type=positive, default=5, help='how many of them (default: 5)'
+    )
     args = parser.parse_args(argv)
     if min(args.multipliers) < 0:
         parser.error(f'--multipliers are at least 0, found {min(args.multipliers)}')
     return args
 
 
-def classify(multiplier: float, seed: int, runs: Path) -> Training:
-    """Trains the classifier from its initial weights."""
-    spec = TASKS['classifier']
-    options = {
-        **epochs_options(_epochs('classifier')),
-        **spec.options[0],
-        'model.backbone.block': 'orepa',
-        OPTION: multiplier,
-        'randomness.seed': seed,
-    }
-    work_dir = runs / f'classifier-{multiplier:g}-{seed}'
-    return train(spec.pretraining, options, work_dir, CLASSIFIER_METRIC)
-
-
-def detect(multiplier: float, seed: int, runs: Path) -> Training:
-    """Fine-tunes the detector; its backbone is trained if it is not there."""
-    spec = TASKS['detector']
-    backbone = checkpoint_of('detector', 'orepa', seed, runs)
-    options = {
-        **epochs_options(_epochs('detector')),
-        **spec.options[1],
-        'model.backbone.init_cfg.checkpoint': str(backbone),
-        OPTION: multiplier,
-        'randomness.seed': seed,
-    }
-    work_dir = runs / f'detector-{multiplier:g}-{seed}'
-    return train(spec.fine_tuning, options, work_dir, spec.metric)
-
-
-TRAININGS: dict[str, Callable[[float, int, Path], Training]] = dict(
-    classifier=classify, detector=detect
-)
-
-
-def _epochs(task: str) -> int:
-    # The classifier's pretraining; the detector's fine-tuning.
-    return TASKS[task].epochs[0 if task == 'classifier' else 1]
-
-
-def job_of(task: str, multiplier: float, seed: int, runs: Path) -> Job:
+def job_of(name: str, multiplier: float, seed: int, runs: Path) -> studies.Job:
     """One training."""
-
-    def values(run: Callable[[], Training]) -> dict[str, str]:
-        training = run()
-        return dict(
-            value=f'{training.metric * TASKS[task].unit:.3f}',
-            seconds=f'{training.seconds:.0f}',
-        )
-
-    numbers = (f'{multiplier:g}', str(seed), str(_epochs(task)))
-    run = partial(TRAININGS[task], multiplier, seed, runs)
-    return Job(dict(zip(KEY, (task, *numbers))), partial(values, run))
+    task, folder = TASKS[name], runs / name / f'{multiplier:g}-{seed}'
+    if name == 'classifier':
+        run = partial(pretrain, task, 'orepa', seed, folder, multiplier)
+    else:
+        run = partial(fine_tune, task, ('orepa', 'orepa'), seed, folder, multiplier)
+    parts = (name, f'{multiplier:g}', str(seed), str(EPOCHS[name]))
+    return studies.Job(dict(zip(KEY, parts)), partial(measured, task.unit, run))
 
 
-def values_of(results: Results, task: str) -> dict[float, dict[str, float]]:
+def values_of(rows: pd.DataFrame, task: str) -> dict[float, pd.Series]:
     """By multiplier and seed, for the schedule that the task has now."""
-    found: dict[float, dict[str, float]] = {}
-    for row in results.rows:
-        if (row['task'], row['epochs']) == (task, str(_epochs(task))):
-            by_seed = found.setdefault(float(row['stem_lr_mult']), {})
-            by_seed[row['seed']] = float(row['value'])
-    return dict(sorted(found.items()))
+    rows = rows[(rows.task == task) & (rows.epochs == str(EPOCHS[task]))]
+    rows = rows.set_index('seed')
+    return dict(iter(rows.value.astype(float).groupby(rows.stem_lr_mult.astype(float))))
 
 
-def to_markdown(results: Results) -> str:
-    """A table for each task."""
-    tables = []
-    for task, text in TEXTS.items():
-        values = values_of(results, task)
-        rows = []
-        for multiplier, by_seed in values.items():
-            difference = None
-            if multiplier != REFERENCE:
-                difference = paired_difference(by_seed, values.get(REFERENCE, {}))
-            rows.append(
-                (
-                    f'{multiplier:g}',
-                    mean_and_deviation([*by_seed.values()]),
-                    str(difference or ''),
-                    str(len(by_seed)),
-                )
-            )
-        if rows:
-            minus = f'minus that of {REFERENCE:g}'
-            headers = ('stem_lr_mult', text, minus, 'seeds')
-            tables.append(markdown_table(headers, rows))
-    return '\n\n'.join(tables)
+def table(text: str, values: dict[float, pd.Series]) -> str:
+    """Means, and differences to the reference."""
+    rows = []
+    for multiplier, found in values.items():
+        difference = None
+        if multiplier != REFERENCE and REFERENCE in values:
+            difference = studies.paired_difference(found, values[REFERENCE])
+        row = {
+            'stem_lr_mult': f'{multiplier:g}',
+            text: studies.mean_and_deviation(found),
+        }
+        row[f'minus that of {REFERENCE:g}'] = str(difference or '')
+        rows.append({**row, 'seeds': str(len(found))})
+    return studies.markdown_table(rows)
 
 
-def plot(results: Results, path: Path) -> None:
-    """Each seed, and their mean, over the multipliers."""
-    tasks = [task for task in TEXTS if values_of(results, task)]
-    figure, panels = plt.subplots(
-        1, len(tasks), figsize=(6 * len(tasks), 4), layout='constrained', squeeze=False
-    )
-    for axes, task in zip(panels[0], tasks):
-        values = values_of(results, task)
-        for multiplier, by_seed in values.items():
-            axes.scatter(
-                [multiplier] * len(by_seed), by_seed.values(), s=16, color='#56B4E9'
-            )
-        means = [sum(v.values()) / len(v) for v in values.values()]
+def report(rows: pd.DataFrame) -> studies.Report:
+    """A table for each task, and each seed and their mean over the multipliers."""
+    found = {task: values_of(rows, task) for task in TEXTS}
+    found = {task: values for task, values in found.items() if values}
+    figure, grid = studies.panels(1, len(found), 6 * len(found), 4)
+    for axes, (task, values) in zip(grid[0], found.items()):
+        for multiplier, each in values.items():
+            axes.scatter([multiplier] * len(each), each, s=16, color='#56B4E9')
+        means = [each.mean() for each in values.values()]
         axes.plot([*values], means, 'o-', color='#000000', label='mean of the seeds')
         axes.set(title=TEXTS[task], xlabel='stem_lr_mult', xscale='log')
         axes.set_xticks([*values], [f'{multiplier:g}' for multiplier in values])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend()
-    with atomic_write(path) as file:
-        figure.savefig(file, dpi=120, format='png')
-    plt.close(figure)
+    caption = "Accuracy and box AP over the multiplier of the stem's learning rate"
+    tables = {task: table(TEXTS[task], values) for task, values in found.items()}
+    return tables, {'results': (figure, caption)}
 
 
 @one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    check_outputs(args.out / f'results.{suffix}' for suffix in ('csv', 'md', 'png'))
-    results = Results(args.out / 'results.csv', KEY, VALUES)
-    if not args.report_only:
-        for task in args.tasks:
-            check_data(TASKS[task])
+
+    def make_jobs() -> list[studies.Job]:
+        check_data(args.tasks)
         # Seed by seed, so that a part of the study is one of fewer seeds.
-        jobs = [
+        return [
             job_of(task, multiplier, seed, args.out / 'runs')
             for seed in range(args.seeds)
             for task in args.tasks
             for multiplier in args.multipliers
         ]
-        raise_failures(run_jobs(jobs, results))
-    write_report(results, to_markdown, plot)
+
+    results = studies.Results(args.out / 'results.csv', KEY, VALUES)
+    studies.run_study(args, results, make_jobs, report, ['results'])
 
 
 if __name__ == '__main__':

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, Optional
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -17,8 +16,6 @@ from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.profiler import profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmorepa import set_channels_last, switch_to_deploy
 from mmorepa.analysis.timing import (
@@ -31,7 +28,7 @@ from mmorepa.analysis.timing import (
 )
 from mmorepa.deployment.onnx_files import inference_session
 from mmorepa.engine import FoldedDistributedDataParallel, FoldedOptimWrapper
-from mmorepa.functional import compiled, compose_deep_linear
+from mmorepa.functional import compose_deep_linear
 from mmorepa.layers import (
     BranchKernel,
     OREPAConv2d,
@@ -51,18 +48,21 @@ class Variant(NamedTuple):
         folded (bool): Whether the fold is outside of the graph.
         naive (bool): Whether every pass differentiates the plain formulas.
         channels_last (bool): The layout of the convs.
+        stem (str): The block type of the stem, where it is another one.
     """
 
     block: str
     folded: bool = False
     naive: bool = False
     channels_last: bool = True
+    stem: str = ''
 
 
 VARIANTS = {
     'stock': Variant('', channels_last=False),
     'plain, default layout': Variant('plain', channels_last=False),
     'plain': Variant('plain'),
+    'plain, OREPA stem': Variant('plain', folded=True, stem='orepa'),
     'DBB': Variant('dbb'),
     'OREPA, naive': Variant('orepa', naive=True),
     'OREPA, online': Variant('orepa'),
@@ -72,19 +72,6 @@ VARIANTS = {
 # What a user has today, and what others are compared with; the same network with the
 # layout of this package's; and the result.
 STOCK, PLAIN, OREPA = 'stock', 'plain', 'OREPA, folded'
-# What a fold and its derivative spend their time on, by operator.
-PARTS = {
-    'the products of the floor': ('aten::mm', 'aten::addmm', 'aten::addmm_'),
-    'passes over memory': (
-        # Their own time, without that of the products in them.
-        *('mmorepa::fold', 'mmorepa::fold_gradients'),
-        # What they are made of where they are not compiled, and the deep linear stem.
-        *('aten::bmm', 'aten::baddbmm_', 'aten::mul', 'aten::mul_', 'aten::add'),
-        *('aten::add_', 'aten::addcmul_', 'aten::sum', 'aten::copy_', 'aten::zero_'),
-        *('aten::fill_', 'aten::mkldnn_convolution', 'aten::convolution_backward'),
-    ),
-}
-REST = 'calling all these'
 
 
 class Trainer:
@@ -102,6 +89,8 @@ class Trainer:
         options = copy.deepcopy(cfg.optim_wrapper)
         if variant.block:
             model.backbone.block = variant.block
+            if variant.stem:
+                model.backbone.stem_block = variant.stem
             options.update(folded=variant.folded, channels_last=variant.channels_last)
         else:
             model.backbone = stock_backbone(model.backbone)
@@ -125,6 +114,10 @@ class Trainer:
     def optimize(self) -> None:
         self.wrapper.step()
         self.wrapper.zero_grad()
+
+    def step(self, inputs: Tensor, samples: list) -> None:
+        self.forward_backward(inputs, samples)
+        self.optimize()
 
     def parameters(self) -> list[Tensor]:
         """All that forward passes and the optimizer need: held kernels too."""
@@ -219,38 +212,6 @@ def measure_bytes(trainer: Trainer, batch: tuple) -> dict[str, int]:
     )
 
 
-class OperationCounter(TorchDispatchMode):
-    """Counts operations that launch kernels on a GPU, and reads by the host."""
-
-    # No launch: memory, and marks for a profiler.
-    APART = {'empty', 'empty_like', 'new_empty', 'new_empty_strided', '_unsafe_view'}
-    HOST_READS = {'equal', '_local_scalar_dense', 'is_nonzero', 'nonzero'}
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = self.host_reads = 0
-
-    def __torch_dispatch__(
-        self, func: object, types: object, args: tuple = (), kwargs: object = None
-    ) -> object:
-        name = func.overloadpacket.__name__
-        is_apart = name in self.APART or func.namespace == 'profiler'
-        self.operations += not (func.is_view or is_apart)
-        self.host_reads += name in self.HOST_READS
-        return func(*args, **kwargs or {})
-
-
-def count_operations(trainer: Trainer, batch: tuple) -> dict[str, int]:
-    """Operations that are no views in one step, and host reads, folds not compiled."""
-    with (
-        mock.patch.object(compiled, 'takes', return_value=False),
-        OperationCounter() as counter,
-    ):
-        trainer.forward_backward(*batch)
-        trainer.optimize()
-    return dict(operations=counter.operations, host_reads=counter.host_reads)
-
-
 def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
@@ -270,8 +231,7 @@ def measure_all_reduced(trainer: Trainer, batch: tuple) -> int:
     trainer.model = wrap(trainer.network)
     trainer.model.register_comm_hook(None, hook)
     try:
-        trainer.forward_backward(*batch)
-        trainer.optimize()
+        trainer.step(*batch)
     finally:
         trainer.model = trainer.network
     return sum(sent)
@@ -291,8 +251,7 @@ def measure_peak_memory(trainer: Trainer, batch: tuple) -> int:
     """What a step allocates on a GPU beyond what is there before it."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    trainer.forward_backward(*batch)
-    trainer.optimize()
+    trainer.step(*batch)
     return torch.cuda.max_memory_allocated() - before
 
 
@@ -331,25 +290,10 @@ def measure_fold(network: nn.Module, rounds: int, clock: Clock) -> dict[str, dic
                 kernel.leaf.grad = grad
             backward_to_branches(kernels)
 
-    def profiled() -> dict[str, float]:
-        with profile() as profiler:
-            for _ in range(3):
-                network.zero_grad()
-                fold_and_backward()
-        parts = dict.fromkeys([*PARTS, REST], 0.0)
-        for event in profiler.key_averages():
-            names = [n for n, operators in PARTS.items() if event.key in operators]
-            # On a GPU this is the time of the calls, not of the kernels.
-            parts[(names or [REST])[0]] += event.self_cpu_time_total
-        total = sum(parts.values())
-        return {name: part / total for name, part in parts.items()}
-
-    functions = {'floor': floor, 'naive': naive, 'online': online}
-    functions['folded'] = fold_and_backward
+    functions = dict(floor=floor, naive=naive, online=online, folded=fold_and_backward)
     figures = measure_seconds(
         functions, 'floor', rounds, 'folds', clock, before=network.zero_grad
     )
-    figures['folded']['parts'] = profiled()
     network.zero_grad()
     return figures
 
@@ -367,40 +311,6 @@ def factors(kernel: nn.Module) -> tuple[Tensor, Tensor]:
     first = first.reshape(groups, -1, first.shape[1])
     pair = second.detach(), first.detach()
     return tuple(x.squeeze(0) for x in pair)
-
-
-def measure_optimizers(
-    cfg: Config, rounds: int, clock: Clock, device: str
-) -> dict[str, dict]:
-    """Seconds of the optimizer alone on the OREPA network."""
-    settings = copy.deepcopy(cfg.optim_wrapper)
-    # MMEngine's constructor does not know this option of ours.
-    common = {k: v for k, v in settings.paramwise_cfg.items() if 'norm_bias' not in k}
-    one_each = dict(constructor='DefaultOptimWrapperConstructor', paramwise_cfg=common)
-    kinds = {
-        'one group for each tensor': (one_each, False),
-        'few groups': ({}, False),
-        'few groups, fused': ({}, True),
-    }
-    optimizers = {}
-    for name, (changes, fused) in kinds.items():
-        network = MODELS.build(cfg.model).to(device)
-        options = copy.deepcopy(settings)
-        options.update(changes)
-        options.optimizer.fused = fused
-        optimizers[name] = build_optim_wrapper(network, options).optimizer
-        for parameter in network.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-    figures = measure_seconds(
-        {name: optimizer.step for name, optimizer in optimizers.items()},
-        'one group for each tensor',
-        rounds,
-        'optimizers',
-        clock,
-    )
-    for name, optimizer in optimizers.items():
-        figures[name]['groups'] = len(optimizer.param_groups)
-    return figures
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import json
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -21,40 +21,39 @@ from start import positive  # Sets how threads wait, before PyTorch is loaded.
 
 # isort: split
 
+import pandas as pd
+import step_costs as costs
 import torch
-from cost_report import PAPER_BATCH, plot, print_tables
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmpretrain.structures import DataSample
-from step_costs import (
-    OREPA,
-    PLAIN,
-    VARIANTS,
-    Trainer,
-    count_operations,
-    measure_all_reduced,
-    measure_bytes,
-    measure_fold,
-    measure_inference,
-    measure_optimizers,
-    measure_peak_memory,
-    measure_steps,
-    process_group,
-)
+from studies import ROOT, panels, save
 
-from mmorepa.analysis.timing import Clock
+from mmorepa.analysis.timing import Clock, busy_warning
 from mmorepa.cli import one_line_errors
 from mmorepa.engine.config import read_config
 from mmorepa.functional import compiled
 from mmorepa.utils.files import atomic_write, check_outputs
 
-ROOT = Path(__file__).resolve().parents[2]
 # The networks that this is about, with as many images as suit a small machine.
 DEFAULT = (
     ('configs/imagenet/resnet18-orepa_4xb64_in1k.py', 16),
     ('configs/imagenet/resnet50-orepa_4xb64_in1k.py', 8),
 )
+# The batch of the paper, for each GPU.
+PAPER_BATCH = 64
+# Okabe and Ito's, as in tools/analysis_tools/charts.py.
+COLOURS = {
+    'plain, default layout': '#999999',
+    'plain': '#000000',
+    'plain, OREPA stem': '#D55E00',
+    'DBB': '#E69F00',
+    'OREPA, naive': '#CC79A7',
+    'OREPA, online': '#56B4E9',
+    'OREPA, folded, default layout': '#009E73',
+    'OREPA, folded': '#0072B2',
+}
 
 
 def device(text: str) -> str:
@@ -127,19 +126,22 @@ def measure(path: str, cfg: Config, batch_size: int, args: argparse.Namespace) -
     samples = [DataSample().set_gt_label(label).to(args.device) for label in labels]
     batch = (images, samples)
 
-    trainers = {n: Trainer(cfg, v, args.device) for n, v in VARIANTS.items()}
-    steps = measure_steps(trainers, batch, args.rounds, clock)
+    is_resnet = cfg.model.backbone.type.endswith('ResNet')
+    trainers = {
+        name: costs.Trainer(cfg, variant, args.device)
+        for name, variant in costs.VARIANTS.items()
+        if is_resnet or not variant.stem
+    }
+    steps = costs.measure_steps(trainers, batch, args.rounds, clock)
     for name, trainer in trainers.items():
-        steps[name].update(measure_bytes(trainer, batch))
-        steps[name].update(count_operations(trainer, batch))
-        steps[name]['all_reduced_bytes'] = measure_all_reduced(trainer, batch)
+        steps[name].update(costs.measure_bytes(trainer, batch))
+        steps[name]['all_reduced_bytes'] = costs.measure_all_reduced(trainer, batch)
         if clock.is_cuda:
-            steps[name]['peak_memory_bytes'] = measure_peak_memory(trainer, batch)
-    fold = measure_fold(trainers['OREPA, online'].network, args.rounds, clock)
+            steps[name]['peak_memory_bytes'] = costs.measure_peak_memory(trainer, batch)
+    fold = costs.measure_fold(trainers['OREPA, online'].network, args.rounds, clock)
     trainers.clear()
-    optimizers = measure_optimizers(cfg, args.rounds, clock, args.device)
-    inference = measure_inference(cfg, images, args.rounds, clock)
-    plain, added = steps[PLAIN]['step'].median, steps[OREPA]['added'].median
+    inference = costs.measure_inference(cfg, images, args.rounds, clock)
+    plain, added = steps[costs.PLAIN]['step'].median, steps[costs.OREPA]['added'].median
     return dict(
         config=path,
         batch_size=batch_size,
@@ -147,13 +149,99 @@ def measure(path: str, cfg: Config, batch_size: int, args: argparse.Namespace) -
         rounds=args.rounds,
         steps=steps,
         fold=fold,
-        optimizers=optimizers,
         inference=inference,
         core_share=clock.core_share,
         added_over_floor=added / fold['floor']['seconds'].median,
         # The fold does not know the batch, and the plain step grows with it.
         ratio_at_64=1 + added / (plain * PAPER_BATCH / batch_size),
     )
+
+
+def _milliseconds(figure: str) -> Callable[[dict], str]:
+    return lambda found: f'{found[figure].median * 1e3:.1f}'
+
+
+def _table(head: str, found: Mapping[str, dict], **columns: Callable) -> None:
+    """Prints a line for each entry, with a cell by each of the functions."""
+    cells = {text: map(cell, found.values()) for text, cell in columns.items()}
+    frame = pd.DataFrame(cells, index=[*found])
+    print(frame.rename_axis(columns=head).to_string(), end='\n\n')
+
+
+def print_tables(result: dict) -> None:
+    """Prints the figures of one config as tables."""
+    steps, fold = result['steps'], result['fold']
+    print(
+        f'\n{Path(result["config"]).stem}: {result["batch_size"]} images of '
+        f'{result["image_size"]}x{result["image_size"]}, medians over '
+        f'{result["rounds"]} rounds in turn, [quartiles]\n'
+    )
+    seconds = {'ms': _milliseconds('seconds')}
+    ratio = {'forward+backward': _milliseconds('forward_backward')}
+    ratio['optimizer phase'] = _milliseconds('optimizer')
+    head = {
+        'step (ms)': _milliseconds('step'),
+        'x stock': lambda r: f'{r["ratio"]:.2f}',
+    }
+    _table('training', steps, **head, **ratio)
+    sizes = {
+        'saved for backward': 'saved_bytes',
+        'parameters': 'parameter_bytes',
+        'gradients': 'gradient_bytes',
+        'optimizer': 'optimizer_bytes',
+        'all-reduced': 'all_reduced_bytes',
+        'peak of a step': 'peak_memory_bytes',
+    }
+    sizes = {
+        text: lambda r, key=key: f'{r[key] / 1e6:.1f}'
+        for text, key in sizes.items()
+        if key in steps[costs.STOCK]
+    }
+    _table('MB', steps, **sizes)
+    by_floor = {'x floor': lambda r: f'{r["ratio"]:.2f}'}
+    _table('all folds, with derivatives', fold, **seconds, **by_floor)
+    added = steps[costs.OREPA]['added'].median * 1e3
+    print(
+        f'Folded training adds {added:.1f} ms to the plain step: '
+        f'{result["added_over_floor"]:.2f} x the floor. With {PAPER_BATCH} images a '
+        f'step, that would be {result["ratio_at_64"]:.3f} x plain.\n'
+    )
+    by_plain = {'x plain, folded': lambda r: f'{r["ratio"]:.2f}'}
+    _table('inference', result['inference'], **seconds, **by_plain)
+    if warning := busy_warning(result['core_share']):
+        print(warning)
+
+
+def plot(results: list[dict], path: Path) -> None:
+    """Draws what a step costs over the stock network's, one panel for each budget."""
+    titles = dict(ratio='time of a step', saved_bytes='saved for backward')
+    titles['all_reduced_bytes'] = 'all-reduced'
+    figure, ((*axes,),) = panels(1, len(titles), 10, 4.8)
+    labels = [
+        f'{Path(r["config"]).stem.split("-orepa")[0]}\n{r["batch_size"]} images'
+        for r in results
+    ]
+    for axis, (key, title) in zip(axes, titles.items()):
+        frame = pd.DataFrame(
+            [{name: step[key] for name, step in r['steps'].items()} for r in results],
+            index=labels,
+        )
+        if key == 'ratio':
+            frame = frame.map(lambda ratio: ratio.median)
+        else:
+            frame = frame.div(frame[costs.STOCK], axis=0)
+        frame.drop(columns=costs.STOCK).plot.bar(
+            ax=axis, color=COLOURS, width=0.8, rot=0, legend=False
+        )
+        for bars in axis.containers:
+            axis.bar_label(bars, fmt='%.2f', rotation=90, padding=3)
+        axis.axhline(1, color='black', linewidth=0.8)
+        axis.set_title(f'{title}, x stock')
+        axis.margins(y=0.18)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4
+    )
+    save(figure, path)
 
 
 def machine(args: argparse.Namespace) -> str:
@@ -180,7 +268,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     # Without the tables of parameter groups.
     MMLogger.get_instance('train_cost', log_level='WARNING')
     results = []
-    with process_group(args.device):
+    with costs.process_group(args.device):
         for path, batch_size in args.runs:
             results.append(measure(path, configs[path], batch_size, args))
             print_tables(results[-1])

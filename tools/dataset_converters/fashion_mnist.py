@@ -13,7 +13,6 @@ not have the checksums that the download asks for:
 
 import argparse
 import gzip
-import math
 import struct
 import sys
 import zlib
@@ -40,6 +39,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 if __name__ == '__main__':
     parse_args()  # Before the seconds that the rest takes.
 
+import numpy as np
+
 from mmorepa.cli import one_line_errors
 from mmorepa.utils.files import atomic_write, check_outputs
 
@@ -54,8 +55,8 @@ SIDE = 28
 NUM_CLASSES = 10
 
 
-def read_idx(folder: Path, name: str) -> bytes:
-    """An IDX file, uncompressed.
+def read_idx(folder: Path, name: str) -> tuple[bytes, np.ndarray]:
+    """An IDX file of unsigned bytes, uncompressed, and what is in it.
 
     Args:
         folder (Path): Where it is, under its name or with ``.gz`` behind it.
@@ -63,64 +64,43 @@ def read_idx(folder: Path, name: str) -> bytes:
 
     Raises:
         FileNotFoundError: If it is not there.
-        ValueError: If it cannot be uncompressed.
+        ValueError: If it is damaged.
     """
-    if (folder / name).is_file():
-        return (folder / name).read_bytes()
-    path = folder / f'{name}.gz'
+    path = folder / name
+    if not path.is_file():
+        path = folder / f'{name}.gz'
     if not path.is_file():
         raise FileNotFoundError(
             f"no {name} or {name}.gz in '{folder}'; the folder needs "
             f'{", ".join(name for pair in PAIRS for name in pair)}'
         )
+    data = path.read_bytes()
     try:
-        return gzip.decompress(path.read_bytes())
-    except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"'{path}' is not a whole gzip file: {error}") from error
+        data = gzip.decompress(data) if path.suffix == '.gz' else data
+        zeros, kind, dimensions = struct.unpack_from('>HBB', data)
+        shape = struct.unpack_from(f'>{dimensions}I', data, 4)
+        array = np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    except (EOFError, OSError, ValueError, struct.error, zlib.error) as error:
+        raise ValueError(f"'{path}' is not a whole IDX file: {error}") from error
+    if (zeros, kind) != (0, UBYTE):
+        raise ValueError(f"'{path}' is no IDX file of bytes: it begins {data[:4]!r}")
+    return data, array
 
 
-def shape_of(data: bytes, name: str) -> tuple[int, ...]:
-    """The shape that the header of an IDX file of bytes gives.
-
-    Args:
-        data (bytes): The file.
-        name (str): Its name, for errors.
-
-    Returns:
-        tuple[int, ...]: One size for labels, three for images.
-
-    Raises:
-        ValueError: If this is no IDX file of unsigned bytes, or not a whole one.
-    """
-    if len(data) < 4 or data[:3] != bytes([0, 0, UBYTE]) or len(data) < 4 * data[3] + 4:
-        raise ValueError(f'{name} is no IDX file of bytes: it begins with {data[:4]!r}')
-    shape = struct.unpack_from(f'>{data[3]}I', data, 4)
-    found = len(data) - 4 * data[3] - 4
-    if found != math.prod(shape):
-        raise ValueError(
-            f'{name} is not whole: its header says {math.prod(shape)} bytes of data '
-            f'(shape {shape}), found {found}'
-        )
-    return shape
-
-
-def check_pair(images: bytes, labels: bytes, names: tuple[str, str]) -> int:
+def check_pair(images: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> int:
     """The number of images of a split whose files fit together.
 
     Raises:
         ValueError: If they do not.
     """
-    shape, count = shape_of(images, names[0]), shape_of(labels, names[1])
-    if len(shape) != 3 or shape[1:] != (SIDE, SIDE):
+    if images.shape[1:] != (SIDE, SIDE) or labels.shape != images.shape[:1]:
         raise ValueError(
-            f'{names[0]} has the shape {shape}, not that of images of {SIDE}x{SIDE}'
+            f'{names[0]} has the shape {images.shape} and {names[1]} {labels.shape}, '
+            f'not (N, {SIDE}, {SIDE}) and (N,)'
         )
-    if count != shape[:1]:
-        raise ValueError(f'{names[1]} is of {count}, and there are {shape[0]} images')
-    largest = max(labels[8:], default=0)
-    if largest >= NUM_CLASSES:
-        raise ValueError(f'{names[1]} has a label {largest}; the classes are 0 to 9')
-    return shape[0]
+    if labels.max(initial=0) >= NUM_CLASSES:
+        raise ValueError(f'{names[1]} has a label {labels.max()}; classes are 0 to 9')
+    return len(images)
 
 
 def convert(folder: Path, out: Path) -> list[int]:
@@ -138,10 +118,10 @@ def convert(folder: Path, out: Path) -> list[int]:
         ValueError: If one is damaged, or does not fit the others.
     """
     files = {name: read_idx(folder, name) for pair in PAIRS for name in pair}
-    counts = [check_pair(files[pair[0]], files[pair[1]], pair) for pair in PAIRS]
+    counts = [check_pair(*(files[name][1] for name in pair), pair) for pair in PAIRS]
     # It may be the folder that was read: what is written then is the same.
     check_outputs(out / name for name in files)
-    for name, data in files.items():
+    for name, (data, _) in files.items():
         with atomic_write(out / name) as file:
             file.write_bytes(data)
     return counts
