@@ -77,8 +77,8 @@ def _is_onedl():
 def check(cfg, has_weights=False):
     """The model and its optimizer as the config has them."""
     import_models(cfg.default_scope)
-    # Those of a network that is given branches are looked at.
-    has_weights = has_weights or cfg.model.backbone.type == 'Reparameterized'
+    # The toolboxes' own networks compute with tensors while they are built.
+    has_weights = has_weights or not cfg.model.backbone.type.startswith('OREPA')
     with torch.device('cpu' if has_weights else 'meta'):
         model = build_model(cfg)
     if cfg.model.backbone.get('deploy'):
