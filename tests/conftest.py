@@ -21,12 +21,6 @@ def pytest_configure():
         torch.ones((), requires_grad=True).backward()
 
 
-def pytest_collection_modifyitems(items):
-    """Puts the files that take longest first: no process is left alone with one."""
-    slow = {item.path for item in items if item.get_closest_marker('slow')}
-    items.sort(key=lambda item: item.path not in slow)
-
-
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -12,8 +12,9 @@ bash tools/setup_env.sh --ops --tests
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"
 # What uses the GPU by itself where there is one is compared with a CPU in these tests.
-# The tests of a file stay together, and share what its fixtures made.
-workers=(-n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
+# Neighbours stay together, and share what fixtures made, until a process is done and
+# takes over half of what another has left.
+workers=(-n logical --maxprocesses 8 --dist worksteal)
 CUDA_VISIBLE_DEVICES='' "$VENV/bin/python" -m pytest "${workers[@]}" --durations=15 "$@"
 if (($# == 0)) && nvidia-smi >/dev/null 2>&1; then
   "$VENV/bin/python" -m pytest tests/test_gpu.py

@@ -115,11 +115,11 @@ class BranchSum:
     expansion: int = 8
 
     def __post_init__(self) -> None:
-        own = {name: _BRANCHES[name] for name in _BRANCHES if name in self.names}
-        roles = {'scale': 'scale'}
-        for branch in own.values():
-            roles.update(branch.roles)
-        rows = {branch.part: self.names.index(name) for name, branch in own.items()}
+        roles, rows = {'scale': 'scale'}, {}
+        for name, branch in _BRANCHES.items():
+            if name in self.names:
+                roles.update(branch.roles)
+                rows[branch.part] = self.names.index(name)
         filtered = tuple(part for part in rows if part in _FILTERED)
         vars(self).update(roles=roles, rows=rows, filtered=filtered)
 
@@ -147,13 +147,13 @@ class BranchSum:
             'depthwise': (self.expansion, taps, inputs * self.groups),
         }
         filtered = (outputs, inputs, 1, 1)
-        for name, (role, found) in zip(self.roles, p.items()):
+        for name, (role, actual) in zip(self.roles, p.items()):
             shape = expected.get(role, filtered)
             # 1×1 kernels are stored as those of convs.
-            is_flat = taps == 1 and math.prod(found) == math.prod(shape)
-            if found != shape and not is_flat:
+            is_flat = taps == 1 and math.prod(actual) == math.prod(shape)
+            if actual != shape and not is_flat:
                 raise ValueError(
-                    f'{name} has the shape {tuple(found)}, and a kernel of '
+                    f'{name} has the shape {tuple(actual)}, and a kernel of '
                     f'{tuple(self.shape)} takes {shape}; weights of an earlier version '
                     'are reordered where a state dict is loaded'
                 )
@@ -243,10 +243,10 @@ class BranchSum:
             the rows of ``scale``.
         """
         p = dict(zip(self.roles, tensors))
-        own = {name: _BRANCHES[name] for name in self.names}
+        branches = {name: _BRANCHES[name] for name in self.names}
         return {
             name: branch.kernel(self, *(p[role] for role in branch.roles))
-            for name, branch in own.items()
+            for name, branch in branches.items()
         }
 
 

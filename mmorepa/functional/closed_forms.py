@@ -15,7 +15,7 @@ With ``s_b`` the scale of a branch (see docs/mathematics.md for the other letter
 
 With groups, outputs and channels of a group are multiplied among themselves.
 
-Where the operations themselves are followed (by compilers, tracers, ``torch.func``, or
+Where the operations themselves are recorded (by compilers, tracers, ``torch.func``, or
 a second derivative), the plain formulas run instead. The tests hold one against the
 other.
 """
@@ -66,7 +66,7 @@ def _check_once(spec: BranchSum, *shapes: torch.Size) -> None:
 
 
 def is_being_traced() -> bool:
-    """Whether a compiler, a tracer or a transform follows the operations."""
+    """Whether a compiler, a tracer or a transform records the operations."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -106,8 +106,8 @@ class _ClosedForm(torch.autograd.Function):
             # Where a graph of the derivative is asked for, it is that of the formulas.
             trained = [t for t, n in zip(tensors, needed) if n]
             kernel = spec.kernel(*tensors)
-            found = iter(torch.autograd.grad(kernel, trained, grad, create_graph=True))
-            return None, *(next(found) if n else None for n in needed)
+            grads = iter(torch.autograd.grad(kernel, trained, grad, create_graph=True))
+            return None, *(next(grads) if n else None for n in needed)
         if compiled.takes(spec, (*tensors, grad)):
             gradients = compiled.fold_gradients(spec, grad, tensors)
         else:

@@ -30,9 +30,9 @@ def solve_deep_linear(kernel: Tensor, first: Tensor, groups: int = 1) -> Tensor:
     unknowns = hidden * size**2
     units = torch.eye(unknowns, dtype=torch.float64, device=kernel.device)
     units = units.view(unknowns, hidden, size, size)
-    found = []
-    for own, wanted in zip(first.chunk(groups), kernel.chunk(groups)):
-        system = compose_deep_linear(own, units).flatten(1)
+    solutions = []
+    for first_of_group, wanted in zip(first.chunk(groups), kernel.chunk(groups)):
+        system = compose_deep_linear(first_of_group, units).flatten(1)
         # On the CPU, which alone has a solver that knows the rank.
         inverse = torch.linalg.pinv(system.cpu()).to(system)
         solution = wanted.flatten(1) @ inverse
@@ -40,8 +40,8 @@ def solve_deep_linear(kernel: Tensor, first: Tensor, groups: int = 1) -> Tensor:
         if error > 1e-6 * wanted.abs().max():
             rank = int(torch.linalg.matrix_rank(system.cpu()))
             check_is_wide(kernel, hidden, min(rank, kernel[0].numel() - 1))
-        found.append(solution.view(-1, hidden, size, size))
-    return torch.cat(found)
+        solutions.append(solution.view(-1, hidden, size, size))
+    return torch.cat(solutions)
 
 
 def check_is_wide(kernel: Tensor, hidden: int, free: int) -> None:

@@ -41,13 +41,13 @@ def constant(make: Callable[..., Tensor], *args, like: Tensor) -> Tensor:
     if type(like) not in (Tensor, nn.Parameter) or is_traced:
         return make(*args, like.dtype, like.device)
     key = (make, args, like.dtype, like.device)
-    found = _constants.get(key)
-    if found is None:
+    made = _constants.get(key)
+    if made is None:
         with torch.inference_mode(False), torch.no_grad():
-            found = make(*args, like.dtype, like.device)
-        if type(found) is Tensor:  # Not what a fake mode makes of it.
-            _constants[key] = found
-    return found
+            made = make(*args, like.dtype, like.device)
+        if type(made) is Tensor:  # Not a fake one, of a fake mode.
+            _constants[key] = made
+    return made
 
 
 def embed_1x1(weight: Tensor, kernel_size: int) -> Tensor:

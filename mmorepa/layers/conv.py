@@ -11,14 +11,18 @@ from torch.nn.modules.utils import _pair
 from torch.nn.utils import skip_init
 
 from ..utils.weights import warn_of_flaws
-from . import loading
 from .changes import check_foldable, warn_of_silent_hooks
 from .folded_weight import ParametersOfBranches, WeightOfBranches
 from .folding import double, fold, fold_exactly, fuse_norm, is_fusible, is_sharded
+from .loading import adapt
 from .param_groups import watch
 from .starting import StartsFromKernels
 
 IntPair = Union[int, tuple[int, int]]
+_NO_EXPORT = (
+    'a training form is not exported to ONNX: call mmorepa.switch_to_deploy(model) '
+    'first'
+)
 
 
 class ReparamConv2d(StartsFromKernels, WeightOfBranches):
@@ -55,8 +59,7 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         ValueError: If the arguments describe a conv that has no fold.
     """
 
-    # The kernel sizes for which networks of its block type have this conv; convs of
-    # other sizes are plain. By conv_cfg, all sizes are of one type.
+    # The sizes of its kernel in networks of its block type; others are plain there.
     BLOCK_SIZES: Container[int] = (3, 5)
     # False if the kernel is stored, or if the branches run on the feature map.
     folds_online = True
@@ -69,7 +72,7 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
     # Whether the last state dict held a plain kernel.
     is_plain_start = False
     # The names of the attributes that the constructor sets.
-    built: frozenset[str] = frozenset()
+    _built: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -98,10 +101,11 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         self.scope = None
         self.become_training_form(with_branches=not deploy)
         if deploy:
-            self._become_plain(self._deployed_with_bias)
+            self._become_plain(self._deployed_with_bias, like=torch.empty(0))
+            self.reset_parameters()
         else:
             self._start_fresh()
-        self.built = frozenset((*vars(self), 'built'))
+        self._built = frozenset((*vars(self), '_built'))
 
     def build_branches(self) -> nn.Module:
         """Makes the parameters of the training form.
@@ -122,14 +126,7 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         return build_norm_layer(self.norm_cfg, self.out_channels)[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolution, normalisation, activation.
-
-        Args:
-            x (Tensor): Shape (N, I, H, W).
-
-        Returns:
-            Tensor: Shape (N, O, H', W').
-        """
+        """Convolution, normalisation, activation: (N, I, H, W) to (N, O, H', W')."""
         if isinstance(x, torch.fx.Proxy):
             node = leaf_call(self, x)
             if node is not None:
@@ -143,10 +140,7 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
             x = self._conv_forward(x, self.weight, self.bias)
         else:
             if _is_exported_to_onnx():
-                raise RuntimeError(
-                    'a training form is not exported to ONNX: call '
-                    'mmorepa.switch_to_deploy(model) first'
-                )
+                raise RuntimeError(_NO_EXPORT)
             x = self.convolve(x)
         if norm is not None:
             x = norm(x)
@@ -157,12 +151,10 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         return self._conv_forward(x, self.kernel(), self.bias)
 
     def kernel(self) -> Tensor:
-        """The kernel that the conv runs with, before normalisation.
+        """The kernel that the conv runs with, shape (O, Ig, k, k).
 
-        Returns:
-            Tensor: Shape (O, Ig, k, k). In training form it carries the gradient to
-            the branches if gradients are enabled. It is folded now, unless a block of
-            :func:`mmorepa.folded` or folded training is open.
+        In training form it carries the gradient to the branches. It is folded now,
+        unless a block of :func:`mmorepa.folded` or folded training is open.
         """
         if self.deployed:
             return self.weight
@@ -175,12 +167,9 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         return fold(self.branches, self.memory_format)
 
     def regularized_kernel(self) -> Tensor:
-        """The kernel whose L2 norm a weight decay should penalise, with a gradient.
+        """The kernel whose L2 norm a weight decay should penalise, (O, Ig, k, k).
 
         Normalisation undoes the scale of a kernel, so this is the kernel before it.
-
-        Returns:
-            Tensor: Shape (O, Ig, k, k).
         """
         return self.kernel()
 
@@ -188,11 +177,8 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
     def equivalent_kernel_bias(self) -> tuple[Tensor, Optional[Tensor]]:
         """The plain conv that equals this one in eval mode, BatchNorm included.
 
-        Equation: ``W_eq = W·γ/√(σ²+ε)``, ``b_eq = β + (b − μ)·γ/√(σ²+ε)``.
-
-        Returns:
-            tuple[Tensor, Tensor | None]: Kernel, shape (O, Ig, k, k), and bias,
-            shape (O,), both in float64.
+        Equation: ``W_eq = W·γ/√(σ²+ε)``, ``b_eq = β + (b − μ)·γ/√(σ²+ε)``. Both are
+        in float64, of shapes (O, Ig, k, k) and (O,).
         """
         bias = None if self.bias is None else double(self.bias)
         if self.deployed:
@@ -203,13 +189,10 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
     def branches_kernel_bias(
         self, bias: Optional[Tensor]
     ) -> tuple[Tensor, Optional[Tensor]]:
-        """The kernel and bias of the branches, before :attr:`norm`, in float64.
+        """The kernel and bias before :attr:`norm`, shapes (O, Ig, k, k) and (O,).
 
         Args:
-            bias (Tensor, optional): The bias of this conv, shape (O,), in float64.
-
-        Returns:
-            tuple[Tensor, Tensor | None]: Shapes (O, Ig, k, k) and (O,).
+            bias (Tensor, optional): That of this conv. All is in float64.
         """
         return fold_exactly(self.branches), bias
 
@@ -227,24 +210,22 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
             return
         check_foldable(self)
         warn_of_silent_hooks(self)
-        like, bias = next(self.branches.parameters()), self.bias
+        like = next(self.branches.parameters())
         # The bias of a norm that is folded in has no such parameter.
-        former_bias = None if self.last_norms else bias
-        others = [p for p in self.parameters() if p is not former_bias]
+        former = None if self.last_norms else self.bias
+        others = [p for p in self.parameters() if p is not former]
         is_trained = any(p.requires_grad for p in others)
         # Outside of inference mode, whose tensors could never be trained again.
         with torch.inference_mode(False), torch.no_grad():
-            values = self.equivalent_kernel_bias()
-            self._become_plain(values[1] is not None, like)
-            for tensor, value, former in zip(
-                (self.weight, self.bias), values, (like, former_bias)
-            ):
-                if tensor is not None:
-                    tensor.copy_(value)
-                    tensor.requires_grad_(is_trained)
-                    vars(tensor).update({} if former is None else vars(former))
-        if former_bias is not None:
-            self.bias.requires_grad_(former_bias.requires_grad)
+            kernel, bias = self.equivalent_kernel_bias()
+            self._become_plain(bias is not None, like)
+            self.weight.copy_(kernel).requires_grad_(is_trained)
+            vars(self.weight).update(vars(like))
+            if bias is not None:
+                self.bias.copy_(bias).requires_grad_(is_trained)
+            if former is not None:
+                self.bias.requires_grad_(former.requires_grad)
+                vars(self.bias).update(vars(former))
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -294,25 +275,17 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         self.norm = self.build_norm()
         self.branches = self.build_branches() if with_branches else None
 
-    def _become_plain(self, with_bias: bool, like: Optional[Tensor] = None) -> None:
-        """Gives this module parameters of the deployed form.
-
-        They are initialised, or left for the caller to fill where ``like`` gives
-        their device and dtype.
-        """
+    def _become_plain(self, with_bias: bool, like: Tensor) -> None:
+        """Gives this module parameters of the deployed form, for the caller to fill."""
         self.deployed = True
         del self.branches
         if self.fuses_norm:
             self.norm = None
         shape = (self.in_channels, self.out_channels, self.kernel_size)
         options = dict(groups=self.groups, bias=with_bias)
-        if like is None:
-            plain = nn.Conv2d(*shape, **options)
-        else:
-            # Uninitialised: a switch or a load takes no random numbers away from
-            # the training that goes on around it.
-            options.update(device=like.device, dtype=like.dtype)
-            plain = skip_init(nn.Conv2d, *shape, **options)
+        options.update(device=like.device, dtype=like.dtype)
+        # A switch takes no random numbers away from the training around it.
+        plain = skip_init(nn.Conv2d, *shape, **options)
         plain.to(memory_format=self.memory_format)
         others = {k: v for k, v in self._parameters.items() if k != 'bias'}
         vars(self)['_parameters'] = {}  # In the order of a plain conv.
@@ -329,36 +302,23 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         # By Module.to(memory_format=...), which the branches are not asked for.
         probe = torch.empty(2, 2, 2, 2).to(memory_format=self.memory_format)
         is_last = fn(probe).is_contiguous(memory_format=torch.channels_last)
-        if is_last is not self.channels_last:
-            self.channels_last = is_last
+        self.channels_last = is_last
         return super()._apply(fn, *args, **kwargs)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, metadata: dict, *args
     ) -> None:
-        # MMEngine's loader and PyTorch's both call this for every module.
-        error_msgs = args[-1]
+        error_msgs = args[-1]  # MMEngine's loader and PyTorch's both give one list.
         if self.warns_of_flaws:
             warn_of_flaws(state_dict, prefix, error_msgs)
-        dtypes = loading.dtypes_of(state_dict, prefix)
-        self.is_plain_start = loading.adapt(self, state_dict, prefix, error_msgs)
-        if metadata.get('assign_to_params_buffers'):
-            loading.keep_dtypes(state_dict, prefix, dtypes)
+        assign = metadata.get('assign_to_params_buffers', False)
+        self.is_plain_start = adapt(self, state_dict, prefix, error_msgs, assign)
         super()._load_from_state_dict(state_dict, prefix, metadata, *args)
         self.forget_folds()
 
     def __getstate__(self) -> dict:
         # A copy belongs to no scope.
         return {**super().__getstate__(), 'scope': None}
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """Called by torch.jit.script."""
-        if not self.deployed:
-            raise TypeError(
-                'a training form is not scripted: call mmorepa.switch_to_deploy(model) '
-                'first'
-            )
-        return self
 
     def extra_repr(self) -> str:
         form = 'deployed' if self.deployed else 'training form'

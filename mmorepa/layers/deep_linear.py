@@ -93,14 +93,14 @@ class DeepLinearKernel(nn.Module):
         """Returns the kernel, shape (O, Ig, k, k)."""
         if is_being_traced():
             return self.factors(self.groups)
-        own = dict(self.factors.named_parameters())
+        parameters = dict(self.factors.named_parameters())
 
         # A function of tensors: in the backward pass, the module may have others.
         def compose(*tensors: Tensor) -> Tensor:
-            named = dict(zip(own, tensors))
+            named = dict(zip(parameters, tensors))
             return functional_call(self.factors, named, (self.groups,))
 
-        return recomputed(compose, *own.values())
+        return recomputed(compose, *parameters.values())
 
     @torch.no_grad()
     def set_kernel(self, kernel: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Replaces plain convs of any model by training forms."""
 
-import logging
+from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Optional, Union
@@ -79,56 +79,52 @@ def add_branches(
         )
     include = [include] if isinstance(include, str) else include
     exclude = [exclude] if isinstance(exclude, str) else exclude
-    users: dict[nn.Parameter, set[nn.Module]] = {}
     names: dict[nn.Module, list[str]] = {}  # A shared module has several.
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-        for parameter in module._parameters.values():
-            users.setdefault(parameter, set()).add(module)
     for pattern in (*include, *exclude):
-        if not any(_matches(own, [pattern]) for own in names.values()):
+        if not any(_matches(of_one, [pattern]) for of_one in names.values()):
             raise ValueError(
                 f'{type(model).__name__} has no module with a name like {pattern!r}'
             )
-    hidden = hidden_modules(model)
     forms = {conv: name for name, conv in outermost(model)}
-    known = {part for form in forms for part in form.modules()}
+    inside = {part for form in forms for part in form.modules()}
+    users = Counter(p for module in names for p in module._parameters.values())
+    hidden = hidden_modules(model)
     exchanged: dict[nn.Module, nn.Module] = {}
     left: dict[str, str] = {}
-    for module, own in names.items():
-        if not isinstance(module, _ConvNd) or module in known:
+    for conv, of_conv in names.items():
+        if not isinstance(conv, _ConvNd) or conv in inside:
             continue
-        reason = ''
-        if not _matches(own, include) or _matches(own, exclude):
+        reason = _reason_to_leave(conv)
+        if not _matches(of_conv, include) or _matches(of_conv, exclude):
             reason = 'left out by include or exclude'
-        reason = reason or _reason_to_leave(module)
-        if not reason and any(len(users[p]) > 1 for p in module.parameters()):
+        elif not reason and any(users[p] > 1 for p in conv.parameters()):
             reason = 'shares a parameter'
-        if not reason and module in hidden:
-            reason = f'{hidden[module]} holds it in a place that cannot be changed'
+        elif not reason and conv in hidden:
+            reason = f'{hidden[conv]} holds it in a place that cannot be changed'
         if not reason:
             try:
-                exchanged[module] = _training_form(module, block, block_cfg)
+                exchanged[conv] = _training_form(conv, block, block_cfg)
             except ValueError as error:
                 reason = str(error)
         if reason:
-            left[own[0]] = reason
+            left[of_conv[0]] = reason
+        elif block != 'plain' and not has_branches(exchanged[conv]):
+            left[of_conv[0]] = f'a {block} network has no branches there'
     if not exchanged:
         for form, name in forms.items():
             left[name] = 'deployed' if form.deployed else 're-parameterised already'
         raise ValueError(
             f'no conv of {type(model).__name__} was re-parameterised: none with a name '
             f'like {include} and not like {list(exclude)} has a fold. '
-            f'{_text(left) or "It has no conv, or its convs are functions"}'
+            f'{_by_reason(left) or "It has no conv, or its convs are functions"}'
         )
     replace_modules(model, exchanged)
     count = sum(map(has_branches, exchanged.values()))
-    for conv, form in exchanged.items():
-        if block != 'plain' and not has_branches(form):
-            left[names[conv][0]] = f'a {block} network has no branches there'
     print_log(
         f'{type(model).__name__}: {count} convs re-parameterised ({block}), '
-        f'{len(left)} left as they are. {_text(left)}'.rstrip(),
+        f'{len(left)} left as they are. {_by_reason(left)}'.rstrip(),
         logger='current',
     )
     return exchanged.get(model, model)
@@ -180,7 +176,6 @@ def log_plain_starts(model: nn.Module) -> None:
         f'{type(model).__name__}: {len(convs)} re-parameterised convs start from the '
         'plain kernels of the checkpoint (quiet start)',
         logger='current',
-        level=logging.INFO,
     )
 
 
@@ -190,8 +185,8 @@ def has_branches(conv: nn.Module) -> bool:
     return is_form and not conv.deployed
 
 
-def _text(left: dict[str, str]) -> str:
-    """The names of what was left, by reason."""
+def _by_reason(left: dict[str, str]) -> str:
+    """The names of the convs that were left, by reason."""
     names: dict[str, list[str]] = {}
     for name, reason in left.items():
         names.setdefault(reason, []).append(name)
@@ -211,10 +206,10 @@ def _reason_to_leave(conv: nn.Module) -> str:
         return 'its weight is computed from others'
     if has_hooks(conv) or any(map(has_hooks, conv.parameters())):
         return 'has hooks'
-    own = [*overrides(conv), *sorted(registered(conv) - {'weight', 'bias'})]
-    own += [n for n in user_attributes(conv) if hasattr(ReparamConv2d, n)]
-    if own:
-        return f'has a {own[0]} of its own'
+    additions = [*overrides(conv), *sorted(registered(conv) - {'weight', 'bias'})]
+    additions += [n for n in user_attributes(conv) if hasattr(ReparamConv2d, n)]
+    if additions:
+        return f'has a {additions[0]} of its own'
     tensors = [v for p in conv.parameters() for v in vars(p).values()]
     if any(isinstance(value, torch.Tensor) for value in tensors):
         return 'its parameters have tensors of their own'

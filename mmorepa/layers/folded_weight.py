@@ -57,6 +57,15 @@ class WeightOfBranches(nn.Conv2d):
             raise TypeError(NO_PARAMETER)
         super().register_parameter(name, param)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Called by torch.jit.script."""
+        if _is_training_form(self):
+            raise TypeError(
+                'a training form is not scripted: call mmorepa.switch_to_deploy(model) '
+                'first'
+            )
+        return self
+
 
 class ParametersOfBranches(dict):
     """Those of a training form, for wrappers that look for its weight there."""

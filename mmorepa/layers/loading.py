@@ -21,7 +21,11 @@ StateDict = dict[str, Tensor]
 
 
 def adapt(
-    conv: nn.Conv2d, state_dict: StateDict, prefix: str, error_msgs: list[str]
+    conv: nn.Conv2d,
+    state_dict: StateDict,
+    prefix: str,
+    error_msgs: list[str],
+    assign: bool,
 ) -> bool:
     """Gives the entries of a conv the form that the conv is in.
 
@@ -31,6 +35,8 @@ def adapt(
         state_dict (dict[str, Tensor]): Changed in place.
         prefix (str): That of the conv's keys.
         error_msgs (list[str]): Takes what is wrong with a shape, for the loader.
+        assign (bool): Whether entries become parameters. Computed ones then have the
+            dtype of the file; otherwise the loader rounds them once.
 
     Returns:
         bool: Whether the conv has started from a plain kernel.
@@ -42,40 +48,25 @@ def adapt(
     if former in state_dict and not conv.deployed and not _is_plain(conv.branches):
         # The training form of a PlainConv2d, whose kernel is a parameter.
         state_dict[plain] = state_dict.pop(former)
-    has_branches = any(key.startswith(f'{prefix}branches.') for key in state_dict)
+    dtypes = {k: v.dtype for k, v in state_dict.items() if k.startswith(prefix)}
+    has_branches = any(key.startswith(f'{prefix}branches.') for key in dtypes)
+    is_start = plain in state_dict and not has_branches and not conv.deployed
     try:
         if has_branches and conv.deployed:
             _fold_entries(conv, state_dict, prefix)
+        elif is_start:
+            is_start = _start(conv, state_dict, prefix, error_msgs)
         elif plain in state_dict and not has_branches:
-            if not conv.deployed:
-                return _start(conv, state_dict, prefix, error_msgs)
             _fuse_norm_entries(conv, state_dict, prefix)
     except ValueError as error:
         raise CheckpointError(
             f"{type(conv).__name__} cannot start from '{plain}': {error}"
         ) from error
-    return False
-
-
-def dtypes_of(state_dict: StateDict, prefix: str) -> dict[str, torch.dtype]:
-    """The dtypes of a conv's entries, by key."""
-    return {k: v.dtype for k, v in state_dict.items() if k.startswith(prefix)}
-
-
-def keep_dtypes(
-    state_dict: StateDict, prefix: str, dtypes: dict[str, torch.dtype]
-) -> None:
-    """Gives computed entries the dtypes of the file, as they become parameters.
-
-    Args:
-        state_dict (dict[str, Tensor]): Changed in place.
-        prefix (str): That of the conv's keys.
-        dtypes (dict[str, torch.dtype]): Those before :func:`adapt`.
-    """
     kernels = [v for k, v in dtypes.items() if 'norm.' not in k and v.is_floating_point]
-    for name, value in state_dict.items():
-        if kernels and name.startswith(prefix) and value.is_floating_point():
-            state_dict[name] = value.to(dtypes.get(name, kernels[0]))
+    for key, value in state_dict.items() if assign and kernels else ():
+        if key.startswith(prefix) and value.is_floating_point():
+            state_dict[key] = value.to(dtypes.get(key, kernels[0]))
+    return is_start
 
 
 def _is_plain(branches: nn.Module) -> bool:
@@ -174,6 +165,6 @@ def _fold_entries(conv: nn.Conv2d, state_dict: StateDict, prefix: str) -> None:
     if bias is not None:
         state_dict[f'{prefix}bias'] = bias
     folded = ('branches.', 'bias', 'norm.' if twin.fuses_norm else 'branches.')
-    for name, value in entries.items():
+    for name, value in twin.state_dict().items():
         if not name.startswith(folded):
             state_dict[prefix + name] = value

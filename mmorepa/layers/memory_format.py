@@ -93,8 +93,8 @@ def faster_in_channels_last(model: nn.Module) -> list[nn.Module]:
     if _NETWORKS & names:
         is_tried = all(map(_is_tried, model.modules()))
         return [model] if is_tried else []
-    parts = [faster_in_channels_last(child) for child in model.children()]
-    return [part for found in parts for part in found]
+    children = model.children()
+    return [part for child in children for part in faster_in_channels_last(child)]
 
 
 def _is_tried(module: nn.Module) -> bool:

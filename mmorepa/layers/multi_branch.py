@@ -113,9 +113,9 @@ class MultiBranchConv2d(ReparamConv2d):
         """Gives the branches the geometry that this conv has now."""
         geometry = self._geometry()
         for module in self.branches.modules():
-            own = getattr(module, 'own_geometry', None)
-            if own is not None:
-                for name, value in {**geometry, **own}.items():
+            fixed = getattr(module, 'fixed_geometry', None)
+            if fixed is not None:
+                for name, value in {**geometry, **fixed}.items():
                     if getattr(module, name, None) != value:
                         setattr(module, name, value)
 
@@ -149,10 +149,12 @@ class MultiBranchConv2d(ReparamConv2d):
         if changes.get('kernel_size') == 1:
             changes = dict(padding=0, dilation=1, **changes)
         conv = kind(**{**arguments, **geometry, 'bias': False, **changes})
-        conv.own_geometry = {k: _pair(v) for k, v in changes.items() if k in _GEOMETRY}
+        conv.fixed_geometry = {
+            k: _pair(v) for k, v in changes.items() if k in _GEOMETRY
+        }
         if 'padding' in changes:
             pads = tuple(conv._reversed_padding_repeated_twice)
-            conv.own_geometry['_reversed_padding_repeated_twice'] = pads
+            conv.fixed_geometry['_reversed_padding_repeated_twice'] = pads
         return conv
 
     def build_branches(self) -> nn.ModuleDict:
@@ -273,10 +275,13 @@ class MultiBranchConv2d(ReparamConv2d):
         return total if self.bias is None else total + self.bias[:, None, None]
 
     def branches_kernel_bias(self, bias: Optional[Tensor]) -> tuple[Tensor, Tensor]:
-        found = [b.equivalent_kernel_bias() for b in self.branches.values()]
-        size = self.kernel_size[0]
-        kernel = sum(k if k.shape[-1] == size else embed_1x1(k, size) for k, _ in found)
-        return kernel, sum(b for _, b in found) + (0 if bias is None else bias)
+        size, kernel = self.kernel_size[0], 0
+        total = 0 if bias is None else bias
+        for branch in self.branches.values():
+            term, shift = branch.equivalent_kernel_bias()
+            term = term if term.shape[-1] == size else embed_1x1(term, size)
+            kernel, total = kernel + term, total + shift
+        return kernel, total
 
     @property
     def last_norms(self) -> list[nn.Module]:

@@ -266,16 +266,16 @@ class OREPAConv2d(ReparamConv2d, nn.Conv2d):
 
     def _kernel_options(self, kernel: type[nn.Module]) -> dict:
         """The arguments for one kind of kernel, out of those for all kinds."""
-        own = kernel.INITIAL_SCALES
+        defaults = kernel.INITIAL_SCALES
         known = {**OREPAKernel.INITIAL_SCALES, **OREPAPointwiseKernel.INITIAL_SCALES}
         for name in (*(self._branch_names or ()), *self._initial_scales):
             _check_branch(name, known)
-        scales = {k: v for k, v in self._initial_scales.items() if k in own}
+        scales = {k: v for k, v in self._initial_scales.items() if k in defaults}
         if self._single_init:
-            scales = {**dict.fromkeys(own, 0.0), 'origin': 1.0, **scales}
+            scales = {**dict.fromkeys(defaults, 0.0), 'origin': 1.0, **scales}
         options = dict(groups=self.groups, initial_scales=scales)
         if self._branch_names is not None:
-            options['branches'] = [name for name in self._branch_names if name in own]
+            options['branches'] = [n for n in self._branch_names if n in defaults]
         if self._kaiming_a is not None:
             options['kaiming_a'] = self._kaiming_a
         return options

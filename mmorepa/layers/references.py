@@ -29,9 +29,9 @@ def replace_modules(
     for module in list(model.modules()):
         for name, child in module._modules.items():
             module._modules[name] = replacements.get(child, child)
-        own = vars(module)
-        for name in own.keys() - _REGISTERED:
-            own[name] = _replaced(own[name], replacements)
+        attributes = vars(module)
+        for name in attributes.keys() - _REGISTERED:
+            attributes[name] = _replaced(attributes[name], replacements)
 
 
 def _replaced(value: Any, replacements: Mapping[nn.Module, nn.Module]) -> Any:
@@ -109,13 +109,13 @@ def hidden_modules(model: nn.Module) -> dict[nn.Module, str]:
     Returns:
         dict[nn.Module, str]: By module, the name of an attribute that holds it.
     """
-    found = {}
+    hidden = {}
     for owner, module in model.named_modules():
         for name in vars(module).keys() - _REGISTERED:
             for other, is_hidden in references(vars(module)[name]):
                 if is_hidden and other is not module:
-                    found[other] = f'{owner}.{name}'.lstrip('.')
-    return found
+                    hidden[other] = f'{owner}.{name}'.lstrip('.')
+    return hidden
 
 
 def parallel_wrapper(model: nn.Module) -> Optional[nn.Module]:

@@ -68,7 +68,7 @@ class IdentityBranch(nn.Module):
         self.groups = groups
         self.norm = build_norm_layer(norm_cfg, channels)[1]
         self.stride = (1, 1)
-        self.own_geometry: dict = {}  # All is that of the block.
+        self.fixed_geometry: dict = {}  # All is that of the block.
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C, H, W) to the same shape, or every stride-th pixel of it."""

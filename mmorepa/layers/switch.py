@@ -18,7 +18,7 @@ _OF_BRANCHES = re.compile(
 _OF_CONVS = vars(nn.Conv2d(1, 1, 1, device='meta')).keys()
 # What this package sets on training forms after they are built.
 _SET_LATER = {'scope', 'channels_last', 'is_plain_start', 'warns_of_flaws'}
-_SET_LATER |= {'own_geometry', 'built'}
+_SET_LATER |= {'fixed_geometry', '_built'}
 
 
 def switch_to_deploy(module: nn.Module) -> nn.Module:
@@ -96,9 +96,9 @@ def _plain(deployed: ReparamConv2d) -> nn.Module:
     if is_more:
         return deployed
     conv = nn.Conv2d(1, 1, 1, device='meta')
-    own = {k: v for k, v in vars(deployed).items() if k in _OF_CONVS}
-    own.update(user_attributes(deployed), _modules={}, _parameters={})
-    vars(conv).update(own)
+    attributes = {k: v for k, v in vars(deployed).items() if k in _OF_CONVS}
+    attributes.update(user_attributes(deployed), _modules={}, _parameters={})
+    vars(conv).update(attributes)
     conv.weight, conv.bias = deployed.weight, deployed.bias
     return conv if act is None else ConvAct2d(conv, act).train(deployed.training)
 
@@ -111,7 +111,7 @@ def user_attributes(conv: nn.Conv2d) -> dict[str, Any]:
     """
     known = set(_OF_CONVS)
     if isinstance(conv, ReparamConv2d):
-        known |= conv.built | _SET_LATER
+        known |= conv._built | _SET_LATER
     return {name: value for name, value in vars(conv).items() if name not in known}
 
 

@@ -2,12 +2,12 @@
 
 import re
 import shlex
-from pathlib import Path
 from typing import NamedTuple
+
+from tool_runs import ROOT
 
 from mmorepa.__main__ import COMMANDS as TOOLS
 
-ROOT = Path(__file__).parents[2]
 PLACES = ('*.md', 'docs/**/*.md', 'configs/**/*.md')
 DOCUMENTS = sorted(path for place in PLACES for path in ROOT.glob(place))
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]

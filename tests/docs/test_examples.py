@@ -5,11 +5,12 @@ from importlib import metadata
 
 import pytest
 import torch
-from documents import DOCUMENTS, NAMES, ROOT, code_blocks, printed_configs
+from documents import DOCUMENTS, NAMES, code_blocks, printed_configs
 from helpers import import_models
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODEL_WRAPPERS
+from tool_runs import ROOT
 
 import mmorepa
 from mmorepa.engine.config import build_model, check_data_folders, read_config
@@ -73,19 +74,15 @@ def _is_onedl():
     return any(d.metadata['Name'] == 'onedl-mmengine' for d in metadata.distributions())
 
 
-def check(cfg):
+def check(cfg, device='meta'):
     """The model and its optimizer as the config has them."""
     import_models(cfg.default_scope)
-    model = build_model(cfg)
+    with torch.device(device):
+        model = build_model(cfg)
     if cfg.model.backbone.get('deploy'):
         assert not mmorepa.is_switchable(model)
         return model, None
     return model, build_optim_wrapper(model, cfg.optim_wrapper)
-
-
-def test_there_are_examples():
-    for choose in (is_config, is_part):
-        assert any(choose(code) for codes in BLOCKS.values() for code in codes)
 
 
 @pytest.mark.slow
@@ -144,10 +141,9 @@ def test_code(name, tmp_path, monkeypatch):
 def test_readme_trains_a_step(load):
     """Its config, as it is printed, on images that are drawn."""
     (code,) = (code for code in BLOCKS['README.md'] if is_config(code))
-    assert len(code.splitlines()) == 4
     cfg = load(code)
     check_data_folders(cfg, ('train', 'val'))  # Not there, and downloaded.
-    model, wrapper = check(cfg)
+    model, wrapper = check(cfg, 'cpu')
     structures = pytest.importorskip('mmpretrain.structures')
     samples = [structures.DataSample().set_gt_label(label) for label in range(4)]
     images = torch.randint(256, (4, 3, 32, 32)).float()

@@ -1,26 +1,24 @@
 """The tutorial's lines for other programs, in processes that have nothing else."""
 
-import os
 import platform
 import shutil
-import subprocess
 import sys
 
 import mmcv
 import numpy as np
 import pytest
 import torch
-from documents import ROOT, code_blocks
+from documents import code_blocks
 from helpers import assert_near, import_models, trained_like
 from mmengine.config import Config
 from mmengine.dataset import Compose, default_collate
 from mmengine.registry import DefaultScope
+from tool_runs import ROOT, build_model, run_apart
 from torch import nn
 
 from mmorepa import switch_to_deploy
 from mmorepa.deployment.onnx_files import export_onnx, preprocessing
 from mmorepa.deployment.pt2e import ProgramNetwork, export_program, quantize_program
-from mmorepa.engine.config import build_model
 
 ALONE = """
 import sys
@@ -45,8 +43,10 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize('kind', CONFIGS)
-@pytest.mark.parametrize('channels', ['RGB', 'BGR', 'grey'])
+@pytest.mark.parametrize(
+    ('kind', 'channels'),
+    [('resize', 'BGR'), ('edge and crop', 'RGB'), ('edge and crop', 'grey')],
+)
 def test_without_this_package(kind, channels, tmp_path):
     """The program computes what the model does, with the same resizing and cropping."""
     for package in ('onnx', 'onnxruntime'):
@@ -75,12 +75,7 @@ def test_without_this_package(kind, channels, tmp_path):
     shape = (50, 70, number)
     pixels = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
     mmcv.imwrite(pixels, str(tmp_path / 'image.png'))
-    done = subprocess.run(
-        [sys.executable, '-c', ALONE.format(code)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    done = run_apart(sys.executable, '-c', ALONE.format(code), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         pipeline = Compose(cfg.test_dataloader.dataset.pipeline)
@@ -132,14 +127,10 @@ def test_compiled_to_int8(tmp_path):
     program = quantize_program(export_program(model, images[:1]), images.split(1))
     torch.export.save(program, tmp_path / 'network_int8.pt2')
     torch.save(images, tmp_path / 'images.pt')
-    done = subprocess.run(
-        [sys.executable, '-c', COMPILED.format(code_with('network_int8.pt2'))],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        # No processes that import PyTorch to compile the little that there is.
-        env={**os.environ, 'TORCHINDUCTOR_COMPILE_THREADS': '1'},
-    )
+    code = COMPILED.format(code_with('network_int8.pt2'))
+    # No processes that import PyTorch to compile the little that there is.
+    alone = dict(TORCHINDUCTOR_COMPILE_THREADS='1')
+    done = run_apart(sys.executable, '-c', code, cwd=tmp_path, **alone)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ['True'], 'no conv is compiled to INT8'
     expected = ProgramNetwork(program, model, images[:1])(images)

@@ -15,6 +15,7 @@ from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.utils import prune
 
 from mmorepa.engine import FoldedDistributedDataParallel
@@ -180,6 +181,26 @@ class TestOneProcess:
         assert type(plain.reducer) is type(parallel.reducer)
         state = parallel.module.state_dict()
         Network().load_state_dict(state)
+
+    def test_sends_as_many_bytes_as_a_plain_network(self):
+        sent = []
+
+        def count(state, bucket):
+            sent.append(bucket.buffer().numel())
+            return allreduce_hook(None, bucket)
+
+        model = Network()
+        parallel = FoldedDistributedDataParallel(model)
+        parallel.register_comm_hook(None, count)
+        wrapper = build_optim_wrapper(
+            model, dict(type=FOLDED, optimizer=dict(type='SGD', lr=0.1))
+        )
+        with wrapper.optim_context(parallel):
+            loss = parallel(torch.randn(1, 3, 9, 9), mode='loss')['loss']
+        wrapper.update_params(loss)
+        others = [p for n, p in model.named_parameters() if 'branches' not in n]
+        kernels = [conv.kernel() for conv in (model.a, model.b, model.c)]
+        assert sum(sent) == sum(t.numel() for t in (*others, *kernels))
 
     def test_by_hand(self):
         parallel = FoldedDistributedDataParallel(Network())

@@ -1,20 +1,14 @@
 """Folded training gives what online folding gives, at the plain network's price."""
 
 import copy
-import os
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from runners import BackboneClassifier
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import mmorepa
-from mmorepa.engine import FoldedDistributedDataParallel
 from mmorepa.layers import OREPAConv2d, ReparamConv2d, backward_to_branches, held
 
 SLIM = dict(type='OREPAResNet', depth=18, base_channels=8)
@@ -275,60 +269,3 @@ def test_conv_that_is_compiled():
     backward_to_branches([kernel])
     assert conv.branches.weight_origin.grad is not None
     assert kernel.leaf.grad is None
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(('127.0.0.1', 0))
-        return server.getsockname()[1]
-
-
-def _train_in_parallel(rank, world, kind, port, path):
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group('gloo', rank=rank, world_size=world)
-    # Batch statistics would differ between one process and two.
-    model = build(dict(SLIM, norm_cfg=dict(type='GN', num_groups=2)))
-    wire = [0]
-
-    def count(state, bucket):
-        wire[0] += bucket.buffer().numel() * bucket.buffer().element_size()
-        return allreduce_hook(None, bucket)
-
-    wrapped = (
-        FoldedDistributedDataParallel
-        if kind == 'FoldedOptimWrapper'
-        else MMDistributedDataParallel
-    )
-    parallel = wrapped(
-        model, device_ids=None, broadcast_buffers=False, find_unused_parameters=False
-    )
-    parallel.register_comm_hook(None, count)
-    wrapper = wrap(parallel, kind)
-    for data in batches():
-        part = {key: value.chunk(world)[rank] for key, value in data.items()}
-        parallel.train_step(part, wrapper)
-    if rank == 0:
-        torch.save((wire[0] / len(batches()), model.state_dict()), path)
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_data_parallel(tmp_path):
-    results = {}
-    for kind, world in (
-        ('OptimWrapper', 1),
-        ('OptimWrapper', 2),
-        ('FoldedOptimWrapper', 2),
-    ):
-        path = tmp_path / f'{kind}{world}.pt'
-        mp.spawn(_train_in_parallel, (world, kind, _free_port(), path), nprocs=world)
-        results[kind, world] = torch.load(path)
-    _, expected = results['OptimWrapper', 1]
-    for _, state in results.values():
-        for key, value in expected.items():
-            torch.testing.assert_close(state[key], value, rtol=1e-9, atol=1e-9)
-    plain = build(dict(SLIM, norm_cfg=dict(type='GN', num_groups=2), block='plain'))
-    plain_bytes = sum(p.numel() * p.element_size() for p in plain.parameters())
-    assert results['FoldedOptimWrapper', 2][0] == plain_bytes
-    assert results['OptimWrapper', 2][0] > 2 * plain_bytes

@@ -9,17 +9,9 @@ from helpers import assert_near
 from mmengine.runner import FlexibleRunner
 from runners import Colours, TinyClassifier, make_runner
 from torch import distributed as dist
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from mmorepa import folded, switch_to_deploy
+from mmorepa import switch_to_deploy
 from mmorepa.converters import deploy_checkpoint, read_checkpoint
 from mmorepa.layers import ReparamConv2d
 
@@ -83,51 +75,6 @@ def strategy_of_mmengine(folder):
         torch.save(runner.val_evaluator.metrics[0].logits, f'{folder}/logits.pth')
 
 
-def sharded(model):
-    for conv in (model.conv1, model.conv2):
-        fully_shard(conv)
-    return fully_shard(model)
-
-
-def by_hand(folder):
-    """Trains an epoch, saves, loads into a fresh model, trains another."""
-    torch.manual_seed(0)
-    data = Colours(IMAGES)
-    for epoch in range(2):
-        model = sharded(TinyClassifier(norm_eval=True).train())
-        optimizer = torch.optim.SGD(
-            model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4
-        )
-        if epoch > 0:
-            state = dict(zip(('model', 'optimizer'), get_state_dict(model, optimizer)))
-            dcp.load(state, checkpoint_id=f'{folder}/dcp')
-            set_state_dict(
-                model,
-                optimizer,
-                model_state_dict=state['model'],
-                optim_state_dict=state['optimizer'],
-            )
-        for start in range(0, IMAGES, BATCH):
-            part = slice(start + dist.get_rank(), start + BATCH, WORLD)
-            loss = model(data.images[part], data.labels[part], mode='loss')['loss']
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        state = dict(zip(('model', 'optimizer'), get_state_dict(model, optimizer)))
-        dcp.save(state, checkpoint_id=f'{folder}/dcp')
-    model.eval()
-    with torch.no_grad():
-        online = model(data.images)
-        with folded(model):
-            once = model(data.images)
-    assert_near(once, online)
-    with pytest.raises(RuntimeError, match='gather them by'):
-        switch_to_deploy(model)
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    if dist.get_rank() == 0:
-        torch.save((whole, online), f'{folder}/by_hand.pth')
-
-
 def worker(rank, folder):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
     torch.set_num_threads(1)
@@ -135,7 +82,6 @@ def worker(rank, folder):
         'gloo', f'file://{folder}/meeting', rank=rank, world_size=WORLD
     )
     strategy_of_mmengine(folder)
-    by_hand(folder)
     dist.destroy_process_group()
 
 
@@ -171,11 +117,3 @@ def test_strategy_of_mmengine(folder, expected):
     plain.load_state_dict(deploy_checkpoint(training, checkpoint)['state_dict'])
     logits = torch.load(folder / 'logits.pth')
     assert_near(logits, plain(Colours(IMAGES).images))
-
-
-def test_fully_shard(folder, expected):
-    state, outputs = torch.load(folder / 'by_hand.pth')
-    assert_same(state, expected)
-    plain = TinyClassifier(deploy=True).eval()
-    plain.load_state_dict(state)
-    assert_near(plain(Colours(IMAGES).images), outputs)

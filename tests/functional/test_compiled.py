@@ -7,10 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import assert_near, trained_like
+from helpers import trained_like
 from torch._subclasses import FakeTensorMode
-from torch.func import functional_call
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from mmorepa.functional import compiled
 from mmorepa.layers.orepa import OREPAKernel, OREPAPointwiseKernel
@@ -94,27 +92,13 @@ def test_other_shapes(name, shape):
         kernel()
 
 
+@pytest.mark.skipif(not compiled.is_available(), reason='operations of PyTorch crash')
 def test_memory_taken_away():
     """As wrappers of modules do for a while."""
     kernel = OREPAKernel(4, 5, 3)
     kernel.weight_origin.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError):
         kernel()
-
-
-def test_another_expansion(monkeypatch):
-    monkeypatch.setattr(OREPAKernel, 'EXPANSION', 3)
-    kernel = trained_like(OREPAKernel(4, 5, 3))
-    expected = kernel.branch_sum.kernel(*kernel.tensors())
-    assert_near(fold_and_backward(kernel)[0], expected)
-
-
-def test_traced_functions_follow_the_parameters():
-    kernel = trained_like(OREPAKernel(4, 5, 3))
-    state = dict(kernel.named_parameters())
-    traced = make_fx(lambda state: functional_call(kernel, state, ()))(state)
-    others = {name: t.detach() * 1.5 for name, t in state.items()}
-    assert_near(traced(others), functional_call(kernel, others, ()))
 
 
 @pytest.mark.parametrize('error', [PermissionError('no'), OSError('no')])

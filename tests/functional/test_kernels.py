@@ -63,18 +63,6 @@ def test_frequency_prior_is_the_formula(channels, k):
                 assert prior[o, h, w] == pytest.approx(value, abs=1e-14)
 
 
-@pytest.mark.parametrize('k', [3, 5])
-def test_frequency_prior_has_the_properties_of_a_cosine_basis(k):
-    half = k - 1
-    prior = frequency_prior(2 * half, k)
-    assert torch.equal(prior[:half], prior[:half, :, :1].expand(half, k, k))
-    assert torch.equal(prior[half:], prior[half:, :1].expand(half, k, k))
-    torch.testing.assert_close(prior[half:], prior[:half].transpose(1, 2))
-    torch.testing.assert_close(prior.sum((1, 2)), torch.zeros(2 * half))
-    rows = prior.flatten(1)
-    torch.testing.assert_close(rows @ rows.T, k * k / 2 * torch.eye(2 * half))
-
-
 def test_frequency_prior_takes_dtype_and_device():
     prior = frequency_prior(4, 3, dtype=torch.float16, device=torch.device('meta'))
     assert prior.dtype == torch.float16 and prior.is_meta

@@ -9,9 +9,7 @@ from helpers import assert_near, trained_like
 from torch import nn
 
 from mmorepa.backbones import OREPARepVGG, OREPAResNet
-from mmorepa.functional import frequency_prior
 from mmorepa.layers import (
-    BranchKernel,
     DBBConv2d,
     DeepLinearConv2d,
     OREPAConv2d,
@@ -30,7 +28,6 @@ SCALES_3X3 = {
     'pointwise': 1.0,
     'depthwise_separable': 0.5,
 }
-SCALES_1X1 = {'origin': 1.0, 'pointwise_pointwise': 0.5}
 
 
 def assert_uniform(weight, bound):
@@ -119,30 +116,6 @@ class TestOREPA:
         check_kernel(conv.branches, 64, groups, 0.0, list(SCALES_3X3), size)
         check_norm(conv.norm)
 
-    @pytest.mark.parametrize(('inputs', 'outputs'), [(48, 80), (80, 48), (64, 64)])
-    def test_1x1(self, inputs, outputs):
-        conv = OREPAConv2d(inputs, outputs, 1, **NORM)
-        kernel = conv.branches
-        assert {n for n, _ in kernel.named_parameters()} == {
-            'weight_origin',
-            'weight_first',
-            'weight_second',
-            'scale',
-        }
-        assert_uniform(kernel.weight_origin, kaiming(inputs, 1.0))
-        square, other = kernel.weight_first, kernel.weight_second
-        if outputs <= inputs:
-            square, other = other, square
-        assert torch.equal(
-            square[:, :, 0, 0], torch.eye(inputs if outputs > inputs else outputs)
-        )
-        assert other.shape == (outputs, inputs, 1, 1)
-        assert_uniform(other, kaiming(inputs, 1.0))
-        # All of it is trained, the identity too.
-        assert all(p.requires_grad for p in kernel.parameters())
-        assert_rows(kernel.scale, SCALES_1X1.values())
-        check_norm(conv.norm)
-
     def test_large(self):
         conv = OREPAConv2d(48, 64, 7, **NORM)
         first, *others = conv.branches.factors
@@ -214,15 +187,6 @@ class TestOptions:
         for scale in found.values():
             assert_rows(scale, [1.0] + [0.0] * (len(scale) - 1))
 
-    def test_single_init_starts_as_the_plain_kernel(self):
-        for conv in (
-            OREPAConv2d(16, 24, 3, groups=2, single_init=True),
-            OREPAConv2d(16, 24, 1, single_init=True),
-        ):
-            origin = conv.branches.weight_origin
-            origin = conv.branches.branch_sum.as_conv('weight_origin', origin)
-            assert_near(conv.kernel(), origin, 1e-7)
-
     def test_scales_by_name(self):
         cfg = dict(initial_scales=dict(frequency=0.125, pointwise_pointwise=0.0))
         net = OREPAResNet(50, base_channels=8, block_cfg=cfg)
@@ -257,84 +221,9 @@ class TestOptions:
         for scale in scales_of(net).values():
             assert_rows(scale, [SCALES_3X3[name] for name in names])
 
-    def test_dbb(self):
-        cfg = dict(initial_scales=dict(average=0.25))
-        net = OREPAResNet(18, 'dbb', base_channels=8, block_cfg=cfg)
-        convs = [m for m in net.modules() if isinstance(m, DBBConv2d)]
-        assert len(convs) == 16
-        for conv in convs:
-            for name, branch in conv.branches.items():
-                check_norm(branch.norm, 0.25 if name == 'average' else 1.0)
-
-
-def terms(kernel):
-    """The branches of a 3×3 kernel, unscaled, from its weights."""
-    outputs, _, own = kernel.weight_origin.shape
-    groups = kernel.groups
-
-    def grouped(weight):
-        return weight.unflatten(0, (groups, -1))
-
-    first = kernel.weight_pointwise_kxk_1
-    identity = torch.zeros_like(first)
-    for t in range(len(first)):
-        identity[t, t % own] = 1
-    first = grouped(first + identity)[..., 0, 0]
-    second = grouped(kernel.weight_pointwise_kxk_2)
-    composed = torch.einsum('gokT,gTi->goik', second, first).flatten(0, 1)
-    composed = composed.unflatten(2, (3, 3))
-    depthwise = kernel.weight_depthwise.view(8, 9, groups, own)
-    separable = kernel.weight_separable.view(groups, -1, 8, own)
-    product = torch.einsum('goti,tkgi->goik', separable, depthwise).flatten(0, 1)
-    product = product.unflatten(2, (3, 3))
-    centre = torch.zeros(3, 3)
-    centre[1, 1] = 1
-    return {
-        'origin': kernel.weight_origin.transpose(1, 2).unflatten(2, (3, 3)),
-        'average': kernel.weight_average * torch.ones(3, 3) / 9,
-        'frequency': kernel.weight_frequency * frequency_prior(outputs, 3)[:, None],
-        'pointwise_kxk': composed,
-        'pointwise': kernel.weight_pointwise * centre,
-        'depthwise_separable': product,
-    }
-
-
-CHOICES = [
-    *([name] for name in SCALES_3X3),
-    ['origin', 'average'],
-    ['depthwise_separable', 'pointwise', 'frequency'],  # in any order
-    list(SCALES_3X3)[1:],
-]
-
 
 class TestBranches:
     """The folded result is the sum of the branches that were chosen."""
-
-    @pytest.mark.parametrize('names', CHOICES, ids='+'.join)
-    @pytest.mark.parametrize('groups', [1, 2])
-    @torch.no_grad()
-    def test_orepa(self, names, groups):
-        whole = OREPAConv2d(8, 12, 3, groups=groups, bias=False)
-        kernel = trained_like(whole).branches
-        conv = OREPAConv2d(8, 12, 3, groups=groups, bias=False, branches=names)
-        kept = {
-            key: value
-            for key, value in kernel.state_dict().items()
-            if key in conv.branches.state_dict()
-        }
-        order = list(SCALES_3X3)
-        rows = sorted(order.index(name) for name in names)
-        kept['scale'] = kernel.scale[rows]
-        conv.branches.load_state_dict(kept, strict=True)
-        expected = sum(
-            kernel.scale[order.index(name)][:, None, None, None] * terms(kernel)[name]
-            for name in names
-        )
-        assert_near(conv.kernel(), expected, 1e-5)
-        # And nothing is kept that is not chosen.
-        assert sum(p.numel() for p in conv.branches.parameters()) == sum(
-            v.numel() for v in kept.values()
-        )
 
     @pytest.mark.parametrize(
         ('kind', 'names'),
@@ -361,62 +250,6 @@ class TestBranches:
         assert_near(conv(x), expected, 1e-5)
         conv.switch_to_deploy()
         assert_near(conv(x), expected, 1e-5)
-
-    def test_in_resnet(self):
-        cfg = dict(branches=['origin', 'average', 'pointwise_pointwise'])
-        net = OREPAResNet(50, base_channels=4, block_cfg=cfg)
-        kernels = {m.branch_names for m in net.modules() if isinstance(m, BranchKernel)}
-        assert kernels == {('origin', 'average'), ('origin', 'pointwise_pointwise')}
-
-    def test_in_repvgg(self):
-        net = OREPARepVGG('A0', base_channels=4, block_cfg=dict(branches=['origin']))
-        convs = [m for m in net.modules() if isinstance(m, OREPARepVGGConv2d)]
-        assert len(convs) == 22
-        assert {tuple(conv.branches) for conv in convs} == {('origin',)}
-
-    @pytest.mark.parametrize(
-        ('build', 'cfg', 'words'),
-        [
-            (
-                lambda **cfg: OREPAResNet(18, **cfg),
-                dict(branches=['orign']),
-                "unknown branch 'orign'; the branches .* origin, average, frequency",
-            ),
-            (
-                lambda **cfg: OREPAResNet(18, **cfg),
-                dict(initial_scales=dict(avg=1.0)),
-                "unknown branch 'avg'",
-            ),
-            (
-                lambda **cfg: OREPAResNet(18, **cfg),
-                dict(branches=[]),
-                'no branch is left; choose at least one of origin',
-            ),
-            (  # The 1x1 convs of bottlenecks have no such branch.
-                lambda **cfg: OREPAResNet(50, **cfg),
-                dict(branches=['average']),
-                'no branch is left; choose at least one of origin, pointwise_pointw',
-            ),
-            (
-                lambda **cfg: OREPAResNet(18, 'dbb', **cfg),
-                dict(branches=['frequency']),
-                "unknown branch 'frequency'; the branches of DBBConv2d are origin",
-            ),
-            (
-                lambda **cfg: OREPARepVGG('A0', **cfg),
-                dict(branches=['average']),
-                "unknown branch 'average'; the branches of OREPARepVGGConv2d",
-            ),
-            (
-                lambda **cfg: OREPARepVGG('A0', 'repvgg', **cfg),
-                dict(branches=['identity']),
-                'no branch is left',
-            ),
-        ],
-    )
-    def test_errors(self, build, cfg, words):
-        with pytest.raises(ValueError, match=words):
-            build(base_channels=4, block_cfg=cfg)
 
 
 @pytest.mark.parametrize('kind', [OREPAConv2d, DeepLinearConv2d])

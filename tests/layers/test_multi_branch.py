@@ -12,13 +12,11 @@ from helpers import (
     gradients,
     trained_like,
 )
-from torch import nn
 
 from mmorepa.layers import (
     DBBConv2d,
     MultiBranchConv2d,
     OREPAConv2d,
-    OREPAKernel,
     OREPARepVGGConv2d,
     PlainConv2d,
     RepVGGConv2d,
@@ -176,15 +174,6 @@ def test_deployed_equals_training_form(kind, in_channels, out_channels, k, optio
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_half_precision(kind):
-    conv = make(kind, 4, 4, 3).eval().bfloat16()
-    x = torch.randn(2, 4, 9, 9, dtype=torch.bfloat16)
-    y = conv(x)
-    assert y.dtype == torch.bfloat16
-    assert_near(deployed_twin(conv)(x), y, 3e-2)
-
-
-@pytest.mark.parametrize('kind', KINDS)
 def test_autocast(kind):
     conv = make(kind, 4, 4, 3).train()
     twin = copy.deepcopy(conv)
@@ -194,25 +183,6 @@ def test_autocast(kind):
     y.float().square().sum().backward()
     assert all(p.grad is not None for p in conv.parameters())
     assert_near(y.float(), twin(x), 5e-2)
-
-
-@pytest.mark.parametrize('name', DBBConv2d.BRANCH_NAMES)
-def test_branches_of_dbb_by_name(name):
-    full = make(DBBConv2d, 4, 6, 3).eval()
-    part = DBBConv2d(4, 6, 3, padding=1, bias=False, branches=[name]).eval()
-    state = full.state_dict()
-    part.load_state_dict({key: state[key] for key in part.state_dict()})
-    assert list(part.branches) == [name]
-    x = torch.randn(2, 4, 8, 8)
-    assert_near(part(x), full.branches[name](x))
-    assert_near(deployed_twin(part)(x), part(x))
-
-
-def test_sum_of_the_branches():
-    conv = make(DBBConv2d, 4, 6, 3, bias=True).eval()
-    x = torch.randn(2, 4, 8, 8)
-    expected = sum(branch(x) for branch in conv.branches.values())
-    assert_near(conv(x), expected + conv.bias[:, None, None])
 
 
 def last_norms(conv):
@@ -250,27 +220,6 @@ def test_single_init_is_the_plain_conv():
     assert torch.equal(conv.kernel(), conv.branches.weight_origin)
 
 
-def test_main_branch_of_the_orepa_repvgg_block():
-    conv = OREPARepVGGConv2d(16, 32, 3, padding=1, bias=False)
-    kernel = conv.branches.origin.branches
-    assert kernel.branch_names == tuple(
-        name for name in OREPAKernel.INITIAL_SCALES if name != 'pointwise'
-    )
-    rows = torch.tensor([0.25, 0.25, 0.0, 0.5, 0.5])
-    assert torch.equal(kernel.scale, rows[:, None].expand(5, 32))
-    # kaiming_uniform(a=1)
-    bound = (3 / (16 * 9)) ** 0.5
-    assert 0.95 * bound < kernel.weight_origin.abs().max() <= bound
-
-
-def test_dbb_starts_with_the_identity():
-    conv = DBBConv2d(4, 6, 3, padding=1, groups=2)
-    first = conv.branches.pointwise_kxk.first
-    x = torch.randn(1, 4, 5, 5)
-    assert torch.equal(F.conv2d(x, first.kernel(), groups=2), x)
-    assert not first.branches.weight.any()
-
-
 def test_training_form_has_no_kernel():
     conv = DBBConv2d(4, 6, 3, padding=1)
     with pytest.raises(TypeError, match='no kernel while it trains'):
@@ -278,63 +227,6 @@ def test_training_form_has_no_kernel():
     assert conv.equivalent_kernel_bias()[0].shape == (6, 4, 3, 3)
     conv.switch_to_deploy()
     assert conv.kernel() is conv.weight
-
-
-@pytest.mark.usefixtures('float64')
-def test_regularized_kernel_is_the_custom_l2_of_repvgg():
-    conv = make(RepVGGConv2d, 4, 4, 3, norm_cfg=dict(type='BN', eps=0.1))
-    b = conv.branches
-    t3, t1 = (
-        (branch.norm.weight / (branch.norm.running_var + 0.1).sqrt())
-        .detach()
-        .reshape(-1, 1, 1, 1)
-        for branch in (b.origin, b.pointwise)
-    )
-    k3, k1 = b.origin.branches.weight, b.pointwise.branches.weight
-    centre = k3[:, :, 1:2, 1:2]
-    circle = k3.square().sum() - centre.square().sum()
-    equivalent = (centre * t3 + k1 * t1).square() / (t3.square() + t1.square())
-    expected = equivalent.sum() + circle
-    actual = conv.regularized_kernel().square().sum()
-    assert_near(actual, expected, 1e-12)
-    assert_near(
-        torch.autograd.grad(actual, [k3, k1]), torch.autograd.grad(expected, [k3, k1])
-    )
-
-
-@pytest.mark.usefixtures('float64')
-@pytest.mark.parametrize('affine', [True, False])
-def test_regularized_kernel_of_dbb_is_proportional_to_the_fold(affine):
-    norm_cfg = dict(type='BN', affine=affine)
-    conv = make(DBBConv2d, 4, 6, 3, groups=2, norm_cfg=norm_cfg)
-    squares = torch.zeros(6, 1, 3, 3)
-    for name, branch in conv.branches.items():
-        scale = (branch.norm.running_var + branch.norm.eps).rsqrt()
-        if affine:
-            scale = scale * branch.norm.weight.detach()
-        taps = slice(1, 2) if name == 'pointwise' else slice(0, 3)
-        squares[:, :, taps, taps] += scale.square()[:, None, None, None]
-    kernel = conv.regularized_kernel()
-    assert_near(kernel * squares.sqrt(), conv.equivalent_kernel_bias()[0], 1e-12)
-    kernel.square().sum().backward()
-    for name, parameter in conv.branches.named_parameters():
-        assert (parameter.grad is not None) == ('norm' not in name), name
-
-
-@pytest.mark.parametrize('kind', [*KINDS, OREPAConv2d, PlainConv2d])
-def test_regularized_kernel_at_the_start(kind):
-    """With every last norm at zero as well, it is finite."""
-    conv = kind(4, 4, 3, padding=1, norm_cfg=dict(type='BN'))
-    for norm in conv.last_norms:
-        nn.init.zeros_(norm.weight)
-    kernel = conv.regularized_kernel()
-    kernel.square().sum().backward()
-    for parameter in conv.parameters():
-        assert parameter.grad is None or parameter.grad.isfinite().all()
-    if not isinstance(conv, MultiBranchConv2d):
-        assert_near(kernel, conv.branches(), 1e-6)
-    conv.switch_to_deploy()
-    assert conv.regularized_kernel() is conv.weight
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -373,27 +265,6 @@ def test_deployed_checkpoint_into_training_form(kind):
     state = deployed_twin(make(kind, 4, 4, 3)).state_dict()
     with pytest.raises(RuntimeError, match=f'{kind.__name__} cannot .* deployed'):
         kind(4, 4, 3, padding=1, bias=False).load_state_dict(state)
-
-
-def test_copies_and_switch_inside_inference_mode():
-    conv = make(DBBConv2d, 4, 6, 3).eval()
-    x = torch.randn(2, 4, 8, 8)
-    with torch.inference_mode():
-        expected = conv(x)
-        twin = deployed_twin(conv)
-    assert_near(twin(x), expected)
-    twin(x).sum().backward()
-    assert twin.weight.grad.any()
-
-
-def test_plain_branches_are_not_switched_one_by_one():
-    """Only the block as a whole has a deployed form."""
-    net = nn.Sequential(make(DBBConv2d, 4, 4, 3), make(PlainConv2d, 4, 4, 3)).eval()
-    x = torch.randn(2, 4, 8, 8)
-    expected = net(x)
-    twin = deployed_twin(net)
-    assert_near(twin(x), expected)
-    assert set(twin.state_dict()) == {'0.weight', '0.bias', '1.weight'}
 
 
 def test_a_block_of_ones_own():

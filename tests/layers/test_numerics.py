@@ -6,9 +6,6 @@ import pytest
 import torch
 from helpers import assert_near, deployed_twin, trained_like
 from test_online_folding import CONVS, FOLDED, image
-from torch import nn
-
-from mmorepa.layers import OREPAConv2d
 
 HALF = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
 KERNELS = [name for name in FOLDED if name != 'orepa_repvgg']
@@ -124,25 +121,3 @@ def test_overflow_shows():
     for parameter in conv.branches.parameters():
         parameter.data *= 1e25
     assert not conv.kernel().isfinite().all()
-
-
-class Residual(nn.Module):
-    """As in a ResNet, where rounding is handed on but not amplified."""
-
-    def __init__(self, seed):
-        super().__init__()
-        options = dict(padding=1, norm_cfg=dict(type='BN'), act_cfg=dict(type='ReLU'))
-        self.conv = trained_like(OREPAConv2d(8, 8, 3, **options), seed)
-
-    def forward(self, x):
-        return x + self.conv(x) / 4
-
-
-def test_long_chain():
-    """Sixty convs, one after the other."""
-    model = nn.Sequential(*(Residual(seed) for seed in range(60))).eval()
-    x = torch.randn(2, 8, 16, 16)
-    with torch.no_grad():
-        expected = in_float64(model, x)
-        assert_near(model(x), expected, 1e-5)
-        assert_near(deployed_twin(model)(x), expected, 1e-5)

@@ -1,12 +1,9 @@
 """Unheld, every forward pass folds: whatever happens to a parameter is seen."""
 
 import copy
-import io
-from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import (
     assert_near,
     assert_same_gradients,
@@ -14,7 +11,6 @@ from helpers import (
     gradients,
     trained_like,
 )
-from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -89,27 +85,6 @@ def test_every_element_is_seen(conv):
     assert_near(conv(x), deployed_twin(conv)(x), 1e-12)
 
 
-@pytest.mark.parametrize('kind', ['SGD', 'Adam', 'AdamW', 'Adagrad'])
-def test_fused_optimizers_train(kind):
-    losses = {}
-    for fused in (False, True):
-        conv = trained_like(OREPAConv2d(64, 64, 3, padding=1, bias=False))
-        conv.requires_grad_(False)
-        conv.branches.weight_origin.requires_grad_(True)
-        wanted = [conv.branches.weight_origin]
-        optimizer = getattr(torch.optim, kind)(wanted, lr=0.05, fused=fused)
-        x = torch.randn(2, 64, 5, 5, generator=torch.Generator().manual_seed(2))
-        losses[fused] = []
-        for _ in range(6):
-            optimizer.zero_grad()
-            loss = conv(x)[:, 5].square().mean()
-            loss.backward()
-            optimizer.step()
-            losses[fused].append(loss.item())
-    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
-    assert losses[True][-1] < losses[True][0]
-
-
 def test_gradients(folded_conv, by_formulas):
     x = image()
     twin = by_formulas(copy.deepcopy(folded_conv))
@@ -174,48 +149,6 @@ def test_other_parameters_in_a_call(folded_conv):
     conv.load_state_dict(state, strict=False)
     expected = gradients(conv(x), conv)
     assert_same_gradients(dict(zip(state, found)), expected, 1e-11)
-
-
-def test_finite_differences_through_data(folded_conv):
-    conv, x, step = folded_conv, image(), 1e-6
-    conv.zero_grad()
-    conv(x).square().sum().backward()
-    for parameter in conv.parameters():
-        i = parameter.numel() // 2
-        flat = parameter.data.view(-1)
-        values = []
-        for sign in (1, -2):
-            flat[i] += sign * step
-            with torch.no_grad():
-                values.append(conv(x).square().sum())
-        flat[i] += step
-        slope = (values[0] - values[1]) / (2 * step)
-        expected = parameter.grad.flatten()[i]
-        assert abs(slope - expected) <= 1e-4 * max(1, abs(expected))
-
-
-@pytest.mark.parametrize('kind', FOLDED)
-def test_autocast_and_half_precision(kind):
-    """The fold itself is done in float32, in half precision and autocast alike."""
-    conv = trained_like(CONVS[kind]()).eval()
-    x = image()
-    expected = conv(x).detach()
-    with torch.autocast('cpu', torch.bfloat16):
-        if kind != 'orepa_repvgg':
-            assert conv.kernel().dtype == torch.float32
-        y = conv(x)
-    assert_near(y.float(), expected, 3e-2)
-    y.float().sum().backward()
-    assert all(p.grad.isfinite().all() for p in conv.parameters())
-    half = copy.deepcopy(conv).bfloat16()
-    with torch.no_grad():
-        wide = copy.deepcopy(half).float()
-        if kind != 'orepa_repvgg':
-            assert_near(half.kernel().float(), wide.kernel(), 2**-8)
-        # There and back leaves no rounded constants.
-        twin = trained_like(CONVS[kind]()).eval()
-        twin.bfloat16().float().load_state_dict(conv.state_dict())
-        assert_near(twin(x), expected, 1e-6)
 
 
 @pytest.mark.slow
@@ -311,51 +244,3 @@ def test_nothing_is_read_from_the_device(conv, with_compiled, monkeypatch):
                 conv(image())
                 conv(image())
     assert not reads.found
-
-
-def test_changed_in_place_before_the_backward_pass(folded_conv):
-    y = folded_conv(image())
-    with torch.no_grad():
-        next(folded_conv.branches.parameters()).mul_(2)
-    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
-        y.sum().backward()
-
-
-def test_saved_for_backward():
-    """The kernel, which the convolution saves, and references to the parameters."""
-    conv = trained_like(OREPAConv2d(32, 32, 3, padding=1, bias=False))
-    own = {p.untyped_storage().data_ptr() for p in conv.parameters()}
-
-    def saved(function):
-        kept = {}
-
-        def keep(tensor):
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            result = function()
-        del result
-        return sum(size for pointer, size in kept.items() if pointer not in own)
-
-    x = torch.randn(2, 32, 9, 9, requires_grad=True)
-    weight = nn.Parameter(torch.randn(32, 32, 3, 3))
-    plain = saved(lambda: F.conv2d(x, weight, padding=1))
-    assert saved(lambda: conv(x)) == plain
-
-
-@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode, nullcontext])
-def test_copies_are_their_own(conv, mode):
-    x = image()
-    file = io.BytesIO()
-    torch.save(conv, file)
-    file.seek(0)
-    with mode():
-        expected = conv(x)
-        for twin in (copy.deepcopy(conv), torch.load(file, weights_only=False)):
-            with torch.no_grad():
-                for parameter in twin.parameters():
-                    parameter.data.mul_(1.5)
-            assert not torch.allclose(twin(x), expected)
-        assert_near(conv(x), expected, 1e-12)

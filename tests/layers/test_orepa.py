@@ -16,7 +16,6 @@ from helpers import (
 from mmorepa.layers import (
     DeepLinearConv2d,
     OREPAConv2d,
-    OREPADeepLinearKernel,
     OREPAKernel,
     OREPAPointwiseKernel,
 )
@@ -131,60 +130,12 @@ def test_kernel_equals_its_branches_on_the_feature_map(
     )
 
 
-@pytest.mark.parametrize(
-    ('k', 'kind'),
-    [
-        (1, OREPAPointwiseKernel),
-        (3, OREPAKernel),
-        (5, OREPAKernel),
-        (7, OREPADeepLinearKernel),
-        (9, OREPADeepLinearKernel),
-    ],
-)
-def test_kernel_by_size(k, kind):
-    conv = OREPAConv2d(2, 4, k)
-    assert type(conv.branches) is kind
-    assert conv.branches().shape == (4, 2, k, k)
-
-
-@pytest.mark.parametrize(('groups', 'hidden'), [(1, 8), (4, 8), (8, 16)])
-def test_width_of_the_composed_branch(groups, hidden):
-    kernel = OREPAKernel(16, 8, 3, groups)
-    assert kernel.weight_pointwise_kxk_1.shape == (hidden, 8 // groups, 1, 1)
-    assert kernel.weight_pointwise_kxk_2.shape == (16, 9, hidden // groups)
-    assert kernel.weight_depthwise.shape == (8, 9, 8)
-    assert kernel.weight_separable.shape == (16, 8, 8 // groups)
-
-
 def assert_kaiming_uniform(weight, a):
     fan_in = weight[0].numel()
     bound = math.sqrt(6 / ((1 + a * a) * fan_in))
     assert weight.abs().max() <= bound
     assert weight.abs().max() > 0.95 * bound
     assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
-
-
-@pytest.mark.parametrize('a', [0.0, 1.0])
-def test_initialisation_of_the_kxk_kernel(a):
-    kernel = OREPAKernel(32, 16, 3, groups=2, kaiming_a=a)
-    for name in (
-        'weight_origin',
-        'weight_average',
-        'weight_frequency',
-        'weight_pointwise_kxk_2',
-        'weight_pointwise',
-        'weight_depthwise',
-        'weight_separable',
-    ):
-        weight = kernel.branch_sum.as_conv(name, getattr(kernel, name))
-        assert_kaiming_uniform(weight, a)
-    assert not kernel.weight_pointwise_kxk_1.any()
-    rows = torch.tensor([0.25, 0.25, 0.0, 0.5, 1.0, 0.5])
-    assert torch.equal(kernel.scale, rows[:, None].expand(6, 32))
-
-
-def test_the_kxk_kernel_assumes_relu_by_default():
-    assert_kaiming_uniform(OREPAKernel(32, 16, 3).weight_origin, 0.0)
 
 
 @pytest.mark.parametrize('groups', [1, 2])
@@ -207,14 +158,6 @@ def test_initialisation_of_the_pointwise_kernel(channels, groups):
     assert identity.requires_grad
     rows = torch.tensor([1.0, 0.5])
     assert torch.equal(kernel.scale, rows[:, None].expand(2, out_channels))
-
-
-@pytest.mark.parametrize(('k', 'factors'), [(3, 1), (7, 3), (9, 4)])
-def test_deep_linear_factors(k, factors):
-    kernel = OREPADeepLinearKernel(8, 3, k)
-    shapes = [tuple(factor.weight_origin.shape) for factor in kernel.factors]
-    assert shapes == [(8, 9, 3)] + [(8, 9, 8)] * (factors - 1)
-    assert kernel().shape == (8, 3, k, k)
 
 
 @pytest.mark.usefixtures('float64')

@@ -143,21 +143,6 @@ def test_quantization_aware_training():
     assert_near(quantized(x), expected, 0.05)
 
 
-@pytest.mark.parametrize('when', ['before', 'after'])
-@pytest.mark.parametrize('block', ['orepa', 'dbb'])
-def test_channels_last_survives(when, block):
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1))
-    if when == 'before':
-        model.to(memory_format=torch.channels_last)
-    add_branches(model, block)
-    if when == 'after':
-        model.to(memory_format=torch.channels_last)
-    switch_to_deploy(model)
-    for conv in model:
-        assert conv.weight.is_contiguous(memory_format=torch.channels_last)
-        assert not conv.weight.is_contiguous()
-
-
 def test_training_of_the_deployed_form(log):
     model = nn.Sequential(OREPAConv2d(3, 4, 3, deploy=True))
     cfg = dict(optimizer=dict(type='SGD', lr=0.1))

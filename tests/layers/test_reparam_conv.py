@@ -7,11 +7,11 @@ import mmengine.runner.checkpoint as mmengine_checkpoint
 import pytest
 import torch
 from helpers import assert_near, deployed_twin, trained_like
-from mmcv.cnn import ConvModule, fuse_conv_bn
+from mmcv.cnn import ConvModule
 from torch import nn
 
 from mmorepa import is_switchable, switch_to_deploy
-from mmorepa.layers import OREPAConv2d, PlainConv2d, ReparamConv2d
+from mmorepa.layers import OREPAConv2d, PlainConv2d
 
 BN = dict(type='BN')
 RELU = dict(type='ReLU', inplace=True)
@@ -97,13 +97,6 @@ def test_fold_uses_the_running_statistics():
     assert not kernel.requires_grad and not bias.requires_grad
 
 
-def test_equivalent_kernel_bias_of_the_deployed_form():
-    conv = make(4, 6, 3, norm_cfg=BN)
-    expected = conv.equivalent_kernel_bias()
-    conv.switch_to_deploy()
-    assert_near(conv.equivalent_kernel_bias(), expected, 1e-7)
-
-
 def test_deployed_is_a_plain_conv():
     conv = make(4, 6, 3, stride=2, padding=1, bias=False, norm_cfg=BN)
     x = torch.randn(2, 4, 9, 9)
@@ -172,17 +165,6 @@ def test_copies(deployed, training):
         assert (copied(x) - conv(x)).abs().max() > 0.1
 
 
-def test_channels_last_input_and_parameters():
-    conv = make(4, 6, 3, norm_cfg=BN)
-    x = torch.randn(2, 4, 9, 9)
-    expected = conv(x)
-    conv = conv.to(memory_format=torch.channels_last)
-    x = x.contiguous(memory_format=torch.channels_last)
-    assert_near(conv(x), expected)
-    conv.switch_to_deploy()
-    assert_near(conv(x), expected)
-
-
 def test_building_needs_no_kernel_of_the_plain_conv():
     """The training form has no second set of weights; readers get the fold."""
     conv = OREPAConv2d(4, 6, 3, bias=False)
@@ -191,14 +173,6 @@ def test_building_needs_no_kernel_of_the_plain_conv():
     with pytest.raises(TypeError, match='folded from its branches and is no parameter'):
         conv.weight = nn.Parameter(torch.zeros(6, 4, 3, 3))
     assert all(name.startswith('branches.') for name in conv.state_dict())
-
-
-def test_bias_is_added():
-    conv = OREPAConv2d(4, 6, 3)
-    nn.init.zeros_(conv.bias)
-    y = conv(torch.zeros(1, 4, 5, 5))
-    nn.init.constant_(conv.bias, 2.0)
-    assert torch.equal(conv(torch.zeros(1, 4, 5, 5)), y + 2)
 
 
 def test_order_of_norm_and_activation():
@@ -215,23 +189,6 @@ def test_parents_do_not_initialise_a_conv_with_a_norm():
     before = copy.deepcopy(module.conv.state_dict())
     module.init_weights()
     assert all(torch.equal(v, before[n]) for n, v in module.conv.state_dict().items())
-
-
-def test_norm_of_the_parent_is_fused_by_mmcv():
-    """Its tools for deployment take the deployed form for a plain conv."""
-    module = ConvModule(4, 6, 3, conv_cfg=dict(type='OREPAConv2d'), norm_cfg=BN)
-    trained_like(module).eval()
-    x = torch.randn(2, 4, 9, 9)
-    expected = module(x)
-    assert_near(fuse_conv_bn(switch_to_deploy(module))(x), expected)
-
-
-def test_repr_says_which_form():
-    conv = make(4, 6, 3, stride=2, norm_cfg=BN)
-    assert 'kernel_size=(3, 3), stride=(2, 2)' in repr(conv)
-    assert 'training form' in repr(conv)
-    conv.switch_to_deploy()
-    assert 'deployed' in repr(conv) and 'training form' not in repr(conv)
 
 
 # Loading
@@ -388,46 +345,19 @@ def test_empty_checkpoint_is_reported():
         OREPAConv2d(4, 6, 3, deploy=True).load_state_dict({})
 
 
-def test_folding_chosen_branches():
-    options = dict(branches=['origin', 'pointwise'], bias=False)
-    trained = trained_like(OREPAConv2d(4, 6, 3, **options))
-    model = OREPAConv2d(4, 6, 3, deploy=True, **options)
-    model.load_state_dict(trained.state_dict())
-    x = torch.randn(2, 4, 9, 9)
-    assert_near(model(x), trained(x))
-
-
 # Bad input
 
 
-@pytest.mark.parametrize('kind', [OREPAConv2d, PlainConv2d])
-@pytest.mark.parametrize('k', [0, 2, 4, (3, 1), (1, 3), (2, 2), -1])
-def test_kernel_without_a_centre(kind, k):
-    with pytest.raises(ValueError, match=f'{kind.__name__} takes an odd, square') as e:
-        kind(4, 4, k)
-    assert f'kernel_size={k}' in str(e.value)
-
-
-@pytest.mark.parametrize('mode', ['reflect', 'circular', 'replicate'])
-def test_padding_mode(mode):
-    with pytest.raises(ValueError, match=f"padding_mode='zeros' only, found '{mode}'"):
-        OREPAConv2d(4, 4, 3, padding=1, padding_mode=mode)
-
-
-@pytest.mark.parametrize('padding', [-1, (1, -1)])
-def test_negative_padding(padding):
-    with pytest.raises(ValueError, match='takes padding >= 0, found padding='):
-        OREPAConv2d(4, 4, 3, padding=padding)
-
-
 @pytest.mark.parametrize(
-    'options', [dict(groups=3), dict(padding='full'), dict(padding='same', stride=2)]
+    ('k', 'options', 'message'),
+    [
+        (2, dict(), 'OREPAConv2d takes an odd, square kernel .*kernel_size=2'),
+        ((3, 1), dict(), 'odd, square'),
+        (-1, dict(), 'odd, square'),
+        (3, dict(padding_mode='reflect'), "padding_mode='zeros' only"),
+        (3, dict(padding=(1, -1)), 'padding >= 0'),
+    ],
 )
-def test_what_conv2d_rejects(options):
-    with pytest.raises(ValueError):
-        OREPAConv2d(4, 4, 3, **options)
-
-
-def test_a_block_type_needs_branches():
-    with pytest.raises(NotImplementedError):
-        ReparamConv2d(4, 4, 3)
+def test_what_has_no_fold(k, options, message):
+    with pytest.raises(ValueError, match=message):
+        OREPAConv2d(4, 4, k, **options)

@@ -95,15 +95,6 @@ def test_what_counts_as_trained(train):
     assert cosine(before.flatten(), conv.branches.weight_pointwise.flatten()) < 0.9
 
 
-@pytest.mark.parametrize('kind', WITH_NORMS)
-def test_blocks_say_how_to_reset(kind):
-    conv = kind(4, 4, 3, padding=1)
-    with pytest.raises(
-        AttributeError, match=r'call conv\.reset_parameters\(\) to draw'
-    ):
-        nn.init.kaiming_normal_(conv.weight)
-
-
 def test_built_on_meta():
     """As FSDP starts a model."""
     with torch.device('meta'):

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from mmorepa import switch_to_deploy
+from mmorepa import folded, switch_to_deploy
 from mmorepa.layers import DBBConv2d, OREPAConv2d
 
 OREPA = dict(type='OREPAConv2d')
@@ -153,19 +153,6 @@ def test_efficient_conv_bn_eval():
     assert_near(*found, 1e-4)
 
 
-@pytest.mark.parametrize('kind', ['ShuffleNetV1', 'ShuffleNetV2'])
-def test_shufflenet(kind):
-    import_models('mmpretrain')
-    init_default_scope('mmpretrain')
-    model = MODELS.build(dict(type=kind, conv_cfg=OREPA))
-    model.init_weights()
-    trained_like(model).eval()
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        expected = model(x)
-        assert_near(switch_to_deploy(model)(x), expected, 1e-4)
-
-
 @pytest.mark.parametrize(
     'cfg', [dict(type='RepVGG', arch='A0'), dict(type='MobileOne', arch='s0')]
 )
@@ -243,7 +230,10 @@ def trained(model, kind):
         wrapper.update_params(loss)
     model.eval()
     with torch.no_grad():
-        return model(x)
+        out = model(x)
+        with folded(model):
+            assert_near(model(x), out)
+    return out
 
 
 def sharding_worker(rank, meeting):

@@ -17,27 +17,20 @@ FOLDER = os.environ.get('MMOREPA_WRITES')
 
 @HOOKS.register_module(force=True)
 class Accident(Hook):
-    """Ends one process.
+    """Kills one process.
 
     Args:
         rank (int): Which one.
         at (str): A point of the runner, such as ``'after_train_iter'``.
-        how (str): ``'kill'``, ``'raise'`` or ``'leave'``: without an error.
-        after (int): How many iterations before that pass unharmed.
     """
 
-    def __init__(self, rank, at, how, after=0):
-        self.rank, self.how, self.after = rank, how, after
+    def __init__(self, rank, at):
+        self.rank = rank
         setattr(self, at, self.happen)
 
     def happen(self, runner, *args, **kwargs):
-        if get_rank() != self.rank or runner.iter < self.after:
-            return
-        if self.how == 'kill':
+        if get_rank() == self.rank:
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.how == 'leave':
-            os._exit(0)
-        raise RuntimeError('an accident')
 
 
 def note_writes(folder):

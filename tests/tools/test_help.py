@@ -36,12 +36,10 @@ def test_help_of_a_tool(without_torch):
 def test_misspelt_command(without_torch):
     done = run_apart(sys.executable, '-m', 'mmorepa', 'trian', PYTHONPATH=without_torch)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: no command 'trian'; did you mean 'train'?")
+    assert done.stderr.startswith('error: ') and "'train'" in done.stderr
 
 
 @pytest.mark.parametrize('words', [['224'], ['224', '224']])
-@pytest.mark.parametrize('name', ['flops', 'deploy', 'export_onnx', 'quantize'])
-def test_shape_is_one_number_or_two(name, words):
-    files = ['config.py', 'a.pth', 'b'][: 1 if name == 'flops' else 3]
-    args = tool(COMMANDS[name]).parse_args([*files, '--shape', *words])
+def test_shape_is_one_number_or_two(words):
+    args = tool(COMMANDS['flops']).parse_args(['config.py', '--shape', *words])
     assert args.shape == (224, 224)

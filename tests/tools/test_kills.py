@@ -21,7 +21,7 @@ from mmorepa.converters import read_checkpoint
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get('MMOREPA_KILLS', 3))
+KILLS = int(os.environ.get('MMOREPA_KILLS', 2))
 EPOCHS, ITERATIONS = 4, 3
 
 

@@ -83,7 +83,7 @@ def test_broken_image(workers, config, digits, folder):
     options = [
         f'{data}.data_root={folder}',
         f'{data}.data_prefix=val',
-        f'{data}.indices=200',
+        f'{data}.indices=16',
         f'train_dataloader.num_workers={workers}',
     ]
     text = answer('train.py', config, '--work-dir', folder / 'w', options=options)

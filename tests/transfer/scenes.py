@@ -1,36 +1,21 @@
 """Detectors and segmenters, and batches for them, small enough for a test."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import torch
 from helpers import import_models
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from tool_runs import ROOT
 
-ROOT = Path(__file__).parents[2]
+from mmorepa import list_configs
+
 CONFIGS = ROOT / 'configs'
-NAMES = sorted(
-    str(path.relative_to(CONFIGS))
-    for path in CONFIGS.glob('*/*.py')
-    if '_base_' not in path.parts
-)
 NAMES = [
     name
-    for name in NAMES
+    for name in map('{}.py'.format, list_configs())
     if Config.fromfile(CONFIGS / name).default_scope in ('mmdet', 'mmseg')
 ]
 SIZE = 64
-
-
-def digits_tool():
-    """The tool that writes the digits, as a module whose sizes a test may change."""
-    path = ROOT / 'tools/dataset_converters/digits.py'
-    spec = importlib.util.spec_from_file_location('tool_digits', path)
-    digits = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(digits)
-    return digits
 
 
 def load(name):

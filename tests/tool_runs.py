@@ -3,12 +3,19 @@
 import importlib.util
 import itertools
 import os
+import runpy
+import socket
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
-ROOT = Path(__file__).parents[2]
+import pytest
+
+from mmorepa.engine.config import build_model  # noqa: F401  (for the tests)
+
+ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / 'tools'
 _numbers = itertools.count()
 
@@ -35,12 +42,29 @@ def run_here(name, *args):
 
 
 def run_runner(name, config, *args, options=()):
-    """As :func:`run_here`, for tools that build a runner.
+    """As :func:`run_here`, for tools that build a runner."""
+    return run_here(name, config, *args, '--cfg-options', run_name(), *options)
 
-    Runners of one second would share their loggers, were they not named.
-    """
-    options = [f'experiment_name=tool-{next(_numbers)}', *options]
-    return run_here(name, config, *args, '--cfg-options', *options)
+
+def run_name():
+    """An option for a runner: those of one second share their loggers otherwise."""
+    return f'experiment_name=tool-{next(_numbers)}'
+
+
+def run_tool_of(package, name, *args):
+    """Runs a tool that an OpenMMLab package was installed with, in this process."""
+    folder = Path(importlib.import_module(package).__file__).parent
+    path = folder / '.mim' / 'tools' / name
+    if not path.is_file():
+        pytest.skip(f'{package} was installed without its tools')
+    with mock.patch.object(sys, 'argv', [str(path), *map(str, args)]):
+        runpy.run_path(str(path), run_name='__main__')
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return str(probe.getsockname()[1])
 
 
 def environment(**variables):
@@ -69,3 +93,17 @@ def run_apart(*line, cwd=None, timeout=300, **variables):
         env=environment(**variables),
         timeout=timeout,
     )
+
+
+SWITCH = 'model_converters/switch_to_deploy.py'
+EXPORT, QUANTIZE = 'deployment/export_onnx.py', 'deployment/quantize.py'
+
+
+def skip_timing(patch, core_share=1.0):
+    """Has tools print a latency that nobody measured, on a machine as busy as that."""
+
+    def least_seconds(functions):
+        return [0.001] * len(functions), core_share
+
+    for name in (SWITCH, EXPORT, QUANTIZE):
+        patch.setattr(tool(name), 'least_seconds', least_seconds)

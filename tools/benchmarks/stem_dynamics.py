@@ -1,0 +1,210 @@
+"""Measures how the kernel of a ResNet's stem moves while it trains.
+
+Every few steps, of the folded kernel W, shape (O, I·k²), and its gradient G:
+
+- rate: ``⟨G, JJᵀG⟩/|G|²``, by which branches multiply a step of SGD along G
+  (``J = dW/dθ``; 1 of a plain kernel);
+- angle: that over ``|W|²/O``, since BatchNorm undoes the length of W;
+- rank: ``|W|²/σ₁²``, the stable rank;
+- roughness: the mean square of the difference of two neighbouring taps, relative to
+  that of a tap;
+- signal: ``|mean G|²/mean |G|²`` over the steps between two measurements;
+- gamma: the mean size of the weights of the BatchNorm behind it.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import matplotlib
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import Tensor
+from torch.func import functional_call, jvp, vjp
+
+import mmorepa  # noqa: F401
+from mmorepa.layers import ReparamConv2d
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / 'configs/fashion_mnist/resnet18-slim_1xb64_fashion-mnist-10pct.py'
+_STEM = 'model.backbone.stem_block'
+_FASTER = dict(custom_keys={'backbone.stem': dict(lr_mult=4.0)})
+VARIANTS = {
+    'plain': {},
+    'plain, stem at 4 x the rate': {'optim_wrapper.paramwise_cfg': _FASTER},
+    'OREPA stem': {_STEM: 'orepa'},
+    'deep linear stem': {_STEM: 'deep_linear'},
+    'OREPA': {'model.backbone.block': 'orepa'},
+    'OREPA, plain stem': {'model.backbone.block': 'orepa', _STEM: 'plain'},
+}
+QUANTITIES = ('rate', 'angle', 'rank', 'roughness', 'signal', 'gamma')
+
+
+@HOOKS.register_module()
+class StemDynamicsHook(Hook):
+    """Measures, and keeps the rows in :attr:`rows`.
+
+    Args:
+        interval (int): Steps from one measurement to the next.
+    """
+
+    rows: list[dict[str, float]] = []
+
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
+
+    def before_train(self, runner: Runner) -> None:
+        """Looks for the stem, and waits for its gradients."""
+        type(self).rows = []
+        self.stem = runner.model.backbone.stem
+        self.sum, self.squares, self.count = 0.0, 0.0, 0
+        self.handle: Any = None
+        self.gradient: Optional[Tensor] = None
+        self.stem.register_forward_pre_hook(self._listen)
+
+    def _listen(self, stem: ReparamConv2d, args: tuple) -> None:
+        if not stem.training:
+            return
+        if self.handle is not None:
+            self.handle.remove()
+        self.handle = stem.kernel().register_hook(self._take)
+
+    def _take(self, gradient: Tensor) -> None:
+        self.gradient = gradient.detach().double().clone()
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, *args, **kwargs) -> None:
+        """Measures."""
+        assert self.gradient is not None
+        self.sum = self.sum + self.gradient
+        self.squares = self.squares + self.gradient.square().sum()
+        self.count += 1
+        if not self.every_n_train_iters(runner, self.interval):
+            return
+        row = dict(epoch=(runner.iter + 1) / len(runner.train_dataloader))
+        signal = (self.sum / self.count).square().sum() / (self.squares / self.count)
+        row.update(measure(self.stem, self.gradient), signal=signal.item())
+        self.rows.append(row)
+        self.sum, self.squares, self.count = 0.0, 0.0, 0
+
+
+def measure(stem: ReparamConv2d, gradient: Tensor) -> dict[str, float]:
+    """The quantities of one moment.
+
+    Args:
+        stem (ReparamConv2d): In training form, with a BatchNorm.
+        gradient (Tensor): Of its folded kernel, shape (O, I, k, k), in float64.
+    """
+    parameters = {n: p.detach().double() for n, p in stem.branches.named_parameters()}
+
+    def kernel(parameters: dict[str, Tensor]) -> Tensor:
+        return functional_call(stem.branches, parameters, ())
+
+    weight, pull_back = vjp(kernel, parameters)
+    # What weight decay and momentum add is alike for all.
+    (direction,) = pull_back(gradient)
+    _, step = jvp(kernel, (parameters,), (direction,))
+    rate = (gradient * step).sum() / gradient.square().sum()
+    power = weight.square().sum()
+    differences = [weight.diff(dim=dim).square().mean() for dim in (2, 3)]
+    return dict(
+        rate=rate.item(),
+        angle=(rate * len(weight) / power).item(),
+        rank=(power / torch.linalg.matrix_norm(weight.flatten(1), 2) ** 2).item(),
+        roughness=(sum(differences) / 2 / weight.square().mean()).item(),
+        gamma=stem.norm.weight.abs().mean().item(),
+    )
+
+
+def train(options: dict, seed: int, epochs: int, folder: Path) -> list[dict]:
+    """Trains, and returns the rows of the hook."""
+    cfg = Config.fromfile(CONFIG)
+    cfg.merge_from_dict(options)
+    cfg.merge_from_dict(
+        {
+            'randomness.seed': seed,
+            'train_cfg.max_epochs': epochs,
+            'train_cfg.val_interval': epochs,
+            'work_dir': str(folder),
+            'log_level': 'WARNING',
+            'default_hooks.checkpoint': None,
+            'experiment_name': folder.name,
+        }
+    )
+    cfg.custom_hooks = [dict(type='StemDynamicsHook', interval=10)]
+    Runner.from_cfg(cfg).train()
+    return StemDynamicsHook.rows
+
+
+def averages(trainings: Sequence[Sequence[dict]]) -> list[dict[str, float]]:
+    """The mean over trainings of each row."""
+    return [
+        {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+        for rows in zip(*trainings)
+    ]
+
+
+def table(results: dict[str, list[dict]]) -> str:
+    """Markdown: the mean of the first and of the last quarter of the trainings."""
+    lines = ['| | ' + ' | '.join(QUANTITIES) + ' |', '|---|' + '--:|' * len(QUANTITIES)]
+    for name, rows in results.items():
+        quarter = max(1, len(rows) // 4)
+        cells = []
+        for quantity in QUANTITIES:
+            first, last = (
+                sum(row[quantity] for row in part) / quarter
+                for part in (rows[:quarter], rows[-quarter:])
+            )
+            cells.append(f'{first:.3g}, {last:.3g}')
+        lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+
+def draw(results: dict[str, list[dict]], path: Path) -> None:
+    """All quantities against the epochs."""
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), sharex=True)
+    for axis, quantity in zip(axes.flat, QUANTITIES):
+        for name, rows in results.items():
+            epochs = [row['epoch'] for row in rows]
+            axis.plot(epochs, [row[quantity] for row in rows], label=name)
+        axis.set_title(quantity)
+        if quantity in ('rate', 'angle', 'signal'):
+            axis.set_yscale('log')
+    for axis in axes[1]:
+        axis.set_xlabel('epoch')
+    axes[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Trains every variant with every seed; prints a table and draws a figure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--seeds', type=int, default=3, help='default: 3')
+    parser.add_argument('--epochs', type=int, default=20, help='default: 20')
+    parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=[*VARIANTS])
+    parser.add_argument('--out', type=Path, default=Path('work_dirs/stem_dynamics'))
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = {}
+    for name in args.variants:
+        trainings = []
+        for seed in range(args.seeds):
+            print(f'{name}, seed {seed}', file=sys.stderr)
+            folder = args.out / f'{list(VARIANTS).index(name)}-{seed}'
+            trainings.append(train(VARIANTS[name], seed, args.epochs, folder))
+        results[name] = averages(trainings)
+    draw(results, args.out / 'stem_dynamics.png')
+    print(table(results))
+
+
+if __name__ == '__main__':
+    main()
