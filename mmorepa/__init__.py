@@ -2,11 +2,22 @@
 
 Importing this package registers its layers, networks, hooks and optimizer
 constructor with MMEngine, so that ``custom_imports = dict(imports=['mmorepa'])``
-is all that a config needs.
+is all that a config needs. It replaces two functions of MMEngine:
+
+- ``Config._get_cfg_path``, so that ``_base_ = 'mmorepa::FOLDER/NAME.py'`` names a
+  config of this package. MMEngine's own table of packages would give the parts of such
+  a config the scope of the package, where it looks for ``LinearClsHead`` and the like.
+- The loader of local checkpoints (``init_cfg``, ``load_from``, resuming), by
+  :func:`mmorepa.converters.load_from_local`. Since PyTorch 2.6, MMEngine 0.10 cannot
+  read the checkpoints of its own runner, and OneDL's fork runs the code in them.
+
+:func:`register_models` tells MMPretrain's model index of our classifiers.
 """
 
 import os
 import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from .version import __version__
 
@@ -14,30 +25,27 @@ from .version import __version__
 def _is_command() -> bool:
     """True while ``python -m mmorepa`` or ``mmorepa`` starts.
 
-    It runs a tool in a process of its own, and needs nothing that loads PyTorch.
+    A command runs a tool in a process of its own, and its help should not take the
+    seconds that PyTorch needs. Python imports a package before its ``__main__``, and a
+    config's ``custom_imports`` needs all of it at once: only the command line tells the
+    two apart. ``sys.argv[0]`` is '-m' as long as Python looks for the module to run.
     """
     if os.path.basename(sys.argv[0]) in ('mmorepa', 'mmorepa.exe'):
         return True
-    # '-m' is there as long as Python looks for the module that it will run.
     line = ' '.join([*sys.orig_argv, '']).replace('-m ', '-m')
     return sys.argv[0] == '-m' and f'-m{__name__} ' in line
 
+
+if TYPE_CHECKING:
+    from . import analysis
 
 if not _is_command():
     from .utils.requirements import check_requirements
 
     check_requirements()
 
-    from . import (
-        analysis,
-        backbones,
-        converters,
-        engine,
-        functional,
-        hub,
-        layers,
-    )
-    from .hub import get_config, list_configs
+    from . import backbones, converters, engine, functional, hub, layers
+    from .hub import get_config, list_configs, register_models
     from .layers import (
         add_branches,
         folded,
@@ -48,10 +56,19 @@ if not _is_command():
         switch_to_deploy,
     )
 
-    hub.register()
+    hub.register_scheme()
+
+
+def __getattr__(name: str) -> Any:
+    """Imports ``mmorepa.analysis`` when somebody asks for it: no config needs it."""
+    if name == 'analysis':
+        return import_module('.analysis', __name__)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
 
 __all__ = [
     '__version__',
+    'add_branches',
     'analysis',
     'backbones',
     'converters',
@@ -64,7 +81,7 @@ __all__ = [
     'layers',
     'list_configs',
     'param_groups',
-    'add_branches',
+    'register_models',
     'reparameterize',
     'set_channels_last',
     'switch_to_deploy',

@@ -32,7 +32,6 @@ COMMANDS = {
     'branch_shares': 'analysis_tools/branch_shares.py',
     'branch_similarity': 'analysis_tools/branch_similarity.py',
     'flops': 'analysis_tools/get_flops.py',
-    'stem_lr': 'analysis_tools/stem_lr.py',
 }
 
 
@@ -55,15 +54,14 @@ def usage() -> str:
 
 def versions() -> str:
     """Two lines: this package's version, and those of what it works with."""
-    found = []
+    packages = []
     for name in ('torch', 'mmengine', 'mmcv', 'mmpretrain', 'mmdet', 'mmseg'):
         try:
-            found.append(f'{name} {import_module(name).__version__}')
+            packages.append(f'{name} {import_module(name).__version__}')
         except Exception as error:  # MMPretrain asserts that MMCV's version fits.
-            found.append(f'{name} cannot be imported ({error})')
-    return (
-        f'mmorepa {__version__}, Python {platform.python_version()}\n{", ".join(found)}'
-    )
+            packages.append(f'{name} cannot be imported ({error})')
+    python = f'Python {platform.python_version()}'
+    return f'mmorepa {__version__}, {python}\n{", ".join(packages)}'
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

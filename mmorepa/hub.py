@@ -3,13 +3,10 @@
 import difflib
 import fnmatch
 import os
-import sys
 from collections.abc import Iterable
-from importlib.abc import MetaPathFinder
-from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Optional, Union
 
 from mmengine.config import Config
 
@@ -38,12 +35,9 @@ def find_config(name: Union[str, Path]) -> Path:
     """The file of a config.
 
     Args:
-        name (str | Path): A file, or a config that comes with this package:
-            ``FOLDER/NAME`` or ``NAME``, with or without ``.py`` and ``mmorepa::``; or
-            one of a toolbox, such as ``mmpretrain::NAME``.
-
-    Returns:
-        Path: The file. One that is there goes before one of this package.
+        name (str | Path): A file; or a config of this package, ``FOLDER/NAME`` or
+            ``NAME``, with or without ``.py`` and ``mmorepa::``; or one of a toolbox,
+            such as ``mmpretrain::NAME``. A file goes first.
 
     Raises:
         FileNotFoundError: If there is none. The message has the closest names.
@@ -55,7 +49,6 @@ def find_config(name: Union[str, Path]) -> Path:
             'mmorepa.list_configs() has the names'
         )
     name = str(name)
-    # Unlike Path.is_file, it raises for no name, however long.
     if '::' not in name and os.path.isfile(name):
         return Path(name)
     package, _, wanted = name.rpartition('::')
@@ -65,21 +58,20 @@ def find_config(name: Union[str, Path]) -> Path:
     path = folder / f'{wanted}.py'
     if wanted and os.path.isfile(path):
         return path
-    names = _names(folder)
-    found = [known for known in names if known.rpartition('/')[2] == wanted]
-    if len(found) == 1:
-        return folder / f'{found[0]}.py'
-    stems = {known.rpartition('/')[2]: known for known in names}
-    close = difflib.get_close_matches(wanted, names, cutoff=0.7)
-    close += [stems[stem] for stem in difflib.get_close_matches(wanted, stems)]
-    advice = ', '.join(dict.fromkeys(close[:4]))
-    shown = repr(name if len(name) < 200 else f'{name[:100]}…')
-    where = f'in {str(folder)!r} are the others'
+    stems: dict[str, list[str]] = {}
+    for known in _names(folder):
+        stems.setdefault(known.rpartition('/')[2], []).append(known)
+    if len(stems.get(wanted, ())) == 1:
+        return folder / f'{stems[wanted][0]}.py'
+    close = difflib.get_close_matches(wanted, _names(folder), cutoff=0.7)
+    for stem in difflib.get_close_matches(wanted, stems):
+        close += stems[stem]
+    where = f'{str(folder)!r} has the others'
     if package == 'mmorepa':
         where = 'mmorepa.list_configs() has the names'
     raise FileNotFoundError(
-        f'no config at {shown}, nor one of that name in {package}; '
-        + (f'close are: {advice}' if close else where)
+        f'no config at {name!r}, nor one of that name in {package}; '
+        + (f'close are: {", ".join(dict.fromkeys(close[:4]))}' if close else where)
     )
 
 
@@ -130,9 +122,8 @@ def get_config(name: Union[str, Path], options: Optional[dict] = None) -> Config
 def apply_variables(cfg: Config, names: Iterable[str]) -> None:
     """Gives the variables of a config to the settings that its base names for them.
 
-    MMEngine does not hand a child's variable on to what its base has made of it. The
-    configs for own data have a table for that: ``variables``, for each name a dict of
-    settings and factors.
+    MMEngine does not hand a child's variable on to what its base made of it. The bases
+    for own data have a table ``variables``: for each name, settings and factors.
 
     Args:
         cfg (Config): Changed in place; a variable that was handed on is removed.
@@ -146,25 +137,8 @@ def apply_variables(cfg: Config, names: Iterable[str]) -> None:
             cfg.merge_from_dict({setting: scaled})
 
 
-def register() -> None:
-    """Makes names of this package known to MMEngine, and to MMPretrain if it is there.
-
-    From then on ``_base_ = 'mmorepa::FOLDER/NAME.py'`` names a config of this package,
-    and ``mmpretrain.list_models`` and ``get_model`` know its classifiers.
-    """
-    _register_scheme()
-    listing = sys.modules.get('mmpretrain.apis.model')
-    if listing is None:
-        # First, since the one that finds mmpretrain would end the search.
-        sys.meta_path.insert(0, _WhenMMPretrainIsImported())
-    else:
-        _register_models(listing.ModelHub)
-
-
-def _register_scheme() -> None:
-    # MMEngine's own table of packages would not do: it gives every part of a config
-    # the scope of its package, where MMEngine looks for LinearClsHead and the like,
-    # and it knows no clones.
+def register_scheme() -> None:
+    """Lets ``_base_ = 'mmorepa::FOLDER/NAME.py'`` name a config of this package."""
     others = Config._get_cfg_path
 
     def _get_cfg_path(cfg_path: str, filename: str) -> tuple[str, Optional[str]]:
@@ -175,25 +149,17 @@ def _register_scheme() -> None:
     Config._get_cfg_path = staticmethod(_get_cfg_path)
 
 
-class _WhenMMPretrainIsImported(MetaPathFinder):
-    """Registers our models then: users of MMDetection need not have MMPretrain."""
+def register_models() -> None:
+    """Lets ``mmpretrain.list_models`` and ``get_model`` know our classifiers.
 
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname != 'mmpretrain.apis.model':
-            return None
-        sys.meta_path.remove(self)
-        spec = PathFinder.find_spec(fullname, path)
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
+    Raises:
+        ImportError: If MMPretrain is missing.
 
-        def exec_module(module: Any) -> None:
-            execute(module)
-            _register_models(module.ModelHub)
+    Examples:
+        >>> mmorepa.register_models()
+        >>> mmpretrain.get_model('resnet50-orepa_4xb64_in1k')
+    """
+    from mmpretrain.apis.model import ModelHub
 
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
-def _register_models(hub: Any) -> None:
-    hub.register_model_index(root() / 'model-index.yml', config_prefix=root())
+    if not ModelHub.has('resnet50-orepa_4xb64_in1k'):  # Twice would be an error there.
+        ModelHub.register_model_index(root() / 'model-index.yml', config_prefix=root())

@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from mmorepa import runs
+from mmorepa.converters import read_checkpoint
 from mmorepa.layers import OREPAConv2d
 
 CLASSES = 4
@@ -173,6 +175,20 @@ def make_runner(work_dir, model=None, kind=Runner, **options):
     )
     arguments.update(options)
     return kind(**arguments)
+
+
+def build_runner(cfg, phases, is_verbose=True):
+    """The steps of tools/train.py, or of tools/test.py for the phase 'test'."""
+    runs.check_data_folders(cfg, phases)
+    runs.name_broken_images()
+    if 'test' in phases and cfg.get('load_from') and not cfg.get('resume'):
+        checkpoint = read_checkpoint(cfg.load_from)
+    else:
+        checkpoint = runs.find_start(cfg)
+    runs.set_up_distributed_cpu(cfg)
+    runner = runs.make_runner(cfg, is_verbose)
+    runs.check_start(runner, checkpoint)
+    return runner
 
 
 def make_test_runner(work_dir, model=None, **options):

@@ -17,6 +17,7 @@ from mmorepa import (
     engine,
     functional,
     layers,
+    runs,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +31,7 @@ RANKS = [
     {'backbones'},
     {'analysis', 'converters', 'hub'},
     {'engine'},
+    {'runs'},
     {'cli', 'deployment'},
     {'__init__'},
     {'__main__'},
@@ -50,6 +52,7 @@ RANKS = [
         engine.optimizers,
         functional,
         layers,
+        runs,
     ],
 )
 def test_exports(module):
@@ -57,17 +60,6 @@ def test_exports(module):
     assert len(set(module.__all__)) == len(module.__all__)
     for name in module.__all__:
         assert getattr(module, name) is not None
-
-
-def test_names_that_moved():
-    """Checkpoints were read and written by the engine once."""
-    for name in (
-        'allow_mmengine_checkpoints',
-        'deploy_checkpoint',
-        'read_checkpoint',
-        'write_checkpoint',
-    ):
-        assert getattr(engine, name) is getattr(converters, name)
 
 
 def imported_rooms(path):
@@ -104,11 +96,15 @@ def test_version():
 def test_import_is_light_and_silent(tmp_path):
     """No toolbox is imported, since one user has mmdet and another mmseg."""
     code = (
-        'import sys, mmorepa; from mmengine.registry import MODELS\n'
+        'import sys, torch, mmengine.runner; finders = [*sys.meta_path]\n'
+        'import mmorepa; from mmengine.registry import MODELS\n'
         'print(sorted({"mmpretrain", "mmdet", "mmseg", "mmpose", "sklearn", '
         '"matplotlib.pyplot", "torchvision", "torch.utils.cpp_extension"} '
         '& set(sys.modules)))\n'
-        'print("OREPAConv2d" in MODELS, "OREPAResNet" in MODELS)'
+        'print("OREPAConv2d" in MODELS, "OREPAResNet" in MODELS)\n'
+        'print(sys.meta_path == finders, "mmorepa.analysis" in sys.modules)\n'
+        'allowed = torch.serialization.get_safe_globals()\n'
+        'print(mmengine.logging.HistoryBuffer in allowed, mmorepa.analysis.__name__)'
     )
     done = subprocess.run(
         [sys.executable, '-c', code],
@@ -118,4 +114,9 @@ def test_import_is_light_and_silent(tmp_path):
         env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ['[]', 'True True']
+    assert done.stdout.splitlines() == [
+        '[]',
+        'True True',
+        'True False',
+        'False mmorepa.analysis',
+    ]

@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 
-from mmorepa.engine.config import build_model  # noqa: F401  (for the tests)
+from mmorepa.runs import build_model  # noqa: F401  (for the tests)
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / 'tools'

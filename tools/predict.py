@@ -47,7 +47,7 @@ from mmengine.logging import MMLogger
 
 from mmorepa.cli import one_line_errors
 from mmorepa.deployment import build_inferencer
-from mmorepa.engine.config import read_config
+from mmorepa.runs import read_config
 from mmorepa.utils.files import atomic_write, check_outputs
 from mmorepa.utils.tables import counted
 

@@ -58,7 +58,17 @@ from mmengine.dist import is_main_process
 from mmengine.evaluator import DumpResults
 
 from mmorepa.cli import load_config, one_line_errors
-from mmorepa.engine.config import add_hook, build_runner, use_tta, use_visualization
+from mmorepa.converters import read_checkpoint
+from mmorepa.runs import (
+    add_hook,
+    check_data_folders,
+    check_start,
+    make_runner,
+    name_broken_images,
+    set_up_distributed_cpu,
+    use_tta,
+    use_visualization,
+)
 from mmorepa.utils.files import atomic_write, check_outputs
 
 
@@ -95,7 +105,13 @@ def prepare(args: argparse.Namespace) -> Config:
 @one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> dict:
     args = parse_args(argv)
-    runner = build_runner(prepare(args), ('test',), args.verbose)
+    cfg = prepare(args)
+    check_data_folders(cfg, ('test',))
+    name_broken_images()
+    checkpoint = read_checkpoint(cfg.load_from)
+    set_up_distributed_cpu(cfg)
+    runner = make_runner(cfg, args.verbose)
+    check_start(runner, checkpoint)
     if args.out and args.out_item != 'metrics':
         runner.test_evaluator.metrics.append(_DumpWhole(out_file_path=args.out))
     metrics = runner.test()

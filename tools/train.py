@@ -48,10 +48,15 @@ from mmengine.dist import is_main_process
 from training_curves import metrics_of, plot, read_run, table_of
 
 from mmorepa.cli import load_config, one_line_errors
-from mmorepa.engine.config import (
+from mmorepa.runs import (
     add_hook,
-    build_runner,
+    check_data_folders,
+    check_start,
+    find_start,
     keep_few_checkpoints,
+    make_runner,
+    name_broken_images,
+    set_up_distributed_cpu,
     use_amp,
 )
 
@@ -94,8 +99,14 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if not args.verbose:
         add_hook(cfg, 'ProgressHook')
     keep_few_checkpoints(cfg)
-    phases = ('train',) if cfg.get('val_cfg') is None else ('train', 'val')
-    runner = build_runner(cfg, phases, args.verbose)
+    check_data_folders(
+        cfg, ('train',) if cfg.get('val_cfg') is None else ('train', 'val')
+    )
+    name_broken_images()
+    checkpoint = find_start(cfg)
+    set_up_distributed_cpu(cfg)
+    runner = make_runner(cfg, args.verbose)
+    check_start(runner, checkpoint)
     runner.train()
     if is_main_process():
         draw_results(Path(runner.work_dir))

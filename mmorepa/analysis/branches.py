@@ -169,9 +169,11 @@ def _layers_of(
 def _sum_of_branches(
     name: str, kernel: BranchKernel, dtype: torch.dtype
 ) -> BranchKernels:
-    found = kernel.branch_sum.branch_kernels(*(t.to(dtype) for t in kernel.tensors()))
-    scales = dict(zip(found, kernel.scale.to(dtype)))
-    kernels = {k: v * scales[k][:, None, None, None] for k, v in found.items()}
+    unscaled = kernel.branch_sum.branch_kernels(
+        *(t.to(dtype) for t in kernel.tensors())
+    )
+    scales = dict(zip(unscaled, kernel.scale.to(dtype)))
+    kernels = {k: v * scales[k][:, None, None, None] for k, v in unscaled.items()}
     return BranchKernels(name, kernels, scales)
 
 

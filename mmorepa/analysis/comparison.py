@@ -25,6 +25,9 @@ class Difference(NamedTuple):
     absolute: float
     relative: float
 
+    def __str__(self) -> str:
+        return f'{self.absolute:.2e} absolute, {self.relative:.2e} relative'
+
 
 @torch.no_grad()
 def raw_outputs(model: nn.Module, data_batch: Any) -> list[Tensor]:
@@ -114,26 +117,19 @@ def _grid_of_boxes(height: int, width: int) -> Tensor:
     return torch.cat(boxes)
 
 
-def largest_difference(expected: list[Tensor], found: list[Tensor]) -> Difference:
-    """The largest difference between two lists of tensors of the same shapes.
-
-    Args:
-        expected (list[Tensor]): For example, of the training form.
-        found (list[Tensor]): For example, of the deployed form.
-
-    Returns:
-        Difference: NaN where an output is not finite.
+def largest_difference(expected: list[Tensor], actual: list[Tensor]) -> Difference:
+    """The largest difference between two lists of tensors; NaN if one is not finite.
 
     Raises:
         ValueError: If there is nothing to compare, or shapes differ.
     """
-    shapes = [[tuple(t.shape) for t in tensors] for tensors in (expected, found)]
+    shapes = [[tuple(t.shape) for t in tensors] for tensors in (expected, actual)]
     if not any(shapes):
         raise ValueError("the model has no outputs to compare for mode='tensor'")
     if shapes[0] != shapes[1]:
         raise ValueError(f'outputs of shapes {shapes[0]} against {shapes[1]}')
     differences = torch.tensor(
-        [_difference(a.double(), b.double()) for a, b in zip(expected, found)]
+        [_difference(a.double(), b.double()) for a, b in zip(expected, actual)]
     )
     # max() of a tensor, unlike Python's, lets a NaN through.
     return Difference(*differences.max(dim=0).values.tolist())
@@ -159,9 +155,11 @@ def watched_convs(model: nn.Module) -> Iterator[dict[str, float]]:
         plain = copy.deepcopy(conv)
         plain.switch_to_deploy()
         # Not plain(): hooks, this one for instance, came along.
-        found = largest_difference([output], [plain.forward(*inputs)]).relative
+        difference = largest_difference([output], [plain.forward(*inputs)]).relative
         known = differences.get(name, 0.0)
-        differences[name] = found if not found <= known else known  # NaN, too.
+        differences[name] = (
+            difference if not difference <= known else known
+        )  # NaN, too.
 
     handles = [
         module.register_forward_hook(functools.partial(compare, name))

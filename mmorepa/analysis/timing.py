@@ -56,14 +56,7 @@ class Clock:
 
 
 def busy_warning(core_share: float) -> str:
-    """What to say of figures that were taken beside other programs.
-
-    Args:
-        core_share (float): See :attr:`Clock.core_share`.
-
-    Returns:
-        str: Two lines, or an empty text if the machine was calm.
-    """
+    """Two lines about figures that were taken beside other programs, or nothing."""
     if core_share >= CALM:
         return ''
     return (
@@ -116,20 +109,14 @@ def in_turn(
 def least_seconds(
     functions: Sequence[Callable[[], object]],
 ) -> tuple[list[float], float]:
-    """The least time of each function over many rounds, in turn.
+    """The least seconds of each function over many rounds, and the share of the cores.
 
     Other programs only lengthen a call, so the least is nearest to a calm machine's.
-
-    Args:
-        functions (Sequence[Callable]): Each takes nothing.
-
-    Returns:
-        tuple[list[float], float]: Seconds of each, and :attr:`Clock.core_share`.
     """
     clock = Clock()
     timed = {str(i): partial(clock.seconds, f) for i, f in enumerate(functions)}
-    found = in_turn(timed, clock, ROUNDS, SECONDS)
-    return [min(times) for times in found.values()], clock.core_share
+    seconds = in_turn(timed, clock, ROUNDS, SECONDS)
+    return [min(times) for times in seconds.values()], clock.core_share
 
 
 def say(text: str) -> None:

@@ -3,16 +3,14 @@
 from collections.abc import Sequence
 from typing import Optional, Union
 
-import torch
 import torch.utils.checkpoint as cp
 from mmcv.cnn import build_activation_layer
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..layers import RepVGGConv2d, build_conv
-from ..utils.errors import CheckpointError
-from .staged_backbone import StagedBackbone, scaled_channels, state_shapes
+from ..layers import build_conv
+from .staged_backbone import StagedBackbone, scaled_channels
 
 
 class SqueezeExcitation(nn.Module):
@@ -43,17 +41,10 @@ class RepVGGBlock(BaseModule):
         in_channels (int): I.
         out_channels (int): O.
         block (str): Block type of the conv.
-        stride (int): Defaults to 1.
-        dilation (int): Defaults to 1.
-        groups (int): Defaults to 1.
-        use_se (bool): Whether to add squeeze-excitation; it stays when deployed.
-            Defaults to False.
-        block_cfg (dict, optional): Further arguments of the conv. Defaults to None.
-        norm_cfg (dict, optional): Normalisation of the branches.
-        act_cfg (dict, optional): Activation.
-        with_cp (bool): Recomputes activations in the backward pass.
-            Defaults to False.
-        deploy (bool): Builds the deployed form. Defaults to False.
+        use_se (bool): Add squeeze-excitation, which stays when deployed. Defaults to
+            False.
+
+    All others are those of :class:`OREPARepVGG`, for one block.
     """
 
     def __init__(
@@ -120,29 +111,6 @@ def _architectures() -> dict[str, dict]:
     return table
 
 
-def _plain_keys() -> tuple[tuple[str, str], ...]:
-    """mmpretrain's, in training form and deployed."""
-    norm = r'\.(?:norm|bn)\.(\w+)'
-    entries = (
-        (r'branch_3x3\.conv\.weight', r'conv.branches.origin.weight'),
-        (rf'branch_3x3{norm}', r'conv.branches.origin.norm.{0}'),
-        (r'branch_1x1\.conv\.weight', r'conv.branches.pointwise.weight'),
-        (rf'branch_1x1{norm}', r'conv.branches.pointwise.norm.{0}'),
-        (r'branch_norm\.(\w+)', r'conv.branches.identity.norm.{0}'),
-        (r'branch_reparam\.(\w+)', r'conv.{0}'),
-        (r'se_layer\.conv1\.conv\.(\w+)', r'se.down.{0}'),
-        (r'se_layer\.conv2\.conv\.(\w+)', r'se.up.{0}'),
-    )
-    return tuple(
-        (rf'{there}\.{theirs}', f'{here}.{ours}'.format(last))
-        for there, here, last in (
-            ('stem', 'stem', r'\1'),
-            (r'stage_?(\d)\.(\d+)', r'layer\1.\2', r'\3'),
-        )
-        for theirs, ours in entries
-    )
-
-
 @MODELS.register_module()
 class OREPARepVGG(StagedBackbone):
     """RepVGG with OREPA, plain, or any other kind of 3×3 branches.
@@ -182,8 +150,6 @@ class OREPARepVGG(StagedBackbone):
     ARCHITECTURES = _architectures()
     # Within this network, 'orepa' means a RepVGG block of which one branch is OREPA.
     BLOCK_NAMES = {'orepa': 'orepa_repvgg'}
-    PLAIN_KEYS = _plain_keys()
-    PLAIN_KERNEL = r'(.+\.conv)(?:\.branches\.origin)?\.weight'
 
     def __init__(
         self,
@@ -216,8 +182,7 @@ class OREPARepVGG(StagedBackbone):
         arch = self._architecture(arch, num_stages)
         self.arch = arch
         options = dict(
-            # A list, say, has no hash; it is refused where the convs are built.
-            block=self.BLOCK_NAMES.get(str(block), block),
+            block=self.BLOCK_NAMES.get(block, block),
             block_cfg=block_cfg,
             norm_cfg=norm_cfg or dict(type='BN', requires_grad=True),
             act_cfg=act_cfg or dict(type='ReLU', inplace=True),
@@ -251,33 +216,6 @@ class OREPARepVGG(StagedBackbone):
             self.add_stage(*blocks)
         self.feat_dim = channels
         self.freeze_stages()
-
-    def _translate_plain(self, state_dict: dict[str, Tensor], prefix: str) -> None:
-        if isinstance(self.stem.conv, RepVGGConv2d) or not any(
-            key.startswith(f'{prefix}stem.branch_') for key in state_dict
-        ):
-            super()._translate_plain(state_dict, prefix)
-            return
-        raise CheckpointError(
-            'the checkpoint is that of a RepVGG, whose branches are those of '
-            f"block='repvgg' and 'orepa', found {type(self.stem.conv).__name__}"
-        )
-
-    def _plain_shapes(
-        self, module: nn.Module, is_folded: bool
-    ) -> dict[str, tuple[int, ...]]:
-        if isinstance(module, SqueezeExcitation):
-            return state_shapes(module)
-        if is_folded or not isinstance(module, RepVGGConv2d):
-            return super()._plain_shapes(module, is_folded)
-        with torch.device('meta'):  # A deployed conv has no branches any more.
-            branches = module.build_branches()
-        shapes = {}
-        for name, branch in branches.items():
-            entries = super()._plain_shapes(branch, is_folded)
-            entries |= state_shapes(branch.norm, 'norm.')
-            shapes |= {f'branches.{name}.{k}': shape for k, shape in entries.items()}
-        return shapes
 
     @classmethod
     def _architecture(cls, arch: Union[str, dict], num_stages: int) -> dict:

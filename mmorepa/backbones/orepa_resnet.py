@@ -1,6 +1,5 @@
 """ResNets whose convs are re-parameterised."""
 
-import re
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from typing import NamedTuple, Optional, Union
@@ -33,17 +32,7 @@ class _Conv(NamedTuple):
 def _build_convs(
     in_channels: int, *convs: _Conv, act_cfg: dict, **options
 ) -> dict[str, ReparamConv2d]:
-    """Builds ``conv1``, ``conv2``, …, each for the outputs of the one before.
-
-    Args:
-        in_channels (int): Channels of the first one's input.
-        *convs (_Conv): The convs.
-        act_cfg (dict): Activation of those that have one.
-        **options: See :func:`mmorepa.layers.build_conv`.
-
-    Returns:
-        dict[str, ReparamConv2d]: By name, in order.
-    """
+    """Builds ``conv1``, ``conv2``, …, each for the outputs of the one before."""
     built = {}
     for i, conv in enumerate(convs, 1):
         built[f'conv{i}'] = build_conv(
@@ -69,25 +58,10 @@ class _ResidualBlock(BaseModule):
         in_channels (int): Channels of the input.
         out_channels (int): Channels of the output, ``expansion`` times the width of
             the branch.
-        stride (int): Defaults to 1.
-        dilation (int): Defaults to 1.
-        groups (int): Groups of the 3×3 conv of a bottleneck. Defaults to 1.
-        width_per_group (int): Width of a group for 64 channels. Defaults to 64.
-        style (str): Where a bottleneck has its stride, see :class:`OREPAResNet`.
-            Defaults to ``'pytorch'``.
-        avg_down (bool): See :class:`OREPAResNet`. Defaults to False.
         plugins (Sequence[dict]): Those of this block, with ``cfg`` and ``position``.
-            Defaults to none.
-        drop_path_rate (float): Probability that a sample goes without the branch in
-            training. Defaults to 0.
-        block (str): Block type of the convs. Defaults to ``'orepa'``.
-        block_cfg (dict, optional): Their further arguments. Defaults to None.
-        norm_cfg (dict, optional): Normalisation of every conv. Defaults to None,
-            BatchNorm.
-        act_cfg (dict, optional): Activation. Defaults to None, ReLU.
-        with_cp (bool): Recomputes activations in the backward pass.
-            Defaults to False.
-        deploy (bool): Builds the deployed form. Defaults to False.
+        drop_path_rate (float): Probability that a sample goes without the branch.
+
+    All others are those of :class:`OREPAResNet`, for one block.
 
     Raises:
         ValueError: If an argument has no meaning for this block.
@@ -173,15 +147,7 @@ class _ResidualBlock(BaseModule):
         self.act = build_activation_layer(act_cfg or _ACT_CFG)
 
     def describe(self, channels: int, width_per_group: int) -> list[_Conv]:
-        """The convs of the branch.
-
-        Args:
-            channels (int): Width of the branch without groups.
-            width_per_group (int): See above.
-
-        Raises:
-            ValueError: If this block has no such groups.
-        """
+        """The convs of a branch of this width (that without groups)."""
         raise NotImplementedError
 
     @property
@@ -354,25 +320,6 @@ class OREPAResNet(StagedBackbone):
         101: (Bottleneck, (3, 4, 23, 3)),
         152: (Bottleneck, (3, 8, 36, 3)),
     }
-    # torchvision, timm and OpenMMLab.
-    PLAIN_KEYS = (
-        (r'conv1\.weight', r'stem.weight'),
-        (r'bn1\.(\w+)', r'stem.norm.\1'),
-        *(
-            (
-                pattern.format(conv=3 * i, norm=3 * i + 1, number=i),
-                f'stem.conv{i + 1}.{ours}',
-            )
-            for i in range(3)
-            for pattern, ours in (
-                (r'(?:stem|conv1)\.{conv}\.weight', 'weight'),
-                (r'(?:stem|conv1)\.{norm}\.(\w+)', r'norm.\1'),
-                (r'stem\.{number}\.conv\.weight', 'weight'),
-                (r'stem\.{number}\.bn\.(\w+)', r'norm.\1'),
-            )
-        ),
-        (r'(layer\d\.\d+)\.bn(\d)\.(\w+)', r'\1.conv\2.norm.\3'),
-    )
 
     def __init__(
         self,
@@ -416,7 +363,12 @@ class OREPAResNet(StagedBackbone):
             norm_eval,
             init_cfg,
         )
-        residual_block, depths = self._architecture(depth)
+        if depth not in self.ARCHITECTURES:
+            raise ValueError(
+                f'unknown depth {depth!r} of OREPAResNet; choose one of '
+                f'{", ".join(map(str, self.ARCHITECTURES))}'
+            )
+        residual_block, depths = self.ARCHITECTURES[depth]
         if not 0 <= drop_path_rate < 1:
             raise ValueError(
                 f'drop_path_rate is a probability below 1, found {drop_path_rate}'
@@ -504,44 +456,6 @@ class OREPAResNet(StagedBackbone):
                         nn.init.zeros_(norm.weight)
         super().init_weights()
 
-    def plain_name(self, name: str, names: Collection[str]) -> Optional[str]:
-        # timm's, with three convs in the place of one.
-        if name.startswith('bn1.') and 'conv1.0.weight' in names:
-            return f'stem.conv3.norm.{name[4:]}'
-        match = re.fullmatch(r'(layer\d\.\d+\.downsample)\.([012])\.(\w+)', name)
-        if not match:
-            return super().plain_name(name, names)
-        shortcut, number, entry = match.groups()
-        # Behind a pooling, or timm's nn.Identity in its place, the conv is the second.
-        has_first = f'{shortcut}.2.weight' in names
-        is_kernel = int(number) == has_first
-        own = dict(self.named_modules()).get(shortcut)
-        if has_first and getattr(own, 'stride', None) != (1, 1):
-            shortcut += '.conv'
-        return f'{shortcut}.{entry}' if is_kernel else f'{shortcut}.norm.{entry}'
-
-    def _plain_shapes(
-        self, module: nn.Module, is_folded: bool
-    ) -> dict[str, tuple[int, ...]]:
-        plugins = [
-            getattr(block, name)
-            for stage in self.stages
-            for block in stage
-            for name in block.plugin_names
-        ]
-        if any(module in plugin.modules() for plugin in plugins):
-            return {}
-        return super()._plain_shapes(module, is_folded)
-
-    @classmethod
-    def _architecture(cls, depth: int) -> tuple[type[_ResidualBlock], tuple[int, ...]]:
-        if depth not in tuple(cls.ARCHITECTURES):  # A list, say, has no hash.
-            raise ValueError(
-                f'unknown depth {depth!r} of OREPAResNet; choose one of '
-                f'{", ".join(map(str, cls.ARCHITECTURES))}'
-            )
-        return cls.ARCHITECTURES[depth]
-
 
 def _rising(last: float, number: int) -> list[float]:
     """Evenly spaced values from 0 to the last."""
@@ -552,7 +466,7 @@ def _plugins_of_stage(
     plugins: Sequence[dict], stage: int, num_stages: int
 ) -> list[dict]:
     """The plugins of one stage, each with its ``cfg`` and ``position``."""
-    found = []
+    chosen = []
     for plugin in plugins:
         if not {'cfg', 'position'} <= plugin.keys() <= {'cfg', 'position', 'stages'}:
             raise ValueError(
@@ -567,8 +481,8 @@ def _plugins_of_stage(
                 f'found {stages}'
             )
         if stages[stage]:
-            found.append(plugin)
-    return found
+            chosen.append(plugin)
+    return chosen
 
 
 def _block_dilations(

@@ -7,8 +7,8 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.device import is_cuda_available
 
-from ..engine.config import merge_options, read_config
 from ..hub import find_config
+from ..runs import merge_options, read_config
 from ..utils.errors import OutputError
 from ..utils.files import check_outputs
 
@@ -20,14 +20,10 @@ def load_config(args: argparse.Namespace) -> Config:
 
     Args:
         args (argparse.Namespace): With ``config`` and the flags of
-            :func:`.add_common_arguments`.
-
-    Returns:
-        Config: ``--cfg-options`` come last and so win.
+            :func:`.add_common_arguments`. ``--cfg-options`` come last and so win.
 
     Raises:
-        OutputError: If the runner would write its copy of the config in the place of
-            the config.
+        OutputError: If the runner's copy of the config would overwrite the config.
         Exception: As :func:`read_config`.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))

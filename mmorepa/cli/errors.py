@@ -20,9 +20,8 @@ _USER_ERRORS = (KeyError, OSError, ValueError, CheckpointError, DataError)
 def one_line_errors() -> Iterator[None]:
     """Ends the program with one line for errors that the user can fix.
 
-    These are all that come before the first batch, from arguments, configs and files;
-    in the midst of a loop, those of checkpoints, images and outputs. Set
-    ``MMOREPA_TRACEBACK=1`` to see where they come from.
+    Before the first batch, these are all errors; in a loop, those of checkpoints,
+    images and outputs. ``MMOREPA_TRACEBACK=1`` shows where they come from.
 
     Examples:
         >>> @one_line_errors()

@@ -9,7 +9,12 @@ from .checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from .plain import classifier_entries, plain_twin, start_from_plain, twin_entries
+from .plain_classifiers import (
+    classifier_entries,
+    entries_of_twin,
+    plain_twin,
+    start_from_plain,
+)
 from .published import from_published
 
 __all__ = [
@@ -18,6 +23,7 @@ __all__ = [
     'backbone_of',
     'classifier_entries',
     'deploy_checkpoint',
+    'entries_of_twin',
     'from_published',
     'identify',
     'load_strictly',
@@ -25,6 +31,5 @@ __all__ = [
     'plain_twin',
     'read_checkpoint',
     'start_from_plain',
-    'twin_entries',
     'write_checkpoint',
 ]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..layers import ReparamConv2d, is_switchable, switch_to_deploy
 from ..utils.errors import CheckpointError, describe_misfit
 from ..utils.files import PathLike, atomic_write
-from ..utils.weights import flaw
+from ..utils.weights import describe_damage
 from ..version import __version__
 
 _HISTORY_STATISTICS = ('mean', 'max', 'min', 'current')
@@ -55,15 +55,13 @@ def _history_globals() -> list:
 def allow_mmengine_checkpoints() -> None:
     """Lets ``torch.load(weights_only=True)`` read what MMEngine's runner saves.
 
-    A runner's checkpoint holds the history of the logged values: MMEngine's
-    ``HistoryBuffer`` with numpy arrays, and four of its methods, which pickle
-    writes as calls of ``getattr``. PyTorch refuses all of them since 2.6, and so
-    MMEngine 0.10.7 can neither resume from nor test its own checkpoints. This
-    allows these classes and, in the place of ``getattr``, a function that serves
-    only the four methods; everything else stays refused.
+    That is the history of the logged values: MMEngine's ``HistoryBuffer`` with numpy
+    arrays, and four of its methods, which pickle writes as calls of ``getattr``.
+    PyTorch refuses all of them since 2.6. This allows these classes and, for
+    ``getattr``, a function that serves only the four methods.
 
-    It is for the whole process, for what MMEngine fetches from elsewhere; local files
-    are read by :func:`load_from_local`, which does not need it.
+    It holds for the whole process. :func:`read_checkpoint`, and local files that
+    MMEngine loads, do not need it.
     """
     torch.serialization.add_safe_globals(_history_globals())
 
@@ -190,7 +188,7 @@ def _problem(checkpoint: Any, size: int) -> str:
             return _NO_STATE
         if value.numel() * value.element_size() > size:
             return f'{key!r}, of shape {tuple(value.shape)}, is larger than the file'
-        words = flaw(key, value)
+        words = describe_damage(key, value)
         if words:
             return f'{key!r} {words}'
     return ''
@@ -269,18 +267,14 @@ def _to_json(value: Any) -> Any:
 def load_training_form(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """Loads a training checkpoint strictly into the training form.
 
-    Args:
-        model (nn.Module): In training form.
-        state_dict (dict[str, Tensor]): Loaded strictly.
-
     Raises:
         CheckpointError: If the model has nothing to switch, the checkpoint is deployed
             already, or keys or shapes do not fit, which are named.
     """
     if not is_switchable(model):
         raise CheckpointError(
-            'the model has no re-parameterised conv in training form: is deploy=True '
-            'in its config, or does it use none of the types of mmorepa?'
+            'the model has no re-parameterised conv in training form: does its config '
+            'have deploy=True, or no type of mmorepa?'
         )
     for name, module in model.named_modules():
         prefix = f'{name}.' if name else ''
@@ -297,23 +291,17 @@ def load_training_form(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
 
 
 def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
-    """Loads a checkpoint strictly, with a short error where it does not fit.
-
-    A deployed model folds a training form, as whenever it is loaded.
-
-    Args:
-        model (nn.Module): Not wrapped.
-        state_dict (dict[str, Tensor]): With every key of the model and no other.
+    """Loads a checkpoint strictly; a deployed model folds a training form.
 
     Raises:
         CheckpointError: If keys, which are named, are missing, not known or of
             another shape, or the checkpoint is a deployed form and the model is not.
     """
-    own = model.state_dict()
+    state = model.state_dict()
     misshapen = {
         key: tuple(value.shape)
         for key, value in state_dict.items()
-        if key in own and own[key].shape != value.shape
+        if key in state and state[key].shape != value.shape
     }
     # Left out, since PyTorch would stop at them, in words that name every one.
     rest = {k: value for k, value in state_dict.items() if k not in misshapen}
@@ -327,7 +315,7 @@ def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
             f'the checkpoint does not fit the config: {first.strip()}'
             + (f', and {len(more)} more' if more else '')
         ) from error
-    expected = {key: tuple(own[key].shape) for key in misshapen}
+    expected = {key: tuple(state[key].shape) for key in misshapen}
     problems = describe_misfit(
         {**dict.fromkeys(loaded.missing_keys, ()), **expected},
         {**dict.fromkeys(loaded.unexpected_keys, ()), **misshapen},

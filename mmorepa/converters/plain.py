@@ -1,236 +1,234 @@
-"""Plain classifiers of torchvision, timm and mmpretrain."""
+"""Checkpoints of plain networks, under the names that our networks have for them.
 
-import copy
+They are those of torchvision, timm and OpenMMLab. A backbone calls
+:func:`translate_plain` whenever it loads a state dict.
+"""
+
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection
 from typing import Optional
 
-from mmengine.config import ConfigDict
+import torch
+from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 
-from ..backbones import OREPARepVGG, OREPAResNet
-from ..backbones.staged_backbone import StagedBackbone
-from ..layers import ReparamConv2d, outermost
+from ..backbones import OREPARepVGG, OREPAResNet, StagedBackbone
+from ..backbones.checks import state_shapes
+from ..backbones.orepa_repvgg import SqueezeExcitation
+from ..layers import ReparamConv2d, RepVGGConv2d
 from ..utils.errors import CheckpointError, describe_misfit
 
-_HEAD = ('head.fc.weight', 'head.fc.bias')
+Shapes = dict[str, tuple[int, ...]]
+
+# Patterns of their names, and the names here.
+_RESNET = (
+    (r'conv1\.weight', r'stem.weight'),
+    (r'bn1\.(\w+)', r'stem.norm.\1'),
+    *(
+        (
+            pattern.format(conv=3 * i, norm=3 * i + 1, number=i),
+            f'stem.conv{i + 1}.{ours}',
+        )
+        for i in range(3)
+        for pattern, ours in (
+            (r'(?:stem|conv1)\.{conv}\.weight', 'weight'),
+            (r'(?:stem|conv1)\.{norm}\.(\w+)', r'norm.\1'),
+            (r'stem\.{number}\.conv\.weight', 'weight'),
+            (r'stem\.{number}\.bn\.(\w+)', r'norm.\1'),
+        )
+    ),
+    (r'(layer\d\.\d+)\.bn(\d)\.(\w+)', r'\1.conv\2.norm.\3'),
+)
+_NORM = r'\.(?:norm|bn)\.(\w+)'
+# mmpretrain's, in training form and deployed.
+_REPVGG = tuple(
+    (rf'{there}\.{theirs}', f'{here}.{ours}'.format(last))
+    for there, here, last in (
+        ('stem', 'stem', r'\1'),
+        (r'stage_?(\d)\.(\d+)', r'layer\1.\2', r'\3'),
+    )
+    for theirs, ours in (
+        (r'branch_3x3\.conv\.weight', r'conv.branches.origin.weight'),
+        (rf'branch_3x3{_NORM}', r'conv.branches.origin.norm.{0}'),
+        (r'branch_1x1\.conv\.weight', r'conv.branches.pointwise.weight'),
+        (rf'branch_1x1{_NORM}', r'conv.branches.pointwise.norm.{0}'),
+        (r'branch_norm\.(\w+)', r'conv.branches.identity.norm.{0}'),
+        (r'branch_reparam\.(\w+)', r'conv.{0}'),
+        (r'se_layer\.conv1\.conv\.(\w+)', r'se.down.{0}'),
+        (r'se_layer\.conv2\.conv\.(\w+)', r'se.up.{0}'),
+    )
+)
 
 
-def classifier_entries(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gives the entries of a classifier the names that they have in mmpretrain.
+def plain_names(backbone: nn.Module, names: Collection[str]) -> dict[str, str]:
+    """Our names of the entries of a plain network's checkpoint.
 
     Args:
-        state_dict (Mapping[str, Tensor]): That of a classifier of torchvision, timm or
-            mmpretrain, with or without ``module.`` and ``backbone.`` before its keys.
+        backbone (nn.Module): Ours.
+        names (Collection[str]): The names of all entries there.
 
     Returns:
-        dict[str, Tensor]: ``backbone.*`` and ``head.fc.*``.
+        dict[str, str]: By theirs. Entries with the same name, or none, are left out.
     """
-    entries = {}
-    for key, value in state_dict.items():
-        name = key.removeprefix('module.').removeprefix('backbone.')
-        if re.fullmatch(r'fc\.\w+', name):
-            name = f'head.{name}'
-        elif not name.startswith(('head.', 'neck.')):
-            name = f'backbone.{name}'
-        entries[name] = value
-    return entries
+    if isinstance(backbone, OREPAResNet):
+        ours = {name: _resnet_name(backbone, name, names) for name in names}
+    elif isinstance(backbone, OREPARepVGG):
+        ours = {name: _by_pattern(_REPVGG, name) for name in names}
+    else:
+        ours = {}
+    return {theirs: name for theirs, name in ours.items() if name is not None}
 
 
-def start_from_plain(
-    model: nn.Module, state_dict: Mapping[str, Tensor], start: Optional[str] = None
-) -> int:
-    """Makes a classifier compute what a plain one computes.
+def _by_pattern(table: tuple[tuple[str, str], ...], name: str) -> Optional[str]:
+    for pattern, ours in table:
+        match = re.fullmatch(pattern, name)
+        if match:
+            return match.expand(ours)
+    return None
+
+
+def _resnet_name(
+    backbone: OREPAResNet, name: str, names: Collection[str]
+) -> Optional[str]:
+    # timm's, with three convs in the place of one.
+    if name.startswith('bn1.') and 'conv1.0.weight' in names:
+        return f'stem.conv3.norm.{name[4:]}'
+    match = re.fullmatch(r'(layer\d\.\d+\.downsample)\.([012])\.(\w+)', name)
+    if not match:
+        return _by_pattern(_RESNET, name)
+    shortcut, number, entry = match.groups()
+    # Behind a pooling, or timm's nn.Identity in its place, the conv is the second.
+    has_first = f'{shortcut}.2.weight' in names
+    is_kernel = int(number) == has_first
+    module = dict(backbone.named_modules()).get(shortcut)
+    if has_first and getattr(module, 'stride', None) != (1, 1):
+        shortcut += '.conv'
+    return f'{shortcut}.{entry}' if is_kernel else f'{shortcut}.norm.{entry}'
+
+
+def translate_plain(
+    backbone: StagedBackbone, state_dict: dict[str, Tensor], prefix: str, *args: object
+) -> None:
+    """A load hook: gives the entries of a plain network the names that they have here.
 
     Args:
-        model (nn.Module): A classifier of mmpretrain with a backbone of ours and a
-            linear head, in training form or deployed.
-        state_dict (Mapping[str, Tensor]): See :func:`classifier_entries`.
-        start (str, optional): How plain kernels are split into branches, see
-            :meth:`mmorepa.layers.ReparamConv2d.start_from`. Defaults to None, what the
-            config of the backbone says.
-
-    Returns:
-        int: How many convs took a plain kernel.
+        backbone (StagedBackbone): What is about to load them.
+        state_dict (dict[str, Tensor]): Of the whole model; changed in place.
+        prefix (str): What the keys of the backbone start with.
+        *args (object): The others of PyTorch's load hooks.
 
     Raises:
-        CheckpointError: If it is no plain classifier's, or another one's; the keys, or
-            the numbers of classes, are named.
-        ValueError: If the model is another kind of model.
+        CheckpointError: If the network is another one; nothing is loaded then.
     """
-    backbone = getattr(model, 'backbone', None)
-    if not isinstance(backbone, StagedBackbone):
-        raise ValueError(
-            'the config needs an OREPAResNet or OREPARepVGG as its backbone, found '
-            f'{type(backbone).__name__}; backbones that take a conv_cfg load plain '
-            'checkpoints as they are (load_from, init_cfg)'
-        )
-    if not isinstance(getattr(getattr(model, 'head', None), 'fc', None), nn.Linear):
-        raise ValueError(
-            'the config needs a classifier with a linear head (LinearClsHead); other '
-            'models start their backbone by '
-            "init_cfg=dict(type='Pretrained', checkpoint=...)"
-        )
-    entries = classifier_entries(state_dict)
-    if any('.branches.' in key for key in entries):
-        raise CheckpointError(
-            'the checkpoint is a training form already: use it as it is (load_from)'
-        )
-    if any(key.endswith(('.stem.bias', '.branch_reparam.bias')) for key in entries):
-        raise CheckpointError(
-            'the checkpoint is deployed already: it loads as it is into a config with '
-            'deploy=True, and no training form starts from it'
-        )
-    _check_head(model, entries)
-    convs = list(outermost(model))
-    for module in model.modules():
-        if isinstance(module, ReparamConv2d) and start is not None:
-            module.start = start
-    # Not load_strictly(): the backbone has words of its own for another network.
-    loaded = model.load_state_dict(entries, strict=False)
-    keys = loaded.missing_keys, loaded.unexpected_keys
-    problems = describe_misfit(*(dict.fromkeys(names, ()) for names in keys))
-    if problems:
-        raise CheckpointError(f'the checkpoint does not fit the config: {problems}')
-    return len(convs)
-
-
-def _check_head(model: nn.Module, entries: Mapping[str, Tensor]) -> None:
-    instead = (
-        "start the backbone alone, by init_cfg=dict(type='Pretrained', "
-        'checkpoint=...), and train a new head'
-    )
-    missing = [key for key in _HEAD if key not in entries]
-    if missing:
-        raise CheckpointError(
-            f'the checkpoint has no classifier ({", ".join(missing)}, or fc.*, '
-            f'missing): {instead}'
-        )
-    found, own = entries[_HEAD[0]].shape, model.head.fc.weight.shape
-    # Of other features, it is another network's: the backbone has the words for that.
-    if found[1:] == own[1:] and found != own:
-        raise CheckpointError(
-            f'the classifier is for {found[0]} classes, and that of the config for '
-            f'{own[0]}: set model.head.num_classes={found[0]}, or {instead}'
-        )
-
-
-def twin_entries(
-    twin: nn.Module, backbone: StagedBackbone, state_dict: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Gives the entries of a classifier the names that they have in its plain twin.
-
-    torchvision, timm and mmpretrain have several names for one tensor; they meet in the
-    one that it has here.
-
-    Args:
-        twin (nn.Module): Built of :func:`plain_twin`.
-        backbone (StagedBackbone): That of the classifier.
-        state_dict (Mapping[str, Tensor]): See :func:`classifier_entries`.
-
-    Returns:
-        dict[str, Tensor]: Those that the twin does not have keep their names.
-    """
-
-    def by_our_names(keys: Iterable[str]) -> dict[str, str]:
-        names = [k[len(start) :] for k in keys if k.startswith(start)]
-        return {backbone.plain_name(n, names) or n: start + n for n in names}
-
     start = 'backbone.'
-    entries = classifier_entries(state_dict)
-    theirs = by_our_names(twin.state_dict())
-    names = {key: theirs.get(name) for name, key in by_our_names(entries).items()}
-    return {names.get(key) or key: value for key, value in entries.items()}
+    if not prefix and any(key.startswith(start) for key in state_dict):
+        for key in list(state_dict):  # A whole model's.
+            value = state_dict.pop(key)
+            if key.startswith(start):
+                state_dict[key.removeprefix(start)] = value
+    names = [k.removeprefix(prefix) for k in state_dict if k.startswith(prefix)]
+    renamed = plain_names(backbone, names)
+    if not renamed:
+        return
+    if isinstance(backbone, OREPARepVGG):
+        conv = backbone.stem.conv
+        if not isinstance(conv, RepVGGConv2d) and any(
+            name.startswith('stem.branch_') for name in names
+        ):
+            raise CheckpointError(
+                'the checkpoint is that of a RepVGG, whose branches are those of '
+                f"block='repvgg' and 'orepa', found {type(conv).__name__}"
+            )
+    for name, ours in renamed.items():
+        state_dict[prefix + ours] = state_dict.pop(prefix + name)
+    shapes = {
+        key.removeprefix(prefix): tuple(value.shape)
+        for key, value in state_dict.items()
+        if key.startswith(prefix)
+    }
+    _check_is_same(backbone, shapes)
 
 
-def plain_twin(model: Mapping) -> dict:
-    """The config of a classifier with mmpretrain's own network as the backbone.
+StagedBackbone.load_hooks.append(translate_plain)
 
-    It shares no code with ours.
 
-    Args:
-        model (Mapping): The config of a classifier with a backbone of ours.
-
-    Returns:
-        dict: Another config.
-
-    Raises:
-        ValueError: If mmpretrain has no such network.
-    """
-    model = copy.deepcopy(ConfigDict(model))
-    kind, backbone = model.backbone.type, dict(model.backbone)
-    unknown = {name for name in backbone if name not in _SHARED and backbone[name]}
-    translate = _resnet if kind == OREPAResNet.__name__ else _repvgg
-    twin, translated = translate(backbone)
-    unknown -= {*_WITHOUT_EFFECT, *translated}
-    if unknown:
-        raise ValueError(
-            f'mmpretrain has no plain network with {", ".join(sorted(unknown))} '
-            '(backbone of the config), to verify the outputs against'
+def _check_is_same(backbone: StagedBackbone, shapes: Shapes) -> None:
+    """Raises unless the plain network of these entries is exactly this one."""
+    is_folded = not any(name.endswith('.running_var') for name in shapes)
+    expected = _expected_shapes(backbone, is_folded)
+    ours, parts = backbone.state_dict(), dict(backbone.named_children())
+    for name, shape in list(shapes.items()):
+        part = name.split('.')[0]
+        is_other = part not in parts and len(shape) < 4  # Such as a classifier.
+        is_unbuilt = re.fullmatch(r'layer\d', part) and part not in parts
+        is_extra = name in ours and name not in expected
+        is_count = name.endswith('.num_batches_tracked')
+        if is_other or is_unbuilt or is_extra or is_count:
+            del shapes[name]
+    # Where kernels differ, their names say it all.
+    is_repvgg = isinstance(backbone, OREPARepVGG)
+    problems = describe_misfit(
+        _kernels(expected, is_repvgg), _kernels(shapes, is_repvgg), 3
+    )
+    what = 'Convs' if problems else 'Entries'
+    problems = problems or describe_misfit(expected, shapes, 3)
+    if problems:
+        raise CheckpointError(
+            'the checkpoint is that of a plain network, and another one than this '
+            f'{type(backbone).__name__}. {what} {problems}'
         )
-    twin.update((name, backbone[name]) for name in _SHARED if name in backbone)
-    stages = backbone.get('num_stages', 4)
-    twin.setdefault('out_indices', tuple(range(stages)))
-    for name in ('strides', 'dilations'):
-        if name in twin:
-            twin[name] = twin[name][:stages]
-    model.backbone = twin
-    return model
 
 
-_SHARED = (
-    *('depth', 'in_channels', 'strides', 'dilations', 'out_indices', 'norm_cfg'),
-    *('style', 'deep_stem', 'avg_down'),
-)
-# On the outputs in eval mode.
-_WITHOUT_EFFECT = (
-    *('type', 'block', 'block_cfg', 'stem_block', 'stem_block_cfg', 'deploy'),
-    *('init_cfg', 'frozen_stages'),
-    *('norm_eval', 'with_cp', 'zero_init_residual', 'drop_path_rate'),
-)
-
-
-def _resnet(backbone: Mapping) -> tuple[dict, tuple[str, ...]]:
-    """Type and widths in mmpretrain, and the names of the arguments they are from."""
-    mult, base = backbone.get('width_mult', 1), backbone.get('base_channels', 64)
-    stem = int((backbone.get('stem_channels') or base) * mult)
-    base = int(base * mult)
-    groups = backbone.get('groups', 1)
-    width = base * backbone.get('width_per_group', 64) // 64
-    twin = dict(
-        type='mmpretrain.ResNet',
-        num_stages=backbone.get('num_stages', 4),
-        stem_channels=stem,
-        base_channels=base,
+def _kernels(shapes: Shapes, is_repvgg: bool) -> Shapes:
+    pattern = (
+        r'(.+\.conv)(?:\.branches\.origin)?\.weight' if is_repvgg else r'(.+)\.weight'
     )
-    if groups > 1:
-        twin.update(type='mmpretrain.ResNeXt', groups=groups, width_per_group=width)
-    elif width != base:  # Wide networks: the same outputs of a broader bottleneck.
-        twin.update(base_channels=width, expansion=4 * base // width)
-    names = ('num_stages', 'stem_channels', 'base_channels', 'width_mult')
-    names += ('groups', 'width_per_group')
-    if (backbone.get('act_cfg') or {}).get('type', 'ReLU') == 'ReLU':
-        names += ('act_cfg',)
-    return twin, names
+    matches = ((re.fullmatch(pattern, name), shape) for name, shape in shapes.items())
+    return {match[1]: shape for match, shape in matches if match and len(shape) > 3}
 
 
-def _repvgg(backbone: Mapping) -> tuple[dict, tuple[str, ...]]:
-    arch = backbone['arch']
-    arch = OREPARepVGG.ARCHITECTURES[arch] if isinstance(arch, str) else arch
-    base, groups = backbone.get('base_channels', 64), arch.get('groups', 1)
-    stages = backbone.get('num_stages', 4)
-    every_second = range(2, sum(arch['num_blocks'][:stages]) + 1, 2)
-    twin = dict(
-        type='mmpretrain.RepVGG',
-        arch=dict(
-            num_blocks=arch['num_blocks'][:stages],
-            width_factor=arch['widths'][:stages],
-            stem_channels=base,
-            group_layer_map=dict.fromkeys(every_second, groups),
-            se_cfg=dict(ratio=16, divisor=1) if arch.get('use_se') else None,
-        ),
-        base_channels=base,
-    )
-    if backbone.get('act_cfg'):
-        twin['act_cfg'] = backbone['act_cfg']
-    return twin, ('num_stages', 'arch', 'base_channels', 'act_cfg')
+def _expected_shapes(backbone: StagedBackbone, is_folded: bool) -> Shapes:
+    """The entries of the plain network; with ``is_folded``, without BatchNorms."""
+    plugins = {
+        part
+        for stage in backbone.stages
+        for block in stage
+        for name in getattr(block, 'plugin_names', ())
+        for part in getattr(block, name).modules()
+    }
+    shapes: Shapes = {}
+    for name, module in backbone.named_modules():
+        if '.branches' in name or module in plugins:
+            continue
+        if isinstance(module, SqueezeExcitation):
+            shapes |= state_shapes(module, f'{name}.')
+        elif not isinstance(module, ReparamConv2d):
+            continue
+        elif isinstance(backbone, OREPARepVGG) and not is_folded:
+            shapes |= _repvgg_shapes(module, f'{name}.')
+        else:
+            shapes |= _conv_shapes(module, is_folded, f'{name}.')
+    return shapes
+
+
+def _repvgg_shapes(conv: ReparamConv2d, prefix: str) -> Shapes:
+    if not isinstance(conv, RepVGGConv2d):
+        return _conv_shapes(conv, False, prefix)
+    with torch.device('meta'):  # A deployed conv has no branches any more.
+        branches = conv.build_branches()
+    shapes: Shapes = {}
+    for name, branch in branches.items():
+        start = f'{prefix}branches.{name}.'
+        if isinstance(branch, ReparamConv2d):
+            shapes |= _conv_shapes(branch, False, start)
+        shapes |= state_shapes(branch.norm, f'{start}norm.')
+    return shapes
+
+
+def _conv_shapes(conv: ReparamConv2d, is_folded: bool, prefix: str) -> Shapes:
+    outputs = conv.out_channels
+    kernel = (outputs, conv.in_channels // conv.groups, *conv.kernel_size)
+    if is_folded:
+        return {f'{prefix}weight': kernel, f'{prefix}bias': (outputs,)}
+    norm = build_norm_layer(conv.norm_cfg, outputs)[1]
+    return {f'{prefix}weight': kernel, **state_shapes(norm, f'{prefix}norm.')}

@@ -54,16 +54,16 @@ def from_published(
     Args:
         state_dict (Mapping[str, Tensor]): Training or deployed form, with or without
             ``module.`` before every key.
-        backbone (dict, optional): The backbone config. Defaults to None: it is
-            found from keys and shapes.
+        backbone (dict, optional): The backbone config. Defaults to None: that which
+            keys and shapes tell.
 
     Returns:
-        dict: ``state_dict`` (``backbone.*`` and ``head.fc.*``) and ``meta``, which
-        tells the architecture and the backbone config.
+        dict: ``state_dict`` (``backbone.*`` and ``head.fc.*``) and ``meta``, with the
+        architecture and the backbone config.
 
     Raises:
-        CheckpointError: If entries are missing, left over or misshapen, which are
-            named, or fixed entries have other values than they should.
+        CheckpointError: If entries, which are named, are missing, left over, misshapen
+            or have other values than the published constants.
     """
     theirs = _canonical(
         {key.removeprefix('module.'): value for key, value in state_dict.items()}
@@ -134,7 +134,7 @@ def _canonical(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 def _own_shapes(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, tuple]:
     shapes = {f'backbone.{k}': tuple(v.shape) for k, v in network.state_dict().items()}
     for key in _head(state)[:1]:
-        # The number of classes is the checkpoint's own affair.
+        # The number of classes is the checkpoint's affair.
         classes = tuple(state[key].shape[:1])
         shapes['head.fc.weight'] = (*classes, network.feat_dim)
         shapes['head.fc.bias'] = classes
@@ -152,7 +152,7 @@ def _head(state: Mapping[str, Tensor]) -> list[str]:
 
 
 def _check(
-    pairs: list[_Pair], found: Mapping[str, Tensor], shapes: dict[str, tuple]
+    pairs: list[_Pair], theirs: Mapping[str, Tensor], shapes: dict[str, tuple]
 ) -> None:
     expected, wrong = {}, []
     for pair in pairs:
@@ -162,15 +162,15 @@ def _check(
         else:
             like = fixed
         expected[key] = tuple(like.shape)
-        if fixed is None or key not in found or found[key].shape != fixed.shape:
+        if fixed is None or key not in theirs or theirs[key].shape != fixed.shape:
             continue
-        value = found[key]
+        value = theirs[key]
         if not torch.allclose(
             value.double(), fixed.to(value.dtype).double(), atol=1e-5
         ):
             wrong.append(key)
     problems = (
-        describe_misfit(expected, {k: tuple(v.shape) for k, v in found.items()}, None),
+        describe_misfit(expected, {k: tuple(v.shape) for k, v in theirs.items()}, None),
         name_keys('fixed in the published code, with other values', wrong, None),
     )
     if any(problems):
@@ -180,13 +180,7 @@ def _check(
 
 
 def _pairs(network: nn.Module, present: set[str]) -> Iterator[_Pair]:
-    """All pairs of a network.
-
-    Args:
-        network (nn.Module): Our backbone.
-        present (set[str]): Published keys that tell which of the optional entries
-            there are, the head among them.
-    """
+    """All pairs of our backbone; of optional entries those whose keys are present."""
     for name, conv in outermost(network):
         there, here = _published_name(name), f'backbone.{name}.'
         for pair in _conv_pairs(conv):

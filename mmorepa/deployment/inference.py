@@ -9,7 +9,7 @@ from mmengine.registry import DATASETS
 from torch import nn
 
 from ..converters import read_checkpoint
-from ..engine.config import innermost, read_config
+from ..runs import innermost, read_config
 from ..utils.files import PathLike
 from .models import load_deployed
 
@@ -76,16 +76,7 @@ def build_inferencer(
 
 
 def dataset_meta(cfg: Config, checkpoint: dict) -> dict:
-    """What is known of the data that a model was trained with.
-
-    Args:
-        cfg (Config): Of the model, with test data.
-        checkpoint (dict): Of the model.
-
-    Returns:
-        dict: Such as ``classes`` and ``palette``. That of the test data if the
-        checkpoint says nothing.
-    """
+    """``classes`` and the like: the checkpoint's, or else those of the test data."""
     known = (checkpoint.get('meta') or {}).get('dataset_meta')
     if known or cfg.get('test_dataloader') is None:
         return known or {}

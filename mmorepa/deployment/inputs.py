@@ -7,21 +7,14 @@ from typing import Optional
 from mmengine.config import Config
 from torch import nn
 
-from ..engine.config import build_loader
 from ..layers import ReparamConv2d
+from ..runs import build_loader
 
 DEFAULT_SIZE = 224
 
 
 def test_batch(cfg: Config) -> Optional[dict]:
-    """A batch of the test data.
-
-    Args:
-        cfg (Config): Of a model and its data.
-
-    Returns:
-        dict | None: As the dataloader yields it; None without data on this machine.
-    """
+    """A batch of the test data, or None without data on this machine."""
     if cfg.get('test_dataloader') is None:
         return None
     try:
@@ -33,24 +26,21 @@ def test_batch(cfg: Config) -> Optional[dict]:
 def image_shape(
     model: nn.Module, batch: Optional[dict], size: Optional[Sequence[int]] = None
 ) -> tuple[int, int, int]:
-    """The shape of an image as a network sees it.
+    """Channels, height and width of an image as a network sees it.
 
     Args:
         model (nn.Module): With the preprocessor of its toolbox.
-        batch (dict, optional): Of the test data.
-        size (Sequence[int], optional): Height and width, where they are given.
-            Defaults to those of the batch, or 224 and 224 without one.
-
-    Returns:
-        tuple[int, int, int]: Channels, height and width. Without a batch, the channels
-        are those that the first conv takes.
+        batch (dict, optional): Of the test data. Without one, the channels are those
+            of the first conv.
+        size (Sequence[int], optional): Height and width. Defaults to those of the
+            batch, or 224 and 224.
     """
     if batch is not None:
         inputs = model.data_preprocessor(copy.deepcopy(batch), False)['inputs']
-        channels, *found = inputs.shape[1:]
+        channels, *default = inputs.shape[1:]
     else:
         kinds = (nn.Conv2d, ReparamConv2d)
         convs = (module for module in model.modules() if isinstance(module, kinds))
         first = next(convs, None)
-        channels, found = getattr(first, 'in_channels', 3), (DEFAULT_SIZE, DEFAULT_SIZE)
-    return (channels, *(size or found))
+        channels, default = getattr(first, 'in_channels', 3), [DEFAULT_SIZE] * 2
+    return (channels, *(size or default))

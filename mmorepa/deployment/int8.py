@@ -16,7 +16,7 @@ from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 from torch import Tensor, nn
 
-from ..engine.config import build_loader
+from ..runs import build_loader
 from ..utils.files import PathLike
 from .networks import require
 from .onnx_files import INPUT
@@ -41,13 +41,11 @@ class LayerLoss(NamedTuple):
         name (str): Of the module.
         weight_range (float): The largest weight of the kernel, in magnitude.
         outlier (float): The largest weight of the widest output channel, as a multiple
-            of the median channel's. With one scale for the whole kernel, the median
-            channel has so many times fewer steps.
-        kernel_snr (float): Power of the kernel over that of its error, in dB, as a
-            mean over output channels: a wide one would hide what the others lose.
+            of the median channel's.
+        kernel_snr (float): Power of the kernel over that of its error, in dB, the mean
+            over output channels.
         output_snr (float): The same of the layer's output, with the errors of all
-            layers before it; NaN where the file does not quantize the output, or where
-            it is zero for all images.
+            layers before it; NaN where the output is not quantized, or zero.
     """
 
     name: str
@@ -58,11 +56,10 @@ class LayerLoss(NamedTuple):
 
 
 def calibration_images(cfg: Config, model: nn.Module, number: int) -> list[Tensor]:
-    """Training images as a network sees them when it is tested.
+    """Training images in the pipeline of the test: augmented ones have other ranges.
 
     Args:
-        cfg (Config): With training data. Their pipeline is that of the test, if there
-            is one: augmented images have other ranges.
+        cfg (Config): With training data.
         model (nn.Module): With the preprocessor of its toolbox.
         number (int): Of images.
 
@@ -88,10 +85,7 @@ def calibration_images(cfg: Config, model: nn.Module, number: int) -> list[Tenso
 
 
 def _unwrapped(dataset: dict, pipeline: Optional[list] = None) -> dict:
-    """The dataset that reads the files, or several of them one after the other.
-
-    Without those around it, which repeat images, or mix them as they are augmented.
-    """
+    """The datasets that read files, without those around that repeat or mix images."""
     while isinstance(dataset.get('dataset'), dict):
         dataset = dataset['dataset']
     if 'datasets' in dataset:
@@ -105,29 +99,26 @@ def _unwrapped(dataset: dict, pipeline: Optional[list] = None) -> dict:
 def prepare(source: PathLike, target: PathLike, equalized: bool = False) -> int:
     """Makes an exported file ready for quantization: shapes, and BatchNorms folded.
 
-    Args:
-        source (str | Path): A file of :func:`export_onnx`.
-        target (str | Path): The file to write.
-        equalized (bool): Whether to :func:`equalize` it. Defaults to False.
-
     Returns:
-        int: The pairs of convs that were equalized.
+        int: The pairs of convs that were equalized, see :func:`equalize`.
     """
     onnx = require('onnx')
     shapes = require('onnxruntime.quantization.shape_inference')
     shapes.quant_pre_process(str(source), str(target), skip_symbolic_shape=True)
     model = onnx.load(str(target))
     pairs = equalize(model) if equalized else 0
-    _add_metadata(model, source)
-    onnx.save(model, str(target))
+    _save_with_metadata(model, source, target)
     return pairs
 
 
-def _add_metadata(model: Any, source: PathLike) -> None:
+def _save_with_metadata(model: Any, source: PathLike, target: PathLike) -> None:
+    """Saves a model with the metadata of the file that it was made from."""
+    onnx = require('onnx')
     known = {entry.key for entry in model.metadata_props}
-    for entry in require('onnx').load(str(source)).metadata_props:
+    for entry in onnx.load(str(source)).metadata_props:
         if entry.key not in known:
             model.metadata_props.append(entry)
+    onnx.save(model, str(target))
 
 
 def quantize_onnx(
@@ -145,19 +136,16 @@ def quantize_onnx(
         source (str | Path): A file of :func:`prepare`.
         target (str | Path): The file to write.
         images (Sequence[Tensor]): Batches of real images.
-        per_channel (bool): Whether each output channel of a kernel has a scale of its
-            own. Defaults to True.
-        activations (str): ``'uint8'``, which suits x86, ``'int8'``, which suits ARM and
-            GPUs, or ``'uint16'``, where accuracy is lost in the activations. Weights
-            are int8. Defaults to ``'uint8'``.
-        calibration (str): How ranges of activations are chosen: ``'average'``, the
-            mean of the images' ranges; ``'minmax'``, the range of all; or
-            ``'percentile'``, that of all but one in 10,000 values. Defaults to
-            ``'average'``.
-        reduce_range (bool): Whether weights have 7 bits, for x86 without VNNI, whose
-            sums of products saturate. Defaults to False.
+        per_channel (bool): One scale for each output channel of a kernel. Defaults to
+            True.
+        activations (str): ``'uint8'`` suits x86, ``'int8'`` ARM and GPUs; ``'uint16'``
+            loses less. Weights are int8. Defaults to ``'uint8'``.
+        calibration (str): Ranges of activations: ``'average'``, the mean of the images'
+            ranges; ``'minmax'``, the range of all; ``'percentile'``, that of all but
+            one in 10,000 values. Defaults to ``'average'``.
+        reduce_range (bool): Weights of 7 bits, for x86 without VNNI, whose sums of
+            products saturate. Defaults to False.
     """
-    onnx = require('onnx')
     ort = require('onnxruntime.quantization')
     method, options = CALIBRATIONS[calibration]
     with redirect_stdout(io.StringIO()):  # Calibrators tell of their bins.
@@ -173,9 +161,7 @@ def quantize_onnx(
             calibrate_method=getattr(ort.CalibrationMethod, method),
             extra_options=options,
         )
-    model = onnx.load(str(target))
-    _add_metadata(model, source)
-    onnx.save(model, str(target))
+    _save_with_metadata(require('onnx').load(str(target)), source, target)
 
 
 def _reader(images: Sequence[Tensor]) -> Any:
@@ -209,14 +195,7 @@ def evaluation_phase(cfg: Config) -> str:
 
 @torch.no_grad()
 def evaluate(cfg: Config, model: nn.Module) -> dict[str, float]:
-    """The metrics of the config's own evaluator on its validation data.
-
-    Args:
-        cfg (Config): With validation data, or else with test data.
-        model (nn.Module): In eval mode.
-
-    Returns:
-        dict[str, float]: Those metrics that are numbers, by name.
+    """The metrics of the config's evaluator on its validation data, or its test data.
 
     Raises:
         FileNotFoundError: If the data are missing.
@@ -243,15 +222,15 @@ def layer_losses(
 
     Args:
         source (str | Path): The file that was quantized.
-        quantized (str | Path): What became of it.
-        images (Sequence[Tensor]): Batches of one image to measure the outputs with;
-            all outputs of all layers for them are kept in memory.
-        modules (Sequence[str]): Names of the modules of the model, since a file may
-            lack the first part of one. Defaults to none.
+        quantized (str | Path): The quantized file.
+        images (Sequence[Tensor]): Batches of one image; all outputs of all layers for
+            them are kept in memory.
+        modules (Sequence[str]): Names of the model's modules, since a file may lack the
+            first part of one. Defaults to none.
 
     Returns:
-        list[LayerLoss]: One entry for each layer with a quantized kernel; of one that
-        runs several times, as on the levels of a pyramid, the worst output counts.
+        list[LayerLoss]: One for each layer with a quantized kernel; where a layer runs
+        several times, as on the levels of a pyramid, its worst output counts.
     """
     onnx = require('onnx')
     debug = require('onnxruntime.quantization.qdq_loss_debug')
@@ -270,14 +249,15 @@ def layer_losses(
         kernel = np.moveaxis(match['float'], axis, 0)
         channels = np.abs(kernel.reshape(len(kernel), -1)).max(axis=1)
         output = outputs.get(_output_of(graph, node), {})
+        output_snr = float('nan')
+        if 'float' in output:
+            output_snr = _snr(output['float'], output['post_qdq'], len(kernel))
         loss = LayerLoss(
             _layer_name(node, modules),
             float(channels.max()),
             float(channels.max() / max(np.median(channels), 1e-12)),
             _snr([kernel], [np.moveaxis(match['dequantized'], axis, 0)], len(kernel)),
-            _snr(output['float'], output['post_qdq'], len(kernel))
-            if 'float' in output
-            else float('nan'),
+            output_snr,
         )
         known = losses.get(node.input[1])
         if known is None or not loss.output_snr >= known.output_snr:
@@ -286,13 +266,13 @@ def layer_losses(
 
 
 def _snr(
-    expected: Sequence[np.ndarray], found: Sequence[np.ndarray], channels: int
+    expected: Sequence[np.ndarray], quantized: Sequence[np.ndarray], channels: int
 ) -> float:
     """Signal over noise in dB, the mean over channels that have a signal.
 
     Channels come first, before ONNX Runtime has flattened an array, or of one image.
     """
-    differences = [a.astype(np.float64) - b for a, b in zip(expected, found)]
+    differences = [a.astype(np.float64) - b for a, b in zip(expected, quantized)]
     power, noise = (
         sum(np.square(array.reshape(channels, -1)).sum(1) for array in arrays)
         for arrays in (expected, differences)
@@ -355,15 +335,13 @@ def _layer_name(node: Any, modules: Sequence[str] = ()) -> str:
 def equalize(model: Any, sweeps: int = 20) -> int:
     """Gives both kernels of every conv–ReLU–conv the same range, channel by channel.
 
-    Cross-layer equalization: as ``ReLU(s·x) = s·ReLU(x)`` for ``s > 0``, channel ``c``
-    of the first conv may be divided by ``s_c``, and the kernel that takes it multiplied
-    by it. With ``s_c = √(r1_c / r2_c)``, where ``r`` is the largest weight of that
-    channel in either conv, both have the range ``√(r1_c · r2_c)``.
+    Cross-layer equalization: as ``ReLU(s·x) = s·ReLU(x)`` for ``s > 0``, channel c of
+    the first conv is divided by ``s_c = √(r1_c / r2_c)``, and the kernel that takes it
+    multiplied by it, where r is the largest weight of that channel in either conv.
 
     Args:
         model (onnx.ModelProto): Changed in place; it computes the same up to rounding.
-        sweeps (int): Passes over all pairs, since a conv may belong to two. Defaults
-            to 20.
+        sweeps (int): Passes over all pairs: a conv may belong to two. Defaults to 20.
 
     Returns:
         int: The number of pairs.

@@ -9,8 +9,8 @@ from torch import nn
 
 from ..backbones import StagedBackbone
 from ..converters import load_strictly, load_training_form
-from ..engine.config import build_model
 from ..layers import ReparamConv2d, is_switchable, switch_to_deploy
+from ..runs import build_model
 from ..utils.errors import CheckpointError
 
 
@@ -20,24 +20,16 @@ def deployed_config(cfg: Config) -> Config:
     Backbones of this package and every ``conv_cfg`` of its convs get ``deploy=True``;
     ``Reparameterized`` modules become the modules that they were made from.
 
-    Args:
-        cfg (Config): Of a model in either form; it is left as it is.
-
-    Returns:
-        Config: One that builds no training form.
-
     Raises:
-        ValueError: If it would build one all the same, as where an own module builds
-            convs of this package without a config of theirs.
+        ValueError: If convs of this package are built without a config of theirs.
     """
     cfg = copy.deepcopy(cfg)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     cfg.model = _deployed(cfg.model)
     if is_switchable(build_model(copy.deepcopy(cfg))):
         raise ValueError(
-            'no config builds the deployed form: some convs of this package are built '
-            'without a config of their own; build the training form and call '
-            'mmorepa.switch_to_deploy(model) before the weights are loaded'
+            'no config builds the deployed form: some convs have no config of their '
+            'own; build the training form and call mmorepa.switch_to_deploy(model)'
         )
     return cfg
 
@@ -61,12 +53,7 @@ def _deployed(node: Any) -> Any:
 
 
 def load_deployed(cfg: Config, checkpoint: dict) -> nn.Module:
-    """The deployed model of a config with the weights of a checkpoint.
-
-    Args:
-        cfg (Config): Of a model in either form, or of one without re-parameterised
-            convs; it is left as it is.
-        checkpoint (dict): With the ``state_dict`` of either form.
+    """The deployed model of a config with a checkpoint, both of either form.
 
     Returns:
         nn.Module: In eval mode on the CPU.
@@ -86,14 +73,7 @@ def load_deployed(cfg: Config, checkpoint: dict) -> nn.Module:
 
 
 def loaded_by_config(cfg: Config, state_dict: dict) -> tuple[Config, nn.Module]:
-    """The config of the deployed form, and its model with these weights.
-
-    Args:
-        cfg (Config): Of a model in either form.
-        state_dict (dict): Of the deployed form.
-
-    Returns:
-        tuple[Config, nn.Module]: What was built, and from what.
+    """The config of the deployed form, and its model with these deployed weights.
 
     Raises:
         ValueError: As :func:`deployed_config`, or if the weights do not fit what the
@@ -106,6 +86,6 @@ def loaded_by_config(cfg: Config, state_dict: dict) -> tuple[Config, nn.Module]:
     except CheckpointError as error:
         raise ValueError(
             f'no config builds the deployed form: {error}; build the training form and '
-            'call mmorepa.switch_to_deploy(model) before the weights are loaded'
+            'call mmorepa.switch_to_deploy(model)'
         ) from error
     return deployed, model

@@ -12,17 +12,10 @@ Outputs = dict[str, Union[Tensor, list[Tensor]]]
 
 
 def require(name: str) -> ModuleType:
-    """Imports an optional package.
-
-    Args:
-        name (str): Of the module, such as ``'onnxruntime.quantization'``.
-
-    Returns:
-        ModuleType: The module.
+    """Imports an optional module, such as ``'onnxruntime.quantization'``.
 
     Raises:
-        ImportError: If the package, or this module of it, is missing; the message
-            says how to install it.
+        ImportError: If it is missing; the message says how to install it.
     """
     try:
         return importlib.import_module(name)
@@ -45,9 +38,8 @@ def named_outputs(model: nn.Module, images: Tensor) -> Outputs:
 
     Returns:
         dict[str, Tensor | list[Tensor]]: ``logits`` of a classifier or a segmenter;
-        of dense detectors ``scores``, ``boxes`` and, where a head has them, more maps
-        of every level; of two-stage detectors the maps of the first stage and the
-        ``features``, from which the second, which is left out, takes its boxes.
+        ``scores``, ``boxes`` and maybe more maps, by level, of a dense detector; of a
+        two-stage detector the first stage's, and the ``features`` for the second.
 
     Raises:
         ValueError: If the outputs are none of these.
@@ -69,7 +61,7 @@ def named_outputs(model: nn.Module, images: Tensor) -> Outputs:
         return {name: list(maps) for name, maps in zip(names, outputs)}
     raise ValueError(
         f"the outputs of {type(model).__name__} for mode='tensor' are neither a tensor "
-        'nor lists of maps: it is no network that runs without its data samples'
+        'nor lists of maps'
     )
 
 
@@ -80,14 +72,7 @@ def _all(values: object, kind: Union[type, tuple[type, ...]]) -> bool:
 
 
 def flatten(outputs: Outputs) -> dict[str, Tensor]:
-    """The outputs by their names in a file: ``scores_0``, ``scores_1``, …
-
-    Args:
-        outputs (dict[str, Tensor | list[Tensor]]): See :func:`named_outputs`.
-
-    Returns:
-        dict[str, Tensor]: One entry for each tensor.
-    """
+    """Named outputs by their names in a file: ``scores_0``, ``scores_1``, …"""
     flat = {}
     for name, value in outputs.items():
         if isinstance(value, Tensor):
@@ -114,26 +99,18 @@ class DeployedNetwork(nn.Module):
 
 
 def padded(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images with zeros to the right and below, as detectors pad them.
-
-    Args:
-        images (Tensor): Shape (N, C, H, W).
-        size (tuple[int, int]): Height and width.
-
-    Returns:
-        Tensor: Of this size, or larger where the images are.
-    """
+    """Images (N, C, H, W) padded to a size by zeros to the right and below."""
     height, width = (max(a - b, 0) for a, b in zip(size, images.shape[-2:]))
     return nn.functional.pad(images, (0, width, 0, height))
 
 
 class Network:
-    """What computes the outputs of a model outside of it.
+    """Computes the outputs of a model, without that model.
 
     Args:
         names (Sequence[str]): Of its outputs, as :func:`flatten` makes them.
         size (tuple[int, int]): Height and width of the images that it takes.
-        pads (bool): Whether smaller images are padded, as those of detectors may be.
+        pads (bool): Pad smaller images, as those of detectors are.
     """
 
     def __init__(self, names: Sequence[str], size: tuple[int, int], pads: bool) -> None:
@@ -160,14 +137,7 @@ class Network:
         return self.compute(images)
 
     def grouped(self, images: Tensor) -> Outputs:
-        """As :func:`named_outputs`.
-
-        Args:
-            images (Tensor): Shape (N, C, H, W).
-
-        Returns:
-            dict[str, Tensor | list[Tensor]]: By name.
-        """
+        """As :func:`named_outputs`, of images (N, C, H, W)."""
         outputs: Outputs = {}
         for name, tensor in zip(self.names, self(images)):
             group, _, index = name.rpartition('_')

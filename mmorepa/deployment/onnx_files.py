@@ -14,7 +14,7 @@ import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from ..engine.config import innermost
+from ..runs import innermost
 from ..utils.files import PathLike
 from ..version import __version__
 from .networks import DeployedNetwork, Network, flatten, named_outputs, require
@@ -88,7 +88,7 @@ def export_onnx(
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise ValueError(
             f'the exporter {exporter!r} cannot write this model in opset {opset}, and '
-            f'another exporter ({", ".join(EXPORTERS)}) or opset may: {reason[0]}'
+            f'another exporter or opset may: {reason[0]}'
         ) from error
     for key, value in (metadata or {}).items():
         exported.metadata_props.add(key=key, value=json.dumps(value))
@@ -116,14 +116,7 @@ def _quiet() -> Iterator[None]:
 
 
 def inference_session(model: Union[str, bytes]) -> Any:
-    """A session of ONNX Runtime on the CPU, with as many threads as PyTorch has.
-
-    Args:
-        model (str | bytes): A path, or what is in the file.
-
-    Raises:
-        ImportError: If ONNX Runtime is missing.
-    """
+    """A session of ONNX Runtime on the CPU, with as many threads as PyTorch has."""
     onnxruntime = require('onnxruntime')
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -139,11 +132,7 @@ class OnnxNetwork(Network):
 
     Args:
         path (str | Path): A file of :func:`export_onnx`, quantized or not.
-        pads (bool): Whether smaller images are padded, as those of detectors may be.
-            Defaults to False.
-
-    Raises:
-        ImportError: If ONNX Runtime is missing.
+        pads (bool): Pad smaller images, as those of detectors are. Defaults to False.
     """
 
     def __init__(self, path: PathLike, pads: bool = False) -> None:
@@ -153,8 +142,8 @@ class OnnxNetwork(Network):
         super().__init__(names, size, pads)
 
     def compute(self, images: Tensor) -> list[Tensor]:
-        found = self.session.run(None, {INPUT: images.cpu().numpy()})
-        return [torch.from_numpy(array) for array in found]
+        arrays = self.session.run(None, {INPUT: images.cpu().numpy()})
+        return [torch.from_numpy(array) for array in arrays]
 
 
 def preprocessing(
@@ -179,17 +168,17 @@ def preprocessing(
           three.
         - ``classes``; ``config``, its name; ``mmorepa_version``.
     """
-    found = {
+    preprocessor = {
         **(cfg.get('data_preprocessor') or {}),
         **(cfg.model.get('data_preprocessor') or {}),
     }
     # Images are read as BGR.
-    swaps = [found.get(name) for name in ('to_rgb', 'bgr_to_rgb', 'rgb_to_bgr')]
+    swaps = [preprocessor.get(name) for name in ('to_rgb', 'bgr_to_rgb', 'rgb_to_bgr')]
     kinds = {1: 'grey', 3: 'RGB' if any(swaps) else 'BGR'}
     return dict(
         **_geometry(cfg),
-        mean=list(found.get('mean') or [0.0] * channels),
-        std=list(found.get('std') or [1.0] * channels),
+        mean=list(preprocessor.get('mean') or [0.0] * channels),
+        std=list(preprocessor.get('std') or [1.0] * channels),
         channels=kinds.get(channels),
         classes=classes and list(classes),
         config=cfg.filename and Path(cfg.filename).stem,

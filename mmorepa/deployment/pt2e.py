@@ -9,14 +9,11 @@ from .networks import DeployedNetwork, Network, flatten, named_outputs, require
 
 
 def export_program(model: nn.Module, image: Tensor) -> torch.export.ExportedProgram:
-    """A deployed model as a program, for batches of any length.
+    """A deployed model in eval mode as a program, for batches of any length.
 
     Args:
         model (nn.Module): Deployed, in eval mode.
         image (Tensor): Shape (1, C, H, W), of the size that the program takes.
-
-    Returns:
-        torch.export.ExportedProgram: Gives a tuple of tensors, see :func:`flatten`.
     """
     return _export(DeployedNetwork(model).eval(), image)
 
@@ -44,10 +41,9 @@ def quantize_program(
             Defaults to False.
 
     Returns:
-        torch.export.ExportedProgram: Run as it is, it computes in float what INT8
-        gives; ``torch.compile`` makes INT8 of it, with ``freezing`` and by what
-        ``torchao.quantization.pt2e.quantizer.x86_inductor_quantizer`` registers when
-        it is imported.
+        torch.export.ExportedProgram: It computes in float what INT8 gives;
+        ``torch.compile`` with ``freezing`` makes INT8 of it, once
+        ``torchao.quantization.pt2e.quantizer.x86_inductor_quantizer`` is imported.
 
     Raises:
         ImportError: If torchao is missing.
@@ -88,12 +84,10 @@ class ProgramNetwork(Network):
     """A program as a function.
 
     Args:
-        program (torch.export.ExportedProgram): Of :func:`export_program`, quantized or
-            not.
+        program (torch.export.ExportedProgram): Quantized or not.
         model (nn.Module): What it was made of.
         image (Tensor): Shape (1, C, H, W), of the size that the program takes.
-        pads (bool): Whether smaller images are padded, as those of detectors may be.
-            Defaults to False.
+        pads (bool): Pad smaller images, as those of detectors are. Defaults to False.
     """
 
     def __init__(

@@ -1,11 +1,5 @@
 """Extensions of MMEngine's runner: hooks, optimizer wrappers, set-up."""
 
-from ..converters import (
-    allow_mmengine_checkpoints,
-    deploy_checkpoint,
-    read_checkpoint,
-    write_checkpoint,
-)
 from .distributed import FoldedDistributedDataParallel
 from .hooks import (
     BranchStatisticsHook,
@@ -23,8 +17,6 @@ from .optimizers import (
     OREPAOptimWrapperConstructor,
 )
 
-allow_mmengine_checkpoints()
-
 __all__ = [
     'BFloat16OptimWrapper',
     'BranchStatisticsHook',
@@ -38,8 +30,4 @@ __all__ = [
     'OREPAOptimWrapperConstructor',
     'ProgressHook',
     'SwitchToDeployHook',
-    'allow_mmengine_checkpoints',
-    'deploy_checkpoint',
-    'read_checkpoint',
-    'write_checkpoint',
 ]

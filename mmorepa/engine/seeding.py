@@ -43,9 +43,7 @@ def seeded(seed: int) -> Iterator[None]:
 class SeededBatches:
     """A batch sampler whose batches bring along the seed of their augmentation.
 
-    The seed is that of the batch's number in the whole training: how many workers
-    load the batches, for how long they live, and what else draws numbers, does not
-    matter.
+    It depends on the batch's number in the whole training, and on no worker.
 
     Args:
         batches (Iterable): A batch sampler of indices.

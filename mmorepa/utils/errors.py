@@ -17,15 +17,12 @@ class OutputError(OSError):
 
 
 def name_keys(what: str, keys: Collection[str], most: Optional[int] = 4) -> str:
-    """A text for an error: '3 keys …: a, b, c', or nothing if there are none.
+    """A text for an error: '3 keys WHAT: a, b, c and 5 more', or '' without keys.
 
     Args:
         what (str): What is wrong with them.
         keys (Collection[str]): The keys.
         most (int, optional): How many are named; None names all. Defaults to 4.
-
-    Returns:
-        str: The text.
     """
     if not keys:
         return ''
@@ -38,27 +35,24 @@ def name_keys(what: str, keys: Collection[str], most: Optional[int] = 4) -> str:
 
 def describe_misfit(
     expected: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, tuple[int, ...]],
+    actual: Mapping[str, tuple[int, ...]],
     most: Optional[int] = 4,
 ) -> str:
     """A text for an error: which entries of a state dict do not fit a model.
 
     Args:
-        expected (Mapping[str, tuple[int, ...]]): Keys of the model, with shapes.
-        found (Mapping[str, tuple[int, ...]]): Keys of the state dict, with shapes.
+        expected (Mapping[str, tuple[int, ...]]): Shapes by the keys of the model.
+        actual (Mapping[str, tuple[int, ...]]): Shapes by the keys of the state dict.
         most (int, optional): As for :func:`name_keys`. Defaults to 4.
-
-    Returns:
-        str: Empty if both are the same.
     """
     misshapen = [
-        f'{key} {found[key]}, not {shape}'
+        f'{key} {actual[key]}, not {shape}'
         for key, shape in expected.items()
-        if found.get(key, shape) != shape
+        if actual.get(key, shape) != shape
     ]
     problems = (
-        name_keys('missing', expected.keys() - found.keys(), most),
-        name_keys('left over', found.keys() - expected.keys(), most),
+        name_keys('missing', expected.keys() - actual.keys(), most),
+        name_keys('left over', actual.keys() - expected.keys(), most),
         name_keys('of another shape', misshapen, most),
     )
     return '; '.join(filter(None, problems))

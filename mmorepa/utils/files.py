@@ -1,5 +1,6 @@
 """Atomic writes, checks that no file overwrites another, and the package's files."""
 
+import json
 import os
 import shutil
 import stat
@@ -54,6 +55,13 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
             temporary.unlink()
 
 
+def write_json(content: object, path: Optional[PathLike]) -> None:
+    """Writes a JSON file atomically; nothing for a path of None."""
+    if path is not None:
+        with atomic_write(path) as file:
+            file.write_text(json.dumps(content, indent=2) + '\n')
+
+
 def check_outputs(
     outputs: Iterable[Optional[PathLike]], inputs: Iterable[Optional[PathLike]] = ()
 ) -> None:
@@ -82,17 +90,15 @@ def check_outputs(
                 f'{name!r} cannot be written: {error.strerror}'
             ) from error
         else:
-            if stat.S_ISDIR(mode):
-                raise OutputError(f'{name!r} is a folder, not a file to write')
             if not stat.S_ISREG(mode):
-                raise OutputError(f'{name!r} is a device or a pipe, not a file')
+                raise OutputError(f'{name!r} is a folder or a device, not a file')
             if not os.access(name, os.W_OK):
                 raise OutputError(f'{name!r} is protected from being written')
         identity = _identity(path)
         if identity in known:
             raise OutputError(
-                f'{name!r} would take the place of {str(known[identity])!r}, which '
-                'is the same file; write to another file'
+                f'{name!r} would take the place of {str(known[identity])!r}; write to '
+                'another file'
             )
         known[identity] = path
 
@@ -100,10 +106,10 @@ def check_outputs(
 def _identity(path: PathLike) -> object:
     """An identity that all names of a file share, whether it exists or not."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return os.path.realpath(path)
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def root() -> Path:

@@ -13,15 +13,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain-text table, the first column flush left and the others right.
-
-    Args:
-        headers (Sequence[str]): Names of the columns.
-        rows (Sequence[Sequence[str]]): A text for each column.
-
-    Returns:
-        str: Several lines without a newline at the end.
-    """
+    """A plain-text table, the first column flush left and the others right."""
     table = Table(box=None, pad_edge=False)
     for i, header in enumerate(headers):
         table.add_column(header, justify='right' if i else 'left', no_wrap=True)

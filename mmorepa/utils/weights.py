@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 _WEIGHTS = ('weight', 'bias', 'running_mean', 'running_var', 'scale', 'vector')
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# The list of errors that all modules of one load_state_dict are given, of the last load
-# with a warning, so that each load gives one. It is kept, so that no other list can be
-# taken for it; loads in several threads may at worst warn once more.
+# The list of errors of the last load with a warning: all modules of one load_state_dict
+# are given the same list, so that each load warns once. It is kept, or another list
+# could have its identity.
 _warned: Optional[list] = None
 
 
-def flaw(key: str, value: Tensor) -> str:
-    """Describes what is wrong with an entry of a state dict.
+def describe_damage(key: str, value: Tensor) -> str:
+    """Says in words what is wrong with an entry of a state dict.
 
     Args:
         key (str): Its key, which tells weights and variances.
@@ -46,7 +46,7 @@ def flaw(key: str, value: Tensor) -> str:
 def warn_of_flaws(
     state_dict: Mapping[str, Tensor], prefix: str, error_msgs: list[str]
 ) -> None:
-    """Warns, once a ``load_state_dict``, of values that no training can go on from.
+    """Warns once per load of NaN, Inf or a negative variance.
 
     Args:
         state_dict (Mapping[str, Tensor]): What is loaded.
@@ -60,7 +60,7 @@ def warn_of_flaws(
         # Not of parts of tensors on other devices and processes.
         if not key.startswith(prefix) or type(value) not in (Tensor, nn.Parameter):
             continue
-        words = '' if value.is_meta else flaw(key, value)
+        words = '' if value.is_meta else describe_damage(key, value)
         if words:
             _warned = error_msgs
             print_log(

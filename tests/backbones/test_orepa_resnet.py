@@ -50,16 +50,15 @@ def on_meta(build):
 
 
 @pytest.mark.parametrize('depth', [18, 34, 50, 101, 152])
-@pytest.mark.parametrize('block', ['orepa', 'plain'])
-def test_convs_are_those_of_torchvision(depth, block):
-    ours = on_meta(lambda: OREPAResNet(depth, block=block))
+def test_convs_are_those_of_torchvision(depth):
+    ours = on_meta(lambda: OREPAResNet(depth))
     theirs = on_meta(getattr(torchvision.models, f'resnet{depth}'))
     assert_same_convs(ours, theirs)
 
 
 @pytest.mark.parametrize(
     ('stem', 'deep_stem'),
-    [('orepa', False), ('orepa', True), ('deep_linear', False), ('dbb', True)],
+    [('orepa', False), ('dbb', True)],
 )
 def test_block_of_the_stem(stem, deep_stem):
     """The rest is plain, and so is the deployed form."""
@@ -73,11 +72,6 @@ def test_block_of_the_stem(stem, deep_stem):
     x = image()
     with torch.no_grad():
         assert_near(plain(x), net(x), 1e-4)
-
-
-def test_plain_stem():
-    net = tiny(stem_block='plain')
-    assert type(net.stem) is PlainConv2d and type(net.layer1[0].conv1) is OREPAConv2d
 
 
 def test_arguments_of_the_stem():
@@ -137,8 +131,7 @@ def test_resnext_and_wide(name, options):
     assert_same_convs(ours, on_meta(getattr(torchvision.models, name)))
 
 
-@pytest.mark.parametrize('width_mult', [0.5, 1.5, 2])
-@pytest.mark.parametrize('depth', [18, 50])
+@pytest.mark.parametrize(('depth', 'width_mult'), [(18, 0.5), (50, 2)])
 def test_width_mult(depth, width_mult):
     base = on_meta(lambda: tiny(depth))
     wide = on_meta(lambda: tiny(depth, width_mult=width_mult))
@@ -159,11 +152,6 @@ def test_kernels_by_place(depth):
             size = conv.kernel_size[0]
             expected = {1: OREPAPointwiseKernel, 3: OREPAKernel}[size]
         assert type(conv.branches) is expected, name
-
-
-def test_block_none_is_plain_throughout():
-    for conv in convs(tiny(50, block='plain')).values():
-        assert type(conv) is PlainConv2d
 
 
 def test_every_conv_has_its_norm_and_the_right_activations():
@@ -206,66 +194,6 @@ def test_stages_and_outputs(num_stages, out_indices):
     assert_near(outputs, tuple(expected[i] for i in out_indices))
 
 
-def dilations(net):
-    """The dilation of the conv with the stride, by stage and block."""
-    name = 'conv1' if net.depth in (18, 34) else 'conv2'
-    found = [[getattr(block, name) for block in stage] for stage in net.stages]
-    assert all(conv.padding == conv.dilation for stage in found for conv in stage)
-    return [[conv.dilation[0] for conv in stage] for stage in found]
-
-
-@pytest.mark.parametrize('depth', [18, 50])
-@pytest.mark.parametrize(
-    ('options', 'expected'),
-    [
-        (dict(), [1, 1, 1, 1]),
-        (dict(dilations=(1, 1, 2, 4)), [1, 1, 2, 4]),
-    ],
-)
-def test_dilations(depth, options, expected):
-    net = on_meta(lambda: tiny(depth, strides=(1, 2, 1, 1), **options))
-    assert dilations(net) == [
-        [dilation] * len(stage) for dilation, stage in zip(expected, net.stages)
-    ]
-
-
-def test_contract_dilation_and_multi_grid():
-    options = dict(dilations=(1, 1, 2, 4), strides=(1, 2, 1, 1))
-    net = on_meta(lambda: tiny(50, contract_dilation=True, **options))
-    assert dilations(net)[2:] == [[1, 2, 2, 2, 2, 2], [2, 4, 4]]
-    net = on_meta(lambda: tiny(50, multi_grid=(1, 3, 5), **options))
-    assert dilations(net)[2:] == [[2] * 6, [1, 3, 5]]
-    net = on_meta(lambda: tiny(18, multi_grid=(1, 3), num_stages=2, out_indices=[1]))
-    assert dilations(net) == [[1, 1], [1, 3]]
-
-
-def test_block_none_equals_torchvision():
-    theirs = trained_like(torchvision.models.resnet18()).eval()
-    ours = OREPAResNet(18, block='plain').eval()
-    ours.load_state_dict(plain_keys(theirs.state_dict()))
-    x = image(64)
-    expected = nn.Sequential(*list(theirs.children())[:-2])
-    with torch.no_grad():
-        assert_near(ours(x)[-1], expected(x))
-
-
-def plain_keys(state):
-    """Keys of a stock ResNet as those of ``block='plain'``."""
-    renamed = {}
-    for key, value in state.items():
-        if key.startswith('fc.'):
-            continue
-        *path, layer, name = key.split('.')
-        if path and path[-1] == 'downsample':
-            conv, is_norm = '.'.join(path), layer == '1'
-        else:
-            is_norm = layer.startswith('bn')
-            conv = '.'.join([*path, layer.replace('bn', 'conv')])
-            conv = 'stem' if conv == 'conv1' else conv
-        renamed[f'{conv}.{"norm" if is_norm else "branches"}.{name}'] = value
-    return renamed
-
-
 # Training form and deployed form
 
 
@@ -273,14 +201,10 @@ def plain_keys(state):
     'options',
     [
         dict(depth=18),
-        dict(depth=34),
         dict(depth=50),
-        dict(depth=101),
-        dict(depth=152),
         dict(depth=50, groups=4, width_per_group=32),
         dict(depth=18, block='plain'),
         dict(depth=18, strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4), multi_grid=(2, 1)),
-        dict(depth=18, norm_cfg=dict(type='SyncBN')),
         dict(depth=18, norm_cfg=dict(type='GN', num_groups=4)),
         dict(depth=18, act_cfg=dict(type='LeakyReLU')),
     ],
@@ -302,14 +226,6 @@ def test_deployed_equals_training_form(options):
         assert not any('branches' in name for name in conv.state_dict())
 
 
-def test_gradients_reach_every_parameter():
-    for depth in (18, 50):
-        net = trained_like(tiny(depth)).train()
-        sum(y.square().mean() for y in net(image())).backward()
-        for name, parameter in net.named_parameters():
-            assert parameter.grad is not None and parameter.grad.any(), name
-
-
 # Training options
 
 
@@ -317,8 +233,10 @@ def batch_norms(net):
     return {n: m for n, m in net.named_modules() if isinstance(m, _BatchNorm)}
 
 
-@pytest.mark.parametrize('frozen_stages', [-1, 0, 1, 2, 4])
-@pytest.mark.parametrize('deploy', [False, True])
+@pytest.mark.parametrize(
+    ('frozen_stages', 'deploy'),
+    [(-1, False), (0, False), (2, False), (4, False), (1, True)],
+)
 def test_frozen_stages(frozen_stages, deploy):
     net = tiny(frozen_stages=frozen_stages, deploy=deploy)
     frozen = tuple(
@@ -376,10 +294,9 @@ def test_norm_eval_without_statistics(log):
     assert log == [text]
 
 
-@pytest.mark.parametrize('depth', [18, 50])
-def test_with_cp(depth):
-    net = trained_like(tiny(depth)).train()
-    twin = tiny(depth, with_cp=True).train()
+def test_with_cp():
+    net = trained_like(tiny(50)).train()
+    twin = tiny(50, with_cp=True).train()
     twin.load_state_dict(net.state_dict())
     calls = []
     twin.layer3[0].conv1.register_forward_hook(lambda *_: calls.append(1))
@@ -393,8 +310,10 @@ def test_with_cp(depth):
     assert_same_gradients(results[1], results[0], 1e-4)
 
 
-@pytest.mark.parametrize(('depth', 'last'), [(18, 'conv2'), (50, 'conv3')])
-@pytest.mark.parametrize('block', ['orepa', 'dbb', 'plain'])
+@pytest.mark.parametrize(
+    ('block', 'depth', 'last'),
+    [('orepa', 18, 'conv2'), ('plain', 18, 'conv2'), ('dbb', 50, 'conv3')],
+)
 def test_zero_init_residual(block, depth, last):
     """Every residual block starts as its shortcut."""
     options = dict(block=block, num_stages=2, out_indices=(1,))
@@ -407,13 +326,6 @@ def test_zero_init_residual(block, depth, last):
                     x = torch.randn(2, conv.in_channels, 8, 8)
                     assert conv(x).any() != (name == last), name
     tiny(depth, zero_init_residual=True, deploy=True, **options).init_weights()
-
-
-def test_init_weights_leaves_the_branches():
-    net = tiny()
-    before = copy.deepcopy(net.state_dict())
-    net.init_weights()
-    assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items())
 
 
 def test_norm_without_gradient():
@@ -446,7 +358,6 @@ def checkpoints(tmp_path):
     [
         ('backbone', {}),
         ('model', dict(prefix='backbone.')),
-        ('model', dict(prefix='backbone')),
         ('model', {}),
     ],
 )
@@ -500,63 +411,16 @@ def test_a_line_for_each_load_that_folds(log):
         (dict(block='dbb'), 'keys left over|keys missing|of another shape'),
     ],
 )
-@pytest.mark.parametrize('name', ['backbone', 'model'])
-def test_pretrained_of_another_network(checkpoints, name, options, words):
+def test_pretrained_of_another_network(checkpoints, options, words):
     """MMEngine would warn, and leave what does not fit at its random values."""
-    init_cfg = dict(type='Pretrained', checkpoint=checkpoints[1][name])
+    init_cfg = dict(type='Pretrained', checkpoint=checkpoints[1]['model'])
     net = tiny(**{'init_cfg': init_cfg, **options})
     if not words:
         net.init_weights()
         return
     with pytest.raises(CheckpointError, match=f'does not fit this OREPA.*{words}'):
         net.init_weights()
-    assert not net.must_fit
-
-
-def test_pretrained_of_mixed_forms(checkpoints, tmp_path):
-    net, paths = checkpoints
-    state = dict(net.state_dict())
-    state['layer1.0.conv2.weight'] = torch.ones(net.layer1[0].conv2.weight.shape)
-    path = tmp_path / 'mixed.pth'
-    torch.save(state, path)
-    fresh = tiny(init_cfg=dict(type='Pretrained', checkpoint=str(path)))
-    with pytest.raises(CheckpointError, match='1 key left over: layer1.0.conv2.weight'):
-        fresh.init_weights()
-
-
-@pytest.mark.parametrize('kind', ['cut', 'nan', 'code'])
-def test_pretrained_from_a_damaged_file(checkpoints, tmp_path, kind):
-    path = tmp_path / 'damaged.pth'
-    state = dict(checkpoints[0].state_dict())
-    if kind == 'nan':
-        state['stem.norm.weight'] = state['stem.norm.weight'] * float('nan')
-    torch.save(dict(state_dict=state, code=eval) if kind == 'code' else state, path)
-    if kind == 'cut':
-        path.write_bytes(path.read_bytes()[:9000])
-    net = tiny(init_cfg=dict(type='Pretrained', checkpoint=str(path)))
-    words = dict(cut='cannot be read', nan="'stem.norm.weight' holds NaN", code='eval')
-    with pytest.raises(CheckpointError, match=words[kind]) as info:
-        net.init_weights()
-    assert str(path) in str(info.value)
-
-
-@pytest.mark.parametrize('name', ['backbone', 'model'])
-def test_pretrained_with_a_wrong_prefix(checkpoints, name):
-    init_cfg = dict(type='Pretrained', checkpoint=checkpoints[1][name], prefix='neck.')
-    with pytest.raises(Exception, match='neck. is not in the pretrained model'):
-        tiny(init_cfg=init_cfg).init_weights()
-
-
-def test_whole_models_load_their_own_checkpoints():
-    """The message about prefixes is for a backbone alone."""
-
-    class Classifier(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.backbone = tiny()
-
-    model = Classifier()
-    model.load_state_dict(trained_like(Classifier()).state_dict())
+    net.load_state_dict({'stem.norm.bias': net.stem.norm.bias}, strict=False)
 
 
 # Bad input
@@ -566,19 +430,13 @@ def test_whole_models_load_their_own_checkpoints():
     ('options', 'message'),
     [
         (dict(depth=20), 'unknown depth 20 .* 18, 34, 50, 101, 152'),
-        (dict(depth='18'), "unknown depth '18'"),
-        (dict(depth=[18]), r'unknown depth \[18\] .* 18, 34, 50, 101, 152'),
         (dict(block='dbbb'), "unknown block 'dbbb'; choose one of"),
-        (dict(block=['orepa']), r"unknown block \['orepa'\]; choose one of plain"),
         (dict(num_stages=0), 'num_stages is 1 to 4, found 0'),
-        (dict(num_stages=5), 'num_stages is 1 to 4, found 5'),
         (dict(num_stages=2), r'out_indices .* 0 to 1, found \(0, 1, 2, 3\)'),
         (dict(out_indices=(4,)), r'out_indices .* 0 to 3, found \(4,\)'),
-        (dict(out_indices=(-1,)), r'out_indices .* 0 to 3, found \(-1,\)'),
         (dict(strides=(1, 2)), r'strides and dilations .* 4 stages, found strides'),
         (dict(dilations=(1, 2)), r'strides and dilations .*dilations=\(1, 2\)'),
         (dict(frozen_stages=5), 'frozen_stages is .* up to 4, found 5'),
-        (dict(frozen_stages=-2), 'frozen_stages is .* found -2'),
         (dict(multi_grid=(1, 2, 4)), r'each of the 2 blocks .* found \(1, 2, 4\)'),
         (dict(groups=32), 'depth 18 and 34 have no grouped form.*groups=32'),
         (dict(width_per_group=4), 'no grouped form.*width_per_group=4'),
@@ -594,11 +452,6 @@ def test_whole_models_load_their_own_checkpoints():
 def test_bad_input(options, message):
     with pytest.raises(ValueError, match=message):
         on_meta(lambda: tiny(**options))
-
-
-def test_build_from_the_root_registry():
-    net = MODELS.build(dict(type='OREPAResNet', depth=18, base_channels=8))
-    assert isinstance(net, OREPAResNet)
 
 
 def test_default_scope_does_not_matter():

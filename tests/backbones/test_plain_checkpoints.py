@@ -19,8 +19,6 @@ RESNETS = {
     'resnet18': dict(depth=18),
     'resnet50': dict(depth=50),
     'resnext50_32x4d': dict(depth=50, groups=32, width_per_group=4),
-    'resnet34': dict(depth=34),
-    'resnet101': dict(depth=101),
     'wide_resnet50_2': dict(depth=50, width_per_group=128),
 }
 
@@ -102,24 +100,19 @@ def slow_if(condition, *values):
     [
         *(('resnet18', block) for block in BLOCKS),
         ('resnet50', 'orepa'),
-        *(slow_if(True, 'resnet50', block) for block in BLOCKS if block != 'orepa'),
         *(slow_if(True, name, 'orepa') for name in list(RESNETS)[2:]),
     ],
 )
 def test_torchvision(name, block):
     net = OREPAResNet(block=block, **RESNETS[name])
     start = check_start(net, *torchvision_source(name))
-    # The steps of the largest take as long as all the rest of this.
-    if name != 'wide_resnet50_2':
+    if name == 'resnet18':  # The steps of larger ones take long, and show the same.
         check_training(net, *start)
 
 
 @pytest.mark.parametrize(
     'name',
-    [
-        slow_if(name not in ('resnet18', 'resnext50_32x4d'), name)
-        for name in (*RESNETS, 'resnet152')
-    ],
+    [slow_if(name != 'resnet18', name) for name in ('resnet18', 'resnext50_32x4d')],
 )
 def test_timm_from_a_file(name, tmp_path):
     timm = pytest.importorskip('timm')
@@ -130,7 +123,7 @@ def test_timm_from_a_file(name, tmp_path):
         net = OREPAResNet(
             deploy=deploy,
             init_cfg=dict(type='Pretrained', checkpoint=path),
-            **RESNETS.get(name, dict(depth=152)),
+            **RESNETS[name],
         )
         net.init_weights()
         with torch.no_grad():
@@ -171,9 +164,10 @@ def test_openmmlab(prefix, is_whole, log):
         assert_near(net(x)[-1], plain(x)[-1], 1e-4)
 
 
-@pytest.mark.parametrize('deploy', [False, True])
-@pytest.mark.parametrize('block', ['repvgg', 'orepa'])
-@pytest.mark.parametrize('arch', ['A0', 'D2se'])
+@pytest.mark.parametrize(
+    ('arch', 'block', 'deploy'),
+    [('A0', 'repvgg', False), ('A0', 'orepa', True), ('D2se', 'orepa', False)],
+)
 def test_repvgg(arch, block, deploy):
     cfg = dict(OREPARepVGG.ARCHITECTURES[arch], widths=[0.25, 0.25, 0.25, 0.125])
     theirs = dict(cfg, width_factor=cfg['widths'])
@@ -191,15 +185,6 @@ def test_repvgg(arch, block, deploy):
     x = image()
     with torch.no_grad():
         assert_near(net(x)[-1], plain(x)[-1], 1e-4)
-
-
-@pytest.mark.parametrize('block', ['repvgg', 'orepa'])
-def test_repvgg_a0(block):
-    plain, x = mm_net('RepVGG', arch='A0').double(), image(torch.float64)
-    with torch.no_grad():
-        expected = plain(x)[-1]
-    net = OREPARepVGG('A0', block)
-    check_training(net, *check_start(net, plain.state_dict(), x, expected))
 
 
 def test_repvgg_that_is_deployed():
@@ -227,7 +212,6 @@ def test_fewer_stages():
         assert_near(net(x)[-1], features(plain, x), 1e-4)
 
 
-@pytest.mark.parametrize('deploy', [False, True])
 @pytest.mark.parametrize(
     ('net', 'plain', 'message'),
     [
@@ -242,13 +226,12 @@ def test_fewer_stages():
         (dict(depth=50), 'resnext50_32x4d', r'\(128, 4, 3, 3\), not \(64, 64, 3, 3\)'),
         (dict(depth=18, in_channels=1), 'resnet18', r'stem \(64, 3, 7, 7\), not'),
         (dict(depth=18), 'vgg11', 'nothing in the checkpoint belongs to .* features.0'),
-        (dict(depth=18), 'densenet121', 'nothing in the checkpoint belongs to'),
     ],
 )
-def test_another_network(net, plain, message, deploy):
+def test_another_network(net, plain, message):
     """Never half of it."""
     state = getattr(torchvision.models, plain)().state_dict()
-    net = OREPAResNet(**net, deploy=deploy)
+    net = OREPAResNet(**net)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     with pytest.raises(RuntimeError, match=message) as error:
         net.load_state_dict(state, strict=False)
@@ -348,12 +331,14 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize('deploy', [False, True])
 @pytest.mark.parametrize(
-    ('name', 'load'),
+    ('name', 'load', 'deploy'),
     [
-        *((name, by_state_dict) for name in BAD),
-        *(('statistics', load) for load in (by_init_cfg, by_prefix, by_load_from)),
+        *((name, by_state_dict, False) for name in BAD),
+        *(
+            ('statistics', load, True)
+            for load in (by_init_cfg, by_prefix, by_load_from)
+        ),
     ],
 )
 def test_bad_input(name, load, deploy, tmp_path):
@@ -373,23 +358,6 @@ def test_bad_input(name, load, deploy, tmp_path):
         assert torch.equal(value, before[name])
 
 
-@pytest.mark.parametrize('deploy', [False, True])
-@pytest.mark.parametrize(
-    'name', ['detectron2/resnet50_caffe', 'resnet50_msra-5891d200.pth']
-)
-def test_caffe_by_name(name, deploy, tmp_path):
-    checkpoint = f'open-mmlab://{name}'
-    if name.endswith('.pth'):
-        checkpoint = str(tmp_path / name)
-        torch.save({}, checkpoint)
-    net = OREPAResNet(18, base_channels=8, deploy=deploy)
-    net.init_cfg = dict(type='Pretrained', checkpoint=checkpoint)
-    with pytest.raises(
-        CheckpointError, match='is of a caffe-style network by its name'
-    ):
-        net.init_weights()
-
-
 @pytest.mark.parametrize('block', ['plain', 'dbb'])
 def test_repvgg_into_other_blocks(block):
     plain = mm_net('RepVGG', arch='A0')
@@ -398,7 +366,7 @@ def test_repvgg_into_other_blocks(block):
         OREPARepVGG('A0', block).load_state_dict(plain.state_dict(), strict=False)
 
 
-@pytest.mark.parametrize('load', [by_state_dict, by_init_cfg, by_prefix, by_load_from])
+@pytest.mark.parametrize('load', [by_state_dict, by_load_from])
 def test_resnet_into_repvgg(load, tmp_path):
     state = without(kind='ResNet', depth=18, **SLIM)
     with pytest.raises(CheckpointError, match='nothing in the checkpoint belongs to'):
@@ -412,6 +380,6 @@ def test_a_backbone_alone_as_the_start_of_a_model(tmp_path):
     net = OREPAResNet(18, base_channels=8)
     model = nn.ModuleDict(dict(backbone=net))
     load_checkpoint(model, path)  # As in a model that holds another network, too.
-    net.must_fit = True
+    net.refuse_misfits()
     with pytest.raises(CheckpointError, match="nothing under 'backbone.*init_cfg"):
         load_checkpoint(model, path)

@@ -243,30 +243,19 @@ def test_leaves_its_arguments_alone():
     assert_same_bits(published, before)
 
 
-def test_random_numbers_are_not_used_up():
-    published = small_state('basic', 'orepa')
-    torch.manual_seed(3)
-    expected = torch.rand(3)
-    torch.manual_seed(3)
-    from_published(published)
-    assert torch.equal(torch.rand(3), expected)
-
-
 @pytest.mark.parametrize('prefix', ['', 'module.'])
-@pytest.mark.parametrize('deployed', [False, True])
-def test_prefix(prefix, deployed):
-    published = small_state('basic', 'orepa', deployed, prefix)
+def test_prefix_and_no_classifier(prefix):
+    published = small_state('basic', 'orepa', prefix=prefix)
+    published = {k: v for k, v in published.items() if 'linear.' not in k}
     result = from_published(published)
-    assert all(k.startswith(('backbone.', 'head.fc.')) for k in result['state_dict'])
+    assert all(k.startswith('backbone.') for k in result['state_dict'])
 
 
-@pytest.mark.parametrize(
-    'spelling', ['l2i_conv', 'or1x1_l2i_conv', 'weight_l2i_conv', None]
-)
+@pytest.mark.parametrize('spelling', ['l2i_conv', 'weight_l2i_conv'])
 def test_spellings_of_the_pointwise_conv(spelling):
     published = small_state('bottleneck', 'orepa')
     theirs = {
-        key.replace('weight_or1x1_l2i_conv', spelling or 'weight_or1x1_l2i_conv'): value
+        key.replace('weight_or1x1_l2i_conv', spelling): value
         for key, value in published.items()
     }
     result = from_published(theirs)
@@ -289,21 +278,14 @@ def test_spellings_of_dbb(with_identity):
     assert_same_bits(result['state_dict'], from_published(published)['state_dict'])
 
 
-def test_backbone_without_a_classifier():
-    published = {
-        k: v for k, v in small_state('basic', 'orepa').items() if '.linear.' not in k
-    }
-    result = from_published(published)
-    assert all(key.startswith('backbone.') for key in result['state_dict'])
-
-
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize(('name', 'block'), [('basic', 'orepa'), ('vgg', 'orepa')])
-def test_other_precisions(name, block, dtype):
+@pytest.mark.parametrize(
+    ('name', 'dtype'), [('basic', torch.float16), ('vgg', torch.float64)]
+)
+def test_other_precisions(name, dtype):
     """As after ``model.half()``, which converts fixed entries as well."""
     published = {
         key: value.to(dtype) if value.is_floating_point() else value
-        for key, value in small_state(name, block).items()
+        for key, value in small_state(name, 'orepa').items()
     }
     result = from_published(published)
     kinds = {v.dtype for v in result['state_dict'].values()}
@@ -346,12 +328,10 @@ class TestErrors:
     @pytest.mark.parametrize(
         'key', ['stage0.rbr_dense.weight_rbr_prior', 'stage0.rbr_dense.id_tensor']
     )
-    @pytest.mark.parametrize('change', ['sign', 'nan', 'small'])
+    @pytest.mark.parametrize('change', ['nan', 'small'])
     def test_fixed_entries(self, published, key, change):
         value = published[key]
-        if change == 'sign':
-            value.neg_()
-        elif change == 'nan':
+        if change == 'nan':
             value[0] = float('nan')
         else:
             value.view(-1)[-1] += 1e-3
@@ -368,12 +348,9 @@ class TestErrors:
         ('key', 'shape', 'named'),
         [
             ('linear.weight', (7, 21), r'\(7, 21\), not \(7, 20\)'),
-            ('linear.weight', (), r'linear.weight \(\), not'),
-            ('linear.bias', (8,), r'\(8,\), not \(7,\)'),
             ('stage0.rbr_dense.vector', (), r'\(\), not \(5, 4\)'),
             ('stage0.rbr_dense.vector', (6, 4), r'\(6, 4\), not \(5, 4\)'),
             ('stage1.1.rbr_dense.vector', (7, 4), r'\(7, 4\), not \(5, 4\)'),
-            ('stage1.1.rbr_dense.vector', (6, 5), r'not \(5, 4\)'),
         ],
     )
     def test_shapes(self, published, key, shape, named):

@@ -10,8 +10,8 @@ from torch import nn
 from mmorepa import is_switchable
 from mmorepa.analysis import network_outputs
 from mmorepa.deployment import deployed_config, load_deployed, loaded_by_config
-from mmorepa.engine.config import build_model
 from mmorepa.layers import switch_to_deploy
+from mmorepa.runs import build_model
 from mmorepa.utils.errors import CheckpointError
 
 STOCK = dict(type='ResNet', depth=18, stem_channels=8, base_channels=8)

@@ -29,7 +29,7 @@ from tool_runs import (
 from torch.distributed.run import get_args_parser
 
 from mmorepa.__main__ import COMMANDS as TOOLS
-from mmorepa.engine.config import read_config
+from mmorepa.runs import read_config
 
 COMMANDS = commands()
 # Configs of the reader's own, by the documents that print them.

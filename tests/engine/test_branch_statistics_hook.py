@@ -70,8 +70,6 @@ def test_what_is_written(tmp_path):
     'optim_wrapper',
     [
         dict(type='OptimWrapper'),
-        dict(type='FoldedOptimWrapper'),
-        dict(type='BFloat16OptimWrapper'),
         dict(type='FoldedBFloat16OptimWrapper'),
         dict(type='FoldedOptimWrapper', accumulative_counts=2),
     ],
@@ -134,14 +132,7 @@ def test_the_main_process_alone_writes(tmp_path, monkeypatch):
     hook.after_train_iter(None, 0)
 
 
-@pytest.mark.parametrize(
-    ('wrapper', 'optim_wrapper'),
-    [
-        ('MMDistributedDataParallel', 'OptimWrapper'),
-        ('FoldedDistributedDataParallel', 'FoldedOptimWrapper'),
-    ],
-)
-def test_data_parallelism(tmp_path, wrapper, optim_wrapper):
+def test_data_parallelism(tmp_path):
     store = tmp_path / 'store'
     distributed.init_process_group(
         'gloo', init_method=f'file://{store}', rank=0, world_size=1
@@ -150,9 +141,11 @@ def test_data_parallelism(tmp_path, wrapper, optim_wrapper):
         runner = make_runner(
             tmp_path / 'run',
             custom_hooks=[HOOK],
-            optim_wrapper=dict(type=optim_wrapper, optimizer=SGD),
+            optim_wrapper=dict(type='FoldedOptimWrapper', optimizer=SGD),
         )
-        runner.model = runner.wrap_model(dict(type=wrapper), runner.model.to('cpu'))
+        runner.model = runner.wrap_model(
+            dict(type='FoldedDistributedDataParallel'), runner.model.to('cpu')
+        )
         runner.train()
     finally:
         distributed.destroy_process_group()

@@ -3,9 +3,9 @@ import sys
 
 import pytest
 from mmengine.config import Config
-from runners import CLASSES  # noqa: F401 registers the network and the data
+from runners import build_runner
 
-from mmorepa.engine.config import build_runner, keep_few_checkpoints
+from mmorepa.runs import keep_few_checkpoints
 
 
 def config(folder, by_epoch=True, shown=False):

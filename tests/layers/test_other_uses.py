@@ -11,7 +11,7 @@ from torch import nn
 from torch.ao import quantization
 
 from mmorepa import add_branches, switch_to_deploy
-from mmorepa.engine import read_checkpoint
+from mmorepa.converters import read_checkpoint
 from mmorepa.layers import DBBConv2d, OREPAConv2d, RepVGGConv2d, log_plain_starts
 
 BN = dict(type='BN')

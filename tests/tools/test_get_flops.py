@@ -3,7 +3,7 @@ from helpers import import_models
 from mmengine.config import Config
 from tool_runs import ROOT, run_here
 
-from mmorepa.engine.config import build_model
+from mmorepa.runs import build_model
 
 FLOPS = 'analysis_tools/get_flops.py'
 DIGITS = ROOT / 'configs/digits'

@@ -7,6 +7,8 @@ import yaml
 from helpers import import_models
 from tool_runs import ROOT, run_here, tool
 
+import mmorepa
+
 TOOL = 'analysis_tools/model_zoo.py'
 CONFIGS = sorted((ROOT / 'configs' / 'imagenet').glob('*.py'))
 METAFILE = ROOT / 'configs' / 'imagenet' / 'metafile.yml'
@@ -108,6 +110,7 @@ class TestMetafile:
         import_models('mmpretrain')
         from mmpretrain.apis import ModelHub, get_model
 
+        mmorepa.register_models()
         ModelHub.get('resnet18_8xb32_in1k')
         for path in CONFIGS:
             found = ModelHub.get(path.stem)

@@ -7,7 +7,7 @@ from tool_runs import ROOT, run_here, tool
 
 from mmorepa.analysis import largest_difference
 from mmorepa.converters import write_checkpoint
-from mmorepa.engine.config import build_model, read_config
+from mmorepa.runs import build_model, read_config
 
 TOOL = 'analysis_tools/quickstart_summary.py'
 SECONDS = ('--seconds', 90, '--training-seconds', 60, '--plain-training-seconds', 40)

@@ -1,14 +1,11 @@
 import importlib
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
 from mmorepa.utils import requirements
 from mmorepa.utils.requirements import check_requirements
 
-ROOT = Path(__file__).parents[2]
 ADVICE = {
     'mmengine': 'pip install mmengine==0.10.7` (OpenMMLab) or `pip install onedl-',
     'mmcv': 'pip install mmcv==2.1.0` (OpenMMLab) or `pip install onedl-mmcv==',
@@ -24,16 +21,9 @@ def version(monkeypatch):
     )
 
 
-def test_here():
-    check_requirements()
-
-
 TESTED = [
-    ('mmengine', '0.10.7'),
     ('mmengine', '0.10.12'),
     ('mmcv', '2.1.0'),
-    ('mmcv', '2.3.6'),
-    ('torch', '2.6.0+cpu'),
     ('torch', '2.14.1+cu130'),
 ]
 
@@ -49,9 +39,6 @@ def test_tested(version, name, value, recwarn):
     'name, value',
     [
         ('mmengine', '0.10.0'),
-        ('mmengine', '0.10.13'),
-        ('mmcv', '2.0.0'),
-        ('mmcv', '2.4.0'),
         ('torch', '2.15.0+cu130'),
     ],
 )
@@ -70,11 +57,8 @@ def test_python_that_is_not_tested(monkeypatch):
 @pytest.mark.parametrize(
     'name, value, bounds',
     [
-        ('mmengine', '0.9.1', '>=0.10.0,<1.0.0'),
         ('mmengine', '1.0.0', '>=0.10.0,<1.0.0'),
-        ('mmcv', '1.7.2', '>=2.0.0,<3.0.0'),
         ('mmcv', '2.0.0rc4', '>=2.0.0,<3.0.0'),
-        ('mmcv', '3.0.0', '>=2.0.0,<3.0.0'),
         ('mmcv', '10.0.0', '>=2.0.0,<3.0.0'),
         ('torch', '2.5.1', '>=2.6'),
     ],
@@ -102,14 +86,6 @@ def test_missing(monkeypatch, name):
     assert ADVICE[name] in str(info.value)
 
 
-@pytest.mark.parametrize('name', ['mmengine', 'mmcv'])
-def test_really_missing(monkeypatch, name):
-    """As Python itself reports it."""
-    monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=f'mmorepa needs {name}, which is missing'):
-        check_requirements()
-
-
 def test_broken_package(monkeypatch):
     """Something that mmcv itself misses is not reported as mmcv."""
 
@@ -121,29 +97,3 @@ def test_broken_package(monkeypatch):
     monkeypatch.setattr(requirements, 'import_module', broken)
     with pytest.raises(ModuleNotFoundError, match="No module named 'cv2'"):
         check_requirements()
-
-
-@pytest.mark.parametrize(
-    'path, pattern',
-    [
-        ('pyproject.toml', r'requires-python = ">=([\d.]+)"'),
-        ('pyproject.toml', r'target-version = "py(\d+)"'),
-        ('README.md', r'needs Python ([\d.]+) or later, no GPU'),
-        ('docs/get_started.md', r'package needs Python ([\d.]+),'),
-        ('tools/setup_env.sh', r'version_info < \((.*)\)'),
-    ],
-)
-def test_oldest_python_is_said_alike(path, pattern):
-    """Digits only: the places write it in several ways."""
-    (found,) = re.findall(pattern, (ROOT / path).read_text())
-    assert re.sub(r'\D', '', found) == '310'
-
-
-def test_oldest_pytorch_is_said_alike():
-    runtime = (ROOT / 'requirements' / 'runtime.txt').read_text()
-    guide = (ROOT / 'docs' / 'get_started.md').read_text()
-    (versions,) = (
-        r.versions for r in requirements._REQUIREMENTS if r.module == 'torch'
-    )
-    assert f'torch{versions}' in runtime.splitlines()
-    assert f'PyTorch {versions.removeprefix(">=")}, MMEngine' in guide

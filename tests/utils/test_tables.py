@@ -21,10 +21,6 @@ def test_texts_are_not_markup():
     assert '[bold]a' in text and '[red]x[/red]' in text and ':smile:' in text
 
 
-def test_without_rows():
-    assert format_table(('a', 'b'), []).split() == ['a', 'b']
-
-
 def test_terminal_does_not_matter(monkeypatch):
     """A narrow or colourful terminal changes nothing about a log."""
     expected = format_table(('name', 'n'), [('x' * 100, '1')])

@@ -22,12 +22,8 @@ def backbone():
     return OREPAResNet(18, base_channels=4)
 
 
-def conv():
-    return convs()[0]
-
-
 @pytest.mark.parametrize('load', [nn.Module.load_state_dict, load_state_dict])
-@pytest.mark.parametrize('build', [conv, convs, backbone])
+@pytest.mark.parametrize('build', [convs, backbone])
 class TestWarning:
     def warnings(self, log, model, state, load):
         log.clear()

@@ -16,7 +16,7 @@ from torch import nn
 
 from mmorepa.analysis import BranchKernels, branch_kernels
 from mmorepa.converters import load_training_form, read_checkpoint
-from mmorepa.engine.config import build_model, read_config
+from mmorepa.runs import build_model, read_config
 from mmorepa.utils.files import atomic_write, check_outputs
 
 # Okabe and Ito's colours, which differ for every kind of colour vision.

@@ -49,7 +49,7 @@ from torch.utils.data import Dataset
 from mmorepa import switch_to_deploy
 from mmorepa.cli import one_line_errors
 from mmorepa.converters import load_strictly, load_training_form, read_checkpoint
-from mmorepa.engine.config import check_data_folders, read_config
+from mmorepa.runs import check_data_folders, read_config
 from mmorepa.utils.files import atomic_write, check_outputs
 
 COLUMNS = ('ground truth', 'training form', 'deployed')

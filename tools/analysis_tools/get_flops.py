@@ -34,7 +34,7 @@ from mmorepa import is_switchable, switch_to_deploy
 from mmorepa.analysis.complexity import count_bytes, count_gflops, count_parameters
 from mmorepa.cli import one_line_errors
 from mmorepa.deployment.inputs import image_shape, test_batch
-from mmorepa.engine.config import build_model, read_config
+from mmorepa.runs import build_model, read_config
 from mmorepa.utils.tables import format_table
 
 

@@ -24,7 +24,7 @@ from mmorepa.cli import one_line_errors
 from mmorepa.converters import load_training_form, read_checkpoint
 from mmorepa.deployment import load_deployed
 from mmorepa.deployment.inputs import image_shape, test_batch
-from mmorepa.engine.config import build_model, read_config
+from mmorepa.runs import build_model, read_config
 from mmorepa.utils.files import atomic_write, check_outputs
 from mmorepa.utils.tables import format_table
 

@@ -23,7 +23,7 @@ from studies import Job, Results, run_study, study_parser
 from torch.cuda import is_available as is_gpu_there
 
 from mmorepa.cli import one_line_errors, positive
-from mmorepa.engine.config import check_data_folders
+from mmorepa.runs import check_data_folders
 
 
 def seeds(text: str) -> list[int]:

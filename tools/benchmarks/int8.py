@@ -41,7 +41,7 @@ from mmorepa.deployment.int8 import (
 )
 from mmorepa.deployment.networks import network_from, require
 from mmorepa.deployment.onnx_files import OnnxNetwork, export_onnx, preprocessing
-from mmorepa.engine.config import check_data_folders, read_config
+from mmorepa.runs import check_data_folders, read_config
 
 # Of accuracies: in float, and with one scale for each channel or each kernel.
 SCHEMES = (

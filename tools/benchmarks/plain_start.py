@@ -21,7 +21,7 @@ import studies
 from trainings import Training, epochs_options, last_checkpoint, merged, train
 
 from mmorepa.cli import one_line_errors, positive
-from mmorepa.engine.config import check_data_folders
+from mmorepa.runs import check_data_folders
 
 KEY = ('task', 'name', 'seed', 'epochs')
 VALUES = ('value', 'seconds')

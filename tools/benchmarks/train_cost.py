@@ -32,8 +32,8 @@ from studies import ROOT, panels, save
 
 from mmorepa.analysis.timing import Clock, busy_warning
 from mmorepa.cli import one_line_errors
-from mmorepa.engine.config import read_config
 from mmorepa.functional import compiled
+from mmorepa.runs import read_config
 from mmorepa.utils.files import atomic_write, check_outputs
 
 # The networks that this is about, with as many images as suit a small machine.

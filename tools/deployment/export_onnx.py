@@ -8,7 +8,6 @@ normalised, and name the classes.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -68,8 +67,8 @@ from mmorepa.deployment.onnx_files import (
     export_onnx,
     preprocessing,
 )
-from mmorepa.engine.config import read_config
-from mmorepa.utils.files import atomic_write, check_outputs
+from mmorepa.runs import read_config
+from mmorepa.utils.files import atomic_write, check_outputs, write_json
 from mmorepa.utils.tables import counted, format_table
 
 
@@ -137,9 +136,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
         differences={kind: d._asdict() for kind, d in differences.items()},
         outputs=list(exported.names),
     )
-    if args.json is not None:
-        with atomic_write(args.json) as file:
-            file.write_text(json.dumps(figures, indent=2) + '\n')
+    write_json(figures, args.json)
 
     rows = [
         (name, f'{form["latency_ms"]:.2f}', f'{form["megabytes"]:.2f}')
@@ -153,10 +150,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     if hasattr(model, 'roi_head'):
         print('The second stage is in the size of PyTorch, and not in the file.')
     for kind, difference in differences.items():
-        print(
-            f'Largest difference for {kind}: {difference.absolute:.2e} absolute, '
-            f'{difference.relative:.2e} relative.'
-        )
+        print(f'Largest difference for {kind}: {difference}.')
     print(f'Wrote {args.out}: {", ".join(exported.names)}.')
     return figures
 

@@ -6,7 +6,6 @@ on its validation data. ONNX Runtime writes an ONNX file, torchao a program of P
 """
 
 import argparse
-import json
 import platform
 import sys
 import tempfile
@@ -121,8 +120,8 @@ from mmorepa.deployment.int8 import (
 from mmorepa.deployment.networks import Network, network_from, padded, require
 from mmorepa.deployment.onnx_files import OnnxNetwork, export_onnx, preprocessing
 from mmorepa.deployment.pt2e import ProgramNetwork, export_program, quantize_program
-from mmorepa.engine.config import check_data_folders, read_config
-from mmorepa.utils.files import atomic_write, check_outputs
+from mmorepa.runs import check_data_folders, read_config
+from mmorepa.utils.files import atomic_write, check_outputs, write_json
 from mmorepa.utils.tables import counted, format_table
 
 # Their outputs are kept in memory for the comparison of the layers.
@@ -329,9 +328,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
             for loss in (loss._asdict() for loss in made.losses)
         ],
     )
-    if args.json is not None:
-        with atomic_write(args.json) as file:
-            file.write_text(json.dumps(figures, indent=2) + '\n')
+    write_json(figures, args.json)
 
     measured = {
         **{key: [metrics[n][key] for n in NAMES] for key in metrics[FLOAT]},

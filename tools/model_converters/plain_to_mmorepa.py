@@ -27,13 +27,6 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         'deployed checkpoint',
     )
     parser.add_argument('out', metavar='OUT', help='the checkpoint to write')
-    parser.add_argument(
-        '--start',
-        choices=('quiet', 'balanced'),
-        help='how plain kernels are split into branches: quiet (the first step moves '
-        "them as far as a plain conv's) or balanced (all branches learn from the first "
-        'step); by default what the config says, or quiet',
-    )
     add_shape(parser, 'image of the check with random input (default: 224)')
     parser.add_argument(
         '--tolerance',
@@ -52,18 +45,18 @@ import torch
 
 from mmorepa import __version__
 from mmorepa.analysis import largest_difference, network_outputs
-from mmorepa.backbones.staged_backbone import check_style
+from mmorepa.backbones.checks import check_style
 from mmorepa.cli import one_line_errors
 from mmorepa.converters import (
+    entries_of_twin,
     load_strictly,
     plain_twin,
     read_checkpoint,
     start_from_plain,
-    twin_entries,
     write_checkpoint,
 )
-from mmorepa.engine.config import build_model, read_config
 from mmorepa.layers import is_switchable
+from mmorepa.runs import build_model, read_config
 from mmorepa.utils.files import check_outputs
 
 
@@ -74,11 +67,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     cfg = read_config(args.config, args.cfg_options)
     checkpoint = read_checkpoint(args.source)
     model = build_model(cfg)
-    count = start_from_plain(model, checkpoint['state_dict'], args.start)
+    count = start_from_plain(model, checkpoint['state_dict'])
     check_style(model.backbone, args.source)
     cfg.model = plain_twin(cfg.model)
     twin = build_model(cfg)
-    entries = twin_entries(twin, model.backbone, checkpoint['state_dict'])
+    entries = entries_of_twin(twin, model.backbone, checkpoint['state_dict'])
     load_strictly(twin, entries)
 
     channels = cfg.model.backbone.get('in_channels', 3)
@@ -104,10 +97,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         print(f'{count} convs took plain kernels, BatchNorm folded in.')
     else:
         print(f'{count} convs start from plain kernels.')
-    print(
-        f'Largest difference for random input of {height}x{width}: '
-        f'{difference.absolute:.2e} absolute, {difference.relative:.2e} relative.'
-    )
+    print(f'Largest difference for random input of {height}x{width}: {difference}.')
     print(f'Wrote {args.out}.')
 
 

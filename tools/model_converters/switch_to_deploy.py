@@ -6,7 +6,6 @@ Beside the checkpoint OUT.pth goes OUT_config.py, the config that builds this fo
 
 import argparse
 import copy
-import json
 import os
 import re
 import sys
@@ -68,9 +67,9 @@ from mmorepa.converters import (
 )
 from mmorepa.deployment import loaded_by_config
 from mmorepa.deployment.inputs import image_shape, test_batch
-from mmorepa.engine.config import build_model, read_config
+from mmorepa.runs import build_model, read_config
 from mmorepa.utils.errors import OutputError
-from mmorepa.utils.files import atomic_write, check_outputs
+from mmorepa.utils.files import atomic_write, check_outputs, write_json
 from mmorepa.utils.tables import counted, format_table
 
 # By this variable, the tool knows a config that it wrote.
@@ -176,9 +175,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
         deployed_cfg.pop('work_dir', None)
         with atomic_write(config) as file:
             deployed_cfg.dump(file)
-    if args.json is not None:
-        with atomic_write(args.json) as file:
-            file.write_text(json.dumps(figures, indent=2) + '\n')
+    write_json(figures, args.json)
 
     rows = [
         (
@@ -197,10 +194,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     if warning := busy_warning(core_share):
         print(warning)
     for kind, difference in differences.items():
-        print(
-            f'Largest difference for {kind}: {difference.absolute:.2e} absolute, '
-            f'{difference.relative:.2e} relative.'
-        )
+        print(f'Largest difference for {kind}: {difference}.')
     if problem:
         print(f'Wrote {args.out}, and no config: {problem}.')
     else:

@@ -11,7 +11,6 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from ...analysis import branch_kernels, relative_step, shares
 from ...layers import MultiBranchConv2d, ReparamConv2d, outermost
 
 
@@ -19,24 +18,22 @@ from ...layers import MultiBranchConv2d, ReparamConv2d, outermost
 class BranchStatisticsHook(Hook):
     """Writes what the branches of each layer do to every backend of the visualizer.
 
-    These are ``scalars.json``, TensorBoard, Weights & Biases and what else MMEngine
-    knows. By the layer's name in the network; the factors of a deep linear conv are
-    layers ``NAME.1``, ``NAME.2``, …, with one step of all:
+    By the layer's name in the network; the factors of a deep linear conv are layers
+    ``NAME.1``, ``NAME.2``, …, with one step of all:
 
     - ``branch_share/LAYER/BRANCH``: what the branch puts into the folded kernel, see
       :attr:`mmorepa.analysis.Share.size`
     - ``branch_scale/LAYER/BRANCH``: root mean square of its scaling vector, or of
       ``γ/√(σ²+ε)`` of its BatchNorm
-    - ``kernel_step/LAYER``: how far this one step of the optimizer moved the folded
-      kernel, relative to it, see :func:`mmorepa.analysis.relative_step`. Plain convs
-      have it too, to compare with. A block with a BatchNorm in each branch moves with
-      their statistics as well.
+    - ``kernel_step/LAYER``: how far this step of the optimizer moved the folded kernel,
+      relative to it, see :func:`mmorepa.analysis.relative_step`; plain convs have it,
+      too
 
-    It changes nothing of the training, folded or online. Only the main process writes.
+    The training stays as it is. Only the main process writes.
 
     Args:
-        interval (int): Steps of the training from one measurement to the next. With
-            gradient accumulation, a multiple of its counts. Defaults to 200.
+        interval (int): Steps between two measurements; with gradient accumulation, a
+            multiple of its counts. Defaults to 200.
 
     Raises:
         ValueError: If the interval is not positive, or the model has no
@@ -58,12 +55,7 @@ class BranchStatisticsHook(Hook):
         self._before: dict[str, Tensor] = {}
 
     def before_train(self, runner: Runner) -> None:
-        """Looks at the model once, so that what is wrong is said before the training.
-
-        Raises:
-            ValueError: If there is nothing to measure.
-            RuntimeError: If the branches are sharded (FSDP).
-        """
+        """Raises before the training if there is nothing to measure."""
         if not _kernels(_unwrapped(runner)):
             raise ValueError(
                 'BranchStatisticsHook has nothing to measure: the model has no '
@@ -89,19 +81,24 @@ class BranchStatisticsHook(Hook):
         """Measures and writes."""
         if not self.every_n_train_iters(runner, self.interval):
             return
+        # Not at the top: a training without this hook needs nothing of it.
+        from ...analysis import branch_kernels, relative_step, shares
+
         model, before = _unwrapped(runner), self._before
         self._before = {}
-        found = {
+        scalars = {
             f'kernel_step/{name}': relative_step(before[name], kernel)
             for name, kernel in _kernels(model).items()
         }
         for layer in branch_kernels(model, torch.float32):
             for branch, share in shares(layer.kernels).items():
                 scale = layer.scales[branch].square().mean().sqrt().item()
-                found[f'branch_share/{layer.name}/{branch}'] = share.size
-                found[f'branch_scale/{layer.name}/{branch}'] = scale
-        found = {name: value for name, value in found.items() if math.isfinite(value)}
-        runner.visualizer.add_scalars(found, step=runner.iter + 1)
+                scalars[f'branch_share/{layer.name}/{branch}'] = share.size
+                scalars[f'branch_scale/{layer.name}/{branch}'] = scale
+        finite = {
+            name: value for name, value in scalars.items() if math.isfinite(value)
+        }
+        runner.visualizer.add_scalars(finite, step=runner.iter + 1)
 
 
 def _unwrapped(runner: Runner) -> nn.Module:

@@ -20,19 +20,17 @@ from ..seeding import SeededBatches, seed_of
 class CrashSafeHook(Hook):
     """Lets a killed training, once resumed, go on as if nothing had happened.
 
-    - Checkpoints are written under another name and renamed when whole. Only then the
-      ``CheckpointHook`` removes those that are one too many; alone, it does so first.
+    - Checkpoints are written under another name and renamed when whole, and outdated
+      ones are removed after that; the ``CheckpointHook`` alone removes them before.
     - Every random number, the workers' too, is a function of the seed, the rank and
-      the iteration. So losses are those of a training without interruption, and no
-      matter how many workers there are.
-    - It begins with the validation of what it resumes from: the checkpoint was saved
-      before that, and knows nothing of a best score or of a plateau.
-    - An iteration-based loop with an ``InfiniteSampler`` resumes at the batch where it
-      was, and does not load those before, as MMEngine 0.10 does.
+      the iteration: losses are those of a training without interruption.
+    - A checkpoint that was saved before its validation is validated first, or the best
+      score would be lost.
+    - An iteration-based loop with an ``InfiniteSampler`` resumes at its batch without
+      loading those before, as MMEngine 0.10 does.
 
-    ``tools/train.py`` adds this hook to every config. What it cannot bring back: the
-    part of a window of accumulated gradients that was there already, and caches of
-    transforms (mmdet's ``CachedMosaic``).
+    ``tools/train.py`` adds this hook. Lost are gradients that were accumulated for a
+    step, and caches of transforms (mmdet's ``CachedMosaic``).
 
     Examples:
         >>> custom_hooks = [dict(type='CrashSafeHook')]

@@ -15,20 +15,17 @@ from ...layers import ReparamConv2d, outermost
 class EquivalentKernelDecayHook(Hook):
     """Adds ``½ · weight_decay · Σ ‖K‖²`` over the equivalent kernels to the losses.
 
-    L2 of the branches lets the folded kernel grow as long as every factor is small;
-    L2 of the kernel itself is meant to keep its distribution narrow for quantisation.
-    It generalises RepVGG's "custom L2" to every block: see
-    :meth:`mmorepa.layers.ReparamConv2d.regularized_kernel`. Its gradient for a plain
-    conv is that of SGD's own weight decay. The term is logged as
-    ``loss_kernel_decay``.
+    It generalises RepVGG's "custom L2" to every block, see
+    :meth:`mmorepa.layers.ReparamConv2d.regularized_kernel`; for a plain conv, its
+    gradient is that of SGD's own weight decay. The term is logged as
+    ``loss_kernel_decay``. It is meant to keep the kernels narrow for quantisation, and
+    **did not help** INT8 in the trainings of docs/int8.md: no network lost less by more
+    than noise, and with 0.01, trainings of deep linear stems diverged, since the fold
+    amplifies the gradient there.
 
     Take the branches out of the optimizer's weight decay, or they decay twice:
     ``branch_decay_mult=0.`` of
     :class:`mmorepa.engine.OREPAOptimWrapperConstructor` does it.
-
-    Its gradient reaches the branches amplified by the fold, in the deep linear stem of
-    OREPA about a hundredfold: large coefficients diverge there, unless a small
-    ``stem_lr_mult`` evens it out. docs/int8.md has what it did to trained networks.
 
     Args:
         weight_decay (float): The coefficient. Defaults to 1e-4.

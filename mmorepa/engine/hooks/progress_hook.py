@@ -17,13 +17,11 @@ from ...utils.tables import counted
 
 @HOOKS.register_module()
 class ProgressHook(Hook):
-    """Says what will be trained, and shows one line that moves while it is.
-
-    The line has the epoch, the step, the loss, the images of a second and the time
-    left. It is shown on terminals: elsewhere, MMEngine's lines tell the progress.
+    """Says what will be trained, and shows one moving line: step, loss, time left.
 
     Args:
-        is_shown (bool, optional): Defaults to None: on a terminal, by the main process.
+        is_shown (bool, optional): Show the line. Defaults to None: on terminals, since
+            MMEngine's lines tell the progress elsewhere.
     """
 
     priority = 'LOWEST'
@@ -130,14 +128,7 @@ def _counts_epochs(runner: Runner) -> bool:
 
 
 def summary(runner: Runner) -> str:
-    """What a training was asked for, a line for each choice.
-
-    Args:
-        runner (Runner): Whose training begins.
-
-    Returns:
-        str: Lines of two columns.
-    """
+    """What a training was asked for: lines of two columns."""
     cfg, model = runner.cfg, runner.model
     model = getattr(model, 'module', model)
     backbone = getattr(model, 'backbone', None)

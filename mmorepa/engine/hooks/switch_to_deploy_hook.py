@@ -9,7 +9,6 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from ...analysis import largest_difference, raw_outputs, unwrapped, watched_convs
 from ...converters import deploy_checkpoint, read_checkpoint, write_checkpoint
 from ...layers import is_switchable, switch_to_deploy
 
@@ -18,19 +17,18 @@ from ...layers import is_switchable, switch_to_deploy
 class SwitchToDeployHook(Hook):
     """Switches the model to its plain form before it is tested.
 
-    At the first test batch, when the weights are loaded and an ``EMAHook`` has put
-    its averages in place, every re-parameterised conv of the model (and of the
-    EMA's copy, so that both can still be swapped) becomes a plain one. The outputs
-    for that batch are held against each other. Validation during training does
-    not switch anything.
+    At the first test batch, when an ``EMAHook`` has swapped its averages in, every
+    re-parameterised conv of the model, and of the EMA's copy, becomes a plain one, and
+    the outputs of both forms are compared. Validation switches nothing.
 
     Args:
-        tolerance (float, optional): The largest difference of the raw outputs,
-            relative to the largest value, that is accepted. None skips the
-            comparison. Defaults to 1e-4.
-        save_after_train (bool): Whether to write, after training, the deployed
-            form of the last checkpoint beside it, as ``NAME_deploy.pth``.
-            Defaults to False.
+        tolerance (float, optional): The largest accepted difference of the raw outputs,
+            relative to the largest value; None skips the comparison. Defaults to 1e-4.
+        save_after_train (bool): Write the deployed form of the last checkpoint beside
+            it after training, as ``NAME_deploy.pth``. Defaults to False.
+
+    Raises:
+        RuntimeError: In a test, if the outputs differ by more than the tolerance.
 
     Examples:
         >>> custom_hooks = [dict(type='SwitchToDeployHook')]
@@ -47,16 +45,7 @@ class SwitchToDeployHook(Hook):
     def before_test_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None
     ) -> None:
-        """Switches at the first batch.
-
-        Args:
-            runner (Runner): The runner of the test.
-            batch_idx (int): Index of the batch.
-            data_batch (Any): The batch that the comparison uses.
-
-        Raises:
-            RuntimeError: If the outputs differ by more than the tolerance.
-        """
+        """Switches at the first batch."""
         if batch_idx != 0:
             return
         if not is_switchable(runner.model):
@@ -65,10 +54,13 @@ class SwitchToDeployHook(Hook):
                 're-parameterised conv.'
             )
             return
+        # Not at the top: a training needs nothing of it.
+        from ... import analysis
+
         compare = self.tolerance is not None
         if compare:
-            with watched_convs(unwrapped(runner.model)) as layers:
-                before = raw_outputs(runner.model, data_batch)
+            with analysis.watched_convs(analysis.unwrapped(runner.model)) as layers:
+                before = analysis.raw_outputs(runner.model, data_batch)
         switch_to_deploy(runner.model)
         for hook in runner.hooks:
             ema_model = getattr(hook, 'ema_model', None)
@@ -77,37 +69,31 @@ class SwitchToDeployHook(Hook):
         if not compare:
             runner.logger.info('Switched the model to its deployed form.')
             return
-        difference = largest_difference(before, raw_outputs(runner.model, data_batch))
+        after = analysis.raw_outputs(runner.model, data_batch)
+        difference = analysis.largest_difference(before, after)
         runner.logger.info(
             'Switched the model to its deployed form; largest difference of the '
-            f'outputs for the first batch: {difference.absolute:.2e} absolute, '
-            f'{difference.relative:.2e} relative.'
+            f'outputs for the first batch: {difference}.'
         )
         # Not `>`, which a NaN would pass.
         if not difference.relative <= self.tolerance:
             raise RuntimeError(
                 'the deployed form differs from the training form: '
                 f'{difference.relative:.2e} of the largest output, tolerance '
-                f'{self.tolerance:.0e}; {self._blame(layers)}. In float32 this should '
-                'not happen; with weights in half precision, or running variances near '
-                "zero, raise the hook's tolerance, or set it to None to skip the "
-                'comparison'
+                f'{self.tolerance:.0e}; {self._blame(layers)}. With weights in half '
+                "precision or running variances near zero, raise the hook's tolerance"
             )
 
     def _blame(self, layers: dict[str, float]) -> str:
         """The first conv that differs from its plain form by itself."""
-        for name, found in layers.items():
-            if not found <= self.tolerance:
-                return f'the first layer beyond it is {name!r}, with {found:.2e}'
+        for name, difference in layers.items():
+            if not difference <= self.tolerance:
+                return f'the first layer beyond it is {name!r}, with {difference:.2e}'
         return 'no re-parameterised conv is beyond it by itself'
 
     @master_only
     def after_train(self, runner: Runner) -> None:
-        """Writes the deployed checkpoint if asked to.
-
-        Args:
-            runner (Runner): The runner of the training.
-        """
+        """Writes the deployed checkpoint if asked to."""
         if not self.save_after_train:
             return
         last = find_latest_checkpoint(runner.work_dir)

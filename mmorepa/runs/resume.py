@@ -16,12 +16,6 @@ _STEP = re.compile(r'_(\d+)\.pth$')
 def read_resumable(path: str) -> dict:
     """Reads a checkpoint that must hold the whole state of a training.
 
-    Args:
-        path (str): The file.
-
-    Returns:
-        dict: As :func:`read_checkpoint`.
-
     Raises:
         CheckpointError: If it holds weights alone, or see :func:`read_checkpoint`.
         FileNotFoundError: If there is no such file.
@@ -34,8 +28,7 @@ def read_resumable(path: str) -> dict:
     if missing:
         raise CheckpointError(
             f'{path!r} holds weights but not the state of a training run to resume '
-            f'({", ".join(missing)} missing); to start a new run from these '
-            'weights: --cfg-options load_from=...'
+            f'({", ".join(missing)} missing); start a new run by load_from=...'
         )
     return checkpoint
 
@@ -45,14 +38,13 @@ def newest_resumable(folder: str) -> tuple[Optional[str], Optional[dict]]:
 
     It is the one that ``last_checkpoint`` names, unless that is damaged, or one of a
     later step was written since: a kill may come between the two files. A warning names
-    those that are left out, and says so if there is none at all.
+    those that are left out.
 
     Args:
         folder (str): The work folder. It need not exist.
 
     Returns:
-        tuple[str, dict]: Its path, and what it holds; None and None if there are no
-        checkpoints.
+        tuple[str, dict]: Path and content; None and None without any checkpoint.
 
     Raises:
         CheckpointError: If there are, but none can be resumed from.
@@ -87,14 +79,14 @@ def _candidates(folder: Path) -> list[Path]:
         named = Path(text).resolve() if text else None
     if named and (folder / named.name).exists():
         named = folder / named.name  # The folder may have been moved, or copied.
-    found = {
+    paths = {
         path
         for place in {folder, named.parent if named else folder}
         for path in place.glob('*.pth')
         if _STEP.search(path.name) and not path.name.startswith(('best_', '.'))
     }
     if named:
-        found.add(named)
+        paths.add(named)
     # Neither time nor step alone tells: files of an earlier training in this folder may
     # be of later steps, and copies are as old as their copying.
     time, step = _age(named) if named else (0, 0)
@@ -103,7 +95,7 @@ def _candidates(folder: Path) -> list[Path]:
         later = _age(path)[0] >= time and _age(path)[1] > step
         return bool(named) and later, path == named, *_age(path)
 
-    return sorted(found, key=order, reverse=True)
+    return sorted(paths, key=order, reverse=True)
 
 
 def _age(path: Path) -> tuple[int, int]:

@@ -1,6 +1,6 @@
-"""Mistakes that people make with data of their own, each told in one line."""
+"""Checks the data of a config, and reads them; one line for each mistake."""
 
-import ast
+import copy
 import functools
 import inspect
 import json
@@ -12,31 +12,54 @@ from typing import Any, Optional
 from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
 from mmengine.fileio import list_dir_or_file
-from mmengine.registry import DATASETS
+from mmengine.registry import DATASETS, init_default_scope
+from mmengine.runner import Runner
+from torch.utils.data import DataLoader
 
 from ..utils.errors import DataError
 
-# What people set at the top of a config, and what it takes to have an effect.
-_EXAMPLES = {
-    'data_root': 'train_dataloader = dict(dataset=dict(data_root=data_root)), and the '
-    'same for val_dataloader and test_dataloader',
-    'classes': 'train_dataloader = dict(dataset=dict(metainfo=dict(classes=classes))), '
-    'and the same for val_dataloader and test_dataloader',
-    'num_classes': 'model = dict(head=dict(num_classes=num_classes)) for a classifier',
-    'max_epochs': 'train_cfg = dict(max_epochs=max_epochs)',
-    'pretrained': 'model = dict(backbone=dict(init_cfg=dict(checkpoint=pretrained)))',
-}
-# The same on a command line.
-_OPTIONS = {
-    'data_root': 'train_dataloader.dataset.data_root',
-    'classes': 'train_dataloader.dataset.metainfo.classes',
-    'num_classes': 'model.head.num_classes',
-    'max_epochs': 'train_cfg.max_epochs',
-    'pretrained': 'model.backbone.init_cfg.checkpoint',
-}
-_READ = ('model', 'load_from', 'train_cfg')
 # Larger annotations would take longer to read than a mistake is worth.
 _LARGE = 100_000_000
+
+
+def innermost(dataset: dict) -> dict:
+    """The config of the dataset that a config's wrappers hold, or itself."""
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    return dataset
+
+
+def build_loader(cfg: Config, phase: str) -> DataLoader:
+    """The data of a phase, read by this process in the same order each time.
+
+    Nothing is downloaded: only training and testing do that.
+
+    Raises:
+        FileNotFoundError: If data are missing, also those that could be downloaded.
+        ValueError: If the config has none, or see :func:`check_data_folders`.
+    """
+    if cfg.get(f'{phase}_dataloader') is None:
+        raise ValueError(f'the config has no {phase}_dataloader')
+    cfg, scope = copy.deepcopy(cfg), cfg.get('default_scope', 'mmengine')
+    loader = cfg[f'{phase}_dataloader']
+    downloads = [d for d in _datasets(loader) if argument_of(d, 'download', scope)]
+    for dataset in downloads:
+        dataset['download'] = False
+    check_data_folders(cfg, (phase,))
+    init_default_scope(scope)
+    loader.update(num_workers=0, persistent_workers=False)
+    if scope == 'mmpretrain':
+        loader.setdefault('collate_fn', dict(type='default_collate'))
+    try:
+        return Runner.build_dataloader(loader, seed=0)
+    except RuntimeError as error:
+        if not downloads:
+            raise
+        # The toolbox's own words advise a setting that was just turned off.
+        raise FileNotFoundError(
+            f'the data below {downloads[0].get("data_root")!r} are missing or damaged; '
+            'only train and test download them'
+        ) from error
 
 
 def name_broken_images() -> None:
@@ -58,98 +81,73 @@ def name_broken_images() -> None:
     LoadImageFromFile.transform = transform
 
 
-def check_variables(cfg: Config, options: Optional[dict] = None) -> None:
-    """Checks that no variable was set for nothing.
-
-    Those of :func:`mmorepa.hub.apply_variables` are gone by then.
+def check_data_folders(cfg: Config, phases: tuple[str, ...]) -> None:
+    """Checks that the data of these phases are there, or will be downloaded.
 
     Args:
-        cfg (Config): Of a file.
-        options (dict, optional): ``--cfg-options``, merged already, to check them
-            instead of the file. Defaults to None.
+        cfg (Config): Its ``data_preparation``, if any, is the advice of the error.
+        phases (tuple[str, ...]): Out of ``'train'``, ``'val'`` and ``'test'``.
 
     Raises:
-        ValueError: If one of those that people set at the top is set by the file,
-            which has a base, or by the options, and nothing has its value.
+        FileNotFoundError: If the ``data_root`` of a dataset is missing.
+        ValueError: See :func:`check_datasets`.
     """
-    leaves = [
-        leaf
-        for key, node in cfg.items()
-        if key in _READ or key.endswith(('_dataloader', '_evaluator'))
-        for leaf in _leaves(key, node)
-    ]
-    for name in _assigned(cfg.filename) if options is None else options:
-        value = cfg.get(name)
-        if name in _EXAMPLES and value is not None and not _occurs(name, value, leaves):
-            if options is not None:
-                raise ValueError(
-                    f'--cfg-options {name}={value} has no effect; write '
-                    f'--cfg-options {_OPTIONS[name]}={value}'
-                )
-            raise ValueError(
-                f'{name} = {value!r} in {cfg.filename} has no effect, since the base '
-                f'config does not see it; write {_EXAMPLES[name]}'
-            )
-
-
-def _assigned(path: Optional[str]) -> list[str]:
-    """What the file of a child sets and does not use itself.
-
-    One without a base, such as a dump, is whole.
-    """
-    if path is None or not path.endswith('.py'):
-        return []
-    tree = ast.parse(Path(path).read_text(encoding='utf-8'))
-    targets = [t for n in tree.body if isinstance(n, ast.Assign) for t in n.targets]
-    names = [target.id for target in targets if isinstance(target, ast.Name)]
-    # Something may be computed from it.
-    used = {
-        node.id
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+    datasets = {
+        phase: list(_datasets(cfg.get(f'{phase}_dataloader'))) for phase in phases
     }
-    return [name for name in names if name not in used] if '_base_' in names else []
+    for nodes in datasets.values():
+        for dataset in nodes:
+            root = dataset.get('data_root')
+            if root and '://' not in root and not os.path.isdir(root):
+                advice = cfg.get('data_preparation')
+                scope = cfg.get('default_scope')
+                if advice is None and argument_of(dataset, 'download', scope):
+                    continue
+                raise FileNotFoundError(
+                    f'the data folder {root!r} is missing; '
+                    f'{advice or "set data_root to where it is"}'
+                )
+    check_datasets(cfg, datasets)
 
 
-def _leaves(key: str, node: Any) -> Iterator[tuple[str, Any]]:
-    """The values in a config, each with its key; also sequences, as tuples."""
-    if isinstance(node, dict):
-        for name, value in node.items():
-            yield from _leaves(name, value)
-    elif isinstance(node, (list, tuple)):
-        yield key, tuple(node)
-        for value in node:
-            yield from _leaves(key, value)
-    else:
-        yield key, node
+def _datasets(node: object) -> Iterator[dict]:
+    """Yields all dataset configs of a dataloader: wrappers, and wrapped ones."""
+    if isinstance(node, (list, tuple)):
+        for item in node:
+            yield from _datasets(item)
+    elif isinstance(node, dict):
+        for item in (node.get('dataset'), *(node.get('datasets') or ())):
+            if isinstance(item, dict):
+                yield item
+            yield from _datasets(item)
 
 
-def _occurs(name: str, value: Any, leaves: list[tuple[str, Any]]) -> bool:
-    if isinstance(value, str):  # Under any key, and it may be a part of a path.
-        return any(isinstance(leaf, str) and value in leaf for _, leaf in leaves)
-    value = tuple(value) if isinstance(value, list) else value
-    alike = [leaf for key, leaf in leaves if key == name]
-    # What is under no such key, something may have been computed from.
-    return not alike or value in alike
+def argument_of(dataset: dict, name: str, scope: Optional[str]) -> Any:
+    """What a dataset gets for an argument; None if it, or the type, is not known."""
+    kind = dataset.get('type')
+    if isinstance(kind, str):
+        with DATASETS.switch_scope_and_registry(scope) as registry:
+            kind = registry.get(kind)
+    known = inspect.signature(kind).parameters.get(name) if kind else None
+    return None if known is None else dataset.get(name, known.default)
 
 
 def check_datasets(cfg: Config, datasets: dict[str, list[dict]]) -> None:
     """Checks what the folders and annotations of the datasets hold.
 
     Those of MMPretrain's ``CustomDataset`` that are folders of classes, and those of
-    MMDetection's ``CocoDataset``, are looked at; none is read twice that is large.
+    MMDetection's ``CocoDataset``, are looked at; large annotations are not.
 
     Args:
         cfg (Config): The config.
-        datasets (dict[str, list[dict]]): Those of each phase, whose ``data_root``
-            is there.
+        datasets (dict[str, list[dict]]): By phase.
 
     Raises:
         FileNotFoundError: If a folder or a file is missing.
         ValueError: If the classes are not those of the model, or of the other phases,
             or one has no image to train with.
     """
-    folders, found = {}, {}
+    folders, classes_of = {}, {}
     trained: set[str] = set()
     for phase, nodes in datasets.items():
         for node in nodes:
@@ -159,11 +157,11 @@ def check_datasets(cfg: Config, datasets: dict[str, list[dict]]) -> None:
             if kind == 'CustomDataset' and not node.get('ann_file'):
                 if node.get('with_label', True):
                     folders[phase] = _read_folder(cfg, node)
-                    found[phase] = folders[phase][1]
+                    classes_of[phase] = folders[phase][1]
                     if phase == 'train':
                         trained |= _with_images(cfg, node, *folders[phase])
             elif kind == 'CocoDataset':
-                found[phase] = _check_coco(cfg, node)
+                classes_of[phase] = _check_coco(cfg, node)
     # First, since a folder may be there by accident. One without images to validate or
     # test with may be meant: the names have to be the same for all phases.
     if 'train' in folders:
@@ -175,8 +173,8 @@ def check_datasets(cfg: Config, datasets: dict[str, list[dict]]) -> None:
                 'class, and has to have some, or to be removed'
             )
     # Before their number: no number would be right for both. The order counts, too.
-    if len({*found.values()}) > 1:
-        texts = (f'{_some(names)} for {key}' for key, names in found.items())
+    if len({*classes_of.values()}) > 1:
+        texts = (f'{_some(names)} for {key}' for key, names in classes_of.items())
         raise ValueError(f'the phases have different classes: {"; ".join(texts)}')
     for folder, classes in folders.values():
         head = (cfg.model.get('head') or {}) if isinstance(cfg.model, dict) else {}
@@ -212,25 +210,6 @@ def _with_images(
             )
         )
     }
-
-
-def argument_of(dataset: dict, name: str, scope: Optional[str]) -> Any:
-    """What a dataset gets for an argument, by its config or by default.
-
-    Args:
-        dataset (dict): Its config.
-        name (str): The argument.
-        scope (str, optional): Where MMEngine looks for its type.
-
-    Returns:
-        Any: None if there is no such argument, or no such type.
-    """
-    kind = dataset.get('type')
-    if isinstance(kind, str):
-        with DATASETS.switch_scope_and_registry(scope) as registry:
-            kind = registry.get(kind)
-    known = inspect.signature(kind).parameters.get(name) if kind else None
-    return None if known is None else dataset.get(name, known.default)
 
 
 def _check_coco(cfg: Config, dataset: dict) -> tuple[str, ...]:

@@ -19,11 +19,7 @@ _STEPS = re.compile(r'(Epoch|Iter)\(train\)')
 
 
 def shorten(logger: logging.Logger) -> None:
-    """Leaves out what is for the log file alone.
-
-    Args:
-        logger (logging.Logger): Of a runner. Its handlers of streams are changed.
-    """
+    """Leaves out what is for the log file alone, on the streams of a logger."""
     warnings.filterwarnings(
         'ignore', module=r'(mm(cv|det|engine|pretrain|seg)|torch)\b'
     )

@@ -1,0 +1,167 @@
+"""The steps from a config to a runner, in the order in which train.py takes them."""
+
+import atexit
+import gc
+import os
+import subprocess
+from typing import Optional
+
+import torch
+from mmengine.config import Config
+from mmengine.logging import MMLogger, print_log
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+from torch import nn
+
+from ..analysis import unwrapped
+from ..backbones import StagedBackbone
+from ..converters import load_strictly
+from .config import has_accelerator
+from .console import shorten
+from .resume import newest_resumable, read_resumable
+
+_RANKS = {
+    'slurm': ('SLURM_PROCID', 'SLURM_LOCALID', 'SLURM_NTASKS'),
+    'mpi': tuple(f'OMPI_COMM_WORLD_{name}' for name in ('RANK', 'LOCAL_RANK', 'SIZE')),
+}
+
+
+def find_start(cfg: Config) -> Optional[dict]:
+    """Finds the checkpoint that a training starts or resumes from.
+
+    Args:
+        cfg (Config): Changed in place: ``load_from`` and ``resume`` say what was found,
+            and a training that is resumed gets the seed that it drew.
+
+    Returns:
+        dict | None: The checkpoint to resume from, if it is a local file.
+
+    Raises:
+        FileNotFoundError: If ``load_from`` is missing.
+        CheckpointError: If nothing in the work folder can be resumed from.
+    """
+    start, checkpoint = cfg.get('load_from'), None
+    is_remote = start and '://' in start  # The runner downloads it when it starts.
+    if start and not is_remote and not os.path.isfile(start):
+        raise FileNotFoundError(f'no checkpoint at {start!r}')
+    if not cfg.get('resume'):
+        return None
+    if not start:
+        # MMEngine would take what the file last_checkpoint names, damaged or not.
+        cfg.load_from, checkpoint = newest_resumable(cfg.work_dir)
+        cfg.resume = checkpoint is not None
+    elif not is_remote:
+        checkpoint = read_resumable(start)
+    randomness = cfg.get('randomness') or {}
+    if checkpoint and randomness.get('seed') is None:
+        cfg.randomness = dict(randomness, seed=checkpoint['meta'].get('seed'))
+    return checkpoint
+
+
+def set_up_distributed_cpu(cfg: Config) -> None:
+    """Sets up a distributed run on CPUs; where MMEngine can, it is left to MMEngine.
+
+    Args:
+        cfg (Config): With a ``launcher``. Changed in place: the processes talk by gloo,
+            and SyncBN becomes BN.
+
+    Raises:
+        ValueError: If the launcher has not set the rank of this process.
+    """
+    if cfg.launcher == 'none' or has_accelerator():
+        return
+    if not torch.distributed.is_initialized():
+        _name_ranks_as_torchrun(cfg.launcher)
+        # MMEngine's own launcher would call torch.cuda.set_device.
+        torch.distributed.init_process_group('gloo')
+        # Threads of gloo that still run when Python ends abort the process.
+        atexit.register(_leave_process_group)
+    cfg.model_wrapper_cfg = {
+        'type': 'MMDistributedDataParallel',
+        'find_unused_parameters': cfg.get('find_unused_parameters', False),
+        **(cfg.get('model_wrapper_cfg') or {}),
+        'broadcast_buffers': False,
+        'device_ids': None,
+    }
+    if _replace_sync_bn(cfg.model):
+        print_log('SyncBN needs GPUs: training with BN, statistics per process.')
+
+
+def make_runner(cfg: Config, is_verbose: bool = True) -> Runner:
+    """Builds the runner of a config.
+
+    Args:
+        cfg (Config): The complete config.
+        is_verbose (bool): Show all of the log on the screen. Defaults to True.
+
+    Returns:
+        Runner: Ready to train or test.
+    """
+    if 'runner_type' in cfg:
+        return RUNNERS.build(cfg)
+    return (Runner if is_verbose else _ShortRunner).from_cfg(cfg)
+
+
+def check_start(runner: Runner, checkpoint: Optional[dict]) -> None:
+    """Refuses weights that do not fit: MMEngine goes on with what fits, or nothing.
+
+    Args:
+        runner (Runner): Before it trains or tests.
+        checkpoint (dict, optional): What it will load. None stands for a ``load_from``
+            that starts the backbone, which is checked when the runner loads it.
+
+    Raises:
+        CheckpointError: If the checkpoint does not fit the model.
+    """
+    if not isinstance(runner.model, nn.Module):  # A FlexibleRunner builds it later.
+        return
+    if checkpoint is not None:
+        load_strictly(unwrapped(runner.model), checkpoint['state_dict'])
+    elif runner.cfg.get('load_from'):
+        for module in runner.model.modules():
+            if isinstance(module, StagedBackbone):
+                module.refuse_misfits()
+
+
+class _ShortRunner(Runner):
+    """A runner whose log on the screen is short."""
+
+    def build_logger(self, *args, **kwargs) -> MMLogger:
+        logger = super().build_logger(*args, **kwargs)
+        shorten(logger)
+        return logger
+
+
+def _name_ranks_as_torchrun(launcher: str) -> None:
+    if launcher not in _RANKS:
+        return
+    environment = os.environ
+    for name, theirs in zip(('RANK', 'LOCAL_RANK', 'WORLD_SIZE'), _RANKS[launcher]):
+        if theirs not in environment:
+            raise ValueError(f'--launcher {launcher}, and {theirs} is not set')
+        environment[name] = environment[theirs]
+    environment.setdefault('MASTER_PORT', '29500')
+    if 'MASTER_ADDR' not in environment and launcher == 'slurm':
+        line = ['scontrol', 'show', 'hostnames', environment['SLURM_JOB_NODELIST']]
+        hosts = subprocess.run(line, check=True, capture_output=True, text=True).stdout
+        environment['MASTER_ADDR'] = hosts.split()[0]
+
+
+def _leave_process_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    # The threads end with the last object that holds the group: a wrapped model, in the
+    # cycle of a runner and its loops.
+    gc.collect()
+
+
+def _replace_sync_bn(node: object) -> bool:
+    """Replaces SyncBN by BN in a model config; returns True if there was any."""
+    has_any = isinstance(node, dict) and node.get('type') == 'SyncBN'
+    if has_any:
+        node['type'] = 'BN'
+    if isinstance(node, dict):
+        node = list(node.values())
+    for value in node if isinstance(node, (list, tuple)) else ():
+        has_any |= _replace_sync_bn(value)  # Every one: any() would stop at the first.
+    return has_any
