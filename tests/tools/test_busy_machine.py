@@ -13,7 +13,7 @@ class Finder:
             print(os.environ.get('GOMP_SPINCOUNT'))
             sys.exit()
 sys.meta_path.insert(0, Finder)
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
+sys.path.insert(0, os.path.dirname(sys.argv[1]))  # As for a script.
 runpy.run_path(sys.argv[1])
 """
 
