@@ -33,9 +33,7 @@ class BuildWithMim(build_py):
         for name in CARRIED:
             source = ROOT / name
             if source.is_dir():
-                ignored = shutil.ignore_patterns(
-                    *('__pycache__', '*.pyc', '.*'), *STUDIES
-                )
+                ignored = shutil.ignore_patterns('__pycache__', '*.pyc', '.*', *STUDIES)
                 shutil.copytree(source, target / name, ignore=ignored)
             else:
                 shutil.copy2(source, target / name)

@@ -1,6 +1,8 @@
 """Kernels that are folds of :mod:`mmorepa.functional`, as modules."""
 
 import math
+from collections.abc import Collection, Iterable, Sequence
+from typing import Optional
 
 import torch
 import torch.fx
@@ -93,3 +95,31 @@ class BranchKernel(nn.Module):
     def rescale(self, factor: Tensor) -> None:
         """Multiplies the kernel by a factor, shape (O,), for each output channel."""
         self.scale.mul_(factor)
+
+
+def choose_branches(
+    known: Collection[str], names: Optional[Sequence[str]], owner: str = 'this kernel'
+) -> tuple[str, ...]:
+    """The chosen branches, all if ``names`` is None, in their fixed order.
+
+    Raises:
+        ValueError: If a name is not known, or there is none.
+    """
+    check_branches(known, names or (), owner)
+    if names is not None and not names:
+        raise ValueError(
+            f'no branch is left; choose at least one of {", ".join(known)}'
+        )
+    return tuple(name for name in known if names is None or name in names)
+
+
+def check_branches(
+    known: Collection[str], names: Iterable[str], owner: str = 'this kernel'
+) -> None:
+    """Raises a ValueError if a name is not known."""
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f'unknown branch {name!r}; the branches of {owner} are '
+                f'{", ".join(known)}'
+            )

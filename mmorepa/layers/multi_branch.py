@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from ..functional import embed_1x1
+from .branch_kernel import check_branches, choose_branches
 from .conv import ReparamConv2d
 from .folding import is_fusible, norm_scale
 from .plain import PlainConv2d
@@ -58,9 +59,10 @@ class MultiBranchConv2d(ReparamConv2d):
         **kwargs,
     ) -> None:
         # Before the base class, which builds the branches.
-        self._branch_names = self._choose(branches)
+        kind = type(self).__name__
+        self._branch_names = choose_branches(self.BRANCH_NAMES, branches, kind)
         self._initial_scales = dict(initial_scales or {})
-        self._choose(self._initial_scales or None)  # Names known?
+        check_branches(self.BRANCH_NAMES, self._initial_scales, kind)
         if single_init:
             scales = dict.fromkeys(self.BRANCH_NAMES, 0.0)
             self._initial_scales = {**scales, 'origin': 1.0, **self._initial_scales}
@@ -290,18 +292,3 @@ class MultiBranchConv2d(ReparamConv2d):
     @property
     def _deployed_with_bias(self) -> bool:
         return True  # The norms of the branches leave one.
-
-    @classmethod
-    def _choose(cls, names: Optional[Sequence[str]]) -> tuple[str, ...]:
-        for name in names or ():
-            if name not in cls.BRANCH_NAMES:
-                raise ValueError(
-                    f'unknown branch {name!r}; the branches of {cls.__name__} are '
-                    f'{", ".join(cls.BRANCH_NAMES)}'
-                )
-        if names is not None and not names:
-            raise ValueError(
-                'no branch is left; choose at least one of '
-                f'{", ".join(cls.BRANCH_NAMES)}'
-            )
-        return tuple(n for n in cls.BRANCH_NAMES if names is None or n in names)

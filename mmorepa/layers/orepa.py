@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..functional import BranchSum, identity_1x1
 from .blocks import BLOCKS
-from .branch_kernel import BranchKernel
+from .branch_kernel import BranchKernel, check_branches, choose_branches
 from .conv import ReparamConv2d
 from .deep_linear import DEEP_LINEAR_FROM, DeepLinearKernel
 
@@ -268,8 +268,7 @@ class OREPAConv2d(ReparamConv2d, nn.Conv2d):
         """The arguments for one kind of kernel, out of those for all kinds."""
         defaults = kernel.INITIAL_SCALES
         known = {**OREPAKernel.INITIAL_SCALES, **OREPAPointwiseKernel.INITIAL_SCALES}
-        for name in (*(self._branch_names or ()), *self._initial_scales):
-            _check_branch(name, known)
+        check_branches(known, (*(self._branch_names or ()), *self._initial_scales))
         scales = {k: v for k, v in self._initial_scales.items() if k in defaults}
         if self._single_init:
             scales = {**dict.fromkeys(defaults, 0.0), 'origin': 1.0, **scales}
@@ -299,24 +298,7 @@ def _initial_scales(
     initial_scales: Optional[dict[str, float]],
 ) -> dict[str, float]:
     """The chosen branches, in their fixed order, each with its initial scale."""
-    chosen = tuple(defaults) if branches is None else tuple(branches)
     given = initial_scales or {}
-    for name in (*chosen, *given):
-        _check_branch(name, defaults)
-    if not chosen:
-        raise ValueError(
-            f'no branch is left; choose at least one of {", ".join(defaults)}'
-        )
-    return {
-        name: given.get(name, initial)
-        for name, initial in defaults.items()
-        if name in chosen
-    }
-
-
-def _check_branch(name: str, known: dict[str, float]) -> None:
-    if name not in known:
-        raise ValueError(
-            f'unknown branch {name!r}; the branches of this kernel are '
-            f'{", ".join(known)}'
-        )
+    check_branches(defaults, given)
+    names = choose_branches(defaults, branches)
+    return {name: given.get(name, defaults[name]) for name in names}

@@ -169,6 +169,20 @@ def test_trains_as_without(recorders, between, options, times):
         assert torch.allclose(value, expected, rtol=1e-9, atol=1e-12), name
 
 
+def test_by_the_constructor(recorders):
+    model = network()
+    options = dict(constructor='OREPAOptimWrapperConstructor')
+    train(model, wrapped(model, kind='OptimWrapper', **options), steps=2)
+    assert recorders[0].recorded == 2
+    plain = nn.Sequential(nn.Conv2d(2, 2, 3))
+    train(plain, wrapped(plain, kind='OptimWrapper', **options), steps=1)
+    assert len(recorders) == 1
+    with pytest.raises(ValueError, match='folded=False'):
+        wrapped(model, kind='OptimWrapper', folded=False, **options)
+    with pytest.raises(ValueError, match="'compiled'"):
+        wrapped(model, capture='cuda')
+
+
 def test_two_models(recorders):
     models = [network() for _ in range(3)]
     models[1][0].load_state_dict(trained_like(models[1][0]).state_dict())

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from mmorepa import folded, switch_to_deploy
+from mmorepa import switch_to_deploy
 from mmorepa.layers import DBBConv2d, OREPAConv2d
 
 OREPA = dict(type='OREPAConv2d')
@@ -230,10 +230,7 @@ def trained(model, kind):
         wrapper.update_params(loss)
     model.eval()
     with torch.no_grad():
-        out = model(x)
-        with folded(model):
-            assert_near(model(x), out)
-    return out
+        return model(x)
 
 
 def sharding_worker(rank, meeting):

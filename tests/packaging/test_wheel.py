@@ -4,7 +4,8 @@ import os
 import sys
 
 import pytest
-from tool_runs import run_apart
+import torch
+from tool_runs import build_model, run_apart
 
 import mmorepa
 from mmorepa.__main__ import COMMANDS
@@ -92,9 +93,12 @@ def test_package(run, site, tmp_path):
     assert printed[-1] == 'mmorepa.backbones.orepa_resnet'
 
 
-def test_commands(run):
+def test_commands(run, tmp_path):
     """A tool by the name of a config, in a folder that has none."""
     text = '\n'.join(run('mmorepa', '--help'))
     assert all(f'\n  {name} ' in text for name in COMMANDS)
-    line = ['resnet18-orepa_4xb64_in1k', '--shape', '32']
-    assert run(sys.executable, '-m', 'mmorepa', 'flops', *line)
+    name = 'digits/resnet18-slim-orepa_1xb64_digits'
+    model = build_model(mmorepa.get_config(name))
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'a.pth')
+    run(sys.executable, '-m', 'mmorepa', 'deploy', name, 'a.pth', 'b.pth')
+    assert (tmp_path / 'b.pth').is_file() and (tmp_path / 'b_config.py').is_file()

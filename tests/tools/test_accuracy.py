@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import matplotlib.image
 import numpy as np
@@ -16,9 +15,7 @@ from idx_files import idx, random_arrays
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import EpochBasedTrainLoop
 from tool_runs import ROOT, command, environment, run_here, tool
-from torch.utils.data import DataLoader
 
 TOOL = 'benchmarks/accuracy.py'
 ROWS_OF_DOCUMENT = ROOT / 'docs/evidence/results.csv'
@@ -255,8 +252,8 @@ def test_report(out, study, capsys):
         assert matplotlib.image.imread(out / f'{name}.png').ndim == 3
     # Nothing is new, nothing is lost.
     text = (out / 'tables.md').read_text()
-    with pytest.raises(SystemExit, match='error: no tables yet'):
-        report(out, '--epochs', 77)
+    report(out, '--epochs', 77)
+    assert 'No tables yet' in capsys.readouterr().out
     assert rows_of(out / 'results.csv') == ROWS
     assert (out / 'tables.md').read_text() == text
 
@@ -457,21 +454,6 @@ def test_rows_that_no_training_gave(study, tmp_path, monkeypatch):
         path.write_text(whole.replace(old, new))
         with pytest.raises(SystemExit, match=f'^error: .*, line 3: {words}.*; remove'):
             run_here(TOOL, *line)
-
-
-def test_validations(runs):
-    """The epochs that the intervals stand for."""
-
-    class Loop(EpochBasedTrainLoop):
-        def run_epoch(self):
-            self._epoch += 1
-
-    runner, found = MagicMock(), []
-    runner.val_loop.run.side_effect = lambda: found.append(loop.epoch)
-    loader = DataLoader([0], batch_size=1)
-    loop = Loop(runner, loader, 20, dynamic_intervals=runs.VALIDATIONS)
-    loop.run()
-    assert found == [1, 2, 4, 6, 8, 12, 16, 20]
 
 
 INT8 = 'benchmarks/int8.py'

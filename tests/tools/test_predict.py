@@ -63,7 +63,7 @@ def test_folder(scope, images, tmp_path, monkeypatch, capsys):
         ('none.png', "no image at 'none.png'"),
         ('images/more/.', 'no image in'),
         ('images/broken.png', "'images/broken.png' cannot be read as an image"),
-        ('images/a.png images/../images/a.png', 'is the same file'),
+        ('images/a.png images/../images/a.png', 'would take the place'),
     ],
 )
 def test_mistakes(line, words, images, tmp_path, monkeypatch):

@@ -67,15 +67,6 @@ def test_report(result):
     assert ('had a core for' in text) == (figures['core_share'] < CALM)
 
 
-def test_colours():
-    """Of each variant but the reference one, and those of the other figures."""
-    colours = tool(NAME).COLOURS
-    charts = tool('analysis_tools/charts.py')
-    stock, *others = tool('benchmarks/step_costs.py').VARIANTS
-    assert [*colours] == others
-    assert {*colours.values()} <= {*charts.SERIES, *charts.COLOURS.values()}
-
-
 def test_arguments(capsys):
     parse = tool(NAME).parse_args
     assert [size for _, size in parse([]).runs] == [16, 8]

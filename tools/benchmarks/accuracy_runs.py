@@ -83,7 +83,7 @@ class Variant(NamedTuple):
 
     text: str
     options: dict
-    networks: tuple[str, ...] = ('resnet18',)
+    networks: tuple[str, ...] = ('resnet18', 'resnet34', 'resnet50')
     blocks: tuple[str, ...] = ('orepa',)
     length: Fraction = Fraction(1)
 
@@ -97,7 +97,7 @@ _BLOCK_CFG = 'model.backbone.block_cfg'
 _STEM = 'model.backbone.stem_block'
 _BRANCHES = tuple(OREPAKernel.INITIAL_SCALES)
 _FROZEN = {f'{_PARAMWISE}.scale_lr_mult': 0.0}
-_RESNETS = ('resnet18', 'resnet34', 'resnet50')
+_ALL = tuple(NETWORKS)
 ALL_BLOCKS = ('none', 'dbb', 'orepa', 'repvgg')
 STANDARD = 'standard'
 # Trainings that take as long as others of fewer epochs.
@@ -107,6 +107,7 @@ STRONG_KERNEL_DECAY = 'strong_kernel_decay'
 # By itself, with the momentum of 0.9, the recipe's 1e-4 takes 5 % off the weights in
 # 1,880 steps, and this 99 %.
 STRONG = 0.01
+_STRONG_DECAY = {'optim_wrapper.optimizer.weight_decay': STRONG}
 
 
 def kernel_decay(coefficient: float) -> dict:
@@ -116,30 +117,20 @@ def kernel_decay(coefficient: float) -> dict:
 
 
 VARIANTS = {
-    STANDARD: Variant('', {}, tuple(NETWORKS), ALL_BLOCKS),
+    STANDARD: Variant('', {}, _ALL, ALL_BLOCKS),
     **{
-        name: Variant(
-            f'{float(length):g} x the epochs', {}, tuple(NETWORKS), ALL_BLOCKS, length
-        )
+        name: Variant(f'{float(length):g} x the epochs', {}, _ALL, ALL_BLOCKS, length)
         for name, length in LONGER.items()
     },
     # Of a plain kernel, both are the same.
     KERNEL_DECAY: Variant(
-        'weight decay of the folded kernels',
-        kernel_decay(1e-4),
-        tuple(NETWORKS),
-        ALL_BLOCKS[1:],
+        'weight decay of the folded kernels', kernel_decay(1e-4), _ALL, ALL_BLOCKS[1:]
     ),
-    STRONG_DECAY: Variant(
-        'strong weight decay',
-        {'optim_wrapper.optimizer.weight_decay': STRONG},
-        tuple(NETWORKS),
-        ALL_BLOCKS,
-    ),
+    STRONG_DECAY: Variant('strong weight decay', _STRONG_DECAY, _ALL, ALL_BLOCKS),
     STRONG_KERNEL_DECAY: Variant(
         'strong weight decay of the folded kernels',
-        {'optim_wrapper.optimizer.weight_decay': STRONG, **kernel_decay(STRONG)},
-        tuple(NETWORKS),
+        {**_STRONG_DECAY, **kernel_decay(STRONG)},
+        _ALL,
         ALL_BLOCKS[1:],
     ),
     'no_scaling': Variant(
@@ -154,10 +145,10 @@ VARIANTS = {
         )
         for branch in _BRANCHES
     },
-    'plain_stem': Variant('plain stem', {_STEM: 'plain'}, _RESNETS),
-    'orepa_stem': Variant('OREPA stem', {_STEM: 'orepa'}, _RESNETS, ('none',)),
+    'plain_stem': Variant('plain stem', {_STEM: 'plain'}),
+    'orepa_stem': Variant('OREPA stem', {_STEM: 'orepa'}, blocks=('none',)),
     'deep_linear_stem': Variant(
-        'deep linear stem', {_STEM: 'deep_linear'}, _RESNETS, ('none',)
+        'deep linear stem', {_STEM: 'deep_linear'}, blocks=('none',)
     ),
     'single_init': Variant(
         'single_init', {_BLOCK_CFG: dict(single_init=True)}, blocks=ALL_BLOCKS[1:]

@@ -426,7 +426,7 @@ def fill_document(path: Path, parts: Mapping[str, str]) -> list[str]:
 
 
 def write_report(report: Report, out: Path, document: Optional[Path] = None) -> None:
-    """Prints the tables of a study, and writes tables and figures.
+    """Prints the tables of a study, if there are any, and writes them and figures.
 
     Args:
         report (Report): Tables and figures. Figures are closed.
@@ -434,6 +434,8 @@ def write_report(report: Report, out: Path, document: Optional[Path] = None) -> 
         document (Path, optional): See :func:`fill_document`. Defaults to none.
     """
     tables, figures = report
+    if not tables:
+        return
     text = '\n\n'.join(f'### {name}\n\n{table}' for name, table in tables.items())
     print(f'{text}\n')
     images = {}

@@ -56,7 +56,7 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
       :class:`mmorepa.engine.EquivalentKernelDecayHook`.
 
     Beside the type of the wrapper, ``folded=False`` and ``channels_last`` (True, False)
-    change two defaults:
+    change two defaults, and ``capture=True`` goes to the folded form:
 
     - ``OptimWrapper``, ``AmpOptimWrapper`` and ``BFloat16OptimWrapper`` become their
       folded forms, as :class:`FoldedOptimWrapper`, where there are kernels to fold.
@@ -90,6 +90,7 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         optim_wrapper_cfg = dict(optim_wrapper_cfg)
         self.folded = optim_wrapper_cfg.pop('folded', True)
         self.channels_last = optim_wrapper_cfg.pop('channels_last', 'auto')
+        self.capture = optim_wrapper_cfg.pop('capture', False)
         if self.channels_last not in (True, False, 'auto'):
             raise ValueError(
                 f"channels_last is True, False or 'auto', found {self.channels_last!r}"
@@ -99,6 +100,10 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             raise ValueError(
                 f'folded=False contradicts type={kind.__name__!r}; take '
                 f'{kind.__name__.removeprefix("Folded")!r}'
+            )
+        if self.capture and not self.folded:
+            raise ValueError(
+                'capture records the folds of folded training: folded=False has none'
             )
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
 
@@ -110,6 +115,8 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             kind = wrapper_class(self.optim_wrapper_cfg)
             if kind in FOLDED:
                 self.optim_wrapper_cfg['type'] = FOLDED[kind]
+            if kind in FOLDED or kind in FOLDED.values():
+                self.optim_wrapper_cfg['capture'] = self.capture
         is_half = issubclass(
             wrapper_class(self.optim_wrapper_cfg) or object,
             (AmpOptimWrapper, BFloat16OptimWrapper),
