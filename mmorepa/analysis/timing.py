@@ -1,12 +1,11 @@
 """Times functions in turn, so that all of them meet the same machine."""
 
 import itertools
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -123,50 +122,3 @@ def say(text: str) -> None:
     end = '' if sys.stderr.isatty() else '\n'
     sys.stderr.write(f'\r{text}{end}')
     sys.stderr.flush()
-
-
-class Spread(NamedTuple):
-    """Median and quartiles."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> 'Spread':
-        low, median, high = statistics.quantiles(values, n=4, method='inclusive')
-        return cls(median, low, high)
-
-    def __format__(self, spec: str) -> str:
-        low, high = format(self.low, spec), format(self.high, spec)
-        return f'{format(self.median, spec)} [{low}, {high}]'
-
-
-def ratios(measured: Sequence[float], reference: Sequence[float]) -> Spread:
-    """Ratios within each round, since a machine's speed changes between rounds."""
-    return Spread.of([a / b for a, b in zip(measured, reference)])
-
-
-def measure_seconds(
-    functions: dict[str, Callable[[], object]],
-    reference: str,
-    rounds: int,
-    what: str,
-    clock: Clock,
-    before: Callable[[], object] = lambda: None,
-) -> dict[str, dict]:
-    """Seconds of each function, in turn, and over those of ``reference``.
-
-    ``before`` is called before each, and not counted.
-    """
-
-    def timed(function: Callable[[], object]) -> float:
-        before()
-        return clock.seconds(function)
-
-    named = {name: partial(timed, function) for name, function in functions.items()}
-    seconds = in_turn(named, clock, rounds, what=what)
-    return {
-        name: dict(seconds=Spread.of(times), ratio=ratios(times, seconds[reference]))
-        for name, times in seconds.items()
-    }

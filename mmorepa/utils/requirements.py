@@ -19,15 +19,11 @@ _EITHER = (
 )
 _REQUIREMENTS = (
     _Requirement(
-        'mmengine',
-        '>=0.10.0,<1.0.0',
-        '>=0.10.7,<=0.10.12',
+        *('mmengine', '>=0.10.0,<1.0.0', '>=0.10.7,<=0.10.12'),
         _EITHER.format('mmengine==0.10.7', 'onedl-mmengine==0.10.12'),
     ),
     _Requirement(
-        'mmcv',
-        '>=2.0.0,<3.0.0',
-        '>=2.1.0,<=2.3.6',
+        *('mmcv', '>=2.0.0,<3.0.0', '>=2.1.0,<=2.3.6'),
         _EITHER.format('mmcv==2.1.0', 'onedl-mmcv==2.3.6'),
     ),
     # The first that takes a name along with what a checkpoint may call by it.
@@ -39,33 +35,31 @@ _TESTED_PYTHON = '>=3.10,<3.14'
 
 
 def check_requirements() -> None:
-    """Checks that MMEngine, MMCV and PyTorch are there, in versions that fit.
-
-    Warns, once, of versions older or newer than all that were tested.
+    """Checks the versions of MMEngine, MMCV and PyTorch; warns of untested ones.
 
     Raises:
-        ImportError: If one is missing or does not fit. The message names what to
-            install.
+        ImportError: If one is missing or does not fit, with what to install.
     """
-    untested = []
-    for name, versions, tested, advice in _REQUIREMENTS:
+    installed = {'Python': platform.python_version()}
+    for name, versions, _, advice in _REQUIREMENTS:
         try:
-            version = import_module(name).__version__
+            installed[name] = import_module(name).__version__
         except ModuleNotFoundError as error:
             if error.name != name:
                 raise
             raise ImportError(
                 f'mmorepa needs {name}, which is missing; {advice}'
             ) from error
-        if not _fits(version, versions):
+        if not _fits(installed[name], versions):
             raise ImportError(
-                f'mmorepa needs {name}{versions}, found {version}; {advice}'
+                f'mmorepa needs {name}{versions}, found {installed[name]}; {advice}'
             )
-        if not _fits(version, tested):
-            untested.append(f'{name} {version} (tested: {tested})')
-    version = platform.python_version()
-    if not _fits(version, _TESTED_PYTHON):
-        untested.append(f'Python {version} (tested: {_TESTED_PYTHON})')
+    tested = {'Python': _TESTED_PYTHON, **{r.module: r.tested for r in _REQUIREMENTS}}
+    untested = [
+        f'{name} {version} (tested: {tested[name]})'
+        for name, version in installed.items()
+        if not _fits(version, tested[name])
+    ]
     if untested:
         warnings.warn(
             f'mmorepa has not been tested with {", ".join(untested)}', stacklevel=3

@@ -20,7 +20,7 @@ from tool_runs import (
     skip_timing,
 )
 
-from mmorepa.converters import write_checkpoint
+from mmorepa.converters import read_checkpoint, write_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -152,7 +152,7 @@ class TestQuantize:
         assert found['megabytes']['INT8'] < found['megabytes']['float32'] / 2
 
     def test_outputs_of_zeros(self, config, checkpoint, tmp_path):
-        weights = torch.load(checkpoint)['state_dict']
+        weights = read_checkpoint(str(checkpoint))['state_dict']
         weights['backbone.layer1.0.conv1.norm.bias'].fill_(-100)
         path, figures = tmp_path / 'a.pth', tmp_path / 'a.json'
         write_checkpoint(dict(state_dict=weights), path)

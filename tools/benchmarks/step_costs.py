@@ -3,8 +3,9 @@
 import copy
 import functools
 import io
+import statistics
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Optional
 
@@ -18,14 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from mmorepa import set_channels_last, switch_to_deploy
-from mmorepa.analysis.timing import (
-    Clock,
-    Spread,
-    in_turn,
-    measure_seconds,
-    ratios,
-    say,
-)
+from mmorepa.analysis.timing import Clock, in_turn, say
 from mmorepa.deployment.onnx_files import inference_session
 from mmorepa.engine import FoldedDistributedDataParallel, FoldedOptimWrapper
 from mmorepa.functional import compose_deep_linear
@@ -38,6 +32,55 @@ from mmorepa.layers import (
     folded,
     held,
 )
+
+
+class Spread(NamedTuple):
+    """Median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> 'Spread':
+        low, median, high = statistics.quantiles(values, n=4, method='inclusive')
+        return cls(median, low, high)
+
+    def __format__(self, spec: str) -> str:
+        low, high = format(self.low, spec), format(self.high, spec)
+        return f'{format(self.median, spec)} [{low}, {high}]'
+
+
+def ratios(measured: Sequence[float], reference: Sequence[float]) -> Spread:
+    """Ratios within each round, since a machine's speed changes between rounds."""
+    return Spread.of([a / b for a, b in zip(measured, reference)])
+
+
+def measure_seconds(
+    functions: dict[str, Callable[[], object]],
+    reference: str,
+    rounds: int,
+    what: str,
+    clock: Clock,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, dict]:
+    """Seconds of each function, in turn, and over those of ``reference``.
+
+    ``before`` is called before each, and not counted.
+    """
+
+    def timed(function: Callable[[], object]) -> float:
+        before()
+        return clock.seconds(function)
+
+    named = {
+        name: functools.partial(timed, function) for name, function in functions.items()
+    }
+    seconds = in_turn(named, clock, rounds, what=what)
+    return {
+        name: dict(seconds=Spread.of(times), ratio=ratios(times, seconds[reference]))
+        for name, times in seconds.items()
+    }
 
 
 class Variant(NamedTuple):
