@@ -7,7 +7,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ..layers import ConvAct2d, ReparamConv2d
-from ..utils.errors import CheckpointError, describe_misfit
+from ..utils.errors import COMPILED_KEYS, CheckpointError, describe_misfit
 
 
 def check_is_known(
@@ -26,6 +26,8 @@ def check_is_known(
     Raises:
         CheckpointError: The first keys are named.
     """
+    if any('_orig_mod.' in key for key in state_dict):
+        raise CheckpointError(f'the state dict does not fit: {COMPILED_KEYS}')
     names = [k.removeprefix(prefix) for k in state_dict if k.startswith(prefix)]
     if names and not _has_conv(backbone, names):
         raise CheckpointError(_unknown(backbone, names))

@@ -17,7 +17,7 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from ..layers import ReparamConv2d, is_switchable, switch_to_deploy
-from ..utils.errors import CheckpointError, describe_misfit
+from ..utils.errors import COMPILED_KEYS, CheckpointError, describe_misfit
 from ..utils.files import PathLike, atomic_write
 from ..utils.weights import describe_damage
 from ..version import __version__
@@ -106,12 +106,8 @@ def read_checkpoint(path: str, keep_prefix: bool = False) -> dict:
         checkpoint['state_dict'] = {
             key.removeprefix('module.'): value for key, value in state.items()
         }
-    if any(key.startswith('_orig_mod.') for key in checkpoint['state_dict']):
-        raise CheckpointError(
-            f"{path!r}: its keys start with '_orig_mod.', those of a model that "
-            'torch.compile wraps: save compiled._orig_mod.state_dict() instead, or '
-            "take the prefix away with key.removeprefix('_orig_mod.')"
-        )
+    if any('_orig_mod.' in key for key in checkpoint['state_dict']):
+        raise CheckpointError(f'{path!r}: {COMPILED_KEYS}')
     return checkpoint
 
 

@@ -3,6 +3,13 @@
 from collections.abc import Collection, Mapping
 from typing import Optional
 
+# Of a state dict that torch.compile has wrapped.
+COMPILED_KEYS = (
+    "its keys have '_orig_mod.', as those of a model that torch.compile wraps: save "
+    'compiled._orig_mod.state_dict() instead, or take it out of the keys with '
+    "key.replace('_orig_mod.', '')"
+)
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint is damaged, or does not fit the model or the form that it is in."""

@@ -92,6 +92,7 @@ class Variant(NamedTuple):
         naive (bool): Whether every pass differentiates the plain formulas.
         channels_last (bool): The layout of the convs.
         stem (str): The block type of the stem, where it is another one.
+        capture (bool): Whether CUDA graphs replay the folds.
     """
 
     block: str
@@ -99,6 +100,7 @@ class Variant(NamedTuple):
     naive: bool = False
     channels_last: bool = True
     stem: str = ''
+    capture: bool = False
 
 
 VARIANTS = {
@@ -111,6 +113,7 @@ VARIANTS = {
     'OREPA, online': Variant('orepa'),
     'OREPA, folded, default layout': Variant('orepa', True, channels_last=False),
     'OREPA, folded': Variant('orepa', folded=True),
+    'OREPA, captured': Variant('orepa', folded=True, capture=True),
 }
 # What a user has today, and what others are compared with; the same network with the
 # layout of this package's; and the result.
@@ -135,6 +138,7 @@ class Trainer:
             if variant.stem:
                 model.backbone.stem_block = variant.stem
             options.update(folded=variant.folded, channels_last=variant.channels_last)
+            options.update(capture=variant.capture)
         else:
             model.backbone = stock_backbone(model.backbone)
             options = dict(optimizer=options.optimizer)
