@@ -2,7 +2,10 @@
 
 Importing this package registers its layers, networks, hooks and optimizer
 constructor with MMEngine, so that ``custom_imports = dict(imports=['mmorepa'])``
-is all that a config needs. It replaces two functions of MMEngine:
+is all that a config needs. It replaces two functions of MMEngine, and allows
+``torch.load`` the class of the logs in MMEngine's checkpoints, without which its tools,
+such as MMPretrain's ``reparameterize_model.py``, cannot read their own files since
+PyTorch 2.6 (see :func:`mmorepa.converters.allow_mmengine_checkpoints`):
 
 - ``Config._get_cfg_path``, so that ``_base_ = 'mmorepa::FOLDER/NAME.py'`` names a
   config of this package. MMEngine's own table of packages would give the parts of such
@@ -57,6 +60,7 @@ if not _is_command():
     )
 
     hub.register_scheme()
+    converters.allow_mmengine_checkpoints()
 
 
 def __getattr__(name: str) -> Any:

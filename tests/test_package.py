@@ -118,5 +118,5 @@ def test_import_is_light_and_silent(tmp_path):
         '[]',
         'True True',
         'True False',
-        'False mmorepa.analysis',
+        'True mmorepa.analysis',
     ]

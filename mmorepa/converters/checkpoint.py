@@ -60,8 +60,8 @@ def allow_mmengine_checkpoints() -> None:
     PyTorch refuses all of them since 2.6. This allows these classes and, for
     ``getattr``, a function that serves only the four methods.
 
-    It holds for the whole process. :func:`read_checkpoint`, and local files that
-    MMEngine loads, do not need it.
+    It holds for the whole process, for tools that call ``torch.load`` themselves; this
+    package's reader does not need it.
     """
     torch.serialization.add_safe_globals(_history_globals())
 
