@@ -127,9 +127,12 @@ class Trainer:
         cfg (Config): A config with an OREPA classifier.
         variant (Variant): What to make of it.
         device (str): Where to.
+        amp (str, optional): The dtype of autocast. Defaults to None, none.
     """
 
-    def __init__(self, cfg: Config, variant: Variant, device: str) -> None:
+    def __init__(
+        self, cfg: Config, variant: Variant, device: str, amp: Optional[str] = None
+    ) -> None:
         torch.manual_seed(0)
         model = copy.deepcopy(cfg.model)
         options = copy.deepcopy(cfg.optim_wrapper)
@@ -142,6 +145,10 @@ class Trainer:
         else:
             model.backbone = stock_backbone(model.backbone)
             options = dict(optimizer=options.optimizer)
+        if amp:
+            is_cpu = device == 'cpu' and amp == 'bfloat16'
+            kind = dict(type='BFloat16OptimWrapper')
+            options.update(kind if is_cpu else dict(type='AmpOptimWrapper', dtype=amp))
         self.network = MODELS.build(model).to(device).train()
         self.model: nn.Module = self.network
         if variant.naive:

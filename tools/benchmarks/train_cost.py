@@ -53,6 +53,7 @@ COLOURS = {
     'OREPA, online': '#56B4E9',
     'OREPA, folded, default layout': '#009E73',
     'OREPA, folded': '#0072B2',
+    'OREPA, captured': '#F0E442',
 }
 
 
@@ -86,6 +87,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--threads', type=positive, default=2, help='of the CPU')
     parser.add_argument(
         '--device', type=device, default='cuda' if torch.cuda.is_available() else 'cpu'
+    )
+    parser.add_argument(
+        '--amp', choices=('bfloat16', 'float16'), help='train in mixed precision'
     )
     parser.add_argument('--out', type=Path, default=Path('work_dirs/train_cost'))
     args = parser.parse_args(argv)
@@ -128,9 +132,9 @@ def measure(path: str, cfg: Config, batch_size: int, args: argparse.Namespace) -
 
     is_resnet = cfg.model.backbone.type.endswith('ResNet')
     trainers = {
-        name: costs.Trainer(cfg, variant, args.device)
+        name: costs.Trainer(cfg, variant, args.device, args.amp)
         for name, variant in costs.VARIANTS.items()
-        if is_resnet or not variant.stem
+        if (is_resnet or not variant.stem) and (clock.is_cuda or not variant.capture)
     }
     steps = costs.measure_steps(trainers, batch, args.rounds, clock)
     for name, trainer in trainers.items():
