@@ -11,11 +11,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Optional, Protocol
-from weakref import WeakSet
 
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..functional import is_being_traced
 from .conv import ReparamConv2d
@@ -98,15 +99,9 @@ class _Recording:
         self.convs = list(convs)
         self.settings = _settings(convs, dtype)
         # What a change of an address, a dtype or the like is seen by.
-        self._slots: list[tuple[dict, str, Tensor]] = []
-        for conv in convs:
-            for module in conv.branches.modules():
-                for tensors in (module._parameters, module._buffers):
-                    self._slots += [
-                        (tensors, n, t) for n, t in tensors.items() if t is not None
-                    ]
-        self._marks = [_mark(tensor) for _, _, tensor in self._slots]
-        self._versions = self.versions()
+        self._tensors = _tensors(convs)
+        self._marks = [_mark(tensor) for tensor in self._tensors]
+        self._versions = self._count_writes()
         owners: dict[nn.Parameter, list[int]] = {}
         for i, conv in enumerate(convs):
             for parameter in conv.branches.parameters():
@@ -138,13 +133,12 @@ class _Recording:
 
         self.outgoing, self.replay_gradients = recorder.record(run_gradients)
 
-    def versions(self) -> list[int]:
-        """How often the branches were written to."""
-        return [tensor._version for _, _, tensor in self._slots]
+    def _count_writes(self) -> list[int]:
+        return [tensor._version for tensor in self._tensors]
 
     def has_changed(self) -> bool:
         """Whether the branches were written to since the last call."""
-        before, self._versions = self._versions, self.versions()
+        before, self._versions = self._versions, self._count_writes()
         return before != self._versions
 
     @torch.no_grad()
@@ -182,14 +176,12 @@ class _Recording:
         self, convs: Sequence[ReparamConv2d], dtype: Optional[torch.dtype]
     ) -> bool:
         """Whether a replay gives what these convs would give."""
+        tensors = _tensors(convs)
         return (
-            len(convs) == len(self.convs)
-            and all(one is other for one, other in zip(convs, self.convs))
+            _are_the_same(convs, self.convs)
+            and _are_the_same(tensors, self._tensors)
             and self.settings == _settings(convs, dtype)
-            and all(
-                tensors.get(name) is tensor and _mark(tensor) == mark
-                for (tensors, name, tensor), mark in zip(self._slots, self._marks)
-            )
+            and self._marks == [_mark(tensor) for tensor in tensors]
         )
 
 
@@ -219,8 +211,9 @@ class RecordedFolds:
         )
         self._recording: Optional[_Recording] = None
         self._told: set[str] = set()
+        self._failure = ''
         # The leaves whose memory a replay writes.
-        self._leaves: WeakSet[Tensor] = WeakSet()
+        self._leaves: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.count = 0
 
     def fold(
@@ -239,7 +232,7 @@ class RecordedFolds:
         """
         if not convs:
             return None
-        reason = self._refusal(convs)
+        reason = self._failure or self._refusal(convs)
         if not reason and not self._is_current(convs, dtype):
             self._recording = None  # Its memory is free for the next one.
             try:
@@ -248,7 +241,8 @@ class RecordedFolds:
                 )
                 self.count += 1
             except RuntimeError as error:
-                reason = str(error).splitlines()[0]
+                # What CUDA refuses once, it would refuse in every step.
+                reason = self._failure = str(error).partition('\n')[0] or repr(error)
         if reason:
             self._recording = None
             self._tell_once(f'The fold is not captured: {reason}')
@@ -265,7 +259,7 @@ class RecordedFolds:
 
     def lend(self, leaf: Tensor) -> None:
         """Remembers a leaf that has the memory of a kernel."""
-        self._leaves.add(leaf)
+        self._leaves[leaf] = True
 
     def has(self, recording: Optional[_Recording]) -> bool:
         """Whether this recording is the current one."""
@@ -291,6 +285,8 @@ class RecordedFolds:
             for module in conv.branches.modules():
                 if module._forward_pre_hooks or module._forward_hooks:
                     return f'{type(module).__name__} has hooks, or pruned weights'
+                if is_parametrized(module):
+                    return f'{type(module).__name__} has parametrizations'
                 for parameter in module._parameters.values():
                     if parameter is None:
                         continue
@@ -306,6 +302,18 @@ class RecordedFolds:
 
 def _fold_all(convs: Sequence[ReparamConv2d]) -> list[Tensor]:
     return [conv.folded_kernel() for conv in convs]
+
+
+def _tensors(convs: Sequence[ReparamConv2d]) -> list[Tensor]:
+    return [
+        tensor
+        for conv in convs
+        for tensor in (*conv.branches.parameters(), *conv.branches.buffers())
+    ]
+
+
+def _are_the_same(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others))
 
 
 def _settings(convs: Sequence[ReparamConv2d], dtype: Optional[torch.dtype]) -> tuple:

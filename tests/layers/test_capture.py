@@ -9,6 +9,7 @@ from mmengine.optim import build_optim_wrapper
 from torch import nn
 
 from mmorepa import folded, switch_to_deploy
+from mmorepa.engine import FoldedDistributedDataParallel
 from mmorepa.layers import build_conv, capture
 from mmorepa.layers.capture import CUDAGraphRecorder, RecordedFolds
 
@@ -108,12 +109,12 @@ def zero_to_zero(model, wrapper, step):
 
 def assign(model, wrapper, step):
     if step == 2:
+        theirs = {id(parameter) for parameter in model[1].parameters()}
         state = {key: value.clone() for key, value in model[1].state_dict().items()}
         model[1].load_state_dict(state, assign=True)
-        rebuilt = {id(p) for p in model.parameters()}
-        for group in wrapper.optimizer.param_groups:
-            group['params'] = [p for p in group['params'] if id(p) in rebuilt]
-        group['params'] += list(model[1].parameters())
+        group = wrapper.optimizer.param_groups[0]
+        group['params'] = [p for p in group['params'] if id(p) not in theirs]
+        group['params'] += model[1].parameters()
 
 
 def deploy(model, wrapper, step):
@@ -125,6 +126,17 @@ def write(model, wrapper, step):
     with torch.no_grad():
         for parameter in model[1].parameters():
             parameter.data.mul_(1.01)
+
+
+def replace(model, wrapper, step):
+    """Other branches, with the numbers of the former ones."""
+    if step == 2:
+        former = model[1].branches
+        model[1].branches = copy.deepcopy(former)
+        group = wrapper.optimizer.param_groups[0]
+        theirs = {id(parameter) for parameter in former.parameters()}
+        group['params'] = [p for p in group['params'] if id(p) not in theirs]
+        group['params'] += model[1].branches.parameters()
 
 
 def move(model, wrapper, step):
@@ -156,6 +168,7 @@ def train(model, wrapper, between=nothing, steps=6):
         (assign, {}, 2),
         (deploy, {}, 2),
         (move, {}, 2),
+        (replace, {}, 2),
     ],
 )
 def test_trains_as_without(recorders, between, options, times):
@@ -167,6 +180,32 @@ def test_trains_as_without(recorders, between, options, times):
     pairs = zip(plain.state_dict().items(), recorded.state_dict().values())
     for (name, expected), value in pairs:
         assert torch.allclose(value, expected, rtol=1e-9, atol=1e-12), name
+
+
+@pytest.fixture
+def gloo(tmp_path):
+    torch.distributed.init_process_group(
+        'gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_data_parallel(recorders, gloo):
+    """The leaves stay from step to step, and no_sync makes them wait."""
+    states = []
+    for capture_ in (False, True):
+        model = FoldedDistributedDataParallel(network()[1:2])
+        wrapper = wrapped(model, capture_, accumulative_counts=2)
+        for step in range(6):
+            images = torch.full((1, 4, 5, 5), 0.1 + step, dtype=torch.float64)
+            with wrapper.optim_context(model):
+                loss = model(images).square().mean()
+            wrapper.update_params(loss)
+        states.append(model.state_dict())
+    assert recorders[0].recorded == 2
+    for one, other in zip(*(state.values() for state in states)):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
 
 
 def test_by_the_constructor(recorders):
@@ -273,14 +312,17 @@ def test_it_says_why_not(log, recorders):
 
 def test_a_recorder_that_fails(log, monkeypatch):
     class Failing(StandIn):
+        tries = 0
+
         def record(self, run):
+            Failing.tries += 1
             raise RuntimeError('operation not permitted when stream is capturing')
 
     monkeypatch.setattr(capture, 'CUDAGraphRecorder', Failing)
     plain, recorded = network(), network()
     train(plain, wrapped(plain, capture=False))
     train(recorded, wrapped(recorded))
-    assert len(log) == 1 and 'not permitted' in log[0]
+    assert len(log) == 1 and 'not permitted' in log[0] and Failing.tries == 1
     for one, other in zip(plain.parameters(), recorded.parameters()):
         assert torch.equal(one, other)
 
