@@ -65,7 +65,7 @@ print(len(mmorepa.list_configs()))
 print(compiled.build())
 import mmpretrain
 mmorepa.register_models()
-print(*mmpretrain.list_models('resnet18-orepa*'))
+print(*mmpretrain.list_models('resnet18-orepa_*'))
 print(type(mmpretrain.get_model('resnet18-orepa_4xb64_in1k').backbone).__module__)
 """
 
