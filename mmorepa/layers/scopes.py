@@ -8,6 +8,7 @@ the second behind it, for passes without gradients.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any, Optional
 from weakref import ref
 
@@ -104,11 +105,26 @@ class EvaluationScope:
         self, conv: ReparamConv2d, name: str, make: Callable[[], Any], with_grad: bool
     ) -> Any:
         folds = self._folds.setdefault(conv, {})
+        if 'sources' not in folds:
+            folds['sources'] = [(d, [*d.values()]) for d in _places(conv)]
+        elif not is_being_traced() and not all(map(_holds, folds['sources'])):
+            # Others stand in their place, or did when the fold was made.
+            self.forget(conv)
+            return self._once(conv, name, make, with_grad)
         if name not in folds:
             # Outside of inference mode, whose tensors could serve nothing else.
             with torch.inference_mode(False), torch.set_grad_enabled(with_grad):
                 folds[name] = make()
         return folds[name]
+
+
+def _places(conv: ReparamConv2d) -> list[dict[str, Any]]:
+    """Where a conv has its parameters."""
+    return [m._parameters for m in conv.modules() if m._parameters]
+
+
+def _holds(place: tuple[dict[str, Any], list]) -> bool:
+    return all(map(is_, place[0].values(), place[1]))
 
 
 def _fused_conv(conv: ReparamConv2d) -> Optional[FusedConv]:
@@ -268,8 +284,8 @@ class KernelGraph:
         self._fold: Optional[Callable[[], Tensor]] = None
         self._sources: list[tuple[nn.Parameter, int]] = []
         # A recording has the convs, which have the leaves.
-        self._recorded: Callable[[], Optional[RecordedFolds]] = lambda: None
-        self._recording: Callable[[], Any] = lambda: None
+        self._recorded: Optional[ref[RecordedFolds]] = None
+        self._recording: Optional[ref] = None
         self.number = 0
         self.is_deferred = False
         self.is_reduced = is_reduced
@@ -285,7 +301,7 @@ class KernelGraph:
 
     @kernel.setter
     def kernel(self, kernel: Tensor) -> None:
-        self._kernel, self._recording = kernel, lambda: None
+        self._kernel, self._recording = kernel, None
 
     def replays(
         self,
@@ -303,6 +319,8 @@ class KernelGraph:
 
     def current_recording(self) -> Any:
         """The recording that passes the gradient on, if there is one."""
+        if self._recorded is None or self._recording is None:
+            return None
         recorded, recording = self._recorded(), self._recording()
         if recorded is None or not recorded.has(recording):
             return None
