@@ -24,13 +24,25 @@ def check_is_known(
         *args (object): The others of PyTorch's load hooks.
 
     Raises:
-        CheckpointError: The first keys are named.
+        CheckpointError: The first keys are named. Or a conv that is a plain one for
+            good has the entries of branches.
     """
     if any('_orig_mod.' in key for key in state_dict):
         raise CheckpointError(f'the state dict does not fit: {COMPILED_KEYS}')
     names = [k.removeprefix(prefix) for k in state_dict if k.startswith(prefix)]
     if names and not _has_conv(backbone, names):
         raise CheckpointError(_unknown(backbone, names))
+    for name, module in backbone.named_modules():
+        if (
+            isinstance(module, (nn.Conv2d, ConvAct2d))
+            and not isinstance(module, ReparamConv2d)
+            and any(key.startswith(f'{name}.branches.') for key in names)
+        ):
+            raise CheckpointError(
+                f'the checkpoint holds the training form, and {name} became a plain '
+                'conv by mmorepa.switch_to_deploy, which cannot fold it: load before '
+                'that, or into a model that is built with deploy=True'
+            )
     # Here and not in the convs, of which each knows of itself alone.
     if any(
         isinstance(module, ReparamConv2d)

@@ -62,9 +62,19 @@ class FoldedDistributedDataParallel(MMDistributedDataParallel):
         if not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
         with held(self.module) as leaves:
+            if not all(leaf.is_reduced for leaf in leaves):
+                raise RuntimeError(
+                    'the gradients of some convs would not be averaged: the wrapper is '
+                    'a copy, or the convs came after it. Wrap the model itself again '
+                    '(its .module)'
+                )
             for leaf in leaves:
                 leaf.awaits_sync = not self.require_backward_grad_sync
             return super().forward(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        # The convs of a copy have no leaves, see forward().
+        return {**super().__getstate__(), '_leaves': []}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of the held kernels as well."""

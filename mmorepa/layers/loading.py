@@ -80,6 +80,10 @@ def _norm_entries(state_dict: StateDict, prefix: str) -> StateDict:
 
 def _fuse_norm_entries(conv: nn.Conv2d, state_dict: StateDict, prefix: str) -> None:
     """Fuses the norm of a plain conv, for a deployed one."""
+    weight = state_dict[f'{prefix}weight']
+    if f'{prefix}bias' not in state_dict and getattr(conv, 'has_second_norm', False):
+        # This one has a bias for the norms of its branches, and the plain one none.
+        state_dict[f'{prefix}bias'] = weight.new_zeros(conv.out_channels)
     entries = _norm_entries(state_dict, prefix)
     if not entries or conv.norm is not None or conv.norm_cfg is None:
         return
@@ -89,7 +93,7 @@ def _fuse_norm_entries(conv: nn.Conv2d, state_dict: StateDict, prefix: str) -> N
     load_norm(norm, entries)
     bias = state_dict.get(f'{prefix}bias')
     kernel, bias = fuse_norm(
-        double(state_dict[f'{prefix}weight']),
+        double(weight),
         None if bias is None else double(bias),
         norm,
     )

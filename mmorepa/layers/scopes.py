@@ -8,7 +8,9 @@ the second behind it, for passes without gradients.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any, Optional
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -103,11 +105,26 @@ class EvaluationScope:
         self, conv: ReparamConv2d, name: str, make: Callable[[], Any], with_grad: bool
     ) -> Any:
         folds = self._folds.setdefault(conv, {})
+        if 'sources' not in folds:
+            folds['sources'] = [(d, [*d.values()]) for d in _places(conv)]
+        elif not is_being_traced() and not all(map(_holds, folds['sources'])):
+            # Others stand in their place, or did when the fold was made.
+            self.forget(conv)
+            return self._once(conv, name, make, with_grad)
         if name not in folds:
             # Outside of inference mode, whose tensors could serve nothing else.
             with torch.inference_mode(False), torch.set_grad_enabled(with_grad):
                 folds[name] = make()
         return folds[name]
+
+
+def _places(conv: ReparamConv2d) -> list[dict[str, Any]]:
+    """Where a conv has its parameters."""
+    return [m._parameters for m in conv.modules() if m._parameters]
+
+
+def _holds(place: tuple[dict[str, Any], list]) -> bool:
+    return all(map(is_, place[0].values(), place[1]))
 
 
 def _fused_conv(conv: ReparamConv2d) -> Optional[FusedConv]:
@@ -265,8 +282,10 @@ class KernelGraph:
     def __init__(self, is_reduced: bool) -> None:
         self._kernel: Optional[Tensor] = None
         self._fold: Optional[Callable[[], Tensor]] = None
-        self._recorded: Optional[RecordedFolds] = None
-        self._recording: Any = None
+        self._sources: list[tuple[nn.Parameter, int]] = []
+        # A recording has the convs, which have the leaves.
+        self._recorded: Optional[ref[RecordedFolds]] = None
+        self._recording: Optional[ref] = None
         self.number = 0
         self.is_deferred = False
         self.is_reduced = is_reduced
@@ -275,6 +294,7 @@ class KernelGraph:
     def kernel(self) -> Tensor:
         if self._kernel is None:  # A replay leaves no graph.
             assert self._fold is not None
+            self._check_is_as_folded()
             with torch.enable_grad():
                 self._kernel = self._fold()
         return self._kernel
@@ -291,16 +311,30 @@ class KernelGraph:
         number: int,
     ) -> None:
         """Leaves the way to the branches to a recording while it is current."""
-        self._kernel, self._recorded = None, recorded
-        self._recording, self.number = recording, number
+        self._kernel, self._recorded = None, ref(recorded)
+        self._recording, self.number = ref(recording), number
         branches, memory_format = conv.branches, conv.memory_format
+        self._sources = [(p, p._version) for p in branches.parameters()]
         self._fold = lambda: fold(branches, memory_format)
 
     def current_recording(self) -> Any:
         """The recording that passes the gradient on, if there is one."""
-        if self._recorded is not None and self._recorded.has(self._recording):
-            return self._recording
-        return None
+        if self._recorded is None or self._recording is None:
+            return None
+        recorded, recording = self._recorded(), self._recording()
+        if recorded is None or not recorded.has(recording):
+            return None
+        self._check_is_as_folded()
+        return recording
+
+    def _check_is_as_folded(self) -> None:
+        # As autograd does; a replay looks at no version.
+        if any(source._version != version for source, version in self._sources):
+            raise RuntimeError(
+                'one of the variables needed for gradient computation has been '
+                'modified by an inplace operation: branches were written to, as by the '
+                'step of an optimizer, between the forward pass and the backward pass'
+            )
 
     def on_gradient(self, leaf: nn.Parameter) -> None:
         """Passes the leaf's gradient on to the branches, or leaves it to others."""

@@ -10,7 +10,7 @@ from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmorepa import is_switchable
+from mmorepa import is_switchable, switch_to_deploy
 from mmorepa.backbones import OREPAResNet
 from mmorepa.layers import (
     BLOCKS,
@@ -382,6 +382,15 @@ def test_pretrained_deployed(checkpoints):
         assert_near(other(x), net(x), 1e-4)
     with pytest.raises(RuntimeError, match="'stem.weight': it .* deployed"):
         tiny(init_cfg=init_cfg).init_weights()
+
+
+def test_training_form_into_plain_convs():
+    """MMEngine would say that keys are left over, and go on."""
+    state, switched = tiny().state_dict(), switch_to_deploy(tiny())
+    for load in (nn.Module.load_state_dict, load_state_dict):
+        with pytest.raises(CheckpointError, match='stem became a plain conv by'):
+            load(switched, dict(state))
+    switched.load_state_dict(tiny(deploy=True).state_dict())
 
 
 def test_a_line_for_each_load_that_folds(log):

@@ -5,6 +5,7 @@ Also where convs are frozen, trained again and pruned on the way.
 
 import copy
 import os
+import pickle
 import socket
 
 import pytest
@@ -201,6 +202,24 @@ class TestOneProcess:
         others = [p for n, p in model.named_parameters() if 'branches' not in n]
         kernels = [conv.kernel() for conv in (model.a, model.b, model.c)]
         assert sum(sent) == sum(t.numel() for t in (*others, *kernels))
+
+    @pytest.mark.parametrize('how', [copy.deepcopy, pickle.dumps, 'exchanged'])
+    def test_copies_do_not_train(self, how):
+        """Their gradients would not be averaged."""
+        parallel = FoldedDistributedDataParallel(Network())
+        x = torch.randn(1, 3, 9, 9)
+        parallel(x, mode='loss')
+        if how == 'exchanged':
+            parallel.module.b = copy.deepcopy(parallel.module.b)
+        else:
+            parallel = how(parallel)
+        if isinstance(parallel, bytes):
+            parallel = pickle.loads(parallel)
+        with pytest.raises(RuntimeError, match='would not be averaged: .* a copy'):
+            parallel(x, mode='loss')
+        with torch.no_grad():
+            parallel(x, mode='loss')
+        FoldedDistributedDataParallel(parallel.module)(x, mode='loss')
 
     def test_by_hand(self):
         parallel = FoldedDistributedDataParallel(Network())

@@ -1,6 +1,10 @@
 """Folds that are recorded and replayed, by a recorder that stands in for CUDA's."""
 
+import contextlib
 import copy
+import gc
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -256,6 +260,57 @@ def test_a_loss_of_former_numbers_is_refused(recorders):
     loss_of(model, wrapper, 2)
     with pytest.raises(RuntimeError, match='modified by an inplace operation'):
         former.backward()
+
+
+@pytest.mark.parametrize('by_hand', [False, True])
+def test_branches_written_to_before_backward_are_refused(monkeypatch, by_hand):
+    """Where the conv's own derivative does not need its kernel."""
+
+    class Blind(StandIn):
+        """As CUDA's, it looks at no version."""
+
+        def record(self, run):
+            results, replay = super().record(run)
+
+            def replay_anyway():
+                with contextlib.suppress(RuntimeError):
+                    replay()
+
+            return results, replay_anyway
+
+    monkeypatch.setattr(capture, 'CUDAGraphRecorder', Blind)
+    model = network()[:1]
+    wrapper = wrapped(model)
+    loss, other = loss_of(model, wrapper, 0), loss_of(model, wrapper, 1)
+    wrapper.update_params(loss)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        other.backward() if by_hand else wrapper.backward(other)
+
+
+@pytest.mark.parametrize('capture_', [False, True])
+def test_models_are_freed(recorders, capture_):
+    model = network()
+    wrapper = wrapped(model, capture_)
+    train(model, wrapper, steps=2)
+    conv = weakref.ref(model[1])
+    del model, wrapper
+    gc.collect()
+    assert conv() is None
+
+
+@pytest.mark.parametrize('capture_', [False, True])
+@pytest.mark.parametrize(
+    'copied', [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))]
+)
+def test_copies_of_a_wrapper(recorders, capture_, copied):
+    model = network()
+    wrapper = wrapped(model, capture_)
+    train(model, wrapper, steps=2)
+    twins = copied((model, wrapper))
+    train(model, wrapper, steps=2)
+    train(*twins, steps=2)
+    for one, other in zip(model.parameters(), twins[0].parameters()):
+        assert torch.equal(one, other)
 
 
 def test_backward_by_hand(recorders):

@@ -137,6 +137,19 @@ class TestFolded:
             assert not torch.allclose(orepa(x), before)
             assert_near(orepa(x), other(x), 1e-6)
 
+    @pytest.mark.parametrize('mode', [torch.no_grad, torch.enable_grad])
+    @pytest.mark.parametrize('is_first', [False, True])
+    def test_other_parameters_in_a_call(self, conv, mode, is_first):
+        """The kernel is that of the parameters of the call, and of it alone."""
+        x = image()
+        others = {n: (1.2 * p).detach() for n, p in conv.named_parameters()}
+        own, theirs = conv(x), functional_call(conv, others, (x,))
+        with mode(), folded(conv):
+            if not is_first:
+                conv(x)
+            assert_near(functional_call(conv, others, (x,)), theirs, 1e-12)
+            assert_near(conv(x), own, 1e-12)
+
     def test_attributes_of_the_norm_are_seen_after_it(self, orepa):
         x = image()
         with torch.no_grad():

@@ -212,6 +212,11 @@ def test_norms_of_branches_without_a_plain_one(kind):
     assert_near(conv.eval()(x), plain(x), 1e-5)
     follows = nn.BatchNorm2d(4, eps=1e-12)
     assert_near(follows(conv.train()(x)), follows(plain(x)), 1e-3)
+    deployed = trained_like(kind(4, 4, 3, padding=1, bias=False, deploy=True))
+    deployed.load_state_dict(plain.state_dict())
+    assert_near(deployed(x), plain(x), 1e-5)
+    with pytest.raises(RuntimeError, match='bias'):  # It had one.
+        kind(4, 4, 3, padding=1, deploy=True).load_state_dict(plain.state_dict())
 
 
 @pytest.mark.parametrize(('kind', 'options'), FOLDED)

@@ -40,12 +40,24 @@ class _FoldedTraining:
         if capture not in (False, True, 'compiled'):
             raise ValueError(f"capture is True, False or 'compiled', found {capture!r}")
         self._capture = capture
+        self._is_told = False
+        self._start()
+
+    def _start(self) -> None:
         self._recorded: WeakKeyDictionary[nn.Module, RecordedFolds] = (
             WeakKeyDictionary()
         )
         # Those that a loss may still lead to.
         self._kernels: WeakSet[KernelLeaf] = WeakSet()
-        self._is_told = False
+
+    def __getstate__(self) -> dict:
+        # Passes and recordings are of the original's model.
+        own = ('_recorded', '_kernels')
+        return {name: value for name, value in vars(self).items() if name not in own}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._start()
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
