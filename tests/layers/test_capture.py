@@ -107,6 +107,22 @@ def evaluate(model, wrapper, step):
     model.train()
 
 
+def resume(model, wrapper, step):
+    states = copy.deepcopy((model.state_dict(), wrapper.state_dict()))
+    if step == 3:
+        model.load_state_dict(states[0])
+        wrapper.load_state_dict(states[1])
+
+
+def swap_averages(model, wrapper, step):
+    """As MMEngine's EMAHook does around a validation."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            kept = parameter.data.clone()
+            parameter.data.copy_(kept * 0.5)
+            parameter.data.copy_(kept)
+
+
 def zero_to_zero(model, wrapper, step):
     wrapper.optimizer.zero_grad(set_to_none=False)
 
@@ -166,6 +182,8 @@ def train(model, wrapper, between=nothing, steps=6):
         (nothing, dict(accumulative_counts=3), 1),
         (nothing, dict(clip_grad=dict(max_norm=0.1)), 1),
         (evaluate, {}, 1),
+        (resume, {}, 1),
+        (swap_averages, {}, 1),
         (zero_to_zero, {}, 1),
         (write, {}, 1),
         (freeze, {}, 3),
