@@ -89,6 +89,8 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     ) -> None:
         optim_wrapper_cfg = dict(optim_wrapper_cfg)
         self.folded = optim_wrapper_cfg.pop('folded', True)
+        if self.folded not in (True, False):
+            raise ValueError(f'folded is True or False, found {self.folded!r}')
         self.channels_last = optim_wrapper_cfg.pop('channels_last', 'auto')
         self.capture = optim_wrapper_cfg.pop('capture', False)
         if self.channels_last not in (True, False, 'auto'):
