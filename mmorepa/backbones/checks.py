@@ -32,24 +32,21 @@ def check_is_known(
     names = [k.removeprefix(prefix) for k in state_dict if k.startswith(prefix)]
     if names and not _has_conv(backbone, names):
         raise CheckpointError(_unknown(backbone, names))
-    for name, module in backbone.named_modules():
-        if (
-            isinstance(module, (nn.Conv2d, ConvAct2d))
-            and not isinstance(module, ReparamConv2d)
-            and any(key.startswith(f'{name}.branches.') for key in names)
+    # Here and not in the convs, of which each knows of itself alone.
+    convs = {
+        key[: m.start()] for key in names for m in re.finditer(r'\.branches\.', key)
+    }
+    trained = {name: m for name, m in backbone.named_modules() if name in convs}
+    for name, module in trained.items():
+        if isinstance(module, (nn.Conv2d, ConvAct2d)) and not isinstance(
+            module, ReparamConv2d
         ):
             raise CheckpointError(
                 f'the checkpoint holds the training form, and {name} became a plain '
                 'conv by mmorepa.switch_to_deploy, which cannot fold it: load before '
                 'that, or into a model that is built with deploy=True'
             )
-    # Here and not in the convs, of which each knows of itself alone.
-    if any(
-        isinstance(module, ReparamConv2d)
-        and module.deployed
-        and any(key.startswith(f'{name}.branches.') for key in names)
-        for name, module in backbone.named_modules()
-    ):
+    if any(isinstance(m, ReparamConv2d) and m.deployed for m in trained.values()):
         print_log(
             'The checkpoint holds the training form and the model is deployed: '
             'folding the branches while loading.',

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..functional import is_being_traced
 from .conv import ReparamConv2d
+from .folding import are_the_same
 
 
 class Recorder(Protocol):
@@ -86,6 +87,7 @@ class _Recording:
             of the derivative writes; None for what no kernel depends on.
         trained (list[nn.Parameter]): What the kernels are folded from, if it is
             trained.
+        is_current (bool): False once others are recorded, or none.
         owners (list[list[int]]): For each of them, the kernels that it is part of.
     """
 
@@ -96,6 +98,7 @@ class _Recording:
         recorder: Recorder,
         fold_all: Callable[[Sequence[ReparamConv2d]], list[Tensor]],
     ) -> None:
+        self.is_current = True
         self.convs = list(convs)
         self.settings = _settings(convs, dtype)
         # What a change of an address, a dtype or the like is seen by.
@@ -178,8 +181,8 @@ class _Recording:
         """Whether a replay gives what these convs would give."""
         tensors = _tensors(convs)
         return (
-            _are_the_same(convs, self.convs)
-            and _are_the_same(tensors, self._tensors)
+            are_the_same(convs, self.convs)
+            and are_the_same(tensors, self._tensors)
             and self.settings == _settings(convs, dtype)
             and self._marks == [_mark(tensor) for tensor in tensors]
         )
@@ -234,7 +237,7 @@ class RecordedFolds:
             return None
         reason = self._failure or self._refusal(convs)
         if not reason and not self._is_current(convs, dtype):
-            self._recording = None  # Its memory is free for the next one.
+            self._drop()  # Its memory is free for the next one.
             try:
                 self._recording = _Recording(
                     convs, dtype, self._recorder, self._fold_all
@@ -244,7 +247,7 @@ class RecordedFolds:
                 # What CUDA refuses once, it would refuse in every step.
                 reason = self._failure = str(error).partition('\n')[0] or repr(error)
         if reason:
-            self._recording = None
+            self._drop()
             self._tell_once(f'The fold is not captured: {reason}')
             return None
         recording = self._recording
@@ -261,9 +264,10 @@ class RecordedFolds:
         """Remembers a leaf that has the memory of a kernel."""
         self._leaves[leaf] = True
 
-    def has(self, recording: Optional[_Recording]) -> bool:
-        """Whether this recording is the current one."""
-        return recording is not None and recording is self._recording
+    def _drop(self) -> None:
+        if self._recording is not None:
+            self._recording.is_current = False
+            self._recording = None
 
     def _tell_once(self, text: str) -> None:
         if text not in self._told:
@@ -310,10 +314,6 @@ def _tensors(convs: Sequence[ReparamConv2d]) -> list[Tensor]:
         for conv in convs
         for tensor in (*conv.branches.parameters(), *conv.branches.buffers())
     ]
-
-
-def _are_the_same(some: Sequence[Any], others: Sequence[Any]) -> bool:
-    return len(some) == len(others) and all(a is b for a, b in zip(some, others))
 
 
 def _settings(convs: Sequence[ReparamConv2d], dtype: Optional[torch.dtype]) -> tuple:

@@ -1,6 +1,7 @@
 """From branches to a kernel: for a forward pass, and in float64 for deployment."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from operator import is_
 from typing import Optional
 
 import torch
@@ -135,6 +136,11 @@ def check_is_whole(tensors: Collection[Tensor]) -> None:
             'get_model_state_dict with StateDictOptions(full_state_dict=True), and '
             'load that into a model without FSDP'
         )
+
+
+def are_the_same(some: Sequence[object], others: Sequence[object]) -> bool:
+    """Whether two sequences hold the same objects, and not just equal ones."""
+    return len(some) == len(others) and all(map(is_, some, others))
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:

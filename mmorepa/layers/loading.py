@@ -93,9 +93,7 @@ def _fuse_norm_entries(conv: nn.Conv2d, state_dict: StateDict, prefix: str) -> N
     load_norm(norm, entries)
     bias = state_dict.get(f'{prefix}bias')
     kernel, bias = fuse_norm(
-        double(weight),
-        None if bias is None else double(bias),
-        norm,
+        double(weight), None if bias is None else double(bias), norm
     )
     state_dict.update({f'{prefix}weight': kernel, f'{prefix}bias': bias})
 
@@ -168,7 +166,7 @@ def _fold_entries(conv: nn.Conv2d, state_dict: StateDict, prefix: str) -> None:
     state_dict[f'{prefix}weight'] = kernel
     if bias is not None:
         state_dict[f'{prefix}bias'] = bias
-    folded = ('branches.', 'bias', 'norm.' if twin.fuses_norm else 'branches.')
+    folded = ('branches.', 'bias', *(['norm.'] if twin.fuses_norm else []))
     for name, value in twin.state_dict().items():
         if not name.startswith(folded):
             state_dict[prefix + name] = value

@@ -8,7 +8,6 @@ the second behind it, for passes without gradients.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from operator import is_
 from typing import Any, Optional
 from weakref import ref
 
@@ -19,7 +18,7 @@ from ..functional import is_being_traced
 from .capture import RecordedFolds
 from .changes import overridden_fold
 from .conv import ReparamConv2d
-from .folding import double, fold, fuse_norm, named_tensors
+from .folding import are_the_same, double, fold, fuse_norm, named_tensors
 
 FusedConv = tuple[Tensor, Optional[Tensor], Optional[nn.Module]]
 
@@ -77,7 +76,7 @@ class EvaluationScope:
 
     def __init__(self, in_traces: bool = False) -> None:
         self._in_traces = in_traces
-        self._folds: dict[ReparamConv2d, dict[str, Any]] = {}
+        self._folds: dict[ReparamConv2d, _Folds] = {}
 
     def kernel(self, conv: ReparamConv2d) -> Tensor:
         """The kernel of a conv, with a gradient if gradients are enabled."""
@@ -104,27 +103,29 @@ class EvaluationScope:
     def _once(
         self, conv: ReparamConv2d, name: str, make: Callable[[], Any], with_grad: bool
     ) -> Any:
-        folds = self._folds.setdefault(conv, {})
-        if 'sources' not in folds:
-            folds['sources'] = [(d, [*d.values()]) for d in _places(conv)]
-        elif not is_being_traced() and not all(map(_holds, folds['sources'])):
-            # Others stand in their place, or did when the fold was made.
-            self.forget(conv)
-            return self._once(conv, name, make, with_grad)
-        if name not in folds:
+        folds = self._folds.get(conv)
+        if folds is None or not (is_being_traced() or folds.are_current()):
+            folds = self._folds[conv] = _Folds(conv)
+        if name not in folds.by_name:
             # Outside of inference mode, whose tensors could serve nothing else.
             with torch.inference_mode(False), torch.set_grad_enabled(with_grad):
-                folds[name] = make()
-        return folds[name]
+                folds.by_name[name] = make()
+        return folds.by_name[name]
 
 
-def _places(conv: ReparamConv2d) -> list[dict[str, Any]]:
-    """Where a conv has its parameters."""
-    return [m._parameters for m in conv.modules() if m._parameters]
+class _Folds:
+    """What a conv was folded to, from the parameters that it had."""
 
+    def __init__(self, conv: ReparamConv2d) -> None:
+        self.by_name: dict[str, Any] = {}
+        places = [m._parameters for m in conv.modules() if m._parameters]
+        self._sources = [(place, [*place.values()]) for place in places]
 
-def _holds(place: tuple[dict[str, Any], list]) -> bool:
-    return all(map(is_, place[0].values(), place[1]))
+    def are_current(self) -> bool:
+        """False if others stand in their place, or did when the fold was made."""
+        return all(
+            are_the_same([*place.values()], sources) for place, sources in self._sources
+        )
 
 
 def _fused_conv(conv: ReparamConv2d) -> Optional[FusedConv]:
@@ -157,7 +158,6 @@ def _must_run(module: nn.Module) -> bool:
 def held(
     model: nn.Module,
     recorded: Optional[RecordedFolds] = None,
-    dtype: Optional[torch.dtype] = None,
 ) -> Iterator[list['KernelLeaf']]:
     """Folds the trained kernels of a model, and cuts the graph there.
 
@@ -170,10 +170,8 @@ def held(
 
     Args:
         model (nn.Module): Wrapped for data parallelism or not.
-        recorded (RecordedFolds, optional): Replays the fold of all kernels. Defaults
-            to None.
-        dtype (torch.dtype, optional): Of leaves whose fold is replayed. Defaults to
-            that of the branches.
+        recorded (RecordedFolds, optional): Replays the fold of all kernels, whose
+            leaves have the dtype of autocast where that is on. Defaults to None.
 
     Yields:
         list[KernelLeaf]: One for each trained kernel.
@@ -181,7 +179,7 @@ def held(
     Raises:
         RuntimeError: If data parallelism does not average the gradient of a kernel.
     """
-    leaves = _hold(model, recorded, dtype)
+    leaves = _hold(model, recorded)
     try:
         yield leaves
     finally:
@@ -191,28 +189,36 @@ def held(
 
 # Graph break: torch.compile resumes after this and sees leaves.
 @torch.compiler.disable
-def _hold(
-    model: nn.Module, recorded: Optional[RecordedFolds], dtype: Optional[torch.dtype]
-) -> list['KernelLeaf']:
+def _hold(model: nn.Module, recorded: Optional[RecordedFolds]) -> list['KernelLeaf']:
     convs = [conv for conv in _training_forms(model) if conv.is_held_in_training]
     with torch.enable_grad(), torch.inference_mode(False):
         fresh = [conv for conv in convs if not _is_held(conv)]
         leaves = [_leaf_of(conv, model) for conv in fresh]
-        if any(leaf.is_reduced for leaf in leaves):
-            dtype = None  # Data parallelism counts on that of its parameters.
-        recording = None if recorded is None else recorded.fold(fresh, dtype)
+        recording = None
+        if recorded is not None:
+            # Data parallelism counts on the dtype of its parameters.
+            is_reduced = any(leaf.is_reduced for leaf in leaves)
+            dtype = None if is_reduced else _autocast_dtype(model)
+            recording = recorded.fold(fresh, dtype)
         for i, (conv, leaf) in enumerate(zip(fresh, leaves)):
             sources = tuple(conv.branches.parameters())
             if recording is None:
                 leaf.take(conv.folded_kernel(), sources)
             else:
                 leaf.take(recording.kernels[i], sources)
-                leaf.graph.replays(conv, recorded, recording, i)
+                leaf.graph.replays(conv, recording, i)
                 recorded.lend(leaf.leaf)
     leaves = [conv.scope for conv in convs]
     for leaf in leaves:
         leaf.depth += 1
     return leaves
+
+
+def _autocast_dtype(model: nn.Module) -> Optional[torch.dtype]:
+    device = next(model.parameters()).device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
 
 
 def _is_held(conv: ReparamConv2d) -> bool:
@@ -284,7 +290,6 @@ class KernelGraph:
         self._fold: Optional[Callable[[], Tensor]] = None
         self._sources: list[tuple[nn.Parameter, int]] = []
         # A recording has the convs, which have the leaves.
-        self._recorded: Optional[ref[RecordedFolds]] = None
         self._recording: Optional[ref] = None
         self.number = 0
         self.is_deferred = False
@@ -306,23 +311,19 @@ class KernelGraph:
     def replays(
         self,
         conv: ReparamConv2d,
-        recorded: RecordedFolds,
         recording: Any,
         number: int,
     ) -> None:
         """Leaves the way to the branches to a recording while it is current."""
-        self._kernel, self._recorded = None, ref(recorded)
-        self._recording, self.number = ref(recording), number
+        self._kernel, self._recording, self.number = None, ref(recording), number
         branches, memory_format = conv.branches, conv.memory_format
         self._sources = [(p, p._version) for p in branches.parameters()]
         self._fold = lambda: fold(branches, memory_format)
 
     def current_recording(self) -> Any:
         """The recording that passes the gradient on, if there is one."""
-        if self._recorded is None or self._recording is None:
-            return None
-        recorded, recording = self._recorded(), self._recording()
-        if recorded is None or not recorded.has(recording):
+        recording = None if self._recording is None else self._recording()
+        if recording is None or not recording.is_current:
             return None
         self._check_is_as_folded()
         return recording
@@ -446,10 +447,7 @@ class KernelLeaf:
         It has not where others stand in their place for a call, as in
         :func:`torch.func.functional_call`.
         """
-        parameters = tuple(conv.branches.parameters())
-        return len(parameters) == len(self.sources) and all(
-            one is other for one, other in zip(parameters, self.sources)
-        )
+        return are_the_same(tuple(conv.branches.parameters()), self.sources)
 
 
 def _training_forms(model: nn.Module) -> list[ReparamConv2d]:

@@ -115,10 +115,9 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         kernels = count_kernels(model)
         if self.folded and kernels:
             kind = wrapper_class(self.optim_wrapper_cfg)
-            if kind in FOLDED:
-                self.optim_wrapper_cfg['type'] = FOLDED[kind]
-            if kind in FOLDED or kind in FOLDED.values():
-                self.optim_wrapper_cfg['capture'] = self.capture
+            kind = FOLDED.get(kind, kind)
+            if kind in FOLDED.values():
+                self.optim_wrapper_cfg.update(type=kind, capture=self.capture)
         is_half = issubclass(
             wrapper_class(self.optim_wrapper_cfg) or object,
             (AmpOptimWrapper, BFloat16OptimWrapper),

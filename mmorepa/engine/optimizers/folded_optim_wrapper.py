@@ -75,11 +75,8 @@ class _FoldedTraining:
                 yield
             return
         recorded = self._recorded_folds(model)
-        # In this order: the context of the base class chooses the autocast dtype.
-        with (
-            super().optim_context(model),
-            held(model, recorded, _autocast_dtype(model)) as kernels,
-        ):
+        # In this order: the context of the base class turns autocast on.
+        with super().optim_context(model), held(model, recorded) as kernels:
             self._kernels.update(kernels)
             yield
 
@@ -132,13 +129,6 @@ class _FoldedTraining:
                 logger='current',
                 level=logging.WARNING,
             )
-
-
-def _autocast_dtype(model: nn.Module) -> Optional[torch.dtype]:
-    device = next(model.parameters()).device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return None
 
 
 @OPTIM_WRAPPERS.register_module()
