@@ -144,6 +144,17 @@ class Probe(Hook):
             setattr(self, name, lambda runner, *_, f=function, **__: f(runner))
 
 
+def colours_loader():
+    """The config of a dataloader of :class:`Colours`."""
+    return dict(
+        batch_size=8,
+        num_workers=0,
+        dataset=dict(type='Colours', size=24),
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        collate_fn=dict(type='default_collate'),
+    )
+
+
 def make_runner(work_dir, model=None, kind=Runner, **options):
     """A runner of a :class:`TinyClassifier`; ``options`` are the Runner's own."""
     torch.manual_seed(0)

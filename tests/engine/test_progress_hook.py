@@ -3,19 +3,13 @@ import sys
 
 import pytest
 from mmengine.config import Config
-from runners import build_runner
+from runners import build_runner, colours_loader
 
 from mmorepa.runs import keep_few_checkpoints
 
 
 def config(folder, by_epoch=True, shown=False):
-    loader = dict(
-        batch_size=8,
-        num_workers=0,
-        dataset=dict(type='Colours', size=24),
-        sampler=dict(type='DefaultSampler', shuffle=False),
-        collate_fn=dict(type='default_collate'),
-    )
+    loader = colours_loader()
     length = dict(max_epochs=2) if by_epoch else dict(max_iters=6, val_interval=3)
     return Config(
         dict(

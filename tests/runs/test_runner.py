@@ -6,7 +6,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.model.wrappers import MMDistributedDataParallel
 from mmengine.utils import digit_version
-from runners import Probe, TinyClassifier, build_runner
+from runners import Probe, TinyClassifier, build_runner, colours_loader
 from torch import distributed
 
 import mmorepa.runs.config as config_module
@@ -20,13 +20,7 @@ from mmorepa.utils.errors import CheckpointError, OutputError
 
 def tiny_config(tmp_path, **options):
     """A config of a tiny network, to train on nothing that is on a disk."""
-    loader = dict(
-        batch_size=8,
-        num_workers=0,
-        dataset=dict(type='Colours', size=24),
-        sampler=dict(type='DefaultSampler', shuffle=False),
-        collate_fn=dict(type='default_collate'),
-    )
+    loader = colours_loader()
     base = dict(
         launcher='none',
         model=dict(type='TinyClassifier'),

@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from helpers import import_models
 from scipy import stats
 from tool_runs import ROOT, run_here, tool
 
+from mmorepa.layers import build_conv
 from mmorepa.utils.errors import OutputError
 
 tool('benchmarks/plain_start.py')
@@ -192,3 +194,23 @@ def test_documents_have_these_figures(study, folder, document, tmp_path, capsys)
     assert parts
     for part in parts:
         assert part.partition('\n\n')[2].strip() in text
+
+
+def test_dynamics_of_a_stem():
+    """Of a plain kernel the rate is one, of others that of a step of the branches."""
+    measure = tool('benchmarks/stem_dynamics.py').measure
+    torch.manual_seed(0)
+    gradient = torch.randn(4, 2, 7, 7, dtype=torch.float64)
+    options = dict(padding=3, bias=False, norm_cfg=dict(type='BN'))
+    plain = build_conv('plain', 2, 4, 7, **options)
+    assert measure(plain, gradient)['rate'] == pytest.approx(1)
+    conv = build_conv('deep_linear', 2, 4, 7, **options).double()
+    parameters = list(conv.branches.parameters())
+    kernel = conv.folded_kernel()
+    steps = torch.autograd.grad(kernel, parameters, gradient)
+    with torch.no_grad():
+        for parameter, step in zip(parameters, steps):
+            parameter.add_(step, alpha=1e-7)
+    moved = (conv.folded_kernel() - kernel) / 1e-7
+    expected = (gradient * moved).sum() / gradient.square().sum()
+    assert measure(conv, gradient)['rate'] == pytest.approx(expected.item(), rel=1e-3)

@@ -18,23 +18,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-import matplotlib
+import studies
 import torch
-from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor
 from torch.func import functional_call, jvp, vjp
+from trainings import merged
 
 import mmorepa  # noqa: F401
 from mmorepa.layers import ReparamConv2d
 
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
-
-ROOT = Path(__file__).resolve().parents[2]
-CONFIG = ROOT / 'configs/fashion_mnist/resnet18-slim_1xb64_fashion-mnist-10pct.py'
+CONFIG = (
+    studies.ROOT / 'configs/fashion_mnist/resnet18-slim_1xb64_fashion-mnist-10pct.py'
+)
 _STEM = 'model.backbone.stem_block'
 _FASTER = dict(custom_keys={'backbone.stem': dict(lr_mult=4.0)})
 VARIANTS = {
@@ -125,19 +123,16 @@ def measure(stem: ReparamConv2d, gradient: Tensor) -> dict[str, float]:
 
 def train(options: dict, seed: int, epochs: int, folder: Path) -> list[dict]:
     """Trains, and returns the rows of the hook."""
-    cfg = Config.fromfile(CONFIG)
-    cfg.merge_from_dict(options)
-    cfg.merge_from_dict(
-        {
-            'randomness.seed': seed,
-            'train_cfg.max_epochs': epochs,
-            'train_cfg.val_interval': epochs,
-            'work_dir': str(folder),
-            'log_level': 'WARNING',
-            'default_hooks.checkpoint': None,
-            'experiment_name': folder.name,
-        }
-    )
+    changes = {
+        'randomness.seed': seed,
+        'train_cfg.max_epochs': epochs,
+        'train_cfg.val_interval': epochs,
+        'work_dir': str(folder),
+        'log_level': 'WARNING',
+        'default_hooks.checkpoint': None,
+        'experiment_name': folder.name,
+    }
+    cfg = merged(CONFIG, {**options, **changes})
     cfg.custom_hooks = [dict(type='StemDynamicsHook', interval=10)]
     Runner.from_cfg(cfg).train()
     return StemDynamicsHook.rows
@@ -153,23 +148,23 @@ def averages(trainings: Sequence[Sequence[dict]]) -> list[dict[str, float]]:
 
 def table(results: dict[str, list[dict]]) -> str:
     """Markdown: the mean of the first and of the last quarter of the trainings."""
-    lines = ['| | ' + ' | '.join(QUANTITIES) + ' |', '|---|' + '--:|' * len(QUANTITIES)]
+    table = []
     for name, rows in results.items():
         quarter = max(1, len(rows) // 4)
-        cells = []
+        row = {'': name}
         for quantity in QUANTITIES:
             first, last = (
                 sum(row[quantity] for row in part) / quarter
                 for part in (rows[:quarter], rows[-quarter:])
             )
-            cells.append(f'{first:.3g}, {last:.3g}')
-        lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
+            row[quantity] = f'{first:.3g}, {last:.3g}'
+        table.append(row)
+    return studies.markdown_table(table)
 
 
 def draw(results: dict[str, list[dict]], path: Path) -> None:
     """All quantities against the epochs."""
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6), sharex=True)
+    figure, axes = studies.panels(2, 3, 12, 6, sharex=True)
     for axis, quantity in zip(axes.flat, QUANTITIES):
         for name, rows in results.items():
             epochs = [row['epoch'] for row in rows]
@@ -180,9 +175,7 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
     for axis in axes[1]:
         axis.set_xlabel('epoch')
     axes[0, 0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    studies.save(figure, path)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
