@@ -1,7 +1,7 @@
 """The algebra of re-parameterisation: pure functions on tensors."""
 
 from .branch_sum import BranchSum
-from .closed_forms import fold_kernel, is_being_traced, recomputed
+from .closed_forms import fold_kernel, is_being_traced
 from .fusion import fuse_bn
 from .inverses import check_is_wide, solve_deep_linear
 from .kernels import (
@@ -34,7 +34,6 @@ __all__ = [
     'fuse_bn',
     'identity_1x1',
     'is_being_traced',
-    'recomputed',
     'scaled_sum',
     'solve_deep_linear',
 ]

@@ -20,7 +20,7 @@ a second derivative), the plain formulas run instead. The tests hold one against
 other.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Optional
 
@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx import _symbolic_trace
-from torch.utils.checkpoint import checkpoint
 
 from . import compiled
 from .branch_sum import BranchSum
@@ -74,18 +73,6 @@ def is_being_traced() -> bool:
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
-
-
-def recomputed(function: Callable[..., Tensor], *args) -> Tensor:
-    """``function(*args)``, recomputed in the backward pass from its arguments.
-
-    Args:
-        function (Callable): Computed again in the backward pass.
-        *args: Its arguments.
-    """
-    if is_being_traced() or not torch.is_grad_enabled():
-        return function(*args)
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class _ClosedForm(torch.autograd.Function):

@@ -7,15 +7,8 @@ from collections.abc import Callable
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from ..functional import (
-    check_is_wide,
-    compose_deep_linear,
-    is_being_traced,
-    recomputed,
-    solve_deep_linear,
-)
+from ..functional import check_is_wide, compose_deep_linear, solve_deep_linear
 from .blocks import BLOCKS
 from .branch_kernel import BranchKernel
 from .conv import ReparamConv2d
@@ -68,7 +61,7 @@ class DeepLinearKernel(nn.Module):
                 f'{out_channels // groups} output channels'
             )
         widths = [in_channels, *[inner] * ((kernel_size - 3) // 2), out_channels]
-        self.factors = _Factors(
+        self.factors = nn.ModuleList(
             build_factor(outputs, inputs) for inputs, outputs in zip(widths, widths[1:])
         )
         # The chain of the paper's stem starts as published.
@@ -91,16 +84,7 @@ class DeepLinearKernel(nn.Module):
 
     def forward(self) -> Tensor:
         """Returns the kernel, shape (O, Ig, k, k)."""
-        if is_being_traced():
-            return self.factors(self.groups)
-        parameters = dict(self.factors.named_parameters())
-
-        # A function of tensors: in the backward pass, the module may have others.
-        def compose(*tensors: Tensor) -> Tensor:
-            named = dict(zip(parameters, tensors))
-            return functional_call(self.factors, named, (self.groups,))
-
-        return recomputed(compose, *parameters.values())
+        return _compose(self.factors, self.groups)
 
     @torch.no_grad()
     def set_kernel(self, kernel: Tensor) -> None:
@@ -119,8 +103,8 @@ class DeepLinearKernel(nn.Module):
             inner = len(others[0]()) // self.groups
             check_is_wide(kernel, inner, 9 * inner)
             options = self._shift()
-            wide = copy.deepcopy(_Factors(others)).double()
-            kernel = solve_deep_linear(kernel, wide(self.groups), self.groups)
+            wide = copy.deepcopy(nn.ModuleList(others)).double()
+            kernel = solve_deep_linear(kernel, _compose(wide, self.groups), self.groups)
         last.set_kernel(kernel, **options)
 
     def _shift(self) -> dict[str, float]:
@@ -173,12 +157,11 @@ class DeepLinearKernel(nn.Module):
         self.factors[-1].rescale(factor)
 
 
-class _Factors(nn.ModuleList):
-    def forward(self, groups: int) -> Tensor:
-        kernel, *others = (factor() for factor in self)
-        for other in others:
-            kernel = compose_deep_linear(kernel, other, groups)
-        return kernel
+def _compose(factors: nn.ModuleList, groups: int) -> Tensor:
+    kernel, *others = (factor() for factor in factors)
+    for other in others:
+        kernel = compose_deep_linear(kernel, other, groups)
+    return kernel
 
 
 @BLOCKS.register_module('deep_linear')

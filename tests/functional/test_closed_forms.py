@@ -10,7 +10,6 @@ from torch import nn
 
 from mmorepa.functional import (
     BranchSum,
-    closed_forms,
     compiled,
     fold_kernel,
 )
@@ -232,17 +231,3 @@ def test_it_is_what_a_conv_runs_with(k, monkeypatch):
     monkeypatch.setattr(BranchSum, 'kernel', None)
     conv(torch.randn(1, 4, 8, 8)).sum().backward()
     assert all(p.grad is not None for p in conv.branches.parameters())
-
-
-def test_recomputed():
-    """The graph keeps the arguments alone, and the derivative is the function's."""
-    a, b = (torch.randn(4, 4, dtype=torch.float64, requires_grad=True) for _ in 'ab')
-
-    def function(a, b):
-        return (a.sin() @ b.cos()).exp()
-
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t), id):
-        closed_forms.recomputed(function, a, b)
-    assert {id(t) for t in kept if t.numel()} <= {id(a), id(b)}
-    assert gradcheck(lambda a, b: closed_forms.recomputed(function, a, b), (a, b))
