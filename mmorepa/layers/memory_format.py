@@ -33,7 +33,8 @@ def set_channels_last(module: nn.Module, on: bool = True) -> nn.Module:
     Other modules see nothing of it: maps that ``module`` returns, also in tuples, lists
     and dicts, are contiguous again. So are those that reach modules of ``mmcv.ops``
     inside of it (RoIAlign, deformable convs), which read memory in the default order
-    without a look at the strides; functions of ``mmcv.ops`` have to be given contiguous
+    without a look at the strides, and 1×1 convs with a stride and fewer than 8 inputs,
+    for which oneDNN has a defect; functions of ``mmcv.ops`` have to be given contiguous
     maps by who calls them.
 
     Args:
@@ -52,7 +53,7 @@ def set_channels_last(module: nn.Module, on: bool = True) -> nn.Module:
             'in the former order of memory: call set_channels_last before the wrapper'
         )
     memory_format = torch.channels_last if on else torch.contiguous_format
-    operators = [part for part in module.modules() if _is_operator(part)]
+    operators = [part for part in module.modules() if _takes_default_order(part)]
     left = {inner for operator in operators for inner in operator.modules()}
     for part in module.modules():
         if part in left:
@@ -103,7 +104,11 @@ def _is_tried(module: nn.Module) -> bool:
     return is_known or names[0] in _PACKAGES
 
 
-def _is_operator(module: nn.Module) -> bool:
+def _takes_default_order(module: nn.Module) -> bool:
+    """Whether a module reads channels last wrongly."""
+    if isinstance(module, nn.Conv2d) and module.in_channels < 8:
+        # On CPUs without AVX-512, oneDNN's derivative writes beyond its memory.
+        return max(module.kernel_size) == 1 and max(module.stride) > 1
     return any(cls.__module__.startswith('mmcv.ops') for cls in type(module).__mro__)
 
 

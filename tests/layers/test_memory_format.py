@@ -128,6 +128,22 @@ def test_operators_of_mmcv(kind):
     assert not model.operator._forward_pre_hooks
 
 
+@pytest.mark.parametrize('block', ['plain', 'orepa'])
+def test_thin_strided_convs(block):
+    """The derivative of these writes beyond its memory where AVX-512 is missing."""
+    net = set_channels_last(OREPAResNet(18, block, base_channels=4))
+    seen = {}
+    for stage in (net.layer2, net.layer3):
+        for conv in stage.modules():
+            if isinstance(conv, nn.Conv2d) and conv.kernel_size == (1, 1):
+                conv.register_forward_pre_hook(
+                    lambda conv, args: seen.update({conv.in_channels: args[0]})
+                )
+    net(torch.randn(2, 3, 32, 32))
+    assert seen[4].is_contiguous()
+    assert has_channels_last(seen[8]) and not seen[8].is_contiguous()
+
+
 def test_by_keyword_and_inherited():
     ops = pytest.importorskip('mmcv.ops')
 
