@@ -2,7 +2,7 @@
 
 import argparse
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -20,18 +20,22 @@ from mmorepa.runs import build_model, read_config
 from mmorepa.utils.files import atomic_write, check_outputs
 
 # Okabe and Ito's colours, which differ for every kind of colour vision.
+BLACK, BLUE, ORANGE, GREEN = '#000000', '#0072B2', '#E69F00', '#009E73'
+SKY, VERMILION, PURPLE, YELLOW = '#56B4E9', '#D55E00', '#CC79A7', '#F0E442'
+GREY = '#999999'
+# Of the branches.
 COLOURS = dict(
-    origin='#0072B2',
-    average='#E69F00',
-    frequency='#009E73',
-    pointwise_kxk='#CC79A7',
-    pointwise='#56B4E9',
-    depthwise_separable='#D55E00',
-    pointwise_pointwise='#F0E442',
-    identity='#999999',
+    origin=BLUE,
+    average=ORANGE,
+    frequency=GREEN,
+    pointwise_kxk=PURPLE,
+    pointwise=SKY,
+    depthwise_separable=VERMILION,
+    pointwise_pointwise=YELLOW,
+    identity=GREY,
 )
 # For what is no branch, in order.
-SERIES = ('#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+SERIES = (BLACK, BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 
 
 def load_model(
@@ -65,12 +69,12 @@ def short(name: str) -> str:
 
 def colour_of(branch: str) -> str:
     """That of a branch; all unknown ones share black."""
-    return COLOURS.get(branch, '#000000')
+    return COLOURS.get(branch, BLACK)
 
 
-def branch_names(layers: Sequence[BranchKernels]) -> list[str]:
-    """Those that occur, in the order of :data:`COLOURS`."""
-    found = {name for layer in layers for name in layer.kernels}
+def branch_names(names: Iterable[str]) -> list[str]:
+    """Each of them once, in the order of :data:`COLOURS`."""
+    found = {*names}
     return [*(n for n in COLOURS if n in found), *sorted(found - COLOURS.keys())]
 
 

@@ -20,10 +20,6 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = Parser(__doc__, 'work_dirs/my_config')
     parser.add_argument('runs', nargs='+', type=Path, help='the work folders')
     parser.add_argument(
-        '--metrics', nargs='+', metavar='NAME', help='which metrics (default: all)'
-    )
-    parser.add_argument('--title', help='of the figure')
-    parser.add_argument(
         '--out',
         type=Path,
         default=Path('training_curves.png'),
@@ -49,7 +45,6 @@ from matplotlib.ticker import MaxNLocator
 
 from mmorepa.cli import one_line_errors
 from mmorepa.utils.files import check_outputs
-from mmorepa.utils.tables import format_table
 
 COLUMNS = 3
 # So many points are shown one by one.
@@ -191,25 +186,9 @@ def draw_metric(axes: Axes, runs: Sequence[Run], metric: str) -> None:
     _finish(axes, runs[0].unit)
 
 
-def metrics_of(runs: Sequence[Run], chosen: Optional[Sequence[str]]) -> list[str]:
-    """The metrics to draw.
-
-    Raises:
-        ValueError: If one of the chosen ones was not measured.
-    """
-    found = list(dict.fromkeys(name for run in runs for name in run.metrics))
-    for name in chosen or ():
-        if name not in found:
-            raise ValueError(
-                f'no run has measured {name!r}; there are: {", ".join(found) or "none"}'
-            )
-    return list(chosen or found)
-
-
-def plot(
-    runs: Sequence[Run], metrics: Sequence[str], title: Optional[str], path: Path
-) -> None:
+def plot(runs: Sequence[Run], path: Path) -> None:
     """Draws the losses and each metric, side by side."""
+    metrics = dict.fromkeys(name for run in runs for name in run.metrics)
     columns = min(COLUMNS, 2 + len(metrics))
     lines = -(-(2 + len(metrics)) // columns)
     figure, grid = plt.subplots(
@@ -226,10 +205,7 @@ def plot(
         draw_metric(axes, runs, metric)
     for axes in others[len(metrics) :]:
         axes.axis('off')
-    if len(runs) > 1 or not title:
-        figure.legend(*first.get_legend_handles_labels(), loc='outside lower center')
-    if title:
-        figure.suptitle(title)
+    figure.legend(*first.get_legend_handles_labels(), loc='outside lower center')
     save(figure, path)
 
 
@@ -297,11 +273,6 @@ def table_of(runs: Sequence[Run]) -> list[dict]:
     ]
 
 
-def _last(run: Run, metric: str) -> str:
-    series = run.metrics.get(metric)
-    return f'{series[-1][1]:.4g}' if series else ''
-
-
 @one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
@@ -321,12 +292,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         run._replace(name=f'{run.name} ({folder})') if names[run.name] > 1 else run
         for run, folder in zip(runs, args.runs)
     ]
-    metrics = metrics_of(runs, args.metrics)
-    rows = [(run.name, *(_last(run, metric) for metric in metrics)) for run in runs]
-    print(format_table(('last validation', *metrics), rows))
+    for run in runs:
+        last = [f'{name} {series[-1][1]:.4g}' for name, series in run.metrics.items()]
+        print(f'Last validation of {run.name}: {", ".join(last) or "none"}.')
     if args.branches:  # First, since it may fail.
         plot_branches(runs[0], args.branches)
-    plot(runs, metrics, args.title, args.out)
+    plot(runs, args.out)
     write_csv(table_of(runs), numbers)
     print(f'Wrote {args.out} and {numbers}.')
 

@@ -5,7 +5,6 @@ import copy
 import hashlib
 import itertools
 import json
-import math
 from collections.abc import Iterator
 from fractions import Fraction
 from functools import cache, partial
@@ -294,16 +293,3 @@ def training_seconds(row: dict[str, str], point: Optional[Point] = None) -> floa
     """
     point = point or curve_of(row)[-1]
     return point.cpu_seconds if row['device'] == 'cpu' else point.seconds
-
-
-def check_row(row: dict[str, str]) -> None:
-    """Raises a ValueError for a row that no training gave."""
-    try:
-        accuracy = float(row['accuracy'])
-        if not math.isnan(accuracy) and curve_of(row)[-1].metric != accuracy:
-            raise ValueError('its curve does not end with its accuracy')
-        if training_seconds(row) <= 0:
-            raise ValueError('it took no time')
-        int(row['epochs']), int(row['deployed_parameters'])
-    except (IndexError, TypeError) as error:
-        raise ValueError(f"no curve: '{row['curve']}'") from error

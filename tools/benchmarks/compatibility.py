@@ -318,7 +318,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             raise ValueError(f'no model has a name like {args.only!r}')
         return jobs
 
-    run_study(args, results, make_jobs, report, [])
+    run_study(args, results, make_jobs, report, {})
     failed = results.rows[results.rows.note != ''].model
     if len(failed):
         raise ValueError(f'these have a note: {", ".join(failed)}')

@@ -3,12 +3,12 @@
 import copy
 import functools
 import io
-import statistics
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, Optional
 
+import pandas as pd
 import torch
 import torch.distributed as dist
 from mmengine.config import Config
@@ -34,26 +34,9 @@ from mmorepa.layers import (
 )
 
 
-class Spread(NamedTuple):
-    """Median and quartiles."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> 'Spread':
-        low, median, high = statistics.quantiles(values, n=4, method='inclusive')
-        return cls(median, low, high)
-
-    def __format__(self, spec: str) -> str:
-        low, high = format(self.low, spec), format(self.high, spec)
-        return f'{format(self.median, spec)} [{low}, {high}]'
-
-
-def ratios(measured: Sequence[float], reference: Sequence[float]) -> Spread:
-    """Ratios within each round, since a machine's speed changes between rounds."""
-    return Spread.of([a / b for a, b in zip(measured, reference)])
+def quartiles(values: pd.Series) -> list[float]:
+    """The median, and the quartiles below and above it."""
+    return values.quantile([0.5, 0.25, 0.75]).tolist()
 
 
 def measure_seconds(
@@ -73,33 +56,29 @@ def measure_seconds(
         before()
         return clock.seconds(function)
 
-    named = {
-        name: functools.partial(timed, function) for name, function in functions.items()
-    }
-    seconds = in_turn(named, clock, rounds, what=what)
+    named = {name: functools.partial(timed, f) for name, f in functions.items()}
+    seconds = pd.DataFrame(in_turn(named, clock, rounds, what=what))
+    # Within each round, since a machine's speed changes between rounds.
+    ratio = seconds.div(seconds[reference], axis=0)
     return {
-        name: dict(seconds=Spread.of(times), ratio=ratios(times, seconds[reference]))
-        for name, times in seconds.items()
+        name: dict(seconds=quartiles(seconds[name]), ratio=quartiles(ratio[name]))
+        for name in functions
     }
 
 
 class Variant(NamedTuple):
-    """One way to train.
+    """One way to train."""
 
-    Args:
-        block (str): The block type; empty for the network of MMPretrain.
-        folded (bool): Whether the fold is outside of the graph.
-        naive (bool): Whether every pass differentiates the plain formulas.
-        channels_last (bool): The layout of the convs.
-        stem (str): The block type of the stem, where it is another one.
-        capture (bool): Whether CUDA graphs replay the folds.
-    """
-
+    # The block type; empty for the network of MMPretrain.
     block: str
+    # Whether the fold is outside of the graph.
     folded: bool = False
+    # Whether every pass differentiates the plain formulas.
     naive: bool = False
     channels_last: bool = True
+    # The block type of the stem, where it is another one.
     stem: str = ''
+    # Whether CUDA graphs replay the folds.
     capture: bool = False
 
 
@@ -121,14 +100,7 @@ STOCK, PLAIN, OREPA = 'stock', 'plain', 'OREPA, folded'
 
 
 class Trainer:
-    """A model with its optimizer, one step at a time.
-
-    Args:
-        cfg (Config): A config with an OREPA classifier.
-        variant (Variant): What to make of it.
-        device (str): Where to.
-        amp (str, optional): The dtype of autocast. Defaults to None, none.
-    """
+    """A variant of an OREPA classifier with its optimizer, one step at a time."""
 
     def __init__(
         self, cfg: Config, variant: Variant, device: str, amp: Optional[str] = None
@@ -221,15 +193,20 @@ def measure_steps(
 
     steps = {name: step_of(trainer) for name, trainer in trainers.items()}
     phases = in_turn(steps, clock, rounds, what='steps')
-    totals = {name: [sum(pair) for pair in pairs] for name, pairs in phases.items()}
+    forward_backward, optimizer = (
+        pd.DataFrame({name: [pair[i] for pair in phases[name]] for name in phases})
+        for i in (0, 1)
+    )
+    step = forward_backward + optimizer
+    measured = dict(
+        step=step,
+        forward_backward=forward_backward,
+        optimizer=optimizer,
+        ratio=step.div(step[STOCK], axis=0),
+        added=step.sub(step[PLAIN], axis=0),
+    )
     return {
-        name: dict(
-            step=Spread.of(totals[name]),
-            forward_backward=Spread.of([pair[0] for pair in phases[name]]),
-            optimizer=Spread.of([pair[1] for pair in phases[name]]),
-            ratio=ratios(totals[name], totals[STOCK]),
-            added=Spread.of([a - b for a, b in zip(totals[name], totals[PLAIN])]),
-        )
+        name: {kind: quartiles(frame[name]) for kind, frame in measured.items()}
         for name in trainers
     }
 
