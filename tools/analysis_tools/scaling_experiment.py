@@ -34,13 +34,7 @@ ARMS = {'without scaling': False, 'with linear scaling': True}
 
 
 class SummedConv2d(nn.Module):
-    """A 3×3 conv that is a sum of branches of one shape.
-
-    Args:
-        in_channels (int): I.
-        out_channels (int): O.
-        is_scaled (bool): Whether the scales, which are alike at the start, are trained.
-    """
+    """A 3×3 conv that is a sum of branches, whose scales may be trained."""
 
     def __init__(self, in_channels: int, out_channels: int, is_scaled: bool) -> None:
         super().__init__()
@@ -94,10 +88,10 @@ def similarity(kernels: Tensor) -> Tensor:
     return rows @ rows.T
 
 
-def mean_of_pairs(cosines: list[Tensor]) -> float:
-    """The mean of what is above the diagonals."""
+def mean_of_pairs(kernels: list[Tensor]) -> float:
+    """The mean cosine of two branches of a conv."""
     above = torch.ones(BRANCHES, BRANCHES).triu(1).bool()
-    return torch.stack(cosines)[:, above].mean().item()
+    return torch.stack([similarity(each)[above] for each in kernels]).mean().item()
 
 
 def train(
@@ -105,9 +99,8 @@ def train(
 ) -> tuple[list[dict], Tensor]:
     """Trains a network of three such convs.
 
-    Returns:
-        tuple[list[dict], Tensor]: What was measured after each epoch, and the cosines
-        of the second conv's branches at the end.
+    Returns what was measured after each epoch, and the cosines of the second conv's
+    branches at the end.
     """
     torch.manual_seed(seed)
     widths = (1, CHANNELS, CHANNELS, CHANNELS)
@@ -128,14 +121,16 @@ def train(
             if epoch == 0:
                 break  # Nothing but the gradients at the start.
             optimizer.step()
-        measured = dict(
-            gradients=[similarity(conv.weight.grad) for conv in convs],
-            kernels=[similarity(conv.kernels()) for conv in convs],
+        rows.append(
+            dict(
+                seed=seed,
+                epoch=epoch,
+                loss=sum(losses) / len(losses),
+                gradients=mean_of_pairs([conv.weight.grad for conv in convs]),
+                kernels=mean_of_pairs([conv.kernels() for conv in convs]),
+            )
         )
-        means = {kind: mean_of_pairs(cosines) for kind, cosines in measured.items()}
-        loss = sum(losses) / len(losses)
-        rows.append(dict(seed=seed, epoch=epoch, loss=loss, **means))
-    return rows, measured['kernels'][1]
+    return rows, similarity(convs[1].kernels())
 
 
 def plot(rows: pd.DataFrame, kernels: dict[str, Tensor]) -> plt.Figure:
@@ -148,10 +143,8 @@ def plot(rows: pd.DataFrame, kernels: dict[str, Tensor]) -> plt.Figure:
             by_epoch = rows[rows.arm == arm].groupby('epoch')[kind]
             style = dict(color=colour, marker=marker, markersize=4, label=arm)
             by_epoch.mean().plot(ax=axes, xlabel='epoch', title=title, **style)
-            low, high = by_epoch.min(), by_epoch.max()
-            axes.fill_between(
-                low.index, low, high, color=colour, alpha=0.2, linewidth=0
-            )
+            band = by_epoch.min(), by_epoch.max()
+            axes.fill_between(band[0].index, *band, color=colour, alpha=0.2)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel('cosine, mean of all pairs')
     panels[0].set_ylim(min(-0.05, panels[0].get_ylim()[0]), 1.05)
@@ -160,11 +153,6 @@ def plot(rows: pd.DataFrame, kernels: dict[str, Tensor]) -> plt.Figure:
     right.suptitle('Kernels of the second conv at the end')
     for axes, (arm, cosines) in zip(grid, kernels.items()):
         image = axes.imshow(cosines.numpy(), cmap='viridis', vmin=0, vmax=1)
-        for i, j in itertools.product(range(BRANCHES), repeat=2):
-            ink, text = 'white' if cosines[i, j] < 0.6 else 'black', cosines[i, j]
-            axes.text(j, i, f'{text:.2f}', ha='center', va='center', color=ink)
-        axes.set_xticks(range(BRANCHES), range(1, BRANCHES + 1))
-        axes.set_yticks(range(BRANCHES), range(1, BRANCHES + 1))
         axes.set(title=arm, xlabel='branch', ylabel='branch')
     right.colorbar(image, ax=grid, label='cosine', shrink=0.7)
     return figure
