@@ -214,8 +214,11 @@ replace_mmcv() {
     pip_install "$@"
 }
 
+# What was compiled before is taken from a cache.
 install_mmcv_with_ops() {
-  replace_mmcv "$1" -c "$REQUIREMENTS/torch.txt" -c "$REQUIREMENTS/build.txt" &&
+  local wheel
+  wheel=$("$python" "$ROOT/tools/build_mmcv.py" --stack "$stack") &&
+    replace_mmcv "$wheel" -c "$REQUIREMENTS/torch.txt" -c "$REQUIREMENTS/build.txt" &&
     "$python" "$ROOT/tools/build_mmcv.py" --verify
 }
 
@@ -226,18 +229,16 @@ install_mmcv_without_ops() {
 }
 
 set_up_mmcv() {
-  local ops_key lite_key wheel
+  local ops_key lite_key
   ops_key=$(text_of torch "$stack-ops")
   lite_key=$(text_of "$stack-lite")
   if is_done mmcv-ops "$ops_key" && has_ops; then
     return
   fi
   if [[ $with_ops == true || -f $state/mmcv-ops ]]; then
-    wheel=$("$python" "$ROOT/tools/build_mmcv.py" --stack "$stack") ||
-      fail 'mmcv could not be compiled; without --ops everything but detection works'
     rm -f "$state/mmcv-lite" "$state/mmcv-ops"
-    step mmcv-ops "$ops_key" 'Install mmcv with operators (15 s)' \
-      install_mmcv_with_ops "$wheel"
+    step mmcv-ops "$ops_key" 'Compile and install mmcv with operators (3 to 6 minutes)' \
+      install_mmcv_with_ops
   elif ! has_ops; then
     step mmcv-lite "$lite_key" 'Install mmcv without operators (15 s)' \
       install_mmcv_without_ops

@@ -124,7 +124,7 @@ def fake(config, options, work_dir, metric):
         assert start.endswith(f'pretraining-orepa-{seed}.pth')
     value = 0.8 - abs(multiplier - 0.5) / 10 + seed / 100
     unit = 100 if 'accuracy' in metric else 1
-    return plain_start().Training(value * unit, 12.0, 12.0, None, 'cpu', 1, [])
+    return plain_start().Training(value * unit, 12.0, 12.0, 'cpu', 1, [])
 
 
 def plain_start():
