@@ -59,27 +59,6 @@ parse_arguments() {
 
 # ---- steps -------------------------------------------------------------------------
 
-start_heartbeat() {
-  local script=$$
-  (
-    trap 'kill "${nap:-}" 2>/dev/null; exit 0' TERM
-    while kill -0 "$script" 2>/dev/null; do
-      sleep 20 &
-      nap=$!
-      wait "$nap"
-      printf '    … %.90s\n' "$(grep -v '^ *$' "$log" | tail -n 1)"
-    done
-  ) &
-  heartbeat=$!
-}
-
-stop_heartbeat() {
-  [[ -n ${heartbeat:-} ]] || return 0
-  kill "$heartbeat" 2>/dev/null || true
-  wait "$heartbeat" 2>/dev/null || true
-  heartbeat=
-}
-
 is_done() {
   local name=$1 key=$2
   [[ -f $state/$name && $(<"$state/$name") == "$key" ]]
@@ -95,15 +74,11 @@ step() {
   rm -f "$state/$name"
   printf '==> %s\n' "$description"
   printf '\n==> %s\n' "$description" >>"$log"
-  local started=$SECONDS first_line
-  first_line=$(($(wc -l <"$log") + 1))
-  start_heartbeat
+  local started=$SECONDS
   if ! "$@" >>"$log" 2>&1; then
-    stop_heartbeat
-    tail -n "+$first_line" "$log" | tail -n 25 | cut -c -300 >&2
+    tail -n 25 "$log" | cut -c -300 >&2
     fail "failed: $description. The lines above end the log, $log"
   fi
-  stop_heartbeat
   printf '    done in %d s\n' $((SECONDS - started))
   printf '%s\n' "$key" >"$state/$name.part"
   mv "$state/$name.part" "$state/$name"
@@ -274,11 +249,11 @@ set_up_fold() {
 
 main() {
   parse_arguments "$@"
-  trap stop_heartbeat EXIT
   trap 'exit 130' INT TERM
   open_environment
   check_stack
   printf '%s\n' "$stack" >"$state/stack-name"
+  echo "Environment: $venv, log: $log"
 
   step venv '' "Create the environment in $venv (5 s)" create_venv
   step build "$(text_of build)" 'Install pip, setuptools and ninja (10 s)' \

@@ -4,7 +4,6 @@ import argparse
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Optional
 
 import matplotlib
 
@@ -39,17 +38,9 @@ SERIES = (BLACK, BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 
 
 def load_model(
-    args: argparse.Namespace, outputs: Sequence[Optional[Path]]
+    args: argparse.Namespace, outputs: Sequence[Path]
 ) -> tuple[nn.Module, list[BranchKernels]]:
-    """The trained model, and the branches of its layers.
-
-    Args:
-        args (argparse.Namespace): Of :func:`start.add_model_arguments`.
-        outputs (Sequence[Path | None]): What will be written.
-
-    Raises:
-        ValueError: If no layer has several branches.
-    """
+    """The trained model of these arguments, and the branches of its layers."""
     check_outputs(outputs, [args.config, args.checkpoint])
     model = build_model(read_config(args.config, args.cfg_options))
     load_training_form(model, read_checkpoint(args.checkpoint)['state_dict'])

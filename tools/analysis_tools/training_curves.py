@@ -56,36 +56,23 @@ Series = list[tuple[float, float]]
 
 
 class Run(NamedTuple):
-    """What a training has logged.
-
-    Args:
-        name (str): Its line in the legend.
-        unit (str): That of x, ``'epoch'`` or ``'iteration'``.
-        losses (Series): (x, loss), averaged as the log is.
-        rates (Series): (x, learning rate).
-        metrics (dict[str, Series]): (x, value) of the validations, by name.
-        branches (dict[str, Series]): (x, value) of what ``BranchStatisticsHook``
-            wrote, if it did, by its names.
-    """
+    """What a training has logged, as points of x and value."""
 
     name: str
+    # That of x, 'epoch' or 'iteration'.
     unit: str
     losses: Series
     rates: Series
+    # Of the validations, by name.
     metrics: dict[str, Series]
+    # What BranchStatisticsHook wrote, if it did, by its names.
     branches: dict[str, Series]
 
 
 def read_run(folder: Path, name: Optional[str] = None) -> Run:
-    """Reads the logs of a training, those before it was resumed too.
+    """Reads the logs in a work folder, those before the training was resumed too.
 
-    Args:
-        folder (Path): Its work folder.
-        name (str, optional): Defaults to that of its config.
-
-    Raises:
-        FileNotFoundError: If there is no log.
-        ValueError: If no loss is logged, or a log is damaged.
+    The name defaults to that of the config.
     """
     files = sorted(folder.glob('*/vis_data/scalars.json'))
     if not files:
@@ -210,11 +197,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
 
 
 def plot_branches(run: Run, path: Path) -> None:
-    """What each branch puts in while a network trains, and how far kernels move.
-
-    Raises:
-        ValueError: If the run had no ``BranchStatisticsHook``.
-    """
+    """What each branch puts in while a network trains, and how far kernels move."""
     by_branch: dict[str, list[Series]] = {}
     steps: dict[str, Series] = {}
     for name, series in run.branches.items():

@@ -44,12 +44,9 @@ ACCURACY = 'top-1 accuracy (%)'
 
 
 class Study:
-    """The rows of one data set, by what they are compared by.
+    """Those rows of a study that are of one data set, by what they are compared by.
 
-    Args:
-        rows (pd.DataFrame): All rows of the study, as text.
-        data (str): A key of :data:`DATA`.
-        epochs (int, optional): Of the standard variant. Defaults to the config's.
+    The standard variant has the given number of epochs, or that of the config.
     """
 
     def __init__(

@@ -70,20 +70,16 @@ FACTORS = ('1/3', '1', '3')
 
 
 class Variant(NamedTuple):
-    """A change to a training.
+    """A change to a training."""
 
-    Args:
-        text (str): What it is called in tables.
-        options (dict): What to change in the config.
-        networks (tuple[str, ...]): Those that it is for.
-        blocks (tuple[str, ...]): Those that it is for.
-        length (Fraction): Multiplies the epochs.
-    """
-
+    # What it is called in tables.
     text: str
+    # What to change in the config.
     options: dict
+    # Those that it is for.
     networks: tuple[str, ...] = ('resnet18', 'resnet34', 'resnet50')
     blocks: tuple[str, ...] = ('orepa',)
+    # Multiplies the epochs.
     length: Fraction = Fraction(1)
 
     def epochs(self, standard: int) -> int:

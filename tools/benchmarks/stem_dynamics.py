@@ -49,11 +49,7 @@ QUANTITIES = ('rate', 'angle', 'rank', 'roughness', 'signal', 'gamma')
 
 @HOOKS.register_module()
 class StemDynamicsHook(Hook):
-    """Measures, and keeps the rows in :attr:`rows`.
-
-    Args:
-        interval (int): Steps from one measurement to the next.
-    """
+    """Measures every so many steps, and keeps the rows in :attr:`rows`."""
 
     rows: list[dict[str, float]] = []
 

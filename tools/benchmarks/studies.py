@@ -94,15 +94,12 @@ def study_parser(
 
 
 class Results:
-    """The rows of a study, in a CSV file.
+    """The rows of a study, as text, in a CSV file.
 
     Args:
-        path (Path): The file. Rows that are in it are read, as text.
+        path (Path): The file. Rows that are in it are read.
         key (Sequence[str]): The columns that name a row.
         values (Sequence[str]): The other columns.
-
-    Raises:
-        ValueError: If the file has other columns, or is damaged.
     """
 
     def __init__(self, path: Path, key: Sequence[str], values: Sequence[str]) -> None:
@@ -127,11 +124,7 @@ class Results:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes from writing; takes the rows that they have written.
-
-        Raises:
-            OutputError: If another process writes.
-        """
+        """Keeps other processes from writing; takes the rows that they have written."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lock = self.path.with_name('.lock')
         try:
@@ -155,10 +148,6 @@ class Results:
         """Takes the rows of other files whose keys are not here, and counts them.
 
         All files are read before anything is written.
-
-        Raises:
-            FileNotFoundError: If one is missing.
-            ValueError: If one has other columns, or is damaged.
         """
         for path in paths:
             if not path.is_file():
@@ -184,14 +173,11 @@ class Results:
 
 
 class Job(NamedTuple):
-    """What gives one row.
+    """What gives one row."""
 
-    Args:
-        key (dict[str, str]): The columns that name the row.
-        run (Callable[[], dict[str, str]]): Gives the other columns; it can be pickled.
-    """
-
+    # The columns that name it.
     key: dict[str, str]
+    # Gives the other columns; it can be pickled.
     run: Callable[[], dict[str, str]]
 
 
@@ -220,8 +206,7 @@ def _run(job: Job) -> dict[str, str]:
 def run_jobs(jobs: Sequence[Job], results: Results, processes: int = 1) -> list[str]:
     """Runs the jobs that have no row yet, in processes, and tells the progress.
 
-    Returns:
-        list[str]: A line for each job that failed; the others ran.
+    Returns a line for each job that failed; the others ran.
     """
     context, failures = multiprocessing.get_context('fork'), []
     with (
@@ -345,12 +330,7 @@ def markdown_table(rows: Iterable[Mapping[str, str]]) -> str:
 
 
 def read_document(path: Path) -> str:
-    """The text of a Markdown file whose comments come in pairs.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the beginning or the end of a part is missing, or there twice.
-    """
+    """The text of a Markdown file; raises an error if its comments are no pairs."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no document '{path}'")
     text = path.read_text()
@@ -363,10 +343,9 @@ def read_document(path: Path) -> str:
 
 
 def fill_document(path: Path, parts: Mapping[str, str]) -> list[str]:
-    """Replaces what is between the comments of each part, in a Markdown file.
+    """Replaces what is between the comments of each part of a Markdown file.
 
-    Returns:
-        list[str]: The names of those that have no place in it.
+    Returns the names of those that have no place in it.
     """
     text, without = read_document(path), []
     for name, part in parts.items():
@@ -423,14 +402,7 @@ def panels(
 
 
 class Line(NamedTuple):
-    """One line of a figure of differences.
-
-    Args:
-        text (str): Its name.
-        colour (str): The colour of its marks.
-        differences (pd.Series): By seed.
-        is_filled (bool): Whether its mark is filled. Defaults to True.
-    """
+    """One line of a figure of differences, which are by seed."""
 
     text: str
     colour: str
