@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
@@ -75,6 +76,20 @@ def label_layers(axes: Axes, names: Sequence[str]) -> None:
     places = range(0, len(names), every)
     axes.set_xticks(places, [short(names[i]) for i in places], rotation=90)
     axes.set_xlim(-0.6, len(names) - 0.4)
+
+
+def panels(
+    lines: int, columns: int, width: float, height: float, **options
+) -> tuple[Figure, np.ndarray]:
+    """A figure of so many inches, and its axes in an array of two dimensions."""
+    return plt.subplots(
+        lines,
+        columns,
+        figsize=(width, height),
+        layout='constrained',
+        squeeze=False,
+        **options,
+    )
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -34,11 +34,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 if __name__ == '__main__':
     parse_args()  # Before the seconds that the rest takes.
 
-import matplotlib.pyplot as plt
 import mmcv
 import numpy as np
 import torch
-from charts import save
+from charts import panels, save
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
@@ -105,13 +104,8 @@ def draw(
 def write(rows: list[list[np.ndarray]], path: Path) -> None:
     """Lays the images out as one picture."""
     height, width = rows[0][0].shape[:2]
-    figure, grid = plt.subplots(
-        len(rows),
-        len(COLUMNS),
-        figsize=(4 * len(COLUMNS), 4 * height / width * len(rows) + 0.4),
-        squeeze=False,
-        layout='constrained',
-    )
+    size = 4 * len(COLUMNS), 4 * height / width * len(rows) + 0.4
+    figure, grid = panels(len(rows), len(COLUMNS), *size)
     for axes, image in zip(grid.flat, itertools.chain(*rows)):
         axes.imshow(image)
         axes.axis('off')

@@ -39,7 +39,7 @@ if __name__ == '__main__':
 
 import matplotlib.pyplot as plt
 import numpy as np
-from charts import SERIES, colour_of, save, short, write_csv
+from charts import SERIES, colour_of, panels, save, short, write_csv
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
@@ -126,68 +126,50 @@ def _finish(axes: Axes, unit: str) -> None:
     axes.grid(alpha=0.3)
 
 
+def _draw(axes: Axes, runs: Sequence[Run], every: list[Series], title: str) -> None:
+    """A line for each run that has points, which are seen where they are few."""
+    for run, series, colour in zip(runs, every, SERIES):
+        if series:
+            style = '.-' if len(series) < FEW else '-'
+            axes.plot(*zip(*series), style, color=colour, label=run.name)
+    axes.set(title=title)
+    _finish(axes, runs[0].unit)
+
+
 def draw_losses(axes: Axes, runs: Sequence[Run]) -> None:
     """The training losses."""
-    for run, colour in zip(runs, SERIES):
-        _plot(axes, run.losses, color=colour, label=run.name)
+    _draw(axes, runs, [run.losses for run in runs], 'Training loss')
     every = [loss for run in runs for _, loss in run.losses]
     if min(every) > 0 and max(every) > 10 * min(every):
         axes.set_yscale('log')
         # Not as powers of ten.
         axes.yaxis.set_major_formatter('{x:g}')
-    axes.set(title='Training loss')
-    _finish(axes, runs[0].unit)
-
-
-def draw_rates(axes: Axes, runs: Sequence[Run]) -> None:
-    """The learning rates, before the multipliers of parameters."""
-    for run, colour in zip(runs, SERIES):
-        if run.rates:
-            _plot(axes, run.rates, color=colour, label=run.name)
-    axes.set(title='Learning rate')
-    _finish(axes, runs[0].unit)
-
-
-def _plot(axes: Axes, series: Series, **options) -> None:
-    """A line, with its points where they are few: one alone would not be seen."""
-    axes.plot(*zip(*series), '.-' if len(series) < FEW else '-', **options)
 
 
 def draw_metric(axes: Axes, runs: Sequence[Run], metric: str) -> None:
     """A metric of the validations, zoomed to where the runs differ."""
-    late, every = [], []
-    for run, colour in zip(runs, SERIES):
-        series = run.metrics.get(metric)
-        if series is None:
-            continue
-        axes.plot(*zip(*series), '.-', color=colour, label=run.name)
-        first, last = series[0][0], series[-1][0]
-        every += [y for _, y in series]
-        late += [y for x, y in series if x >= (first + last) / 2]
+    found = [run.metrics.get(metric, []) for run in runs]
+    _draw(axes, runs, found, f'Validation: {metric}')
+    every = [y for series in found for _, y in series]
+    # Those of the second half.
+    late = [y for series in found for x, y in series if 2 * x >= series[-1][0]]
     low, high = min(late), max(late)
-    title = f'Validation: {metric}'
     if max(every) - min(every) > 1.5 * (high - low) > 0:
         axes.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
-        title += '\n(zoomed: early values lie outside)'
-    axes.set(title=title)
-    _finish(axes, runs[0].unit)
+        axes.set_title(f'Validation: {metric}\n(zoomed: early values lie outside)')
 
 
 def plot(runs: Sequence[Run], path: Path) -> None:
-    """Draws the losses and each metric, side by side."""
+    """Draws the losses, the learning rates and each metric, side by side."""
     metrics = dict.fromkeys(name for run in runs for name in run.metrics)
     columns = min(COLUMNS, 2 + len(metrics))
     lines = -(-(2 + len(metrics)) // columns)
-    figure, grid = plt.subplots(
-        lines,
-        columns,
-        figsize=(4.6 * columns, 3.6 * lines + 0.3 * len(runs)),
-        layout='constrained',
-        squeeze=False,
-    )
+    size = 4.6 * columns, 3.6 * lines + 0.3 * len(runs)
+    figure, grid = panels(lines, columns, *size)
     first, second, *others = grid.flat
     draw_losses(first, runs)
-    draw_rates(second, runs)
+    # Before the multipliers of parameters.
+    _draw(second, runs, [run.rates for run in runs], 'Learning rate')
     for axes, metric in zip(others, metrics):
         draw_metric(axes, runs, metric)
     for axes in others[len(metrics) :]:

@@ -36,6 +36,7 @@ from charts import (  # noqa: F401  (for the studies)
     SKY,
     VERMILION,
     YELLOW,
+    panels,
     save,
 )
 
@@ -385,20 +386,6 @@ def write_report(
     elif without := fill_document(document, {**tables, **images}):
         print(f"'{document}' has no place for: {', '.join(without)}.")
     print(f"Wrote tables to '{document or out / 'tables.md'}', figures to '{out}'.")
-
-
-def panels(
-    lines: int, columns: int, width: float, height: float, **options
-) -> tuple[plt.Figure, np.ndarray]:
-    """A figure of so many inches, and its axes in an array of two dimensions."""
-    return plt.subplots(
-        lines,
-        columns,
-        figsize=(width, height),
-        layout='constrained',
-        squeeze=False,
-        **options,
-    )
 
 
 class Line(NamedTuple):
