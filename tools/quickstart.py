@@ -80,36 +80,29 @@ def step(text: str) -> None:
 def run(tool: str, *arguments: object, log: Optional[Path] = None, show: str = ''):
     """Runs a tool; with a log, only the lines that match are on the screen.
 
-    Raises:
-        SystemExit: If the tool fails, with its exit status.
+    If the tool fails, this process ends with its exit status.
     """
     line = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
     if log is None:
-        status, tail = subprocess.call(line), []
+        status = subprocess.call(line)
     else:
-        status, tail = _run_logged(line, log, re.compile(show))
+        output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        text = dict(text=True, encoding='utf-8', errors='replace')
+        with (
+            log.open('w', encoding='utf-8') as file,
+            subprocess.Popen(line, **output, **text) as process,
+        ):
+            for read in process.stdout:
+                file.write(read)
+                if re.search(show, read):
+                    print(read.rstrip('\n')[:160], flush=True)
+        status = process.returncode
     if status:
-        print(*tail, sep='\n', file=sys.stderr)
-        print(f'quickstart: this failed: {" ".join(line)}', file=sys.stderr)
         if log is not None:
+            print(log.read_text(encoding='utf-8')[-1500:], file=sys.stderr)
             print(f'quickstart: all of its output is in {log}', file=sys.stderr)
+        print(f'quickstart: this failed: {" ".join(line)}', file=sys.stderr)
         sys.exit(status)
-
-
-def _run_logged(line: list, log: Path, show: re.Pattern) -> tuple[int, list[str]]:
-    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    text = dict(text=True, encoding='utf-8', errors='replace')
-    tail: list[str] = []
-    with (
-        log.open('w', encoding='utf-8') as file,
-        subprocess.Popen(line, **output, **text) as process,
-    ):
-        for read in process.stdout:
-            file.write(read)
-            tail = [*tail[-14:], read.rstrip('\n')]
-            if show.search(read):
-                print(read.rstrip('\n')[:160], flush=True)
-    return process.returncode, tail
 
 
 def test(config: Path, checkpoint: Path, folder: Path, form: str, show: str) -> None:

@@ -11,7 +11,7 @@ that differences are taken within a seed. A stopped run goes on where it was.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Optional
@@ -74,7 +74,7 @@ def report(rows: pd.DataFrame) -> studies.Report:
     for axes, task in zip(grid[0], tasks):
         own = rows[rows.task == task]
         values = dict(iter(own.value.groupby(own.stem_lr_mult)))
-        tables[task] = table(TEXTS[task], values)
+        tables[task] = studies.markdown_table(_lines(TEXTS[task], values))
         axes.scatter(own.stem_lr_mult, own.value, s=16, color=studies.SKY)
         means = own.groupby('stem_lr_mult').value.mean()
         axes.plot(means, 'o-', color=studies.BLACK, label='mean of the seeds')
@@ -86,22 +86,18 @@ def report(rows: pd.DataFrame) -> studies.Report:
     return tables, dict(results=figure)
 
 
-def table(text: str, values: dict[float, pd.Series]) -> str:
+def _lines(text: str, values: dict[float, pd.Series]) -> Iterator[dict[str, str]]:
     """Means, and differences to the reference."""
-    rows = []
     for multiplier, found in values.items():
-        each = studies.paired_differences(found, values.get(REFERENCE, found[:0]))
-        rows.append(
-            {
-                'stem_lr_mult': f'{multiplier:g}',
-                text: studies.mean_and_deviation(found),
-                f'minus that of {REFERENCE:g}': (
-                    '' if multiplier == REFERENCE else studies.mean_and_interval(each)
-                ),
-                'seeds': str(len(found)),
-            }
-        )
-    return studies.markdown_table(rows)
+        each = found[:0]
+        if multiplier != REFERENCE and REFERENCE in values:
+            each = studies.paired_differences(found, values[REFERENCE])
+        yield {
+            'stem_lr_mult': f'{multiplier:g}',
+            text: studies.mean_and_deviation(found),
+            f'minus that of {REFERENCE:g}': studies.mean_and_interval(each),
+            'seeds': str(len(found)),
+        }
 
 
 @one_line_errors()

@@ -2,10 +2,11 @@
 
 import copy
 import functools
-import io
-import warnings
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple, Optional
 
 import pandas as pd
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from mmorepa import set_channels_last, switch_to_deploy
-from mmorepa.analysis.timing import Clock, in_turn, say
-from mmorepa.deployment.onnx_files import inference_session
+from mmorepa.analysis.timing import Clock, in_turn
+from mmorepa.deployment.onnx_files import OnnxNetwork, export_onnx
 from mmorepa.engine import FoldedDistributedDataParallel, FoldedOptimWrapper
 from mmorepa.functional import compose_deep_linear
 from mmorepa.layers import (
@@ -370,26 +371,11 @@ def measure_inference(
             'OREPA, deployed' + layout: switch_to_deploy(copy.deepcopy(orepa)),
         }
     functions = {n: lambda net=net: net(images) for n, net in networks.items()}
-    session = onnx_session(networks['OREPA, deployed'], images)
-    if session is not None:
-        feed = {session.get_inputs()[0].name: images.cpu().numpy()}
-        functions['OREPA, deployed, ONNX Runtime'] = lambda: session.run(None, feed)
+    if find_spec('onnx') and find_spec('onnxruntime') and not images.is_cuda:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, 'network.onnx')
+            export_onnx(networks['OREPA, deployed'], images[:1], path)
+            network = OnnxNetwork(path)
+        functions['OREPA, deployed, ONNX Runtime'] = lambda: network(images)
     with folded(in_blocks[0]), folded(in_blocks[1]):
         return measure_seconds(functions, reference, rounds, 'inference', clock)
-
-
-def onnx_session(model: nn.Module, images: Tensor) -> Optional[object]:
-    """The model in ONNX Runtime on the CPU, None where that is not installed."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-    except ImportError:
-        say('ONNX Runtime is left out: pip install onnx onnxruntime\n')
-        return None
-    if images.is_cuda:
-        return None
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        torch.onnx.export(model, (images,), file, dynamo=False)
-    return inference_session(file.getvalue())
