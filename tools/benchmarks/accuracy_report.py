@@ -9,7 +9,6 @@ from typing import Optional
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import studies
 from accuracy_runs import (
     ABLATIONS,
     BLOCKS,
@@ -27,19 +26,24 @@ from accuracy_runs import (
     training_seconds,
 )
 from studies import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    VERMILION,
     Line,
     Report,
+    draw_differences,
     markdown_table,
     mean_and_deviation,
     mean_and_interval,
     paired_differences,
+    panels,
 )
 
 from mmorepa.utils.tables import counted
 
-COLOURS = dict(
-    none=studies.BLACK, dbb=studies.ORANGE, orepa=studies.BLUE, repvgg=studies.GREEN
-)
+COLOURS = dict(none=BLACK, dbb=ORANGE, orepa=BLUE, repvgg=GREEN)
 ACCURACY = 'top-1 accuracy (%)'
 
 
@@ -199,11 +203,11 @@ def budget_rows(study: Study) -> Rows:
                 }
 
 
-def stems_rows(found: Sequence[Study]) -> Rows:
+def stems_rows(studies: Sequence[Study]) -> Rows:
     """The stem alone, the stages alone, and both, wherever one stem was trained."""
     forms = [(REFERENCE, STANDARD), *((REFERENCE, name) for name in STEMS)]
     forms += [('orepa', 'plain_stem'), ('orepa', STANDARD)]
-    for study, network, factor in itertools.product(found, NETWORKS, FACTORS):
+    for study, network, factor in itertools.product(studies, NETWORKS, FACTORS):
         by_form = {form: study.of(network, *form, factor) for form in forms}
         plain, *stems, _, orepa = by_form.values()
         for (block, variant), form in by_form.items():
@@ -229,14 +233,14 @@ TABLES: dict[str, Callable[[Study], Rows]] = dict(
 )
 
 
-def tables_of(found: Sequence[Study]) -> dict[str, str]:
+def tables_of(studies: Sequence[Study]) -> dict[str, str]:
     """Markdown tables by name, like ``main-10pct``; those without rows are left out."""
     tables = {
         f'{name}-{study.data}': markdown_table(rows(study))
-        for study in found
+        for study in studies
         for name, rows in TABLES.items()
     }
-    tables['stems'] = markdown_table(stems_rows(found))
+    tables['stems'] = markdown_table(stems_rows(studies))
     return {name: table for name, table in tables.items() if table}
 
 
@@ -268,20 +272,20 @@ def ablation_lines(study: Study) -> list[Line]:
 
 
 def plot_differences(
-    found: Sequence[Study],
+    studies: Sequence[Study],
     make: Callable[[Study], list[Line]],
     label: str,
     title: str,
 ) -> Optional[plt.Figure]:
     """A panel for each data set that has something to draw, if there is one."""
-    lines = {study.data: make(study) for study in found}
+    lines = {study.data: make(study) for study in studies}
     lines = {data: some for data, some in lines.items() if some}
     if not lines:
         return None
     width, height = 5.2 * len(lines), 1.6 + 0.36 * max(map(len, lines.values()))
-    figure, grid = studies.panels(1, len(lines), max(6.5, width), height, sharex=True)
+    figure, grid = panels(1, len(lines), max(6.5, width), height, sharex=True)
     for axes, data in zip(grid[0], lines):
-        studies.draw_differences(axes, lines[data])
+        draw_differences(axes, lines[data])
         axes.set(title=DATA[data], xlabel=f'{label}\n← worse          better →')
     figure.suptitle(textwrap.fill(title, 70 * len(lines)), fontsize='medium')
     return figure
@@ -294,11 +298,11 @@ MOST_TIME = 2.5
 STEM_TIME = 1.14
 
 
-def plot_budget(found: Sequence[Study]) -> Optional[plt.Figure]:
+def plot_budget(studies: Sequence[Study]) -> Optional[plt.Figure]:
     """A curve of accuracy over seconds for each block, if there is one."""
     places = [
         (study, network)
-        for study in found
+        for study in studies
         for network in NETWORKS
         if study.of(network, REFERENCE).accuracy.notna().any()
     ]
@@ -306,7 +310,7 @@ def plot_budget(found: Sequence[Study]) -> Optional[plt.Figure]:
         return None
     columns, lines = min(2, len(places)), -(-len(places) // 2)
     size = max(6.5, 5.2 * columns), 0.5 + 3.6 * lines
-    figure, grid = studies.panels(lines, columns, *size)
+    figure, grid = panels(lines, columns, *size)
     for axes in grid.flat[len(places) :]:
         axes.axis('off')
     for axes, place in zip(grid.flat, places):
@@ -365,7 +369,7 @@ def _draw_budget(axes: plt.Axes, study: Study, network: str) -> None:
                 mark(x * float(length), longer, 'o', color=colour, mfc='none')
     if len(rows := of(REFERENCE, STEMS[0])):
         label = f'plain, {VARIANTS[STEMS[0]].text} ({len(rows)})'
-        mark(STEM_TIME * plain_end, rows, 'D', color=studies.VERMILION, label=label)
+        mark(STEM_TIME * plain_end, rows, 'D', color=VERMILION, label=label)
     # The first epochs would take all of the height, and a curve of several times the
     # others' length all of the width.
     most = MOST_TIME * plain_end
@@ -393,14 +397,14 @@ CAPTIONS = dict(
 
 def report(rows: pd.DataFrame, epochs: Optional[int] = None) -> Report:
     """Tables and figures of all rows; none where no row can be compared."""
-    found = [Study(rows, data, epochs) for data in DATA]
-    left_out = len(rows) - sum(len(study.rows) for study in found)
+    studies = [Study(rows, data, epochs) for data in DATA]
+    left_out = len(rows) - sum(len(study.rows) for study in studies)
     if left_out:
         print(
             f'Left out: {left_out} rows of other numbers of epochs, or of variants '
             'that are not known.'
         )
-    tables = tables_of(found)
+    tables = tables_of(studies)
     if not tables:
         print(
             f"No tables yet: each compares with trainings of '--variants {STANDARD} "
@@ -409,18 +413,18 @@ def report(rows: pd.DataFrame, epochs: Optional[int] = None) -> Report:
     marks = 'small dots are seeds, the large mark is their mean, with its 95 % interval'
     figures = dict(
         differences=plot_differences(
-            found,
+            studies,
             block_lines,
             'points of accuracy beyond plain',
             f'Beyond plain: {marks} and the number of seeds. Dots: one recipe for all. '
             'Squares: the best of three learning rates for each.',
         ),
         ablations=plot_differences(
-            found,
+            studies,
             ablation_lines,
             'points of accuracy beyond OREPA',
             f'OREPA without its parts, or changed: {marks} and the number of seeds',
         ),
-        budget=plot_budget(found),
+        budget=plot_budget(studies),
     )
     return tables, {name: figure for name, figure in figures.items() if figure}
