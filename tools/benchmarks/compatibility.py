@@ -93,9 +93,6 @@ COLUMNS = dict(
     convs='convs turned',
     start='difference at the start',
     deployed='difference deployed',
-    # Losses of a table that an earlier version measured.
-    plain='plain',
-    orepa='OREPA',
     note='note',
 )
 
@@ -301,11 +298,11 @@ def row(table: str, name: str) -> dict[str, str]:
 
 def report(rows: pd.DataFrame) -> Report:
     """A table of each kind, with the columns that say something."""
-    tables = {}
-    for name, found in rows.groupby('table', sort=False):
-        found = found.drop(columns='table').rename(columns=COLUMNS)
-        found = found.loc[:, found.ne('').any()]
-        tables[name] = markdown_table(found.to_dict('records'))
+    rows = rows.loc[:, rows.ne('').any()].rename(columns=COLUMNS)
+    tables = {
+        name: markdown_table(found.drop(columns='table').to_dict('records'))
+        for name, found in rows.groupby('table', sort=False)
+    }
     return tables, {}
 
 
