@@ -13,17 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from charts import SERIES, save
+from charts import SERIES, panels, save, write_csv
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from mmorepa.cli import one_line_errors, positive
 from mmorepa.functional import scaled_sum
-from mmorepa.utils.files import atomic_write, check_outputs
+from mmorepa.utils.files import check_outputs
 
 BRANCHES, CHANNELS, BATCH = 4, 16, 64
 # A hundred times the usual decay, since there are a thousand times fewer steps: what
@@ -82,26 +82,20 @@ def read_digits() -> tuple[Tensor, Tensor]:
     return (images - images.mean()) / images.std(), torch.tensor(data.target)
 
 
-def similarity(kernels: Tensor) -> Tensor:
-    """Cosines of all pairs of branches, shape (B, B)."""
-    rows = F.normalize(kernels.flatten(1), dim=1)
-    return rows @ rows.T
-
-
-def mean_of_pairs(kernels: list[Tensor]) -> float:
-    """The mean cosine of two branches of a conv."""
+def mean_cosine(kernels: list[Tensor]) -> float:
+    """The mean over convs and pairs of branches."""
     above = torch.ones(BRANCHES, BRANCHES).triu(1).bool()
-    return torch.stack([similarity(each)[above] for each in kernels]).mean().item()
+    means = []
+    for each in kernels:
+        rows = F.normalize(each.flatten(1), dim=1)
+        means.append((rows @ rows.T)[above].mean())
+    return torch.stack(means).mean().item()
 
 
 def train(
     data: tuple[Tensor, Tensor], is_scaled: bool, seed: int, epochs: int
-) -> tuple[list[dict], Tensor]:
-    """Trains a network of three such convs.
-
-    Returns what was measured after each epoch, and the cosines of the second conv's
-    branches at the end.
-    """
+) -> list[dict]:
+    """Trains a network of three such convs; gives what was measured by the epoch."""
     torch.manual_seed(seed)
     widths = (1, CHANNELS, CHANNELS, CHANNELS)
     convs = [SummedConv2d(i, o, is_scaled) for i, o in itertools.pairwise(widths)]
@@ -126,35 +120,27 @@ def train(
                 seed=seed,
                 epoch=epoch,
                 loss=sum(losses) / len(losses),
-                gradients=mean_of_pairs([conv.weight.grad for conv in convs]),
-                kernels=mean_of_pairs([conv.kernels() for conv in convs]),
+                gradients=mean_cosine([conv.weight.grad for conv in convs]),
+                kernels=mean_cosine([conv.kernels() for conv in convs]),
             )
         )
-    return rows, similarity(convs[1].kernels())
+    return rows
 
 
-def plot(rows: pd.DataFrame, kernels: dict[str, Tensor]) -> plt.Figure:
-    """Cosines over the epochs, and those of one conv at the end."""
-    figure = plt.figure(figsize=(13, 4.4), layout='constrained')
-    left, right = figure.subfigures(1, 2, width_ratios=(7, 6))
-    panels = left.subplots(1, 2, sharey=True)
-    for axes, (kind, title) in zip(panels, KINDS.items()):
-        for arm, colour, marker in zip(ARMS, SERIES, 'so'):
+def plot(rows: pd.DataFrame) -> Figure:
+    """Cosines over the epochs: means over the seeds, and their range."""
+    figure, (grid,) = panels(1, 2, 8, 4, sharey=True)
+    for axes, (kind, title) in zip(grid, KINDS.items()):
+        for arm, colour in zip(ARMS, SERIES):
             by_epoch = rows[rows.arm == arm].groupby('epoch')[kind]
-            style = dict(color=colour, marker=marker, markersize=4, label=arm)
-            by_epoch.mean().plot(ax=axes, xlabel='epoch', title=title, **style)
-            band = by_epoch.min(), by_epoch.max()
-            axes.fill_between(band[0].index, *band, color=colour, alpha=0.2)
+            mean, low, high = by_epoch.mean(), by_epoch.min(), by_epoch.max()
+            axes.plot(mean, '.-', color=colour, label=arm)
+            axes.fill_between(mean.index, low, high, color=colour, alpha=0.2)
+        axes.set(title=title, xlabel='epoch')
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel('cosine, mean of all pairs')
-    panels[0].set_ylim(min(-0.05, panels[0].get_ylim()[0]), 1.05)
-    panels[0].legend(loc='lower left')
-    grid = right.subplots(1, len(kernels))
-    right.suptitle('Kernels of the second conv at the end')
-    for axes, (arm, cosines) in zip(grid, kernels.items()):
-        image = axes.imshow(cosines.numpy(), cmap='viridis', vmin=0, vmax=1)
-        axes.set(title=arm, xlabel='branch', ylabel='branch')
-    right.colorbar(image, ax=grid, label='cosine', shrink=0.7)
+    grid[0].set_ylabel('cosine, mean of all pairs')
+    grid[0].set_ylim(min(-0.05, grid[0].get_ylim()[0]), 1.05)
+    grid[0].legend(loc='lower left')
     return figure
 
 
@@ -163,19 +149,18 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     numbers = args.out.with_suffix('.csv')
     check_outputs([args.out, numbers])
-    data, found, kernels = read_digits(), [], {}
+    data, found = read_digits(), []
     for arm, is_scaled in ARMS.items():
         for seed in range(args.seeds):
             print(f'Training {arm}, {seed + 1} of {args.seeds} …', flush=True)
-            rows, kernels[arm] = train(data, is_scaled, seed, args.epochs)
-            found += [dict(arm=arm, **row) for row in rows]
+            measured = train(data, is_scaled, seed, args.epochs)
+            found += [dict(arm=arm, **row) for row in measured]
     rows = pd.DataFrame(found)
     last = rows[rows.epoch == args.epochs].groupby('arm')[[*KINDS]].mean()
     print('Mean cosine of two branches after the last epoch:')
     print(last.loc[[*ARMS]].to_string(float_format='{:.4f}'.format))
-    save(plot(rows, kernels), args.out)
-    with atomic_write(numbers) as file:
-        rows.to_csv(file, index=False, float_format='%.6g', lineterminator='\n')
+    save(plot(rows), args.out)
+    write_csv(rows.to_dict('records'), numbers)
     print(f'Wrote {args.out} and {numbers}.')
 
 
