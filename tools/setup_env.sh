@@ -194,7 +194,7 @@ install_mmcv_with_ops() {
   local wheel
   wheel=$("$python" "$ROOT/tools/build_mmcv.py" --stack "$stack") &&
     replace_mmcv "$wheel" -c "$REQUIREMENTS/torch.txt" -c "$REQUIREMENTS/build.txt" &&
-    "$python" "$ROOT/tools/build_mmcv.py" --verify
+    "$python" -c 'import mmcv.ops'
 }
 
 install_mmcv_without_ops() {
