@@ -5,9 +5,9 @@ ninja and setuptools < 81 are there (``tools/setup_env.sh --ops`` sees to all th
 
     python tools/build_mmcv.py --stack openmmlab
 
-The path of the wheel is all that goes to standard output; progress goes to standard
-error. A plain ``pip install mmcv`` fails or silently leaves the operators out, because
-mmcv's build
+The path of the wheel is all that goes to standard output; what pip and the compiler say
+goes to standard error. A plain ``pip install mmcv`` fails or silently leaves the
+operators out, because mmcv's build
 
 * needs the installed torch, which pip's build isolation hides;
 * asks for C++17 while the headers of current torch demand C++20;
@@ -25,12 +25,10 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +38,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # Includes mmcv's header that pulls in torch, as every file of the operators does.
 HEADER = 'precompiled.hpp'
 HEADER_TEXT = '#include "pytorch_cpp_helper.hpp"\n'
-SECONDS_BETWEEN_REPORTS = 15
 
 
 class BuildError(Exception):
@@ -98,15 +95,10 @@ def cache_folder(name: str, version: str, cuda: bool) -> Path:
 
 
 @contextlib.contextmanager
-def locked(path: Path, waiting: Optional[str] = None) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Holds the lock file for the time of the block; the system frees it at exit."""
     with path.open('w') as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if waiting:
-                say(waiting)
-            fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -195,93 +187,46 @@ def check_tools() -> None:
         raise BuildError('no ninja: pip install ninja')
 
 
-def unpack_source(name: str, version: str, folder: Path, log: Path) -> Path:
+def pip(*arguments: str, environment: Optional[dict[str, str]] = None) -> None:
+    """Runs pip, without build isolation, which would hide the installed torch."""
+    command = [sys.executable, '-m', 'pip', *arguments]
+    command += ['--no-deps', '--no-build-isolation']
+    if subprocess.run(command, stdout=sys.stderr, env=environment).returncode:
+        raise BuildError(
+            f'pip {arguments[0]} failed, see above; without the operators everything '
+            'but detection works'
+        )
+
+
+def unpack_source(name: str, version: str, folder: Path) -> Path:
     """Downloads and unpacks mmcv's source, and mends what torch does not compile."""
-    command = [sys.executable, '-m', 'pip', 'download', '--no-deps']
-    command += ['--no-build-isolation', '--no-binary', name]
-    command += ['--dest', str(folder), f'{name}=={version}']
-    with log.open('a') as file:
-        status = subprocess.run(command, stdout=file, stderr=file).returncode
-    archives = list(folder.glob('*.tar.gz'))
-    if status != 0 or not archives:
-        raise BuildError(f'cannot download {name} {version}; see {log}')
-    shutil.unpack_archive(archives[0], folder)
-    source = archives[0].with_name(archives[0].name[: -len('.tar.gz')])
+    pip('download', '--no-binary', name, '--dest', str(folder), f'{name}=={version}')
+    archive = next(folder.glob('*.tar.gz'))
+    shutil.unpack_archive(archive, folder)
+    source = archive.with_name(archive.name.removesuffix('.tar.gz'))
     # torch adds the standard that its headers need if the build names none.
     setup = source / 'setup.py'
     setup.write_text(re.sub(r"'-std=c\+\+\d\d'", '', setup.read_text()))
     return source
 
 
-def build_environment(compiler: Path, cuda: bool) -> dict[str, str]:
+def run_build(source: Path, work: Path, cuda: bool) -> Path:
+    """Builds the wheel from the unpacked source and returns its path."""
+    folder = work / 'compiler'
+    folder.mkdir()
     environment = dict(os.environ)
-    environment.update(PATH=search_path(), CXX=str(compiler), CFLAGS='-g0 -O2')
+    environment.update(PATH=search_path(), CFLAGS='-g0 -O2')
+    environment['CXX'] = str(write_compiler(folder))
     environment.setdefault('MAX_JOBS', str(len(os.sched_getaffinity(0))))
     if not cuda:
         environment.pop('FORCE_CUDA', None)
         environment['CUDA_VISIBLE_DEVICES'] = ''
-    return environment
-
-
-def report_progress(build: subprocess.Popen, log: Path, header: Path) -> None:
-    """Says from time to time how far ninja's log has come, until the build ends."""
-    start = time.monotonic()
-    last = None
-    while True:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            build.wait(timeout=SECONDS_BETWEEN_REPORTS)
-            return
-        done = re.findall(r'\[(\d+)/(\d+)\]', log.read_text(errors='replace'))
-        if done:
-            message = '{} of {} files compiled'.format(*done[-1])
-        elif precompiled(header).exists():
-            message = 'precompiled header ready, compiling the first files'
-        else:
-            message = 'precompiling the header of torch'
-        if message != last:
-            say(f'    … {message} ({time.monotonic() - start:.0f} s)')
-        last = message
-
-
-def run_build(source: Path, work: Path, cuda: bool, log: Path) -> Path:
-    """Builds the wheel from the unpacked source and returns its path."""
-    compiler_folder = work / 'compiler'
-    compiler_folder.mkdir()
-    compiler = write_compiler(compiler_folder)
-    header = compiler_folder / HEADER
-    command = [sys.executable, '-m', 'pip', 'wheel', '--verbose', '--no-deps']
-    command += ['--no-build-isolation', '--no-cache-dir']
-    command += ['--wheel-dir', str(work / 'wheels'), str(source)]
-    with log.open('a') as file:
-        build = subprocess.Popen(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=build_environment(compiler, cuda),
-            # A group of its own, so that the compilers can be ended with it.
-            start_new_session=True,
-        )
-        try:
-            report_progress(build, log, header)
-        except BaseException:
-            os.killpg(build.pid, signal.SIGTERM)
-            build.wait()
-            raise
-
-    text = log.read_text(errors='replace')
-    if build.returncode != 0:
-        errors = [line.strip() for line in text.splitlines() if 'error:' in line]
-        hint = ''.join(f'\n    {line}' for line in errors[:5])
-        cpu = '; CUDA_VISIBLE_DEVICES="" leaves the CUDA operators out' if cuda else ''
-        raise BuildError(f'compiling mmcv failed{cpu}; the log is {log}{hint}')
-    if not precompiled(header).exists() or 'invalid-pch' in text:
-        say(f'    The compiler did not take up the precompiled header; see {log}')
-        say('    The wheel is as good, it only took longer.')
-
+    place = ['--no-cache-dir', '--wheel-dir', str(work / 'wheels'), str(source)]
+    pip('wheel', '--verbose', *place, environment=environment)
     wheel = next((work / 'wheels').glob('*.whl'))
     with zipfile.ZipFile(wheel) as archive:
         if not any(re.match(r'mmcv/_ext.*\.so', name) for name in archive.namelist()):
-            raise BuildError(f'mmcv was built without operators; the log is {log}')
+            raise BuildError('mmcv was built without operators')
     return wheel
 
 
@@ -291,44 +236,22 @@ def find_or_build(stack: str) -> Path:
     cuda = wants_cuda()
     cache = cache_folder(name, version, cuda)
     cache.mkdir(parents=True, exist_ok=True)
-    with locked(cache / 'lock', 'Waiting for another build of the same wheel to end'):
+    with locked(cache / 'lock'):
         finished = next(cache.glob('*.whl'), None)
         if finished is not None:
             return finished
 
         devices = 'CPU and GPU (30 minutes or more)' if cuda else 'CPU (3 to 6 minutes)'
-        say(f'==> Compile the operators of {name} {version} for the {devices}')
+        say(f'Compiling the operators of {name} {version} for the {devices}')
         check_tools()
-        start = time.monotonic()
         # A build that was killed could not clean up; the lock says that none is alive.
         for leftover in cache.glob('build-*'):
             shutil.rmtree(leftover)
-        log = cache / 'build.log'
-        # What is left of a killed build may still be writing to its log.
-        log.unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(prefix='build-', dir=cache) as folder:
             work = Path(folder)
-            source = unpack_source(name, version, work, log)
-            wheel = run_build(source, work, cuda, log)
+            wheel = run_build(unpack_source(name, version, work), work, cuda)
             # In one step, so that the cache never shows half a wheel.
-            finished = wheel.replace(cache / wheel.name)
-        say(f'    done in {time.monotonic() - start:.0f} s')
-        return finished
-
-
-def verify() -> None:
-    """Runs an operator of the installed mmcv."""
-    import torch
-    from mmcv.ops import nms, roi_align
-
-    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [1.0, 1.0, 10.0, 10.0]])
-    _, kept = nms(boxes, torch.tensor([0.5, 0.9]), iou_threshold=0.5)
-    if kept.tolist() != [1]:
-        raise BuildError(f'nms of the installed mmcv kept {kept.tolist()}, not [1]')
-    image = torch.full((1, 1, 8, 8), 3.0)
-    pooled = roi_align(image, torch.tensor([[0.0, 0.0, 0.0, 4.0, 4.0]]), (2, 2))
-    if not torch.allclose(pooled, torch.full((1, 1, 2, 2), 3.0)):
-        raise BuildError('roi_align of the installed mmcv returns wrong values')
+            return wheel.replace(cache / wheel.name)
 
 
 def main() -> None:
@@ -341,23 +264,11 @@ def main() -> None:
         default='openmmlab',
         help='whose mmcv to build: mmcv itself or onedl-mmcv (default: %(default)s)',
     )
-    parser.add_argument(
-        '--verify',
-        action='store_true',
-        help='build nothing; run two operators of the mmcv that is installed',
-    )
     arguments = parser.parse_args()
-    # As an exception, so that a build that is ended cleans up.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit('build_mmcv: ended'))
     try:
-        if arguments.verify:
-            verify()
-        else:
-            print(find_or_build(arguments.stack))
+        print(find_or_build(arguments.stack))
     except BuildError as error:
         sys.exit(f'build_mmcv: {error}')
-    except KeyboardInterrupt:
-        sys.exit('build_mmcv: interrupted')
 
 
 if __name__ == '__main__':

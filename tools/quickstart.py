@@ -6,6 +6,7 @@ segmenter with that backbone, and deploys them.
 """
 
 import argparse
+import json
 import re
 import shutil
 import subprocess
@@ -44,8 +45,20 @@ TOOLS = Path(__file__).resolve().parent
 CONFIGS = TOOLS.parent / 'configs' / 'digits'
 CONFIG = CONFIGS / 'resnet18-slim-orepa_1xb64_digits.py'
 PLAIN_CONFIG = CONFIGS / 'resnet18-slim_1xb64_digits.py'
-DETECTOR = CONFIGS / 'faster-rcnn_r18-slim-orepa_fpn_1xb2-10e_digits.py'
-SEGMENTER = CONFIGS / 'deeplabv3plus_r18-slim-orepa-d8_1xb8-2500_digits.py'
+# What each is, its config, its name in the summary, the name of its metric for people
+# and for its toolbox, and what one is: mmseg counts in per cent.
+TASKS = {
+    'det': (
+        'Faster R-CNN',
+        CONFIGS / 'faster-rcnn_r18-slim-orepa_fpn_1xb2-10e_digits.py',
+        *('det_ap', 'box AP (0.5:0.95)', 'coco/bbox_mAP', 1),
+    ),
+    'seg': (
+        'DeepLabV3+',
+        CONFIGS / 'deeplabv3plus_r18-slim-orepa-d8_1xb8-2500_digits.py',
+        *('seg_miou', 'mIoU', 'mIoU', 100),
+    ),
+}
 DATA = Path('data/digits')
 WORK = Path('work_dirs/quickstart')
 SUMMARY = WORK / 'summary.json'
@@ -67,36 +80,29 @@ def step(text: str) -> None:
 def run(tool: str, *arguments: object, log: Optional[Path] = None, show: str = ''):
     """Runs a tool; with a log, only the lines that match are on the screen.
 
-    Raises:
-        SystemExit: If the tool fails, with its exit status.
+    If the tool fails, this process ends with its exit status.
     """
     line = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
     if log is None:
-        status, tail = subprocess.call(line), []
+        status = subprocess.call(line)
     else:
-        status, tail = _run_logged(line, log, re.compile(show))
+        output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        text = dict(text=True, encoding='utf-8', errors='replace')
+        with (
+            log.open('w', encoding='utf-8') as file,
+            subprocess.Popen(line, **output, **text) as process,
+        ):
+            for read in process.stdout:
+                file.write(read)
+                if re.search(show, read):
+                    print(read.rstrip('\n')[:160], flush=True)
+        status = process.returncode
     if status:
-        print(*tail, sep='\n', file=sys.stderr)
-        print(f'quickstart: this failed: {" ".join(line)}', file=sys.stderr)
         if log is not None:
+            print(log.read_text(encoding='utf-8')[-1500:], file=sys.stderr)
             print(f'quickstart: all of its output is in {log}', file=sys.stderr)
+        print(f'quickstart: this failed: {" ".join(line)}', file=sys.stderr)
         sys.exit(status)
-
-
-def _run_logged(line: list, log: Path, show: re.Pattern) -> tuple[int, list[str]]:
-    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    text = dict(text=True, encoding='utf-8', errors='replace')
-    tail: list[str] = []
-    with (
-        log.open('w', encoding='utf-8') as file,
-        subprocess.Popen(line, **output, **text) as process,
-    ):
-        for read in process.stdout:
-            file.write(read)
-            tail = [*tail[-14:], read.rstrip('\n')]
-            if show.search(read):
-                print(read.rstrip('\n')[:160], flush=True)
-    return process.returncode, tail
 
 
 def test(config: Path, checkpoint: Path, folder: Path, form: str, show: str) -> None:
@@ -176,12 +182,28 @@ def fine_tune(task: str, config: Path, backbone: Path) -> int:
 
 def transfer(backbone: Path) -> None:
     run('dataset_converters/digits.py', '--out', DATA)
-    step('Fine-tuning a Faster R-CNN on scenes of several digits (minutes)')
-    arguments = ['--det-seconds', fine_tune('det', DETECTOR, backbone)]
-    step('Fine-tuning a DeepLabV3+ on scenes of several digits (minutes)')
-    arguments += ['--seg-seconds', fine_tune('seg', SEGMENTER, backbone)]
+    seconds = {}
+    for task, (name, config, *_) in TASKS.items():
+        step(f'Fine-tuning a {name} on scenes of several digits (minutes)')
+        seconds[task] = fine_tune(task, config, backbone)
     step('Summary')
-    run('analysis_tools/transfer_summary.py', WORK, *arguments)
+    summarize_transfer(seconds)
+
+
+def summarize_transfer(seconds: dict[str, int]) -> None:
+    """Prints the metrics of both forms, and adds them to the summary."""
+    summary = json.loads(SUMMARY.read_text())
+    print(f'{"":18}{"training form":>14}{"deployed":>10}{"seconds":>9}')
+    for task, (_, _, key, text, metric, unit) in TASKS.items():
+        before, after = (
+            json.loads((WORK / task / f'{form}.json').read_text())[metric] / unit
+            for form in ('test', 'test_deploy')
+        )
+        summary.update({key: before, f'{key}_deploy': after})
+        summary[f'{task}_seconds'] = seconds[task]
+        print(f'{text:18}{before:14.4f}{after:10.4f}{seconds[task]:9}')
+    SUMMARY.write_text(json.dumps(summary, indent=2) + '\n')
+    print(f'Figures: {SUMMARY}')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

@@ -59,27 +59,6 @@ parse_arguments() {
 
 # ---- steps -------------------------------------------------------------------------
 
-start_heartbeat() {
-  local script=$$
-  (
-    trap 'kill "${nap:-}" 2>/dev/null; exit 0' TERM
-    while kill -0 "$script" 2>/dev/null; do
-      sleep 20 &
-      nap=$!
-      wait "$nap"
-      printf '    … %.90s\n' "$(grep -v '^ *$' "$log" | tail -n 1)"
-    done
-  ) &
-  heartbeat=$!
-}
-
-stop_heartbeat() {
-  [[ -n ${heartbeat:-} ]] || return 0
-  kill "$heartbeat" 2>/dev/null || true
-  wait "$heartbeat" 2>/dev/null || true
-  heartbeat=
-}
-
 is_done() {
   local name=$1 key=$2
   [[ -f $state/$name && $(<"$state/$name") == "$key" ]]
@@ -95,15 +74,11 @@ step() {
   rm -f "$state/$name"
   printf '==> %s\n' "$description"
   printf '\n==> %s\n' "$description" >>"$log"
-  local started=$SECONDS first_line
-  first_line=$(($(wc -l <"$log") + 1))
-  start_heartbeat
+  local started=$SECONDS
   if ! "$@" >>"$log" 2>&1; then
-    stop_heartbeat
-    tail -n "+$first_line" "$log" | tail -n 25 | cut -c -300 >&2
+    tail -n 25 "$log" | cut -c -300 >&2
     fail "failed: $description. The lines above end the log, $log"
   fi
-  stop_heartbeat
   printf '    done in %d s\n' $((SECONDS - started))
   printf '%s\n' "$key" >"$state/$name.part"
   mv "$state/$name.part" "$state/$name"
@@ -214,9 +189,12 @@ replace_mmcv() {
     pip_install "$@"
 }
 
+# What was compiled before is taken from a cache.
 install_mmcv_with_ops() {
-  replace_mmcv "$1" -c "$REQUIREMENTS/torch.txt" -c "$REQUIREMENTS/build.txt" &&
-    "$python" "$ROOT/tools/build_mmcv.py" --verify
+  local wheel
+  wheel=$("$python" "$ROOT/tools/build_mmcv.py" --stack "$stack") &&
+    replace_mmcv "$wheel" -c "$REQUIREMENTS/torch.txt" -c "$REQUIREMENTS/build.txt" &&
+    "$python" -c 'import mmcv.ops'
 }
 
 install_mmcv_without_ops() {
@@ -226,18 +204,16 @@ install_mmcv_without_ops() {
 }
 
 set_up_mmcv() {
-  local ops_key lite_key wheel
+  local ops_key lite_key
   ops_key=$(text_of torch "$stack-ops")
   lite_key=$(text_of "$stack-lite")
   if is_done mmcv-ops "$ops_key" && has_ops; then
     return
   fi
   if [[ $with_ops == true || -f $state/mmcv-ops ]]; then
-    wheel=$("$python" "$ROOT/tools/build_mmcv.py" --stack "$stack") ||
-      fail 'mmcv could not be compiled; without --ops everything but detection works'
     rm -f "$state/mmcv-lite" "$state/mmcv-ops"
-    step mmcv-ops "$ops_key" 'Install mmcv with operators (15 s)' \
-      install_mmcv_with_ops "$wheel"
+    step mmcv-ops "$ops_key" 'Compile and install mmcv with operators (3 to 6 minutes)' \
+      install_mmcv_with_ops
   elif ! has_ops; then
     step mmcv-lite "$lite_key" 'Install mmcv without operators (15 s)' \
       install_mmcv_without_ops
@@ -273,11 +249,11 @@ set_up_fold() {
 
 main() {
   parse_arguments "$@"
-  trap stop_heartbeat EXIT
   trap 'exit 130' INT TERM
   open_environment
   check_stack
   printf '%s\n' "$stack" >"$state/stack-name"
+  echo "Environment: $venv, log: $log"
 
   step venv '' "Create the environment in $venv (5 s)" create_venv
   step build "$(text_of build)" 'Install pip, setuptools and ninja (10 s)' \

@@ -45,7 +45,7 @@ if __name__ == '__main__':
 sys.path.append(str(Path(__file__).resolve().parent / 'analysis_tools'))
 from charts import write_csv
 from mmengine.dist import is_main_process
-from training_curves import metrics_of, plot, read_run, table_of
+from training_curves import plot, read_run, table_of
 
 from mmorepa.cli import load_config, one_line_errors
 from mmorepa.runs import (
@@ -68,7 +68,7 @@ def draw_results(folder: Path) -> None:
     except (FileNotFoundError, ValueError) as error:
         print(f'No curves are drawn: {error}.')
         return
-    plot([run], metrics_of([run], None), run.name, folder / 'results.png')
+    plot([run], folder / 'results.png')
     write_csv(table_of([run]), folder / 'results.csv')
     print(f'The curves are in {folder / "results.png"}, their numbers in results.csv.')
 

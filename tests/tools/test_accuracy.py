@@ -281,9 +281,9 @@ def test_best_rate_is_that_of_the_same_seeds(reports, tmp_path):
     ]
     study = study_of(reports, tmp_path, *rows)
     assert {*study.best('resnet18', 'none').lr_factor} == {'1'}
-    table = reports.rates_table(study)
+    table = reports.markdown_table(reports.rates_rows(study))
     assert '95.00 (1 diverged), 2 | **80.00 ± 11.55**, 4 | 85.00 ± 0.00, 2 |' in table
-    assert study.best('resnet18', 'orepa') is None
+    assert study.best('resnet18', 'orepa').empty
 
 
 def test_trainings_that_diverged(reports, tmp_path, capsys):
@@ -295,7 +295,7 @@ def test_trainings_that_diverged(reports, tmp_path, capsys):
     assert (
         '| slim ResNet-18, OREPA | 82.50 ± 0.71 (1 diverged) | '
         '+2.00 [+2.00, +2.00] (2 pairs) |'
-    ) in reports.main_table(study)
+    ) in reports.tables_of([study])['main-10pct']
     run_here(TOOL, '--report-only', '--out', tmp_path)
     assert '82.50 ± 0.71 (1 diverged)' in capsys.readouterr().out
 
@@ -306,12 +306,12 @@ def test_changes_of_each_block(reports, tmp_path):
     rows += [row('repvgg', 0, 75, variant='single_init')]  # There is no whole.
     rows += [row('orepa', 0, 90)]
     study = study_of(reports, tmp_path, *rows)
-    tables = {name: make(study) for name, make in reports.TABLES.items()}
-    assert tables['ablations'].splitlines()[2:] == [
+    tables = reports.tables_of([study])
+    assert tables['ablations-10pct'].splitlines()[2:] == [
         '| DBB | 70.00 |  | -10.00 | +20.00 | 1 |',
         '| DBB, single_init | 79.00 | +9.00 | -1.00 | +11.00 | 1 |',
     ]
-    assert tables['decays'].splitlines()[2:] == [
+    assert tables['decays-10pct'].splitlines()[2:] == [
         '| plain | 80.00 |  |  | +10.00 | 1 |',
         '| plain, strong weight decay | 81.00 | +1.00 | +1.00 | +9.00 | 1 |',
     ]
@@ -327,7 +327,7 @@ def test_document(out, reports, tmp_path, capsys):
             report(out, '--document', path)
         assert path.read_text() == bad and not out.exists()
     names = [f'{name}-{data}' for data in reports.DATA for name in reports.TABLES]
-    names += reports.FIGURES
+    names += reports.CAPTIONS
     places = [f'<!-- begin {name} -->\nold\n<!-- end {name} -->' for name in names]
     path.write_text('A\n' + '\nB\n'.join(places) + '\nC\n')
     for _ in range(2):
@@ -355,12 +355,12 @@ def test_document_has_the_commands_of_these_figures(study):
 
 def test_stems(reports, tmp_path):
     rows = [row('none', seed, 80 + seed) for seed in range(2)]
-    assert not reports.stems_table([study_of(reports, tmp_path / 'a', *rows)])
+    assert not [*reports.stems_rows([study_of(reports, tmp_path / 'a', *rows)])]
     rows += [row('none', 0, 81, variant='orepa_stem', seconds=1.25)]
     rows += [row('orepa', 0, 82, seconds=1.5)]
     study = study_of(reports, tmp_path / 'b', *rows)
     data = '10 % of Fashion-MNIST | 1'
-    assert reports.stems_table([study]).splitlines()[2:] == [
+    assert reports.tables_of([study])['stems'].splitlines()[2:] == [
         f'| slim ResNet-18, plain | {data} | 80.50 ± 0.71 |  | +2.00 (1 pair) | 2 |',
         f'| slim ResNet-18, plain, OREPA stem | {data} | 81.00 | +1.00 | +1.00 | 1 |',
         f'| slim ResNet-18, OREPA | {data} | 82.00 | +2.00 |  | 1 |',
@@ -436,24 +436,6 @@ def test_changed_recipe(study, runs, tmp_path, monkeypatch):
             train(*line)
     finally:
         runs.base_config.cache_clear()
-
-
-def test_rows_that_no_training_gave(study, tmp_path, monkeypatch):
-    path = tmp_path / 'results.csv'
-    write(path, *ROWS[:2])
-    whole = path.read_text()
-    line = ('--report-only', '--out', tmp_path)
-    for old, new, words in (
-        ('20:82.00:180.0:20.0', '20:82.00:180.0:', 'could not convert string'),
-        ('20:82.00:180.0:20.0', '20:82.00', "no curve: '1:"),
-        ('20:82.00:180.0:20.0', '20:72.00:180.0:20.0', 'its curve does not end with'),
-        ('20:82.00:180.0:20.0', '20:82.00:180.0:0.0', 'it took no time'),
-        (',82,', ',many,', "could not convert string to float: 'many'"),
-    ):
-        assert old in whole
-        path.write_text(whole.replace(old, new))
-        with pytest.raises(SystemExit, match=f'^error: .*, line 3: {words}.*; remove'):
-            run_here(TOOL, *line)
 
 
 INT8 = 'benchmarks/int8.py'

@@ -79,7 +79,6 @@ LINES = [
     'export_onnx block.py good.pth out.onnx',
     'export_onnx CONFIG nan.pth out.onnx',
     'export_onnx CONFIG good.pth CONFIG',
-    'export_onnx CONFIG good.pth out.onnx --opset 1',
     'quantize argument.py good.pth out.onnx',
     'quantize CONFIG other.pth out.onnx',
     'quantize CONFIG good.pth good.pth',

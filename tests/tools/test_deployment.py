@@ -131,7 +131,7 @@ class TestQuantize:
         self, config, checkpoint, expected, digits, tmp_path, capsys
     ):
         out, figures = tmp_path / 'a.onnx', tmp_path / 'a.json'
-        flags = ['--images', '64', '--json', figures, '--worst', '3']
+        flags = ['--images', '64', '--json', figures]
         found = run_here(QUANTIZE, config, checkpoint, out, *flags)
         assert json.loads(figures.read_text()) == found
         text = capsys.readouterr().out
@@ -156,7 +156,7 @@ class TestQuantize:
         weights['backbone.layer1.0.conv1.norm.bias'].fill_(-100)
         path, figures = tmp_path / 'a.pth', tmp_path / 'a.json'
         write_checkpoint(dict(state_dict=weights), path)
-        flags = ['--images', '4', '--worst', '99', '--json', figures, *self.FEW]
+        flags = ['--images', '4', '--json', figures, *self.FEW]
         found = run_here(QUANTIZE, config, path, tmp_path / 'a.onnx', *flags)
         assert 'NaN' not in figures.read_text()
         dead = [loss['name'] for loss in found['layers'] if loss['output_snr'] is None]

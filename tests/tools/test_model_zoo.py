@@ -121,21 +121,6 @@ class TestMetafile:
 
 
 class TestTool:
-    def test_only(self, capsys):
-        """Prints the rows of the document, and writes nothing."""
-        import_models('mmpretrain')
-        before = DOCUMENT.stat().st_mtime_ns, METAFILE.stat().st_mtime_ns
-        run_here(TOOL, '--only', 'repvgg-a0')
-        *_, line = capsys.readouterr().out.splitlines()
-        assert line in DOCUMENT.read_text().splitlines()
-        assert line.startswith('| [repvgg-a0](../configs/imagenet/repvgg-a0_4xb64')
-        assert (DOCUMENT.stat().st_mtime_ns, METAFILE.stat().st_mtime_ns) == before
-
-    def test_unknown_name(self):
-        with pytest.raises(SystemExit) as caught:
-            run_here(TOOL, '--only', 'resnet18', 'resnet19', 'vgg')
-        assert caught.value.code == 'error: no config of the name resnet19, vgg'
-
     def test_writes_what_is_committed(self, tmp_path, monkeypatch):
         """To the letter, with the figures that are there: all configs, in order."""
         module, models = tool(TOOL), yaml.safe_load(METAFILE.read_text())['Models']

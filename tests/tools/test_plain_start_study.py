@@ -26,11 +26,19 @@ def toy(tmp_path, monkeypatch):
     sizes = {'train_dataloader.batch_size': 4}
     module = tool(TOOL)
     task = module.TASKS['classifier']
-    options = tuple(
-        {**own, **part, **sizes, 'train_dataloader.dataset.indices': indices}
-        for own, indices in zip(task.options, (8, -8))
-    )
-    task = task._replace(epochs=(1, 1), options=options)
+    phases = {
+        name: getattr(task, name)._replace(
+            epochs=1,
+            options={
+                **getattr(task, name).options,
+                **part,
+                **sizes,
+                'train_dataloader.dataset.indices': indices,
+            },
+        )
+        for name, indices in (('pretraining', 8), ('fine_tuning', -8))
+    }
+    task = task._replace(**phases)
     monkeypatch.setattr(module, 'TASKS', dict(classifier=task))
     return module
 
@@ -100,8 +108,8 @@ def test_bad_input(toy, tmp_path, monkeypatch):
         run_here(TOOL, '--out', tmp_path / 'new', '--report-only')
     task = toy.TASKS['classifier']
     nowhere = {'train_dataloader.dataset.data_root': str(tmp_path / 'nowhere')}
-    options = (task.options[0], {**task.options[1], **nowhere})
-    monkeypatch.setitem(toy.TASKS, 'classifier', task._replace(options=options))
+    phase = task.fine_tuning._replace(options={**task.fine_tuning.options, **nowhere})
+    monkeypatch.setitem(toy.TASKS, 'classifier', task._replace(fine_tuning=phase))
     with pytest.raises(SystemExit, match='error: the data folder .*nowhere'):
         run_here(TOOL, '--tasks', 'classifier', '--out', tmp_path / 'new')
     assert not (tmp_path / 'new').exists()
@@ -116,7 +124,7 @@ def fake(config, options, work_dir, metric):
         assert start.endswith(f'pretraining-orepa-{seed}.pth')
     value = 0.8 - abs(multiplier - 0.5) / 10 + seed / 100
     unit = 100 if 'accuracy' in metric else 1
-    return plain_start().Training(value * unit, 12.0, 12.0, None, 'cpu', 1, [])
+    return plain_start().Training(value * unit, 12.0, 12.0, 'cpu', 1, [])
 
 
 def plain_start():

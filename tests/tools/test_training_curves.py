@@ -93,7 +93,6 @@ def test_zooms_to_the_end(tmp_path):
     ('change', 'error'),
     [
         (lambda folder: ['none'], 'no log'),
-        (lambda folder: ['a', '--metrics', 'mAP'], 'accuracy/top1'),
         (lambda folder: ['a', '--branches', 'b.png'], 'BranchStatisticsHook'),
         (lambda folder: ['a', 'iterations'], 'count epochs'),
         (lambda folder: ['damaged'], 'damaged'),

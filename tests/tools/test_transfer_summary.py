@@ -2,9 +2,15 @@ import json
 import subprocess
 
 import pytest
-from tool_runs import ROOT, run_here, tool
+from tool_runs import ROOT, tool
 
-SUMMARY = 'analysis_tools/transfer_summary.py'
+
+@pytest.fixture
+def quickstart(tmp_path, monkeypatch):
+    module = tool('quickstart.py')
+    monkeypatch.setattr(module, 'WORK', tmp_path)
+    monkeypatch.setattr(module, 'SUMMARY', tmp_path / 'summary.json')
+    return module
 
 
 def write_results(folder):
@@ -17,10 +23,10 @@ def write_results(folder):
             (folder / task / f'{form}.json').write_text(json.dumps(values))
 
 
-def test_appends(tmp_path, capsys):
+def test_appends(quickstart, tmp_path, capsys):
     (tmp_path / 'summary.json').write_text('{"train_top1": 98.3, "det_ap": 0.1}')
     write_results(tmp_path)
-    run_here(SUMMARY, tmp_path, '--det-seconds=10', '--seg-seconds=20')
+    quickstart.summarize_transfer(dict(det=10, seg=20))
     assert json.loads((tmp_path / 'summary.json').read_text()) == dict(
         train_top1=98.3,
         det_ap=0.5,
@@ -30,16 +36,15 @@ def test_appends(tmp_path, capsys):
         det_seconds=10,
         seg_seconds=20,
     )
-    printed = capsys.readouterr().out
-    for line in ('det_ap: 0.5000', 'det_ap_deploy: 0.5010', 'seg_miou: 0.6250'):
-        assert line in printed
-    assert not list(tmp_path.glob('.summary*'))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ['box', 'AP', '(0.5:0.95)', '0.5000', '0.5010', '10'] in rows
+    assert ['mIoU', '0.6250', '0.6240', '20'] in rows
 
 
-def test_nothing_is_written_without_all_results(tmp_path):
+def test_nothing_is_written_without_all_results(quickstart, tmp_path):
     (tmp_path / 'summary.json').write_text('{}')
-    with pytest.raises(SystemExit, match='^error: .*det'):
-        run_here(SUMMARY, tmp_path, '--det-seconds=10', '--seg-seconds=20')
+    with pytest.raises(FileNotFoundError, match='det'):
+        quickstart.summarize_transfer(dict(det=10, seg=20))
     assert (tmp_path / 'summary.json').read_text() == '{}'
 
 
@@ -56,5 +61,6 @@ def test_quickstart_knows_its_arguments():
 
 def test_quickstart_names_configs_that_are_there():
     quickstart = tool('quickstart.py')
-    for path in (quickstart.CONFIG, quickstart.DETECTOR, quickstart.SEGMENTER):
+    configs = [config for _, config, *_ in quickstart.TASKS.values()]
+    for path in (quickstart.CONFIG, quickstart.PLAIN_CONFIG, *configs):
         assert path.is_file()

@@ -31,6 +31,7 @@ if __name__ == '__main__':
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from charts import (
     branch_names,
     colour_of,
@@ -47,34 +48,36 @@ from torch import Tensor, nn
 from mmorepa.analysis import BranchKernels, shares
 from mmorepa.cli import one_line_errors
 from mmorepa.layers import outermost
-from mmorepa.utils.tables import format_table
 
 COLUMNS = 12
 
 
-def measure(layers: Sequence[BranchKernels]) -> list[dict]:
+def measure(layers: Sequence[BranchKernels]) -> pd.DataFrame:
     """A row for each branch of each layer."""
     rows = []
     for layer in layers:
         for branch, share in shares(layer.kernels).items():
-            scale = layer.scales[branch].abs()
-            low, middle, high = np.quantile(scale.numpy(), [0.1, 0.5, 0.9])
+            scales = pd.Series(layer.scales[branch].abs().numpy())
             rows.append(
                 dict(
                     layer=layer.name,
                     branch=branch,
-                    size=share.size,
-                    projection=share.projection,
-                    scale_median=float(middle),
-                    scale_10_percent=float(low),
-                    scale_90_percent=float(high),
+                    **share._asdict(),
+                    scale_median=scales.median(),
+                    scale_10_percent=scales.quantile(0.1),
+                    scale_90_percent=scales.quantile(0.9),
                 )
             )
-    return rows
+    return pd.DataFrame(rows)
 
 
-def plot(layers: Sequence[BranchKernels], rows: Sequence[dict], path: Path) -> None:
+def plot(rows: pd.DataFrame, path: Path) -> None:
     """Both shares and the scales over depth, one below the other."""
+    layers, names = rows.layer.unique(), branch_names(rows.branch)
+    tables = {
+        key: rows.pivot(index='layer', columns='branch', values=key).loc[layers, names]
+        for key in rows.columns[2:]
+    }
     figure, (sizes, projections, scales) = plt.subplots(
         3,
         1,
@@ -82,27 +85,18 @@ def plot(layers: Sequence[BranchKernels], rows: Sequence[dict], path: Path) -> N
         sharex=True,
         layout='constrained',
     )
-    places = {layer.name: i for i, layer in enumerate(layers)}
-    bottoms = np.zeros(len(layers))
-    names = branch_names(layers)
+    style = dict(color=[colour_of(name) for name in names], legend=False)
+    tables['size'].plot.bar(ax=sizes, stacked=True, width=0.85, **style)
+    tables['projection'].plot(ax=projections, marker='o', ms=4, **style)
+    x, middle = np.arange(len(layers)), tables['scale_median']
+    below = middle - tables['scale_10_percent']
+    above = tables['scale_90_percent'] - middle
     for i, name in enumerate(names):
-        own = [row for row in rows if row['branch'] == name]
-        x = np.array([places[row['layer']] for row in own])
-        heights = np.array([row['size'] for row in own])
-        style = dict(color=colour_of(name), label=name)
-        sizes.bar(x, heights, 0.85, bottoms[x], **style)
-        bottoms[x] += heights
-        projections.plot(x, [row['projection'] for row in own], 'o-', ms=4, **style)
         # Side by side, so that they do not hide one another.
         shifted = x + 0.6 * ((i + 0.5) / len(names) - 0.5)
-        middle = np.array([row['scale_median'] for row in own])
-        low, high = (
-            np.array([row[f'scale_{percent}_percent'] for row in own])
-            for percent in (10, 90)
-        )
-        scales.errorbar(
-            shifted, middle, (middle - low, high - middle), fmt='o', ms=4, **style
-        )
+        spread = (below[name], above[name])
+        mark = dict(fmt='o', ms=4, color=colour_of(name))
+        scales.errorbar(shifted, middle[name], spread, **mark)
     sizes.set(
         title='Size: each branch as a part of all that is added up',
         ylabel='share of the norms',
@@ -123,7 +117,7 @@ def plot(layers: Sequence[BranchKernels], rows: Sequence[dict], path: Path) -> N
     scales.yaxis.set_major_formatter('{x:g}')
     for axes in (projections, scales):
         axes.grid(alpha=0.3)
-    label_layers(scales, [layer.name for layer in layers])
+    label_layers(scales, layers)
     figure.align_ylabels()
     handles, labels = sizes.get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside upper center', ncols=len(names))
@@ -150,7 +144,9 @@ def plot_kernels(kernels: dict[str, Tensor], path: Path) -> None:
     figure = plt.figure(figsize=(12, sum(heights)), layout='constrained')
     above, below = figure.subfigures(2, 1, height_ratios=heights)
     title = f'The {len(first)} strongest kernels of {short(name)}'
-    above.suptitle(f'{title}, {_kind(first)}')
+    is_colour = first.shape[1] == 3
+    kind = 'colours (grey: zero)' if is_colour else 'first input channel (white: zero)'
+    above.suptitle(f'{title}, {kind}')
     for axes, kernel in zip(_blank(above, lines[0]), first):
         _image(axes, kernel)
     below.suptitle('Root mean square of each tap (yellow: the strongest of the layer)')
@@ -159,12 +155,6 @@ def plot_kernels(kernels: dict[str, Tensor], path: Path) -> None:
         axes.imshow(strength.numpy(), cmap='viridis', vmin=0)
         axes.set_title(short(name), fontsize=7)
     save(figure, path)
-
-
-def _kind(kernels: Tensor) -> str:
-    if kernels.shape[1] == 3:
-        return 'as colours (grey: zero)'
-    return 'the first input channel (white: zero)'
 
 
 def _blank(figure: SubFigure, lines: int) -> Sequence[Axes]:
@@ -183,34 +173,20 @@ def _image(axes: Axes, kernel: Tensor) -> None:
         axes.imshow(kernel[0].numpy(), cmap='PuOr_r', vmin=-1, vmax=1)
 
 
-def show(rows: Sequence[dict]) -> None:
-    """Prints the mean over all layers."""
-    table = []
-    for name in dict.fromkeys(row['branch'] for row in rows):
-        own = [row for row in rows if row['branch'] == name]
-        means = (
-            np.mean([row[k] for row in own])
-            for k in ('size', 'projection', 'scale_median')
-        )
-        table.append((name, str(len(own)), *(f'{mean:.3f}' for mean in means)))
-    print('Means over the layers:')
-    headers = ('branch', 'layers', 'size share', 'projection share', '|scale|')
-    print(format_table(headers, table))
-
-
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> list[dict]:
+def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     numbers = args.out.with_suffix('.csv')
     images = args.out.with_name(f'{args.out.stem}_kernels.png')
     model, layers = load_model(args, [args.out, numbers, images])
     rows = measure(layers)
-    show(rows)
-    plot(layers, rows, args.out)
+    print('Means over the layers:')
+    means = rows.groupby('branch', sort=False)[['size', 'projection', 'scale_median']]
+    print(means.mean().to_string(float_format='{:.3f}'.format))
+    plot(rows, args.out)
     plot_kernels(folded_kernels(model), images)
-    write_csv(rows, numbers)
+    write_csv(rows.to_dict('records'), numbers)
     print(f'Wrote {args.out}, {images} and {numbers}.')
-    return rows
 
 
 if __name__ == '__main__':

@@ -26,6 +26,7 @@ if __name__ == '__main__':
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from charts import (
     branch_names,
     label_layers,
@@ -38,35 +39,31 @@ from matplotlib.axes import Axes
 
 from mmorepa.analysis import BranchKernels, cosine_similarities
 from mmorepa.cli import one_line_errors
-from mmorepa.utils.tables import format_table
 
 COLUMNS = 8
 
 
-def pairs(layers: Sequence[BranchKernels]) -> list[dict]:
+def pairs(layers: Sequence[BranchKernels]) -> pd.DataFrame:
     """A row for each pair of branches of each layer."""
     rows = []
     for layer in layers:
-        found = cosine_similarities(layer.kernels)
+        found = cosine_similarities(layer.kernels).tolist()
         for (i, one), (j, other) in itertools.combinations(enumerate(layer.kernels), 2):
-            rows.append(
-                dict(layer=layer.name, a=one, b=other, cosine=found[i, j].item())
-            )
-    return rows
+            rows.append(dict(layer=layer.name, a=one, b=other, cosine=found[i][j]))
+    return pd.DataFrame(rows)
 
 
-def plot(layers: Sequence[BranchKernels], rows: Sequence[dict], path: Path) -> None:
+def plot(layers: Sequence[BranchKernels], rows: pd.DataFrame, path: Path) -> None:
     """The range of each layer over depth, and below it a heat map of each layer."""
     # Cosines are small as a rule: colours and axis span those that occur.
-    known = [abs(row['cosine']) for row in rows if row['cosine'] == row['cosine']]
-    limit = min(1, max([0.05, *known]))
+    limit = rows.cosine.abs().clip(0.05, 1).max()
     lines = -(-len(layers) // COLUMNS)
     figure = plt.figure(figsize=(12, 4.2 + 1.75 * lines), layout='constrained')
     above, below = figure.subfigures(2, 1, height_ratios=(4.2, 1.75 * lines))
-    _plot_over_depth(above.subplots(), layers, rows, limit)
+    _plot_over_depth(above.subplots(), rows, limit)
 
     # One letter or two for each branch, explained in a line.
-    names = branch_names(layers)
+    names = branch_names({*rows.a, *rows.b})
     marks = {name: ''.join(w[0] for w in name.split('_')) for name in names}
     grid = below.subplots(lines, COLUMNS, squeeze=False)
     colours = plt.get_cmap('PuOr_r').with_extremes(bad='#DDDDDD')
@@ -91,19 +88,14 @@ def plot(layers: Sequence[BranchKernels], rows: Sequence[dict], path: Path) -> N
     save(figure, path)
 
 
-def _plot_over_depth(
-    axes: Axes, layers: Sequence[BranchKernels], rows: Sequence[dict], limit: float
-) -> None:
-    low, mean, high = [], [], []
-    for layer in layers:
-        own = [row['cosine'] for row in rows if row['layer'] == layer.name]
-        own = [cosine for cosine in own if cosine == cosine] or [float('nan')]
-        low.append(min(own))
-        high.append(max(own))
-        mean.append(sum(map(abs, own)) / len(own))
-    x = np.arange(len(layers))
-    axes.vlines(x, low, high, color='#56B4E9', linewidth=6, label='all pairs')
-    axes.plot(x, mean, 'o-', color='#000000', markersize=4, label='mean of |cosine|')
+def _plot_over_depth(axes: Axes, rows: pd.DataFrame, limit: float) -> None:
+    by_layer = rows.groupby('layer', sort=False).cosine
+    mean = rows.cosine.abs().groupby(rows.layer, sort=False).mean()
+    x = np.arange(len(mean))
+    style = dict(color='#56B4E9', linewidth=6, label='all pairs')
+    axes.vlines(x, by_layer.min(), by_layer.max(), **style)
+    style = dict(color='#000000', markersize=4, label='mean of |cosine|')
+    axes.plot(x, mean, 'o-', **style)
     axes.axhline(0, color='grey', linewidth=0.8)
     axes.set(
         title='How alike the branches of a layer are (1: the same kernel up to a '
@@ -111,33 +103,23 @@ def _plot_over_depth(
         ylabel='cosine of two kernels',
         ylim=(-1.1 * limit, 1.4 * limit),
     )
-    label_layers(axes, [layer.name for layer in layers])
+    label_layers(axes, mean.index)
     axes.grid(alpha=0.3, axis='y')
     axes.legend(loc='upper left', ncols=2)
 
 
-def show(rows: Sequence[dict]) -> None:
-    """Prints the pairs that are most alike."""
-    known = [row for row in rows if row['cosine'] == row['cosine']]
-    known.sort(key=lambda row: -abs(row['cosine']))
-    table = [
-        (row['layer'], row['a'], row['b'], f'{row["cosine"]:+.3f}') for row in known[:5]
-    ]
-    print('The pairs of branches that are most alike:')
-    print(format_table(('layer', 'branch', 'branch', 'cosine'), table))
-
-
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> list[dict]:
+def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     numbers = args.out.with_suffix('.csv')
     _, layers = load_model(args, [args.out, numbers])
     rows = pairs(layers)
-    show(rows)
+    print('The pairs of branches that are most alike:')
+    alike = rows.sort_values('cosine', key=lambda cosine: -cosine.abs()).head()
+    print(alike.to_string(index=False, float_format='{:+.3f}'.format))
     plot(layers, rows, args.out)
-    write_csv(rows, numbers)
+    write_csv(rows.to_dict('records'), numbers)
     print(f'Wrote {args.out} and {numbers}.')
-    return rows
 
 
 if __name__ == '__main__':

@@ -2,14 +2,14 @@
 
 import argparse
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Optional
 
 import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
@@ -20,32 +20,28 @@ from mmorepa.runs import build_model, read_config
 from mmorepa.utils.files import atomic_write, check_outputs
 
 # Okabe and Ito's colours, which differ for every kind of colour vision.
+BLACK, BLUE, ORANGE, GREEN = '#000000', '#0072B2', '#E69F00', '#009E73'
+SKY, VERMILION, PURPLE, YELLOW = '#56B4E9', '#D55E00', '#CC79A7', '#F0E442'
+GREY = '#999999'
+# Of the branches.
 COLOURS = dict(
-    origin='#0072B2',
-    average='#E69F00',
-    frequency='#009E73',
-    pointwise_kxk='#CC79A7',
-    pointwise='#56B4E9',
-    depthwise_separable='#D55E00',
-    pointwise_pointwise='#F0E442',
-    identity='#999999',
+    origin=BLUE,
+    average=ORANGE,
+    frequency=GREEN,
+    pointwise_kxk=PURPLE,
+    pointwise=SKY,
+    depthwise_separable=VERMILION,
+    pointwise_pointwise=YELLOW,
+    identity=GREY,
 )
 # For what is no branch, in order.
-SERIES = ('#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+SERIES = (BLACK, BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 
 
 def load_model(
-    args: argparse.Namespace, outputs: Sequence[Optional[Path]]
+    args: argparse.Namespace, outputs: Sequence[Path]
 ) -> tuple[nn.Module, list[BranchKernels]]:
-    """The trained model, and the branches of its layers.
-
-    Args:
-        args (argparse.Namespace): Of :func:`start.add_model_arguments`.
-        outputs (Sequence[Path | None]): What will be written.
-
-    Raises:
-        ValueError: If no layer has several branches.
-    """
+    """The trained model of these arguments, and the branches of its layers."""
     check_outputs(outputs, [args.config, args.checkpoint])
     model = build_model(read_config(args.config, args.cfg_options))
     load_training_form(model, read_checkpoint(args.checkpoint)['state_dict'])
@@ -65,12 +61,12 @@ def short(name: str) -> str:
 
 def colour_of(branch: str) -> str:
     """That of a branch; all unknown ones share black."""
-    return COLOURS.get(branch, '#000000')
+    return COLOURS.get(branch, BLACK)
 
 
-def branch_names(layers: Sequence[BranchKernels]) -> list[str]:
-    """Those that occur, in the order of :data:`COLOURS`."""
-    found = {name for layer in layers for name in layer.kernels}
+def branch_names(names: Iterable[str]) -> list[str]:
+    """Each of them once, in the order of :data:`COLOURS`."""
+    found = {*names}
     return [*(n for n in COLOURS if n in found), *sorted(found - COLOURS.keys())]
 
 
@@ -80,6 +76,20 @@ def label_layers(axes: Axes, names: Sequence[str]) -> None:
     places = range(0, len(names), every)
     axes.set_xticks(places, [short(names[i]) for i in places], rotation=90)
     axes.set_xlim(-0.6, len(names) - 0.4)
+
+
+def panels(
+    lines: int, columns: int, width: float, height: float, **options
+) -> tuple[Figure, np.ndarray]:
+    """A figure of so many inches, and its axes in an array of two dimensions."""
+    return plt.subplots(
+        lines,
+        columns,
+        figsize=(width, height),
+        layout='constrained',
+        squeeze=False,
+        **options,
+    )
 
 
 def save(figure: Figure, path: Path) -> None:

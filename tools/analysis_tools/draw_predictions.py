@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import itertools
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -33,16 +34,14 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 if __name__ == '__main__':
     parse_args()  # Before the seconds that the rest takes.
 
-import matplotlib
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
 import mmcv
 import numpy as np
 import torch
+from charts import panels, save
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
+from mmengine.structures import BaseDataElement
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -50,7 +49,7 @@ from mmorepa import switch_to_deploy
 from mmorepa.cli import one_line_errors
 from mmorepa.converters import load_strictly, load_training_form, read_checkpoint
 from mmorepa.runs import check_data_folders, read_config
-from mmorepa.utils.files import atomic_write, check_outputs
+from mmorepa.utils.files import check_outputs
 
 COLUMNS = ('ground truth', 'training form', 'deployed')
 
@@ -64,68 +63,55 @@ def load_models(cfg: Config, checkpoint: str, deployed: str) -> tuple[nn.Module,
     return training, plain
 
 
-def draw_rows(
+def draw(
     cfg: Config,
     models: Sequence[nn.Module],
     dataset: Dataset,
-    images: int,
+    number: int,
     score: float,
 ) -> list[list[np.ndarray]]:
-    """An image for each of :data:`COLUMNS`, of the first test images."""
+    """The images of :data:`COLUMNS`, for the first test images."""
     visualizer = VISUALIZERS.build(
         dict(type=cfg.visualizer.type, name='draw_predictions')
     )
     visualizer.dataset_meta = dataset.metainfo
     # The two toolboxes' visualizers agree on all but this.
     options = dict(pred_score_thr=score) if cfg.default_scope == 'mmdet' else {}
-    rows = []
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         file = str(Path(folder, 'drawn.png'))
-        for i in range(min(images, len(dataset))):
+
+        def drawn(sample: BaseDataElement, is_truth: bool) -> np.ndarray:
+            image = mmcv.imread(sample.img_path, channel_order='rgb')
+            kind = dict(draw_gt=is_truth, draw_pred=not is_truth)
+            visualizer.add_datasample(
+                'drawn', image, sample.cpu(), out_file=file, **kind, **options
+            )
+            return mmcv.imread(file, channel_order='rgb')
+
+        rows = []
+        for i in range(min(number, len(dataset))):
             item = dataset[i]
             samples = [
                 model.test_step(pseudo_collate([copy.deepcopy(item)]))[0]
                 for model in models
             ]
-            image = mmcv.imread(samples[0].img_path, channel_order='rgb')
-            row = []
-            for sample, is_truth in (
-                (samples[0], True),
-                *((s, False) for s in samples),
-            ):
-                visualizer.add_datasample(
-                    'drawn',
-                    image.copy(),
-                    sample.cpu(),
-                    draw_gt=is_truth,
-                    draw_pred=not is_truth,
-                    out_file=file,
-                    **options,
-                )
-                row.append(mmcv.imread(file, channel_order='rgb'))
-            rows.append(row)
+            rows.append(
+                [drawn(samples[0], True), *(drawn(sample, False) for sample in samples)]
+            )
     return rows
 
 
 def write(rows: list[list[np.ndarray]], path: Path) -> None:
     """Lays the images out as one picture."""
     height, width = rows[0][0].shape[:2]
-    figure, axes = plt.subplots(
-        len(rows),
-        len(COLUMNS),
-        figsize=(4 * len(COLUMNS), 4 * height / width * len(rows) + 0.4),
-        squeeze=False,
-        layout='constrained',
-    )
-    for i, row in enumerate(rows):
-        for j, image in enumerate(row):
-            axes[i][j].imshow(image)
-            axes[i][j].axis('off')
-            if i == 0:
-                axes[i][j].set_title(COLUMNS[j])
-    with atomic_write(path) as file:
-        figure.savefig(file, dpi=100, format='png')
-    plt.close(figure)
+    size = 4 * len(COLUMNS), 4 * height / width * len(rows) + 0.4
+    figure, grid = panels(len(rows), len(COLUMNS), *size)
+    for axes, image in zip(grid.flat, itertools.chain(*rows)):
+        axes.imshow(image)
+        axes.axis('off')
+    for axes, title in zip(grid[0], COLUMNS):
+        axes.set_title(title)
+    save(figure, path)
 
 
 @one_line_errors()
@@ -142,7 +128,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     init_default_scope(cfg.default_scope)
     models = load_models(cfg, args.checkpoint, args.deployed)
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
-    write(draw_rows(cfg, models, dataset, args.images, args.score), args.out)
+    write(draw(cfg, models, dataset, args.images, args.score), args.out)
     print(f'Wrote {args.out}.')
 
 

@@ -72,19 +72,6 @@ or train with the configs.
 """
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description='Writes docs/model_zoo.md and configs/imagenet/metafile.yml.'
-    )
-    parser.add_argument(
-        '--only',
-        metavar='NAME',
-        nargs='+',
-        help='print the rows of these configs (such as resnet18-orepa), write nothing',
-    )
-    return parser.parse_args(argv)
-
-
 def name_of(path: Path) -> str:
     """'resnet18-orepa' for resnet18-orepa_4xb64_in1k.py."""
     return path.stem.split('_')[0]
@@ -185,20 +172,12 @@ def to_metafile(entries: Sequence[dict]) -> str:
 
 @one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    args = parse_args(argv)
+    argparse.ArgumentParser(description=__doc__).parse_args(argv)
     paths = sorted(CONFIGS.glob('*.py'))
-    if args.only:
-        unknown = set(args.only) - {name_of(path) for path in paths}
-        if unknown:
-            raise ValueError(f'no config of the name {", ".join(sorted(unknown))}')
-        paths = [path for path in paths if name_of(path) in args.only]
     entries = []
     for i, path in enumerate(paths, 1):
         print(f'[{i}/{len(paths)}] {name_of(path)}', file=sys.stderr)
         entries.append(measure(path))
-    if args.only:
-        print(markdown_table(to_rows(entries)))
-        return
     for path, text in (
         (DOCUMENT, to_document(entries)),
         (METAFILE, to_metafile(entries)),

@@ -25,13 +25,14 @@ from mmorepa.converters import load_training_form, read_checkpoint
 from mmorepa.deployment import load_deployed
 from mmorepa.deployment.inputs import image_shape, test_batch
 from mmorepa.runs import build_model, read_config
-from mmorepa.utils.files import atomic_write, check_outputs
+from mmorepa.utils.files import check_outputs, write_json
 from mmorepa.utils.tables import format_table
 
 ACCURACY = 'accuracy/top1'
+FORMS = ('train_form', 'deploy', 'plain')
 INPUTS = ('switch.json', 'test.json', 'test_deploy.json')
-# The plain twin, in its folder.
-PLAIN_INPUTS = ('plain/switch.json', 'plain/test.json')
+# Of the plain twin, in its folder.
+INPUTS += ('plain/switch.json', 'plain/test.json')
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -64,12 +65,12 @@ def time_forms(
 def summarize(args: argparse.Namespace) -> dict:
     """Collects the figures from the files that the tools have written."""
     work_dir = args.work_dir
-    switch, test, test_deploy = (_read(work_dir / name) for name in INPUTS)
-    plain_switch, plain_test = (_read(work_dir / name) for name in PLAIN_INPUTS)
+    switch, test, test_deploy, plain_switch, plain_test = (
+        json.loads((work_dir / name).read_text()) for name in INPUTS
+    )
     before, after = switch['training_form'], switch['deployed']
     plain = plain_switch['deployed']
     seconds, core_share = time_forms(work_dir, args.config, args.checkpoint)
-    training_ms, deployed_ms, plain_ms = (1000 * time for time in seconds)
     return dict(
         train_top1=test[ACCURACY],
         deploy_top1=test_deploy[ACCURACY],
@@ -78,9 +79,7 @@ def summarize(args: argparse.Namespace) -> dict:
         params_train=before['params'],
         params_deploy=after['params'],
         params_plain=plain['params'],
-        latency_ms_train_form=training_ms,
-        latency_ms_deploy=deployed_ms,
-        latency_ms_plain=plain_ms,
+        **{f'latency_ms_{form}': 1000 * time for form, time in zip(FORMS, seconds)},
         core_share=core_share,
         training_seconds=args.training_seconds,
         plain_training_seconds=args.plain_training_seconds,
@@ -111,32 +110,26 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     names = ('curves.png', 'branches.png', 'summary.json')
     curves, branches, target = (args.work_dir / name for name in names)
-    inputs = [args.work_dir / name for name in (*INPUTS, *PLAIN_INPUTS)]
-    check_outputs([curves, branches, target], inputs)
+    check_outputs([curves, branches, target])
     summary = summarize(args)
     plain = read_run(args.work_dir / 'plain/train', 'plain')
     orepa = read_run(args.work_dir / 'train', 'OREPA, training form')
     plot([plain, orepa], summary, curves)
     if orepa.branches:  # Not where a config of one's own has no such hook.
         plot_branches(orepa, branches)
-    with atomic_write(target) as file:
-        file.write_text(json.dumps(summary, indent=2) + '\n')
+    write_json(summary, target)
 
-    headers = ('', 'training form', 'deployed', 'plain twin')
     rows = [
         ('top-1 accuracy (%)', '.2f', 'train_top1', 'deploy_top1', 'plain_top1'),
         ('parameters', ',d', 'params_train', 'params_deploy', 'params_plain'),
-        (
-            'latency (ms)',
-            '.2f',
-            *('latency_ms_train_form', 'latency_ms_deploy', 'latency_ms_plain'),
-        ),
+        ('latency (ms)', '.2f', *(f'latency_ms_{form}' for form in FORMS)),
     ]
     table = [
         (name, *(format(summary[key], spec) for key in keys))
         for name, spec, *keys in rows
     ]
     seconds = (str(args.training_seconds), '', str(args.plain_training_seconds))
+    headers = ('', 'training form', 'deployed', 'plain twin')
     print(format_table(headers, [*table, ('training (s)', *seconds)]))
     if warning := busy_warning(summary['core_share']):
         print(warning)
@@ -147,10 +140,6 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     print(f'Figures: {target}   Curves: {curves}')
     if orepa.branches:
         print(f'What the branches did: {branches}')
-
-
-def _read(path: Path) -> dict:
-    return json.loads(path.read_text())
 
 
 if __name__ == '__main__':

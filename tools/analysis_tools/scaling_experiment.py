@@ -13,17 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from charts import SERIES, save
+from charts import SERIES, panels, save, write_csv
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from mmorepa.cli import one_line_errors, positive
 from mmorepa.functional import scaled_sum
-from mmorepa.utils.files import atomic_write, check_outputs
+from mmorepa.utils.files import check_outputs
 
 BRANCHES, CHANNELS, BATCH = 4, 16, 64
 # A hundred times the usual decay, since there are a thousand times fewer steps: what
@@ -34,13 +34,7 @@ ARMS = {'without scaling': False, 'with linear scaling': True}
 
 
 class SummedConv2d(nn.Module):
-    """A 3×3 conv that is a sum of branches of one shape.
-
-    Args:
-        in_channels (int): I.
-        out_channels (int): O.
-        is_scaled (bool): Whether the scales, which are alike at the start, are trained.
-    """
+    """A 3×3 conv that is a sum of branches, whose scales may be trained."""
 
     def __init__(self, in_channels: int, out_channels: int, is_scaled: bool) -> None:
         super().__init__()
@@ -88,27 +82,20 @@ def read_digits() -> tuple[Tensor, Tensor]:
     return (images - images.mean()) / images.std(), torch.tensor(data.target)
 
 
-def similarity(kernels: Tensor) -> Tensor:
-    """Cosines of all pairs of branches, shape (B, B)."""
-    rows = F.normalize(kernels.flatten(1), dim=1)
-    return rows @ rows.T
-
-
-def mean_of_pairs(cosines: list[Tensor]) -> float:
-    """The mean of what is above the diagonals."""
+def mean_cosine(kernels: list[Tensor]) -> float:
+    """The mean over convs and pairs of branches."""
     above = torch.ones(BRANCHES, BRANCHES).triu(1).bool()
-    return torch.stack(cosines)[:, above].mean().item()
+    means = []
+    for each in kernels:
+        rows = F.normalize(each.flatten(1), dim=1)
+        means.append((rows @ rows.T)[above].mean())
+    return torch.stack(means).mean().item()
 
 
 def train(
     data: tuple[Tensor, Tensor], is_scaled: bool, seed: int, epochs: int
-) -> tuple[list[dict], Tensor]:
-    """Trains a network of three such convs.
-
-    Returns:
-        tuple[list[dict], Tensor]: What was measured after each epoch, and the cosines
-        of the second conv's branches at the end.
-    """
+) -> list[dict]:
+    """Trains a network of three such convs; gives what was measured by the epoch."""
     torch.manual_seed(seed)
     widths = (1, CHANNELS, CHANNELS, CHANNELS)
     convs = [SummedConv2d(i, o, is_scaled) for i, o in itertools.pairwise(widths)]
@@ -128,45 +115,32 @@ def train(
             if epoch == 0:
                 break  # Nothing but the gradients at the start.
             optimizer.step()
-        measured = dict(
-            gradients=[similarity(conv.weight.grad) for conv in convs],
-            kernels=[similarity(conv.kernels()) for conv in convs],
-        )
-        means = {kind: mean_of_pairs(cosines) for kind, cosines in measured.items()}
-        loss = sum(losses) / len(losses)
-        rows.append(dict(seed=seed, epoch=epoch, loss=loss, **means))
-    return rows, measured['kernels'][1]
-
-
-def plot(rows: pd.DataFrame, kernels: dict[str, Tensor]) -> plt.Figure:
-    """Cosines over the epochs, and those of one conv at the end."""
-    figure = plt.figure(figsize=(13, 4.4), layout='constrained')
-    left, right = figure.subfigures(1, 2, width_ratios=(7, 6))
-    panels = left.subplots(1, 2, sharey=True)
-    for axes, (kind, title) in zip(panels, KINDS.items()):
-        for arm, colour, marker in zip(ARMS, SERIES, 'so'):
-            by_epoch = rows[rows.arm == arm].groupby('epoch')[kind]
-            style = dict(color=colour, marker=marker, markersize=4, label=arm)
-            by_epoch.mean().plot(ax=axes, xlabel='epoch', title=title, **style)
-            low, high = by_epoch.min(), by_epoch.max()
-            axes.fill_between(
-                low.index, low, high, color=colour, alpha=0.2, linewidth=0
+        rows.append(
+            dict(
+                seed=seed,
+                epoch=epoch,
+                loss=sum(losses) / len(losses),
+                gradients=mean_cosine([conv.weight.grad for conv in convs]),
+                kernels=mean_cosine([conv.kernels() for conv in convs]),
             )
+        )
+    return rows
+
+
+def plot(rows: pd.DataFrame) -> Figure:
+    """Cosines over the epochs: means over the seeds, and their range."""
+    figure, (grid,) = panels(1, 2, 8, 4, sharey=True)
+    for axes, (kind, title) in zip(grid, KINDS.items()):
+        for arm, colour in zip(ARMS, SERIES):
+            by_epoch = rows[rows.arm == arm].groupby('epoch')[kind]
+            mean, low, high = by_epoch.mean(), by_epoch.min(), by_epoch.max()
+            axes.plot(mean, '.-', color=colour, label=arm)
+            axes.fill_between(mean.index, low, high, color=colour, alpha=0.2)
+        axes.set(title=title, xlabel='epoch')
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel('cosine, mean of all pairs')
-    panels[0].set_ylim(min(-0.05, panels[0].get_ylim()[0]), 1.05)
-    panels[0].legend(loc='lower left')
-    grid = right.subplots(1, len(kernels))
-    right.suptitle('Kernels of the second conv at the end')
-    for axes, (arm, cosines) in zip(grid, kernels.items()):
-        image = axes.imshow(cosines.numpy(), cmap='viridis', vmin=0, vmax=1)
-        for i, j in itertools.product(range(BRANCHES), repeat=2):
-            ink, text = 'white' if cosines[i, j] < 0.6 else 'black', cosines[i, j]
-            axes.text(j, i, f'{text:.2f}', ha='center', va='center', color=ink)
-        axes.set_xticks(range(BRANCHES), range(1, BRANCHES + 1))
-        axes.set_yticks(range(BRANCHES), range(1, BRANCHES + 1))
-        axes.set(title=arm, xlabel='branch', ylabel='branch')
-    right.colorbar(image, ax=grid, label='cosine', shrink=0.7)
+    grid[0].set_ylabel('cosine, mean of all pairs')
+    grid[0].set_ylim(min(-0.05, grid[0].get_ylim()[0]), 1.05)
+    grid[0].legend(loc='lower left')
     return figure
 
 
@@ -175,19 +149,18 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     numbers = args.out.with_suffix('.csv')
     check_outputs([args.out, numbers])
-    data, found, kernels = read_digits(), [], {}
+    data, found = read_digits(), []
     for arm, is_scaled in ARMS.items():
         for seed in range(args.seeds):
             print(f'Training {arm}, {seed + 1} of {args.seeds} …', flush=True)
-            rows, kernels[arm] = train(data, is_scaled, seed, args.epochs)
-            found += [dict(arm=arm, **row) for row in rows]
+            measured = train(data, is_scaled, seed, args.epochs)
+            found += [dict(arm=arm, **row) for row in measured]
     rows = pd.DataFrame(found)
     last = rows[rows.epoch == args.epochs].groupby('arm')[[*KINDS]].mean()
     print('Mean cosine of two branches after the last epoch:')
     print(last.loc[[*ARMS]].to_string(float_format='{:.4f}'.format))
-    save(plot(rows, kernels), args.out)
-    with atomic_write(numbers) as file:
-        rows.to_csv(file, index=False, float_format='%.6g', lineterminator='\n')
+    save(plot(rows), args.out)
+    write_csv(rows.to_dict('records'), numbers)
     print(f'Wrote {args.out} and {numbers}.')
 
 

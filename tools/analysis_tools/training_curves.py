@@ -20,10 +20,6 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = Parser(__doc__, 'work_dirs/my_config')
     parser.add_argument('runs', nargs='+', type=Path, help='the work folders')
     parser.add_argument(
-        '--metrics', nargs='+', metavar='NAME', help='which metrics (default: all)'
-    )
-    parser.add_argument('--title', help='of the figure')
-    parser.add_argument(
         '--out',
         type=Path,
         default=Path('training_curves.png'),
@@ -43,13 +39,12 @@ if __name__ == '__main__':
 
 import matplotlib.pyplot as plt
 import numpy as np
-from charts import SERIES, colour_of, save, short, write_csv
+from charts import SERIES, colour_of, panels, save, short, write_csv
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from mmorepa.cli import one_line_errors
 from mmorepa.utils.files import check_outputs
-from mmorepa.utils.tables import format_table
 
 COLUMNS = 3
 # So many points are shown one by one.
@@ -61,36 +56,23 @@ Series = list[tuple[float, float]]
 
 
 class Run(NamedTuple):
-    """What a training has logged.
-
-    Args:
-        name (str): Its line in the legend.
-        unit (str): That of x, ``'epoch'`` or ``'iteration'``.
-        losses (Series): (x, loss), averaged as the log is.
-        rates (Series): (x, learning rate).
-        metrics (dict[str, Series]): (x, value) of the validations, by name.
-        branches (dict[str, Series]): (x, value) of what ``BranchStatisticsHook``
-            wrote, if it did, by its names.
-    """
+    """What a training has logged, as points of x and value."""
 
     name: str
+    # That of x, 'epoch' or 'iteration'.
     unit: str
     losses: Series
     rates: Series
+    # Of the validations, by name.
     metrics: dict[str, Series]
+    # What BranchStatisticsHook wrote, if it did, by its names.
     branches: dict[str, Series]
 
 
 def read_run(folder: Path, name: Optional[str] = None) -> Run:
-    """Reads the logs of a training, those before it was resumed too.
+    """Reads the logs in a work folder, those before the training was resumed too.
 
-    Args:
-        folder (Path): Its work folder.
-        name (str, optional): Defaults to that of its config.
-
-    Raises:
-        FileNotFoundError: If there is no log.
-        ValueError: If no loss is logged, or a log is damaged.
+    The name defaults to that of the config.
     """
     files = sorted(folder.glob('*/vis_data/scalars.json'))
     if not files:
@@ -144,101 +126,60 @@ def _finish(axes: Axes, unit: str) -> None:
     axes.grid(alpha=0.3)
 
 
+def _draw(axes: Axes, runs: Sequence[Run], every: list[Series], title: str) -> None:
+    """A line for each run that has points, which are seen where they are few."""
+    for run, series, colour in zip(runs, every, SERIES):
+        if series:
+            style = '.-' if len(series) < FEW else '-'
+            axes.plot(*zip(*series), style, color=colour, label=run.name)
+    axes.set(title=title)
+    _finish(axes, runs[0].unit)
+
+
 def draw_losses(axes: Axes, runs: Sequence[Run]) -> None:
     """The training losses."""
-    for run, colour in zip(runs, SERIES):
-        _plot(axes, run.losses, color=colour, label=run.name)
+    _draw(axes, runs, [run.losses for run in runs], 'Training loss')
     every = [loss for run in runs for _, loss in run.losses]
     if min(every) > 0 and max(every) > 10 * min(every):
         axes.set_yscale('log')
         # Not as powers of ten.
         axes.yaxis.set_major_formatter('{x:g}')
-    axes.set(title='Training loss')
-    _finish(axes, runs[0].unit)
-
-
-def draw_rates(axes: Axes, runs: Sequence[Run]) -> None:
-    """The learning rates, before the multipliers of parameters."""
-    for run, colour in zip(runs, SERIES):
-        if run.rates:
-            _plot(axes, run.rates, color=colour, label=run.name)
-    axes.set(title='Learning rate')
-    _finish(axes, runs[0].unit)
-
-
-def _plot(axes: Axes, series: Series, **options) -> None:
-    """A line, with its points where they are few: one alone would not be seen."""
-    axes.plot(*zip(*series), '.-' if len(series) < FEW else '-', **options)
 
 
 def draw_metric(axes: Axes, runs: Sequence[Run], metric: str) -> None:
     """A metric of the validations, zoomed to where the runs differ."""
-    late, every = [], []
-    for run, colour in zip(runs, SERIES):
-        series = run.metrics.get(metric)
-        if series is None:
-            continue
-        axes.plot(*zip(*series), '.-', color=colour, label=run.name)
-        first, last = series[0][0], series[-1][0]
-        every += [y for _, y in series]
-        late += [y for x, y in series if x >= (first + last) / 2]
+    found = [run.metrics.get(metric, []) for run in runs]
+    _draw(axes, runs, found, f'Validation: {metric}')
+    every = [y for series in found for _, y in series]
+    # Those of the second half.
+    late = [y for series in found for x, y in series if 2 * x >= series[-1][0]]
     low, high = min(late), max(late)
-    title = f'Validation: {metric}'
     if max(every) - min(every) > 1.5 * (high - low) > 0:
         axes.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
-        title += '\n(zoomed: early values lie outside)'
-    axes.set(title=title)
-    _finish(axes, runs[0].unit)
+        axes.set_title(f'Validation: {metric}\n(zoomed: early values lie outside)')
 
 
-def metrics_of(runs: Sequence[Run], chosen: Optional[Sequence[str]]) -> list[str]:
-    """The metrics to draw.
-
-    Raises:
-        ValueError: If one of the chosen ones was not measured.
-    """
-    found = list(dict.fromkeys(name for run in runs for name in run.metrics))
-    for name in chosen or ():
-        if name not in found:
-            raise ValueError(
-                f'no run has measured {name!r}; there are: {", ".join(found) or "none"}'
-            )
-    return list(chosen or found)
-
-
-def plot(
-    runs: Sequence[Run], metrics: Sequence[str], title: Optional[str], path: Path
-) -> None:
-    """Draws the losses and each metric, side by side."""
+def plot(runs: Sequence[Run], path: Path) -> None:
+    """Draws the losses, the learning rates and each metric, side by side."""
+    metrics = dict.fromkeys(name for run in runs for name in run.metrics)
     columns = min(COLUMNS, 2 + len(metrics))
     lines = -(-(2 + len(metrics)) // columns)
-    figure, grid = plt.subplots(
-        lines,
-        columns,
-        figsize=(4.6 * columns, 3.6 * lines + 0.3 * len(runs)),
-        layout='constrained',
-        squeeze=False,
-    )
+    size = 4.6 * columns, 3.6 * lines + 0.3 * len(runs)
+    figure, grid = panels(lines, columns, *size)
     first, second, *others = grid.flat
     draw_losses(first, runs)
-    draw_rates(second, runs)
+    # Before the multipliers of parameters.
+    _draw(second, runs, [run.rates for run in runs], 'Learning rate')
     for axes, metric in zip(others, metrics):
         draw_metric(axes, runs, metric)
     for axes in others[len(metrics) :]:
         axes.axis('off')
-    if len(runs) > 1 or not title:
-        figure.legend(*first.get_legend_handles_labels(), loc='outside lower center')
-    if title:
-        figure.suptitle(title)
+    figure.legend(*first.get_legend_handles_labels(), loc='outside lower center')
     save(figure, path)
 
 
 def plot_branches(run: Run, path: Path) -> None:
-    """What each branch puts in while a network trains, and how far kernels move.
-
-    Raises:
-        ValueError: If the run had no ``BranchStatisticsHook``.
-    """
+    """What each branch puts in while a network trains, and how far kernels move."""
     by_branch: dict[str, list[Series]] = {}
     steps: dict[str, Series] = {}
     for name, series in run.branches.items():
@@ -297,11 +238,6 @@ def table_of(runs: Sequence[Run]) -> list[dict]:
     ]
 
 
-def _last(run: Run, metric: str) -> str:
-    series = run.metrics.get(metric)
-    return f'{series[-1][1]:.4g}' if series else ''
-
-
 @one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
@@ -321,12 +257,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         run._replace(name=f'{run.name} ({folder})') if names[run.name] > 1 else run
         for run, folder in zip(runs, args.runs)
     ]
-    metrics = metrics_of(runs, args.metrics)
-    rows = [(run.name, *(_last(run, metric) for metric in metrics)) for run in runs]
-    print(format_table(('last validation', *metrics), rows))
+    for run in runs:
+        last = [f'{name} {series[-1][1]:.4g}' for name, series in run.metrics.items()]
+        print(f'Last validation of {run.name}: {", ".join(last) or "none"}.')
     if args.branches:  # First, since it may fail.
         plot_branches(runs[0], args.branches)
-    plot(runs, metrics, args.title, args.out)
+    plot(runs, args.out)
     write_csv(table_of(runs), numbers)
     print(f'Wrote {args.out} and {numbers}.')
 

@@ -18,7 +18,7 @@ from typing import Optional
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import accuracy_runs as runs
-from accuracy_report import FIGURES, report
+from accuracy_report import CAPTIONS, report
 from studies import Job, Results, run_study, study_parser
 from torch.cuda import is_available as is_gpu_there
 
@@ -115,7 +115,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 @one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    results = Results(args.out / 'results.csv', runs.KEY, runs.VALUES, runs.check_row)
+    results = Results(args.out / 'results.csv', runs.KEY, runs.VALUES)
 
     def make_jobs() -> list[Job]:
         keys = [*runs.keys_of(args)]
@@ -133,9 +133,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         results,
         make_jobs,
         partial(report, epochs=args.epochs),
-        FIGURES,
+        CAPTIONS,
         inputs=args.merge,
-        shown=('accuracy', 'seconds', 'device'),
     )
 
 

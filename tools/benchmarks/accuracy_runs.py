@@ -5,7 +5,6 @@ import copy
 import hashlib
 import itertools
 import json
-import math
 from collections.abc import Iterator
 from fractions import Fraction
 from functools import cache, partial
@@ -71,20 +70,16 @@ FACTORS = ('1/3', '1', '3')
 
 
 class Variant(NamedTuple):
-    """A change to a training.
+    """A change to a training."""
 
-    Args:
-        text (str): What it is called in tables.
-        options (dict): What to change in the config.
-        networks (tuple[str, ...]): Those that it is for.
-        blocks (tuple[str, ...]): Those that it is for.
-        length (Fraction): Multiplies the epochs.
-    """
-
+    # What it is called in tables.
     text: str
+    # What to change in the config.
     options: dict
+    # Those that it is for.
     networks: tuple[str, ...] = ('resnet18', 'resnet34', 'resnet50')
     blocks: tuple[str, ...] = ('orepa',)
+    # Multiplies the epochs.
     length: Fraction = Fraction(1)
 
     def epochs(self, standard: int) -> int:
@@ -294,16 +289,3 @@ def training_seconds(row: dict[str, str], point: Optional[Point] = None) -> floa
     """
     point = point or curve_of(row)[-1]
     return point.cpu_seconds if row['device'] == 'cpu' else point.seconds
-
-
-def check_row(row: dict[str, str]) -> None:
-    """Raises a ValueError for a row that no training gave."""
-    try:
-        accuracy = float(row['accuracy'])
-        if not math.isnan(accuracy) and curve_of(row)[-1].metric != accuracy:
-            raise ValueError('its curve does not end with its accuracy')
-        if training_seconds(row) <= 0:
-            raise ValueError('it took no time')
-        int(row['epochs']), int(row['deployed_parameters'])
-    except (IndexError, TypeError) as error:
-        raise ValueError(f"no curve: '{row['curve']}'") from error

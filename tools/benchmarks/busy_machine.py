@@ -3,8 +3,8 @@
 Two threads that share a loop wait for each other at its end. GNU OpenMP waits in a
 circle first, and puts a thread to sleep later; where the other thread has no core of
 its own, the circles take the time that it needs. Each setting trains a slim
-OREPA-ResNet-18 in a process of its own, in turn, with as many busy processes beside it
-as ``--busy`` says; figures are milliseconds per step, the median and the slowest tenth.
+OREPA-ResNet-18 in a process of its own, in turn, alone and with a busy process for each
+core beside it. Figures are milliseconds per step, the median and the slowest tenth.
 """
 
 import argparse
@@ -23,31 +23,12 @@ SETTINGS = {
     '100,000 turns': {'GOMP_SPINCOUNT': '100000'},
     'ACTIVE': {'OMP_WAIT_POLICY': 'ACTIVE'},
 }
+CORES = len(os.sched_getaffinity(0))
+BUSY = (0, CORES)
+ROUNDS, STEPS = 3, 30
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Measures what OpenMP's way of waiting costs."
-    )
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument(
-        '--busy',
-        type=int,
-        nargs='+',
-        default=[0, cores],
-        help='numbers of busy processes beside; none, and one per core by default',
-    )
-    parser.add_argument('--threads', type=int, default=cores)
-    parser.add_argument('--steps', type=int, default=30, help='per round')
-    parser.add_argument('--rounds', type=int, default=3)
-    parser.add_argument(
-        '--settings', nargs='+', choices=SETTINGS, default=list(SETTINGS)
-    )
-    parser.add_argument('--measure', action='store_true', help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
-
-
-def measure(steps: int) -> list[float]:
+def measure() -> list[float]:
     """Milliseconds of each training step in this process."""
     import torch
     from mmengine.optim import build_optim_wrapper
@@ -69,42 +50,40 @@ def measure(steps: int) -> list[float]:
         wrapper.update_params(loss)
 
     clock = Clock()
-    return [1e3 * clock.seconds(step) for _ in range(steps + 3)][3:]
+    return [1e3 * clock.seconds(step) for _ in range(STEPS + 3)][3:]
 
 
-def measure_beside(busy: int, args: argparse.Namespace, setting: str) -> list[float]:
+def measure_beside(busy: int, setting: str) -> list[float]:
     """As :func:`measure`, in a process of its own beside so many busy ones."""
     known = ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')
     env = {k: v for k, v in os.environ.items() if k not in known}
-    env.update(SETTINGS[setting], OMP_NUM_THREADS=str(args.threads))
-    line = [sys.executable, __file__, '--measure', '--steps', str(args.steps)]
+    env.update(SETTINGS[setting], OMP_NUM_THREADS=str(CORES))
     with ExitStack() as stack:
         for _ in range(busy):
             process = subprocess.Popen([sys.executable, '-c', 'while True: pass'])
             stack.enter_context(process)
             stack.callback(process.kill)
+        line = [sys.executable, __file__, '--measure']
         text = subprocess.check_output(line, env=env, text=True)
     return [*map(float, text.splitlines()[-1].split())]
 
 
-def main(argv: Optional[Sequence[str]] = None) -> dict:
-    args = parse_args(argv)
-    if args.measure:
-        print(*measure(args.steps))
-        return {}
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--measure', action='store_true', help=argparse.SUPPRESS)
+    if parser.parse_args(argv).measure:
+        print(*measure())
+        return
     import pandas as pd
 
-    times = {(setting, n): [] for setting in args.settings for n in args.busy}
-    for _ in range(args.rounds):
-        for setting, n in times:
-            times[setting, n] += measure_beside(n, args, setting)
-    frame = pd.DataFrame(times).quantile([0.5, 0.9]).round().astype(int)
-    cells = (
-        frame.loc[0.5].astype(str) + ' (' + frame.loc[0.9].astype(str) + ')'
-    ).unstack()
-    cells = cells.rename(columns='{} busy'.format).loc[args.settings]
-    print(cells.rename_axis(columns=f'{args.threads} threads').to_string())
-    return times
+    times = {(setting, busy): [] for setting in SETTINGS for busy in BUSY}
+    for _ in range(ROUNDS):
+        for setting, busy in times:
+            times[setting, busy] += measure_beside(busy, setting)
+    frame = pd.DataFrame(times).quantile([0.5, 0.9]).round().astype(int).astype(str)
+    cells = (frame.loc[0.5] + ' (' + frame.loc[0.9] + ')').unstack()
+    cells = cells.rename(columns='{} busy'.format).loc[[*SETTINGS]]
+    print(cells.rename_axis(columns=f'{CORES} threads').to_string())
 
 
 if __name__ == '__main__':

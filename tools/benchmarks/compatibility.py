@@ -71,30 +71,34 @@ CONV_CFG = (
     'mmpretrain:seresnet/seresnet50_8xb32_in1k.py',
     'mmpretrain:regnet/regnetx-400mf_8xb128_in1k.py',
 )
-REPARAMETERIZE = (
-    *(f'torchvision:{name}' for name in ('resnet50', 'vgg11', 'densenet121')),
-    *(f'torchvision:{name}' for name in ('mobilenet_v2', 'efficientnet_b0')),
-    *(f'torchvision:{name}' for name in ('regnet_y_400mf', 'mnasnet1_0')),
-    *(f'timm:{name}' for name in ('resnet50d', 'resnext50_32x4d', 'res2net50_26w_4s')),
-    *(f'timm:{name}' for name in ('mobilenetv3_small_100', 'hrnet_w18_small')),
-    *(f'timm:{name}' for name in ('convnext_atto', 'ghostnet_100', 'dla34')),
+ADD_BRANCHES = (
+    'torchvision:resnet50',
+    'torchvision:vgg11',
+    'torchvision:densenet121',
+    'torchvision:mobilenet_v2',
+    'torchvision:efficientnet_b0',
+    'torchvision:regnet_y_400mf',
+    'torchvision:mnasnet1_0',
+    'timm:resnet50d',
+    'timm:resnext50_32x4d',
+    'timm:res2net50_26w_4s',
+    'timm:mobilenetv3_small_100',
+    'timm:hrnet_w18_small',
+    'timm:convnext_atto',
+    'timm:ghostnet_100',
+    'timm:dla34',
 )
-TABLES = dict(conv_cfg=CONV_CFG, add_branches=REPARAMETERIZE)
 KEY = ('table', 'model')
 COLUMNS = dict(
     convs='convs turned',
     start='difference at the start',
     deployed='difference deployed',
-    # Losses of a table that an earlier version measured.
-    plain='plain',
-    orepa='OREPA',
     note='note',
 )
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = study_parser(__doc__, 'compatibility')
-    parser.add_argument('--tables', nargs='+', choices=TABLES, default=[*TABLES])
     parser.add_argument(
         '--only',
         default='*',
@@ -105,18 +109,14 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 def stock_config(name: str) -> Config:
-    """A config of a toolbox, without weights from elsewhere.
-
-    Args:
-        name (str): ``toolbox:path``, the path under its ``configs``.
-    """
+    """A config of a toolbox, ``toolbox:path``, without weights from elsewhere."""
     toolbox, path = name.split(':')
     package = importlib.import_module(f'{toolbox}.models').__file__
     cfg = Config.fromfile(Path(package).parents[1] / '.mim/configs' / path)
     init_default_scope(toolbox)
     for node in _dicts(cfg.model):
         node.pop('pretrained', None)
-        if (node.get('init_cfg') or {}) and 'checkpoint' in str(node['init_cfg']):
+        if 'checkpoint' in str(node.get('init_cfg')):
             node['init_cfg'] = None
         if node.get('type') == 'SyncBN':
             node['type'] = 'BN'
@@ -142,6 +142,7 @@ def set_conv_cfg(model: dict) -> None:
 
 
 def _takes_conv_cfg(cls: type) -> bool:
+    """Whether a class takes it, or passes it on to a parent that does."""
     for parent in getattr(cls, '__mro__', ()):
         if '__init__' in vars(parent):
             parameters = inspect.signature(parent.__init__).parameters.values()
@@ -279,14 +280,17 @@ def add_branches_row(name: str) -> dict:
     return compare(plain, training, outputs, step)
 
 
-ROWS = dict(conv_cfg=conv_cfg_row, add_branches=add_branches_row)
+TABLES = dict(
+    conv_cfg=(CONV_CFG, conv_cfg_row), add_branches=(ADD_BRANCHES, add_branches_row)
+)
 
 
 def row(table: str, name: str) -> dict[str, str]:
     """One row. What fails is noted in it."""
     MMLogger.get_instance('mmorepa', log_level='ERROR')
     try:
-        found = ROWS[table](name)
+        _, measure = TABLES[table]
+        found = measure(name)
     except Exception as error:
         found = dict(note=f'{type(error).__name__}: {" ".join(str(error).split())}')
     return {column: str(found.get(column, ''))[:200] for column in COLUMNS}
@@ -294,11 +298,11 @@ def row(table: str, name: str) -> dict[str, str]:
 
 def report(rows: pd.DataFrame) -> Report:
     """A table of each kind, with the columns that say something."""
-    tables = {}
-    for name, found in rows.groupby('table', sort=False):
-        found = found.drop(columns='table').rename(columns=COLUMNS)
-        found = found.loc[:, found.ne('').any()]
-        tables[name] = markdown_table(found.to_dict('records'))
+    rows = rows.loc[:, rows.ne('').any()].rename(columns=COLUMNS)
+    tables = {
+        name: markdown_table(found.drop(columns='table').to_dict('records'))
+        for name, found in rows.groupby('table', sort=False)
+    }
     return tables, {}
 
 
@@ -310,15 +314,15 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     def make_jobs() -> list[Job]:
         jobs = [
             Job(dict(table=table, model=name), partial(row, table, name))
-            for table in args.tables
-            for name in TABLES[table]
+            for table, (names, _) in TABLES.items()
+            for name in names
             if fnmatch.fnmatchcase(name, args.only)
         ]
         if not jobs:
             raise ValueError(f'no model has a name like {args.only!r}')
         return jobs
 
-    run_study(args, results, make_jobs, report, [])
+    run_study(args, results, make_jobs, report, {})
     failed = results.rows[results.rows.note != ''].model
     if len(failed):
         raise ValueError(f'these have a note: {", ".join(failed)}')

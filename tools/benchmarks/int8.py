@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple, Optional
+from typing import Optional
 
 # Before NumPy and PyTorch are loaded: there is a process for each core.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -25,7 +25,6 @@ import pandas as pd
 import studies
 import torch
 from accuracy_report import COLOURS
-from accuracy_runs import VALUES as TRAINING_VALUES
 from trainings import last_checkpoint
 
 from mmorepa.cli import one_line_errors, positive
@@ -43,16 +42,6 @@ from mmorepa.deployment.networks import network_from, require
 from mmorepa.deployment.onnx_files import OnnxNetwork, export_onnx, preprocessing
 from mmorepa.runs import check_data_folders, read_config
 
-# Of accuracies: in float, and with one scale for each channel or each kernel.
-SCHEMES = (
-    'float32',
-    'per_channel',
-    'per_channel_minmax',
-    'per_tensor',
-    'per_tensor_equalized',
-)
-# Means over layers; the signal over noise of kernels with one scale each.
-VALUES = (*SCHEMES, 'outlier', 'kernel_snr')
 # By the variants of the trainings.
 DECAYS = {
     runs.STANDARD: 'branches',
@@ -61,14 +50,15 @@ DECAYS = {
     runs.STRONG_KERNEL_DECAY: f'folded kernels, {runs.STRONG:g}',
 }
 TICKS = (-30, -10, -3, -1, -0.5, 0, 0.5, 1)
+# Schemes, by the columns of their accuracies.
 HEADERS = {
     'per_channel': 'one scale a channel',
     'per_channel_minmax': 'one scale a channel, widest ranges',
     'per_tensor': 'one scale a kernel',
     'per_tensor_equalized': 'one scale a kernel, equalized',
 }
-# What layer_losses keeps the outputs of; only the kernels are of interest here.
-_LAYER_IMAGES = 1
+# The last two are means over layers, of kernels with one scale each.
+VALUES = ('float32', *HEADERS, 'outlier', 'kernel_snr')
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -90,7 +80,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def trained(study: Path) -> Iterator[tuple[dict[str, str], Path]]:
     """The networks of a study whose weights are there: keys and folders."""
-    results = studies.Results(study / 'results.csv', runs.KEY, TRAINING_VALUES)
+    results = studies.Results(study / 'results.csv', runs.KEY, runs.VALUES)
     for row in results.rows.to_dict('records'):
         folder = runs.folder_of(row, study / 'runs')
         if (
@@ -103,15 +93,7 @@ def trained(study: Path) -> Iterator[tuple[dict[str, str], Path]]:
 
 @torch.no_grad()
 def measure(folder: Path, number: int) -> dict[str, str]:
-    """Quantizes one network in each way.
-
-    Args:
-        folder (Path): Of its training.
-        number (int): Images to calibrate with.
-
-    Returns:
-        dict[str, str]: The columns :data:`VALUES`.
-    """
+    """Quantizes the network of a folder in each way; gives :data:`VALUES`."""
     torch.set_num_threads(1)
     cfg = read_config(str(folder / 'run.py'))
     model = load_deployed(cfg, read_checkpoint(str(last_checkpoint(folder))))
@@ -137,75 +119,61 @@ def measure(folder: Path, number: int) -> dict[str, str]:
         ):
             quantize_onnx(source, int8, images, **options)
             values[scheme] = accuracy(int8)
-        losses = layer_losses(float32, int8, images[:_LAYER_IMAGES])
+        # Only the kernels are of interest here: one image will do.
+        losses = layer_losses(float32, int8, images[:1])
     for column in ('outlier', 'kernel_snr'):
         mean = fmean(getattr(loss, column) for loss in losses)
         values[column] = f'{mean:.2f}'
     return values
 
 
-class Group(NamedTuple):
-    """The rows of one kind of network, by seed, and what it is called."""
-
-    data: str
-    network: str
-    block: str
-    variant: str
-    rows: pd.DataFrame
-
-    def text(self) -> str:
-        """Network and block."""
-        block = runs.BLOCKS[self.network][self.block]
-        return f'{runs.NETWORKS[self.network]}, {block}'
-
-    def decay(self) -> str:
-        """What the weight decay was of."""
-        decay = DECAYS[self.variant]
-        is_plain = self.block == runs.REFERENCE
-        return decay.replace('branches', 'kernels') if is_plain else decay
+# Rows by seed, by data, network, block and variant of their trainings.
+Groups = dict[tuple[str, str, str, str], pd.DataFrame]
 
 
-def groups_of(rows: pd.DataFrame) -> list[Group]:
+def groups_of(rows: pd.DataFrame) -> Groups:
     """In the order of data, networks, blocks and variants."""
     numbers = rows.set_index('seed').astype(dict.fromkeys(VALUES, float))
     found = dict(iter(numbers.groupby([*runs.KEY[:4]])))
-    return [
-        Group(*key, found[key])
-        for key in itertools.product(runs.DATA, runs.NETWORKS, COLOURS, DECAYS)
-        if key in found
-    ]
+    keys = itertools.product(runs.DATA, runs.NETWORKS, COLOURS, DECAYS)
+    return {key: found[key] for key in keys if key in found}
 
 
-def table(groups: Sequence[Group]) -> str:
+def texts_of(network: str, block: str, variant: str) -> tuple[str, str]:
+    """Network and block, and what the weight decay was of."""
+    decay = DECAYS[variant]
+    if block == runs.REFERENCE:
+        decay = decay.replace('branches', 'kernels')
+    return f'{runs.NETWORKS[network]}, {runs.BLOCKS[network][block]}', decay
+
+
+def table(groups: Groups) -> str:
     """A line for each network, block and weight decay."""
     rows = []
-    for group in groups:
-        found = group.rows
-        row = {'': group.text()}
-        row['weight decay of'] = group.decay()
+    for (_, *kind), found in groups.items():
+        text, decay = texts_of(*kind)
+        row = {'': text, 'weight decay of': decay}
         row['float32 (%)'] = studies.mean_and_deviation(found.float32)
-        for scheme, text in HEADERS.items():
-            row[text] = str(studies.paired_difference(found[scheme], found.float32))
+        for scheme, header in HEADERS.items():
+            each = studies.paired_differences(found[scheme], found.float32)
+            row[header] = studies.mean_and_interval(each)
         row['outlier'] = f'{fmean(found.outlier):.1f}'
         row['kernel SNR (dB)'] = f'{fmean(found.kernel_snr):.1f}'
         rows.append({**row, 'seeds': str(len(found))})
     return studies.markdown_table(rows)
 
 
-def plot(groups: Sequence[Group]) -> plt.Figure:
+def plot(groups: Groups) -> plt.Figure:
     """Each seed's difference to float, by scheme."""
-    several = len({group.data for group in groups}) > 1
     figure, grid = studies.panels(2, 2, 10.5, 1.6 + 0.56 * len(groups), sharex=True)
     for axes, (scheme, title) in zip(grid.flat, HEADERS.items()):
         lines = []
-        for group in groups:
-            name = f'{group.text()}: {group.decay()}'
-            if several:
-                name = f'{runs.DATA[group.data]}, {name}'
-            pair, is_dot = group.rows[[scheme, 'float32']], 'kernel' in group.variant
-            colour = COLOURS[group.block]
+        for (data, network, block, variant), found in groups.items():
+            text = ': '.join(texts_of(network, block, variant))
+            each = studies.paired_differences(found[scheme], found.float32)
+            is_dot = 'kernel' in variant
             lines.append(
-                studies.Line(name, colour, pair[scheme], pair.float32, not is_dot)
+                studies.Line(f'{data}, {text}', COLOURS[block], each, not is_dot)
             )
         studies.draw_differences(axes, lines)
         # One kind of network loses a hundred times what the others do.
@@ -226,11 +194,11 @@ def plot(groups: Sequence[Group]) -> plt.Figure:
 def report(rows: pd.DataFrame) -> studies.Report:
     """A table for each data set, and a figure."""
     groups = groups_of(rows)
-    tables = {
-        f'int8-{data}': table([group for group in groups if group.data == data])
-        for data in dict.fromkeys(group.data for group in groups)
-    }
-    return tables, dict(int8=(plot(groups), 'What INT8 changes, network by network'))
+    tables = {}
+    for data in dict.fromkeys(data for data, *_ in groups):
+        own = {key: found for key, found in groups.items() if key[0] == data}
+        tables[f'int8-{data}'] = table(own)
+    return tables, dict(int8=plot(groups))
 
 
 @one_line_errors()
@@ -257,7 +225,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
     results = studies.Results(args.out / 'results.csv', runs.KEY, VALUES)
     inputs = [args.study / 'results.csv']
-    studies.run_study(args, results, make_jobs, report, ['int8'], inputs)
+    captions = dict(int8='What INT8 changes, network by network')
+    studies.run_study(args, results, make_jobs, report, captions, inputs)
 
 
 if __name__ == '__main__':

@@ -25,7 +25,6 @@ from mmorepa.runs import check_data_folders
 
 KEY = ('task', 'name', 'seed', 'epochs')
 VALUES = ('value', 'seconds')
-CLASSIFIER_METRIC = 'accuracy/top1'
 STEM_LR_MULT = 'optim_wrapper.paramwise_cfg.stem_lr_mult'
 # By block type.
 PRETRAININGS = {'plain': 'pretrained plain', 'orepa': 'pretrained OREPA'}
@@ -37,49 +36,50 @@ ARMS = {
     'quiet': ('plain', 'orepa', 0.02),
     'scratch': ('orepa', 'orepa', None),
 }
+# Names and colours in tables and figures.
 TEXTS = {
-    **{name: f'{name}, top-1 accuracy (%)' for name in PRETRAININGS.values()},
-    'plain': 'plain',
-    'quiet': 'OREPA, quiet start',
+    'plain': ('plain', studies.BLACK),
+    'quiet': ('OREPA, quiet start', studies.BLUE),
     # Of earlier versions, which had it.
-    'balanced': 'OREPA, balanced start',
-    'scratch': 'OREPA, from scratch',
+    'balanced': ('OREPA, balanced start', studies.VERMILION),
+    'scratch': ('OREPA, from scratch', studies.GREEN),
 }
-# Okabe and Ito's, as in tools/analysis_tools/charts.py.
-COLOURS = dict(quiet='#0072B2', balanced='#D55E00', scratch='#009E73')
-# What the others are compared with.
-REFERENCES = ('plain', 'quiet')
+# What is compared with each of these.
+COMPARED = {
+    'plain': ('quiet', 'balanced', 'scratch'),
+    'quiet': ('balanced', 'scratch'),
+}
+
+
+class Phase(NamedTuple):
+    """A training of a config with some changes, and the metric of its validation."""
+
+    config: Path
+    metric: str
+    epochs: int
+    options: dict
 
 
 class Task(NamedTuple):
-    """A pretraining and a fine-tuning.
-
-    Args:
-        text (str): What is measured, for tables and figures.
-        metric (str): What the fine-tuning's validation calls it.
-        unit (float): Multiplies it.
-        pretraining (Path): A classifier's config.
-        fine_tuning (Path): The config.
-        start (str): The option that names the pretrained weights: of all layers, or of
-            the backbone alone.
-        epochs (tuple[int, int]): Of both phases.
-        options (tuple[dict, dict]): What to change in the configs.
-    """
+    """A pretraining of a classifier, and a fine-tuning, whose metric is multiplied."""
 
     text: str
-    metric: str
     unit: float
-    pretraining: Path
-    fine_tuning: Path
+    # The option that names the pretrained weights.
     start: str
-    epochs: tuple[int, int]
-    options: tuple[dict, dict]
+    pretraining: Phase
+    fine_tuning: Phase
+
+    def epochs(self) -> str:
+        """Those of both phases, as in the column of this name."""
+        return f'{self.pretraining.epochs}+{self.fine_tuning.epochs}'
 
 
 _FASHION = (
     studies.ROOT / 'configs/fashion_mnist/resnet18-slim_1xb64_fashion-mnist-10pct.py'
 )
 _DIGITS = studies.ROOT / 'configs/digits'
+_TOP1 = 'accuracy/top1'
 # A slim deep linear stem can be any plain kernel only for one channel of the image: for
 # three, the chain of its factors would need more than 16 channels.
 _GREY = {
@@ -88,34 +88,33 @@ _GREY = {
     'val_dataloader.dataset.pipeline.0': dict(color_type='grayscale'),
 }
 _GREY_PIXELS = dict(mean=[77.0], std=[95.0])
+# The last tenth of the images; the pretraining has the first.
+_OTHERS = {
+    'train_dataloader.dataset.indices': -6000,
+    'optim_wrapper.optimizer.lr': 0.01,
+}
 TASKS = {
     'classifier': Task(
         text='Fashion-MNIST, top-1 accuracy (%)',
-        metric=CLASSIFIER_METRIC,
         unit=1.0,
-        pretraining=_FASHION,
-        fine_tuning=_FASHION,
         start='load_from',
-        epochs=(8, 8),
-        options=(
-            {},
-            {
-                # The last tenth; the pretraining has the first.
-                'train_dataloader.dataset.indices': -6000,
-                'optim_wrapper.optimizer.lr': 0.01,
-            },
-        ),
+        pretraining=Phase(_FASHION, _TOP1, 8, {}),
+        fine_tuning=Phase(_FASHION, _TOP1, 8, _OTHERS),
     ),
     'detector': Task(
         text='scenes of digits, box AP (%)',
-        metric='coco/bbox_mAP',
         unit=100.0,
-        pretraining=_DIGITS / 'resnet18-slim_1xb64_digits.py',
-        fine_tuning=_DIGITS / 'faster-rcnn_r18-slim-orepa_fpn_1xb2-10e_digits.py',
         start='model.backbone.init_cfg.checkpoint',
-        epochs=(8, 5),
-        options=(
+        pretraining=Phase(
+            _DIGITS / 'resnet18-slim_1xb64_digits.py',
+            _TOP1,
+            8,
             {**_GREY, 'data_preprocessor': dict(_GREY_PIXELS, to_rgb=False)},
+        ),
+        fine_tuning=Phase(
+            _DIGITS / 'faster-rcnn_r18-slim-orepa_fpn_1xb2-10e_digits.py',
+            'coco/bbox_mAP',
+            5,
             {**_GREY, 'model.data_preprocessor': dict(_GREY_PIXELS, bgr_to_rgb=False)},
         ),
     ),
@@ -131,18 +130,24 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def pretrain(
-    task: Task, block: str, seed: int, folder: Path, stem_lr_mult: Optional[float]
+def run_phase(
+    phase: Phase,
+    block: str,
+    seed: int,
+    folder: Path,
+    stem_lr_mult: Optional[float] = None,
+    **more: str,
 ) -> Training:
-    """Trains the classifier of a task; a multiplier of None is what the config has."""
+    """Trains; a multiplier of None is what the config has."""
     options = {
-        **epochs_options(task.epochs[0]),
-        **task.options[0],
+        **epochs_options(phase.epochs),
+        **phase.options,
         **({} if stem_lr_mult is None else {STEM_LR_MULT: stem_lr_mult}),
+        **more,
         'model.backbone.block': block,
         'randomness.seed': seed,
     }
-    return train(task.pretraining, options, folder, CLASSIFIER_METRIC)
+    return train(phase.config, options, folder, phase.metric)
 
 
 def fine_tune(
@@ -153,18 +158,12 @@ def fine_tune(
     stem_lr_mult: Optional[float],
 ) -> Training:
     """Fine-tunes from a pretrained network, which is trained if it is not there."""
-    start = folder.with_name(f'pretraining-{blocks[0]}-{seed}')
+    before, block = blocks
+    start = folder.with_name(f'pretraining-{before}-{seed}')
     if last_checkpoint(start) is None:
-        pretrain(task, blocks[0], seed, start, None)
-    options = {
-        **epochs_options(task.epochs[1]),
-        **task.options[1],
-        **({} if stem_lr_mult is None else {STEM_LR_MULT: stem_lr_mult}),
-        'model.backbone.block': blocks[1],
-        task.start: str(last_checkpoint(start)),
-        'randomness.seed': seed,
-    }
-    return train(task.fine_tuning, options, folder, task.metric)
+        run_phase(task.pretraining, before, seed, start)
+    weights = {task.start: str(last_checkpoint(start))}
+    return run_phase(task.fine_tuning, block, seed, folder, stem_lr_mult, **weights)
 
 
 def measured(unit: float, run: partial) -> dict[str, str]:
@@ -175,44 +174,43 @@ def measured(unit: float, run: partial) -> dict[str, str]:
     )
 
 
-def _epochs(task: str) -> str:
-    return '+'.join(map(str, TASKS[task].epochs))
-
-
 def jobs_of(name: str, seed: int, runs: Path) -> Iterator[studies.Job]:
     """Those of a task with one seed: two pretrainings, and the arms."""
-    task, key = TASKS[name], dict(task=name, name='', seed=str(seed))
-    key['epochs'] = _epochs(name)
-    folder = runs / f'{name}-{key["epochs"]}'
+    task = TASKS[name]
+    folder = runs / f'{name}-{task.epochs()}'
+    works = {}
     for block, text in PRETRAININGS.items():
         place = folder / f'pretraining-{block}-{seed}'
-        run = partial(pretrain, task, block, seed, place, None)
-        yield studies.Job({**key, 'name': text}, partial(measured, 1.0, run))
+        run = partial(run_phase, task.pretraining, block, seed, place)
+        works[text] = partial(measured, 1.0, run)
     for arm, (*blocks, stem_lr_mult) in ARMS.items():
         place = folder / f'{arm}-{seed}'
         run = partial(fine_tune, task, blocks, seed, place, stem_lr_mult)
-        yield studies.Job({**key, 'name': arm}, partial(measured, task.unit, run))
+        works[arm] = partial(measured, task.unit, run)
+    for text, work in works.items():
+        yield studies.Job(dict(zip(KEY, (name, text, str(seed), task.epochs()))), work)
 
 
 def values_of(rows: pd.DataFrame, task: str) -> dict[str, pd.Series]:
     """By name and seed, for the schedule that the task has now."""
-    rows = rows[(rows.task == task) & (rows.epochs == _epochs(task))].set_index('seed')
+    is_ours = (rows.task == task) & (rows.epochs == TASKS[task].epochs())
+    rows = rows[is_ours].set_index('seed')
     groups = dict(iter(rows.value.astype(float).groupby(rows.name)))
-    return {name: groups[name] for name in TEXTS if name in groups}
+    names = (*PRETRAININGS.values(), *TEXTS)
+    return {name: groups[name] for name in names if name in groups}
 
 
 def table(task: str, values: dict[str, pd.Series]) -> str:
     """What each network reaches, and differences within seeds."""
-    rows, arms = [], [name for name in values if name not in PRETRAININGS.values()]
+    rows = []
     for name, found in values.items():
-        row = {TASKS[task].text: TEXTS[name]}
+        text, _ = TEXTS.get(name, (f'{name}, top-1 accuracy (%)', None))
+        row = {TASKS[task].text: text}
         row['mean ± deviation'] = studies.mean_and_deviation(found)
-        for reference in REFERENCES:
-            text = ''
-            # Each pair once.
-            if reference in arms and name in arms[arms.index(reference) + 1 :]:
-                text = str(studies.paired_difference(found, values[reference]) or '')
-            row[f'minus {TEXTS[reference]}'] = text
+        for reference, names in COMPARED.items():
+            base = values[reference] if name in names else found[:0]
+            each = studies.paired_differences(found, base)
+            row[f'minus {TEXTS[reference][0]}'] = studies.mean_and_interval(each)
         rows.append({**row, 'seeds': str(len(found))})
     return studies.markdown_table(rows)
 
@@ -223,23 +221,23 @@ def report(rows: pd.DataFrame) -> studies.Report:
     found = {task: values for task, values in found.items() if values}
     figure, grid = studies.panels(1, len(found), 5.5 * len(found), 3)
     for axes, (task, values) in zip(grid[0], found.items()):
-        lines = [
-            studies.Line(TEXTS[name], colour, values[name], values['plain'])
-            for name, colour in COLOURS.items()
-            if name in values
-        ]
+        lines = []
+        for name in COMPARED['plain']:
+            if name in values:
+                each = studies.paired_differences(values[name], values['plain'])
+                lines.append(studies.Line(*TEXTS[name], each))
         studies.draw_differences(axes, lines)
         axes.set(title=TASKS[task].text, xlabel='difference to plain, within a seed')
     figure.suptitle('Each seed, and the mean with its 95 % interval', fontsize='medium')
     tables = {task: table(task, values) for task, values in found.items()}
-    return tables, {'plain_start': (figure, 'The differences to plain, seed by seed')}
+    return tables, dict(plain_start=figure)
 
 
 def check_data(tasks: Iterable[str]) -> None:
     """Raises before hours of training, not after."""
-    for task in map(TASKS.get, tasks):
-        for config, options in zip((task.pretraining, task.fine_tuning), task.options):
-            check_data_folders(merged(config, options), ('train', 'val'))
+    for name in tasks:
+        for phase in (TASKS[name].pretraining, TASKS[name].fine_tuning):
+            check_data_folders(merged(phase.config, phase.options), ('train', 'val'))
 
 
 @one_line_errors()
@@ -257,7 +255,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         ]
 
     results = studies.Results(args.out / 'results.csv', KEY, VALUES)
-    studies.run_study(args, results, make_jobs, report, ['plain_start'])
+    captions = dict(plain_start='The differences to plain, seed by seed')
+    studies.run_study(args, results, make_jobs, report, captions)
 
 
 if __name__ == '__main__':

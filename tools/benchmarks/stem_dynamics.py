@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+import pandas as pd
 import studies
 import torch
 from mmengine.hooks import Hook
@@ -48,11 +49,7 @@ QUANTITIES = ('rate', 'angle', 'rank', 'roughness', 'signal', 'gamma')
 
 @HOOKS.register_module()
 class StemDynamicsHook(Hook):
-    """Measures, and keeps the rows in :attr:`rows`.
-
-    Args:
-        interval (int): Steps from one measurement to the next.
-    """
+    """Measures every so many steps, and keeps the rows in :attr:`rows`."""
 
     rows: list[dict[str, float]] = []
 
@@ -121,7 +118,7 @@ def measure(stem: ReparamConv2d, gradient: Tensor) -> dict[str, float]:
     )
 
 
-def train(options: dict, seed: int, epochs: int, folder: Path) -> list[dict]:
+def train(options: dict, seed: int, epochs: int, folder: Path) -> pd.DataFrame:
     """Trains, and returns the rows of the hook."""
     changes = {
         'randomness.seed': seed,
@@ -135,45 +132,29 @@ def train(options: dict, seed: int, epochs: int, folder: Path) -> list[dict]:
     cfg = merged(CONFIG, {**options, **changes})
     cfg.custom_hooks = [dict(type='StemDynamicsHook', interval=10)]
     Runner.from_cfg(cfg).train()
-    return StemDynamicsHook.rows
+    return pd.DataFrame(StemDynamicsHook.rows)
 
 
-def averages(trainings: Sequence[Sequence[dict]]) -> list[dict[str, float]]:
-    """The mean over trainings of each row."""
-    return [
-        {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
-        for rows in zip(*trainings)
-    ]
-
-
-def table(results: dict[str, list[dict]]) -> str:
+def table(results: dict[str, pd.DataFrame]) -> str:
     """Markdown: the mean of the first and of the last quarter of the trainings."""
-    table = []
+    lines = []
     for name, rows in results.items():
         quarter = max(1, len(rows) // 4)
-        row = {'': name}
-        for quantity in QUANTITIES:
-            first, last = (
-                sum(row[quantity] for row in part) / quarter
-                for part in (rows[:quarter], rows[-quarter:])
-            )
-            row[quantity] = f'{first:.3g}, {last:.3g}'
-        table.append(row)
-    return studies.markdown_table(table)
+        first, last = rows[:quarter].mean(), rows[-quarter:].mean()
+        cells = {key: f'{first[key]:.3g}, {last[key]:.3g}' for key in QUANTITIES}
+        lines.append({'': name, **cells})
+    return studies.markdown_table(lines)
 
 
-def draw(results: dict[str, list[dict]], path: Path) -> None:
+def draw(results: dict[str, pd.DataFrame], path: Path) -> None:
     """All quantities against the epochs."""
     figure, axes = studies.panels(2, 3, 12, 6, sharex=True)
     for axis, quantity in zip(axes.flat, QUANTITIES):
         for name, rows in results.items():
-            epochs = [row['epoch'] for row in rows]
-            axis.plot(epochs, [row[quantity] for row in rows], label=name)
-        axis.set_title(quantity)
+            axis.plot(rows.epoch, rows[quantity], label=name)
+        axis.set(title=quantity, xlabel='epoch')
         if quantity in ('rate', 'angle', 'signal'):
             axis.set_yscale('log')
-    for axis in axes[1]:
-        axis.set_xlabel('epoch')
     axes[0, 0].legend(fontsize=8)
     studies.save(figure, path)
 
@@ -186,15 +167,15 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=[*VARIANTS])
     parser.add_argument('--out', type=Path, default=Path('work_dirs/stem_dynamics'))
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
     results = {}
     for name in args.variants:
         trainings = []
         for seed in range(args.seeds):
             print(f'{name}, seed {seed}', file=sys.stderr)
-            folder = args.out / f'{list(VARIANTS).index(name)}-{seed}'
+            folder = args.out / f'{[*VARIANTS].index(name)}-{seed}'
             trainings.append(train(VARIANTS[name], seed, args.epochs, folder))
-        results[name] = averages(trainings)
+        # The mean of all seeds, moment by moment.
+        results[name] = pd.concat(trainings).groupby(level=0).mean()
     draw(results, args.out / 'stem_dynamics.png')
     print(table(results))
 

@@ -11,14 +11,14 @@ that differences are taken within a seed. A stopped run goes on where it was.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Optional
 
 import pandas as pd
 import studies
-from plain_start import TASKS, check_data, fine_tune, measured, pretrain
+from plain_start import TASKS, check_data, fine_tune, measured, run_phase
 
 from mmorepa.cli import one_line_errors, positive
 
@@ -31,9 +31,10 @@ TEXTS = {
     'classifier': 'Fashion-MNIST from initial weights, top-1 accuracy (%)',
     'detector': 'Scenes of digits from an OREPA backbone, box AP (%)',
 }
-# The classifier's pretraining; the detector's fine-tuning.
-EPOCHS = {'classifier': TASKS['classifier'].epochs[0]}
-EPOCHS['detector'] = TASKS['detector'].epochs[1]
+EPOCHS = {
+    'classifier': TASKS['classifier'].pretraining.epochs,
+    'detector': TASKS['detector'].fine_tuning.epochs,
+}
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -55,54 +56,48 @@ def job_of(name: str, multiplier: float, seed: int, runs: Path) -> studies.Job:
     """One training."""
     task, folder = TASKS[name], runs / name / f'{multiplier:g}-{seed}'
     if name == 'classifier':
-        run = partial(pretrain, task, 'orepa', seed, folder, multiplier)
+        run = partial(run_phase, task.pretraining, 'orepa', seed, folder, multiplier)
     else:
         run = partial(fine_tune, task, ('orepa', 'orepa'), seed, folder, multiplier)
     parts = (name, f'{multiplier:g}', str(seed), str(EPOCHS[name]))
     return studies.Job(dict(zip(KEY, parts)), partial(measured, task.unit, run))
 
 
-def values_of(rows: pd.DataFrame, task: str) -> dict[float, pd.Series]:
-    """By multiplier and seed, for the schedule that the task has now."""
-    rows = rows[(rows.task == task) & (rows.epochs == str(EPOCHS[task]))]
-    rows = rows.set_index('seed')
-    return dict(iter(rows.value.astype(float).groupby(rows.stem_lr_mult.astype(float))))
-
-
-def table(text: str, values: dict[float, pd.Series]) -> str:
-    """Means, and differences to the reference."""
-    rows = []
-    for multiplier, found in values.items():
-        difference = None
-        if multiplier != REFERENCE and REFERENCE in values:
-            difference = studies.paired_difference(found, values[REFERENCE])
-        row = {
-            'stem_lr_mult': f'{multiplier:g}',
-            text: studies.mean_and_deviation(found),
-        }
-        row[f'minus that of {REFERENCE:g}'] = str(difference or '')
-        rows.append({**row, 'seeds': str(len(found))})
-    return studies.markdown_table(rows)
-
-
 def report(rows: pd.DataFrame) -> studies.Report:
     """A table for each task, and each seed and their mean over the multipliers."""
-    found = {task: values_of(rows, task) for task in TEXTS}
-    found = {task: values for task, values in found.items() if values}
-    figure, grid = studies.panels(1, len(found), 6 * len(found), 4)
-    for axes, (task, values) in zip(grid[0], found.items()):
-        for multiplier, each in values.items():
-            axes.scatter([multiplier] * len(each), each, s=16, color='#56B4E9')
-        means = [each.mean() for each in values.values()]
-        axes.plot([*values], means, 'o-', color='#000000', label='mean of the seeds')
+    # Those of the schedule that the task has now.
+    rows = rows[rows.epochs == rows.task.map(EPOCHS).astype(str)].set_index('seed')
+    rows = rows.astype(dict(value=float, stem_lr_mult=float))
+    tasks = [task for task in TEXTS if task in {*rows.task}]
+    figure, grid = studies.panels(1, len(tasks), 6 * len(tasks), 4)
+    tables = {}
+    for axes, task in zip(grid[0], tasks):
+        own = rows[rows.task == task]
+        values = dict(iter(own.value.groupby(own.stem_lr_mult)))
+        tables[task] = studies.markdown_table(_lines(TEXTS[task], values))
+        axes.scatter(own.stem_lr_mult, own.value, s=16, color=studies.SKY)
+        means = own.groupby('stem_lr_mult').value.mean()
+        axes.plot(means, 'o-', color=studies.BLACK, label='mean of the seeds')
         axes.set(title=TEXTS[task], xlabel='stem_lr_mult', xscale='log')
-        axes.set_xticks([*values], [f'{multiplier:g}' for multiplier in values])
+        axes.set_xticks(means.index, [f'{multiplier:g}' for multiplier in values])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend()
-    caption = "Accuracy and box AP over the multiplier of the stem's learning rate"
-    tables = {task: table(TEXTS[task], values) for task, values in found.items()}
-    return tables, {'results': (figure, caption)}
+    return tables, dict(results=figure)
+
+
+def _lines(text: str, values: dict[float, pd.Series]) -> Iterator[dict[str, str]]:
+    """Means, and differences to the reference."""
+    for multiplier, found in values.items():
+        each = found[:0]
+        if multiplier != REFERENCE and REFERENCE in values:
+            each = studies.paired_differences(found, values[REFERENCE])
+        yield {
+            'stem_lr_mult': f'{multiplier:g}',
+            text: studies.mean_and_deviation(found),
+            f'minus that of {REFERENCE:g}': studies.mean_and_interval(each),
+            'seeds': str(len(found)),
+        }
 
 
 @one_line_errors()
@@ -120,7 +115,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         ]
 
     results = studies.Results(args.out / 'results.csv', KEY, VALUES)
-    studies.run_study(args, results, make_jobs, report, ['results'])
+    caption = "Accuracy and box AP over the multiplier of the stem's learning rate"
+    studies.run_study(args, results, make_jobs, report, dict(results=caption))
 
 
 if __name__ == '__main__':

@@ -2,13 +2,14 @@
 
 import copy
 import functools
-import io
-import statistics
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple, Optional
 
+import pandas as pd
 import torch
 import torch.distributed as dist
 from mmengine.config import Config
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from mmorepa import set_channels_last, switch_to_deploy
-from mmorepa.analysis.timing import Clock, in_turn, say
-from mmorepa.deployment.onnx_files import inference_session
+from mmorepa.analysis.timing import Clock, in_turn
+from mmorepa.deployment.onnx_files import OnnxNetwork, export_onnx
 from mmorepa.engine import FoldedDistributedDataParallel, FoldedOptimWrapper
 from mmorepa.functional import compose_deep_linear
 from mmorepa.layers import (
@@ -34,26 +35,9 @@ from mmorepa.layers import (
 )
 
 
-class Spread(NamedTuple):
-    """Median and quartiles."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> 'Spread':
-        low, median, high = statistics.quantiles(values, n=4, method='inclusive')
-        return cls(median, low, high)
-
-    def __format__(self, spec: str) -> str:
-        low, high = format(self.low, spec), format(self.high, spec)
-        return f'{format(self.median, spec)} [{low}, {high}]'
-
-
-def ratios(measured: Sequence[float], reference: Sequence[float]) -> Spread:
-    """Ratios within each round, since a machine's speed changes between rounds."""
-    return Spread.of([a / b for a, b in zip(measured, reference)])
+def quartiles(values: pd.Series) -> list[float]:
+    """The median, and the quartiles below and above it."""
+    return values.quantile([0.5, 0.25, 0.75]).tolist()
 
 
 def measure_seconds(
@@ -73,33 +57,29 @@ def measure_seconds(
         before()
         return clock.seconds(function)
 
-    named = {
-        name: functools.partial(timed, function) for name, function in functions.items()
-    }
-    seconds = in_turn(named, clock, rounds, what=what)
+    named = {name: functools.partial(timed, f) for name, f in functions.items()}
+    seconds = pd.DataFrame(in_turn(named, clock, rounds, what=what))
+    # Within each round, since a machine's speed changes between rounds.
+    ratio = seconds.div(seconds[reference], axis=0)
     return {
-        name: dict(seconds=Spread.of(times), ratio=ratios(times, seconds[reference]))
-        for name, times in seconds.items()
+        name: dict(seconds=quartiles(seconds[name]), ratio=quartiles(ratio[name]))
+        for name in functions
     }
 
 
 class Variant(NamedTuple):
-    """One way to train.
+    """One way to train."""
 
-    Args:
-        block (str): The block type; empty for the network of MMPretrain.
-        folded (bool): Whether the fold is outside of the graph.
-        naive (bool): Whether every pass differentiates the plain formulas.
-        channels_last (bool): The layout of the convs.
-        stem (str): The block type of the stem, where it is another one.
-        capture (bool): Whether CUDA graphs replay the folds.
-    """
-
+    # The block type; empty for the network of MMPretrain.
     block: str
+    # Whether the fold is outside of the graph.
     folded: bool = False
+    # Whether every pass differentiates the plain formulas.
     naive: bool = False
     channels_last: bool = True
+    # The block type of the stem, where it is another one.
     stem: str = ''
+    # Whether CUDA graphs replay the folds.
     capture: bool = False
 
 
@@ -121,14 +101,7 @@ STOCK, PLAIN, OREPA = 'stock', 'plain', 'OREPA, folded'
 
 
 class Trainer:
-    """A model with its optimizer, one step at a time.
-
-    Args:
-        cfg (Config): A config with an OREPA classifier.
-        variant (Variant): What to make of it.
-        device (str): Where to.
-        amp (str, optional): The dtype of autocast. Defaults to None, none.
-    """
+    """A variant of an OREPA classifier with its optimizer, one step at a time."""
 
     def __init__(
         self, cfg: Config, variant: Variant, device: str, amp: Optional[str] = None
@@ -221,15 +194,20 @@ def measure_steps(
 
     steps = {name: step_of(trainer) for name, trainer in trainers.items()}
     phases = in_turn(steps, clock, rounds, what='steps')
-    totals = {name: [sum(pair) for pair in pairs] for name, pairs in phases.items()}
+    forward_backward, optimizer = (
+        pd.DataFrame({name: [pair[i] for pair in phases[name]] for name in phases})
+        for i in (0, 1)
+    )
+    step = forward_backward + optimizer
+    measured = dict(
+        step=step,
+        forward_backward=forward_backward,
+        optimizer=optimizer,
+        ratio=step.div(step[STOCK], axis=0),
+        added=step.sub(step[PLAIN], axis=0),
+    )
     return {
-        name: dict(
-            step=Spread.of(totals[name]),
-            forward_backward=Spread.of([pair[0] for pair in phases[name]]),
-            optimizer=Spread.of([pair[1] for pair in phases[name]]),
-            ratio=ratios(totals[name], totals[STOCK]),
-            added=Spread.of([a - b for a, b in zip(totals[name], totals[PLAIN])]),
-        )
+        name: {kind: quartiles(frame[name]) for kind, frame in measured.items()}
         for name in trainers
     }
 
@@ -393,26 +371,11 @@ def measure_inference(
             'OREPA, deployed' + layout: switch_to_deploy(copy.deepcopy(orepa)),
         }
     functions = {n: lambda net=net: net(images) for n, net in networks.items()}
-    session = onnx_session(networks['OREPA, deployed'], images)
-    if session is not None:
-        feed = {session.get_inputs()[0].name: images.cpu().numpy()}
-        functions['OREPA, deployed, ONNX Runtime'] = lambda: session.run(None, feed)
+    if find_spec('onnx') and find_spec('onnxruntime') and not images.is_cuda:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, 'network.onnx')
+            export_onnx(networks['OREPA, deployed'], images[:1], path)
+            network = OnnxNetwork(path)
+        functions['OREPA, deployed, ONNX Runtime'] = lambda: network(images)
     with folded(in_blocks[0]), folded(in_blocks[1]):
         return measure_seconds(functions, reference, rounds, 'inference', clock)
-
-
-def onnx_session(model: nn.Module, images: Tensor) -> Optional[object]:
-    """The model in ONNX Runtime on the CPU, None where that is not installed."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-    except ImportError:
-        say('ONNX Runtime is left out: pip install onnx onnxruntime\n')
-        return None
-    if images.is_cuda:
-        return None
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        torch.onnx.export(model, (images,), file, dynamo=False)
-    return inference_session(file.getvalue())

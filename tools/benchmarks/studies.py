@@ -13,28 +13,40 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-import matplotlib
-
-matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 from scipy import stats
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / 'analysis_tools'))
+from charts import (  # noqa: F401  (for the studies)
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    YELLOW,
+    panels,
+    save,
+)
+
 from mmorepa.cli import positive
 from mmorepa.utils.errors import OutputError
 from mmorepa.utils.files import atomic_write, check_outputs
 
 ROOT = Path(__file__).resolve().parents[2]
-# Markdown tables, and figures with their captions, by name.
-Report = tuple[dict[str, str], dict[str, tuple[plt.Figure, str]]]
+# Markdown tables, and figures, by name.
+Report = tuple[dict[str, str], dict[str, plt.Figure]]
 
 
 def study_parser(
@@ -44,7 +56,7 @@ def study_parser(
 
     Args:
         description (str): What the study measures.
-        name (str): The name of its folder below ``work_dirs``.
+        name (str): Of its folder below ``work_dirs``.
         jobs (str): What runs side by side. Defaults to nothing: one after another.
         **options: Those of ``argparse.ArgumentParser``.
     """
@@ -83,28 +95,16 @@ def study_parser(
 
 
 class Results:
-    """The rows of a study, in a CSV file.
+    """The rows of a study, as text, in a CSV file.
 
     Args:
-        path (Path): The file. Rows that are in it are read, as text.
+        path (Path): The file. Rows that are in it are read.
         key (Sequence[str]): The columns that name a row.
         values (Sequence[str]): The other columns.
-        check (Callable[[dict], None], optional): Raises a ValueError for a bad row.
-            Defaults to none.
-
-    Raises:
-        ValueError: If the file has other columns, or bad rows.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        key: Sequence[str],
-        values: Sequence[str],
-        check: Optional[Callable[[dict[str, str]], None]] = None,
-    ) -> None:
+    def __init__(self, path: Path, key: Sequence[str], values: Sequence[str]) -> None:
         self.path, self.key, self.fields = path, [*key], [*key, *values]
-        self.check = check
         self.rows = self._read(path)
 
     def _read(self, path: Path) -> pd.DataFrame:
@@ -121,22 +121,11 @@ class Results:
             )
         if not path.read_bytes().endswith(b'\n'):
             raise ValueError(f"'{path}' is not whole: its last line has no end")
-        for number, row in enumerate(rows.to_dict('records') if self.check else (), 2):
-            try:
-                self.check(row)
-            except ValueError as error:
-                raise ValueError(
-                    f"'{path}', line {number}: {error}; remove this line"
-                ) from error
         return rows
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes from writing; takes the rows that they have written.
-
-        Raises:
-            OutputError: If another process writes.
-        """
+        """Keeps other processes from writing; takes the rows that they have written."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lock = self.path.with_name('.lock')
         try:
@@ -159,12 +148,7 @@ class Results:
     def merge(self, *paths: Path) -> None:
         """Takes the rows of other files whose keys are not here, and counts them.
 
-        Args:
-            *paths (Path): The files. All are read before anything is written.
-
-        Raises:
-            FileNotFoundError: If one is missing.
-            ValueError: If one has other columns, or bad rows.
+        All files are read before anything is written.
         """
         for path in paths:
             if not path.is_file():
@@ -190,14 +174,11 @@ class Results:
 
 
 class Job(NamedTuple):
-    """What gives one row.
+    """What gives one row."""
 
-    Args:
-        key (dict[str, str]): The columns that name the row.
-        run (Callable[[], dict[str, str]]): Gives the other columns; it can be pickled.
-    """
-
+    # The columns that name it.
     key: dict[str, str]
+    # Gives the other columns; it can be pickled.
     run: Callable[[], dict[str, str]]
 
 
@@ -223,26 +204,10 @@ def _run(job: Job) -> dict[str, str]:
         raise RuntimeError(str(error)) from None
 
 
-def run_jobs(
-    jobs: Sequence[Job],
-    results: Results,
-    processes: int = 1,
-    shown: Optional[Sequence[str]] = None,
-) -> list[str]:
+def run_jobs(jobs: Sequence[Job], results: Results, processes: int = 1) -> list[str]:
     """Runs the jobs that have no row yet, in processes, and tells the progress.
 
-    Args:
-        jobs (Sequence[Job]): In the order in which they begin.
-        results (Results): Gets the rows.
-        processes (int): How many run side by side. Defaults to 1.
-        shown (Sequence[str], optional): The columns to print beside the key. Defaults
-            to all.
-
-    Returns:
-        list[str]: A line for each job that failed; the others ran.
-
-    Raises:
-        OutputError: If another process works in the same folder.
+    Returns a line for each job that failed; the others ran.
     """
     context, failures = multiprocessing.get_context('fork'), []
     with (
@@ -255,21 +220,19 @@ def run_jobs(
         futures = {pool.submit(_run, job): job for job in left}
         try:
             for i, future in enumerate(as_completed(futures), 1):
-                job = futures[future]
-                text = ', '.join(f'{name} {value}' for name, value in job.key.items())
+                key = futures[future].key
+                text = ', '.join(f'{name} {value}' for name, value in key.items())
                 if error := future.exception():
                     failures.append(f'{text}: {error}')
                     text += ', FAILED'
                 else:
-                    values = future.result()
-                    results.add({**job.key, **values})
-                    told = (f'{k} {values[k]}' for k in shown or values)
-                    text = ', '.join([text, *told])
-                # Those that run are half done, by and large.
-                ended = i + min(processes - 1, len(left) - i) / 2
-                minutes = (time.perf_counter() - began) / 60 * (len(left) / ended - 1)
-                print(f'{i} of {len(left)}: {text}. About {minutes:.0f} min left')
-                sys.stdout.flush()
+                    row = {**key, **future.result()}
+                    results.add(row)
+                    first = results.fields[len(key)]
+                    text += f', {first} {row[first]}'
+                minutes = (time.perf_counter() - began) / 60 / i * (len(left) - i)
+                text += f'. About {minutes:.0f} min left'
+                print(f'{i} of {len(left)}: {text}', flush=True)
         except KeyboardInterrupt:
             for process in multiprocessing.active_children():
                 process.kill()
@@ -282,9 +245,8 @@ def run_study(
     results: Results,
     make_jobs: Callable[[], Sequence[Job]],
     report: Callable[[pd.DataFrame], Report],
-    figures: Sequence[str],
+    captions: Mapping[str, str],
     inputs: Sequence[Path] = (),
-    shown: Optional[Sequence[str]] = None,
 ) -> None:
     """Runs the jobs that have no row, and reports all rows, also where jobs failed.
 
@@ -292,17 +254,12 @@ def run_study(
         args (argparse.Namespace): Of :func:`study_parser`; with ``merge``, the rows of
             these files are taken first.
         results (Results): The rows.
-        make_jobs (Callable[[], Sequence[Job]]): Checks the data, and gives the jobs.
-        report (Callable[[pd.DataFrame], Report]): Makes tables and figures of rows.
-        figures (Sequence[str]): The names of all figures that it may make.
-        inputs (Sequence[Path]): Files that are read, and so not to be overwritten.
-            Defaults to none.
-        shown (Sequence[str], optional): See :func:`run_jobs`.
-
-    Raises:
-        ValueError: If jobs failed, there are no rows, or the document lacks a comment.
+        make_jobs (Callable): Checks the data, and gives the jobs.
+        report (Callable): Makes tables and figures of rows.
+        captions (Mapping[str, str]): Of all figures that it may make, by name.
+        inputs (Sequence[Path]): Files that must not be overwritten. Defaults to none.
     """
-    names = ('results.csv', 'tables.md', *(f'{name}.png' for name in figures))
+    names = ('results.csv', 'tables.md', *(f'{name}.png' for name in captions))
     check_outputs([*(args.out / name for name in names), args.document], inputs)
     if args.document:
         read_document(args.document)  # Before hours of work, not after.
@@ -310,10 +267,10 @@ def run_study(
         results.merge(*args.merge)
     failures = []
     if not args.report_only:
-        failures = run_jobs(make_jobs(), results, args.jobs, shown)
+        failures = run_jobs(make_jobs(), results, args.jobs)
     try:
         if len(results.rows):
-            write_report(report(results.rows), args.out, args.document)
+            write_report(report(results.rows), captions, args.out, args.document)
     finally:
         if failures:
             raise ValueError(
@@ -324,40 +281,31 @@ def run_study(
         raise ValueError(f"no rows in '{results.path}'; run without --report-only")
 
 
-class Difference(NamedTuple):
-    """A mean of differences of pairs, with its 95 % confidence interval.
+def paired_differences(values: pd.Series, reference: pd.Series) -> pd.Series:
+    """``values - reference`` by seed, without those that one of them has not.
 
-    Args:
-        mean (float): The mean.
-        reach (float): Half of the interval, NaN for a single pair.
-        pairs (int): The number of pairs.
+    A training that diverged is NaN, and left out.
     """
-
-    mean: float
-    reach: float
-    pairs: int
-
-    def __str__(self) -> str:
-        if self.pairs < 2:
-            return f'{self.mean:+.2f}'
-        low, high = self.mean - self.reach, self.mean + self.reach
-        return f'{self.mean:+.2f} [{low:+.2f}, {high:+.2f}]'
+    return (values - reference).dropna()
 
 
-def paired_difference(values: pd.Series, reference: pd.Series) -> Optional[Difference]:
-    """The mean of ``values - reference`` over the seeds of both, by Student's t.
+def reach_of(differences: pd.Series) -> float:
+    """Half of the 95 % confidence interval of their mean, by Student's t.
 
-    Args:
-        values (pd.Series): By seed; NaN, of a training that diverged, is left out.
-        reference (pd.Series): By seed.
-
-    Returns:
-        Difference, optional: None where they share no seed.
+    NaN for a single one.
     """
-    each, reach = (values - reference).dropna(), float('nan')
-    if len(each) > 1:
-        reach = each.sem() * stats.t.ppf(0.975, len(each) - 1)
-    return Difference(each.mean(), reach, len(each)) if len(each) else None
+    pairs = len(differences)
+    return differences.sem() * stats.t.ppf(0.975, pairs - 1) if pairs > 1 else np.nan
+
+
+def mean_and_interval(differences: pd.Series) -> str:
+    """``mean [low, high]`` with signs; the one difference, or nothing without any."""
+    if differences.empty:
+        return ''
+    mean, reach = differences.mean(), reach_of(differences)
+    if np.isnan(reach):
+        return f'{mean:+.2f}'
+    return f'{mean:+.2f} [{mean - reach:+.2f}, {mean + reach:+.2f}]'
 
 
 def mean_and_deviation(values: pd.Series) -> str:
@@ -372,8 +320,9 @@ def mean_and_deviation(values: pd.Series) -> str:
     return ' '.join(texts)
 
 
-def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+def markdown_table(rows: Iterable[Mapping[str, str]]) -> str:
     """A table, its first column flush left and the others right; empty without rows."""
+    rows = [*rows]
     if not rows:
         return ''
     lines = [rows[0], ['---', *['--:'] * (len(rows[0]) - 1)]]
@@ -382,12 +331,7 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def read_document(path: Path) -> str:
-    """The text of a Markdown file whose comments come in pairs.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the beginning or the end of a part is missing, or there twice.
-    """
+    """The text of a Markdown file; raises an error if its comments are no pairs."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no document '{path}'")
     text = path.read_text()
@@ -400,17 +344,9 @@ def read_document(path: Path) -> str:
 
 
 def fill_document(path: Path, parts: Mapping[str, str]) -> list[str]:
-    """Replaces what is between the comments of each part.
+    """Replaces what is between the comments of each part of a Markdown file.
 
-    Args:
-        path (Path): A Markdown file.
-        parts (Mapping[str, str]): Tables and figures, by name.
-
-    Returns:
-        list[str]: The names of those that have no place in it.
-
-    Raises:
-        FileNotFoundError, ValueError: See :func:`read_document`.
+    Returns the names of those that have no place in it.
     """
     text, without = read_document(path), []
     for name, part in parts.items():
@@ -425,13 +361,12 @@ def fill_document(path: Path, parts: Mapping[str, str]) -> list[str]:
     return without
 
 
-def write_report(report: Report, out: Path, document: Optional[Path] = None) -> None:
+def write_report(
+    report: Report, captions: Mapping[str, str], out: Path, document: Optional[Path]
+) -> None:
     """Prints the tables of a study, if there are any, and writes them and figures.
 
-    Args:
-        report (Report): Tables and figures. Figures are closed.
-        out (Path): The folder for figures, and for ``tables.md`` without a document.
-        document (Path, optional): See :func:`fill_document`. Defaults to none.
+    Without a document, the tables go to ``tables.md`` in the folder of the figures.
     """
     tables, figures = report
     if not tables:
@@ -439,11 +374,12 @@ def write_report(report: Report, out: Path, document: Optional[Path] = None) -> 
     text = '\n\n'.join(f'### {name}\n\n{table}' for name, table in tables.items())
     print(f'{text}\n')
     images = {}
-    for name, (figure, caption) in figures.items():
+    for name, figure in figures.items():
         path = out / f'{name}.png'
         save(figure, path)
         if document:
-            images[name] = f'![{caption}]({os.path.relpath(path, document.parent)})'
+            place = os.path.relpath(path, document.parent)
+            images[name] = f'![{captions[name]}]({place})'
     if document is None:
         with atomic_write(out / 'tables.md') as file:
             file.write_text(text + '\n')
@@ -452,66 +388,31 @@ def write_report(report: Report, out: Path, document: Optional[Path] = None) -> 
     print(f"Wrote tables to '{document or out / 'tables.md'}', figures to '{out}'.")
 
 
-def panels(
-    lines: int, columns: int, width: float, height: float, **options
-) -> tuple[plt.Figure, np.ndarray]:
-    """A figure of so many inches, and its axes in an array of two dimensions."""
-    return plt.subplots(
-        lines,
-        columns,
-        figsize=(width, height),
-        layout='constrained',
-        squeeze=False,
-        **options,
-    )
-
-
-def save(figure: plt.Figure, path: Path) -> None:
-    """Writes a PNG, and closes the figure."""
-    with atomic_write(path) as file:
-        figure.savefig(file, dpi=120, format='png')
-    plt.close(figure)
-
-
 class Line(NamedTuple):
-    """One line of a figure of differences.
-
-    Args:
-        text (str): Its name.
-        colour (str): The colour of its marks.
-        values (pd.Series): By seed.
-        reference (pd.Series): What is subtracted from them.
-        is_filled (bool): Whether its mark is filled. Defaults to True.
-    """
+    """One line of a figure of differences, which are by seed."""
 
     text: str
     colour: str
-    values: pd.Series
-    reference: pd.Series
+    differences: pd.Series
     is_filled: bool = True
 
 
 def draw_differences(axes: plt.Axes, lines: Sequence[Line]) -> None:
-    """From top to bottom: each seed, and the mean with its interval.
-
-    Lines without a pair are left out.
-    """
-    texts, pairs = [], (paired_difference(x.values, x.reference) for x in lines)
-    lines = [(line, found) for line, found in zip(lines, pairs) if found]
-    for y, (line, found) in enumerate(lines):
-        each = (line.values - line.reference).dropna()
-        texts.append(f'{line.text} ({found.pairs})')
-        axes.scatter(each, [y + 0.22] * len(each), s=9, alpha=0.45, color=line.colour)
+    """From top to bottom: each seed, and the mean with its interval."""
+    for y, line in enumerate(lines):
+        each, colour = line.differences, line.colour
+        axes.scatter(each, [y + 0.22] * len(each), s=9, alpha=0.45, color=colour)
         axes.errorbar(
-            found.mean,
+            each.mean(),
             y,
-            xerr=None if found.pairs < 2 else found.reach,
+            xerr=reach_of(each),
             fmt='o' if line.is_filled else 's',
             markersize=6,
             capsize=4,
-            color=line.colour,
-            markerfacecolor=line.colour if line.is_filled else 'white',
+            color=colour,
+            markerfacecolor=colour if line.is_filled else 'white',
         )
+    texts = [f'{line.text} ({len(line.differences)})' for line in lines]
     axes.axvline(0, color='black', linewidth=0.9)
     axes.set_yticks(range(len(lines)), texts)
     axes.set_ylim(len(lines) - 0.4, -0.6)

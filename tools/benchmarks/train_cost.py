@@ -8,11 +8,10 @@ Nothing is learned: the images are noise.
 """
 
 import argparse
-import json
 import platform
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -23,18 +22,18 @@ from start import positive  # Sets how threads wait, before PyTorch is loaded.
 
 import pandas as pd
 import step_costs as costs
+import studies
 import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmpretrain.structures import DataSample
-from studies import ROOT, panels, save
 
 from mmorepa.analysis.timing import Clock, busy_warning
 from mmorepa.cli import one_line_errors
 from mmorepa.functional import compiled
 from mmorepa.runs import read_config
-from mmorepa.utils.files import atomic_write, check_outputs
+from mmorepa.utils.files import check_outputs, write_json
 
 # The networks that this is about, with as many images as suit a small machine.
 DEFAULT = (
@@ -43,17 +42,16 @@ DEFAULT = (
 )
 # The batch of the paper, for each GPU.
 PAPER_BATCH = 64
-# Okabe and Ito's, as in tools/analysis_tools/charts.py.
 COLOURS = {
-    'plain, default layout': '#999999',
-    'plain': '#000000',
-    'plain, OREPA stem': '#D55E00',
-    'DBB': '#E69F00',
-    'OREPA, naive': '#CC79A7',
-    'OREPA, online': '#56B4E9',
-    'OREPA, folded, default layout': '#009E73',
-    'OREPA, folded': '#0072B2',
-    'OREPA, captured': '#F0E442',
+    'plain, default layout': studies.GREY,
+    'plain': studies.BLACK,
+    'plain, OREPA stem': studies.VERMILION,
+    'DBB': studies.ORANGE,
+    'OREPA, naive': studies.PURPLE,
+    'OREPA, online': studies.SKY,
+    'OREPA, folded, default layout': studies.GREEN,
+    'OREPA, folded': studies.BLUE,
+    'OREPA, captured': studies.YELLOW,
 }
 
 
@@ -107,7 +105,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 def load(path: str) -> Config:
-    cfg = read_config(str(ROOT / path))
+    cfg = read_config(str(studies.ROOT / path))
     if (
         cfg.model.get('type') != 'ImageClassifier'
         or cfg.model.backbone.get('block') != 'orepa'
@@ -145,7 +143,7 @@ def measure(path: str, cfg: Config, batch_size: int, args: argparse.Namespace) -
     fold = costs.measure_fold(trainers['OREPA, online'].network, args.rounds, clock)
     trainers.clear()
     inference = costs.measure_inference(cfg, images, args.rounds, clock)
-    plain, added = steps[costs.PLAIN]['step'].median, steps[costs.OREPA]['added'].median
+    (plain, *_), (added, *_) = steps[costs.PLAIN]['step'], steps[costs.OREPA]['added']
     return dict(
         config=path,
         batch_size=batch_size,
@@ -155,63 +153,68 @@ def measure(path: str, cfg: Config, batch_size: int, args: argparse.Namespace) -
         fold=fold,
         inference=inference,
         core_share=clock.core_share,
-        added_over_floor=added / fold['floor']['seconds'].median,
+        added_over_floor=added / fold['floor']['seconds'][0],
         # The fold does not know the batch, and the plain step grows with it.
         ratio_at_64=1 + added / (plain * PAPER_BATCH / batch_size),
     )
 
 
-def _milliseconds(figure: str) -> Callable[[dict], str]:
-    return lambda found: f'{found[figure].median * 1e3:.1f}'
+def _ms(seconds: list[float]) -> str:
+    return f'{seconds[0] * 1e3:.1f}'
 
 
-def _table(head: str, found: Mapping[str, dict], **columns: Callable) -> None:
-    """Prints a line for each entry, with a cell by each of the functions."""
-    cells = {text: map(cell, found.values()) for text, cell in columns.items()}
+def _times(ratio: list[float]) -> str:
+    median, low, high = ratio
+    return f'{median:.2f} [{low:.2f}, {high:.2f}]'
+
+
+def _megabytes(number: int) -> str:
+    return f'{number / 1e6:.1f}'
+
+
+def _print_table(head: str, found: dict[str, dict], columns: dict[str, tuple]) -> None:
+    """Prints a line for each entry; a column is a key and how its value is shown."""
+    cells = {
+        text: [show(entry[key]) for entry in found.values()]
+        for text, (key, show) in columns.items()
+        if key in found[[*found][0]]
+    }
     frame = pd.DataFrame(cells, index=[*found])
     print(frame.rename_axis(columns=head).to_string(), end='\n\n')
 
 
 def print_tables(result: dict) -> None:
     """Prints the figures of one config as tables."""
-    steps, fold = result['steps'], result['fold']
+    steps, size = result['steps'], result['image_size']
     print(
         f'\n{Path(result["config"]).stem}: {result["batch_size"]} images of '
-        f'{result["image_size"]}x{result["image_size"]}, medians over '
-        f'{result["rounds"]} rounds in turn, [quartiles]\n'
+        f'{size}x{size}, medians over {result["rounds"]} rounds in turn, [quartiles]\n'
     )
-    seconds = {'ms': _milliseconds('seconds')}
-    ratio = {'forward+backward': _milliseconds('forward_backward')}
-    ratio['optimizer phase'] = _milliseconds('optimizer')
-    head = {
-        'step (ms)': _milliseconds('step'),
-        'x stock': lambda r: f'{r["ratio"]:.2f}',
+    columns = {
+        'step (ms)': ('step', _ms),
+        'x stock': ('ratio', _times),
+        'forward+backward': ('forward_backward', _ms),
+        'optimizer phase': ('optimizer', _ms),
     }
-    _table('training', steps, **head, **ratio)
-    sizes = {
-        'saved for backward': 'saved_bytes',
-        'parameters': 'parameter_bytes',
-        'gradients': 'gradient_bytes',
-        'optimizer': 'optimizer_bytes',
-        'all-reduced': 'all_reduced_bytes',
-        'peak of a step': 'peak_memory_bytes',
+    _print_table('training', steps, columns)
+    columns = {
+        'saved for backward': ('saved_bytes', _megabytes),
+        'parameters': ('parameter_bytes', _megabytes),
+        'gradients': ('gradient_bytes', _megabytes),
+        'optimizer': ('optimizer_bytes', _megabytes),
+        'all-reduced': ('all_reduced_bytes', _megabytes),
+        'peak of a step': ('peak_memory_bytes', _megabytes),
     }
-    sizes = {
-        text: lambda r, key=key: f'{r[key] / 1e6:.1f}'
-        for text, key in sizes.items()
-        if key in steps[costs.STOCK]
-    }
-    _table('MB', steps, **sizes)
-    by_floor = {'x floor': lambda r: f'{r["ratio"]:.2f}'}
-    _table('all folds, with derivatives', fold, **seconds, **by_floor)
-    added = steps[costs.OREPA]['added'].median * 1e3
+    _print_table('MB', steps, columns)
+    columns = {'ms': ('seconds', _ms), 'x floor': ('ratio', _times)}
+    _print_table('all folds, with derivatives', result['fold'], columns)
     print(
-        f'Folded training adds {added:.1f} ms to the plain step: '
-        f'{result["added_over_floor"]:.2f} x the floor. With {PAPER_BATCH} images a '
-        f'step, that would be {result["ratio_at_64"]:.3f} x plain.\n'
+        f'Folded training adds {_ms(steps[costs.OREPA]["added"])} ms to the plain '
+        f'step: {result["added_over_floor"]:.2f} x the floor. With {PAPER_BATCH} '
+        f'images a step, that would be {result["ratio_at_64"]:.3f} x plain.\n'
     )
-    by_plain = {'x plain, folded': lambda r: f'{r["ratio"]:.2f}'}
-    _table('inference', result['inference'], **seconds, **by_plain)
+    columns = {'ms': ('seconds', _ms), 'x plain, folded': ('ratio', _times)}
+    _print_table('inference', result['inference'], columns)
     if warning := busy_warning(result['core_share']):
         print(warning)
 
@@ -220,7 +223,7 @@ def plot(results: list[dict], path: Path) -> None:
     """Draws what a step costs over the stock network's, one panel for each budget."""
     titles = dict(ratio='time of a step', saved_bytes='saved for backward')
     titles['all_reduced_bytes'] = 'all-reduced'
-    figure, ((*axes,),) = panels(1, len(titles), 10, 4.8)
+    figure, ((*axes,),) = studies.panels(1, len(titles), 10, 4.8)
     labels = [
         f'{Path(r["config"]).stem.split("-orepa")[0]}\n{r["batch_size"]} images'
         for r in results
@@ -231,7 +234,7 @@ def plot(results: list[dict], path: Path) -> None:
             index=labels,
         )
         if key == 'ratio':
-            frame = frame.map(lambda ratio: ratio.median)
+            frame = frame.map(lambda ratio: ratio[0])
         else:
             frame = frame.div(frame[costs.STOCK], axis=0)
         frame.drop(columns=costs.STOCK).plot.bar(
@@ -245,7 +248,7 @@ def plot(results: list[dict], path: Path) -> None:
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4
     )
-    save(figure, path)
+    studies.save(figure, path)
 
 
 def machine(args: argparse.Namespace) -> str:
@@ -266,7 +269,7 @@ def machine(args: argparse.Namespace) -> str:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     figures, chart = args.out / 'train_cost.json', args.out / 'train_cost.png'
-    check_outputs([figures, chart], [ROOT / path for path, _ in args.runs])
+    check_outputs([figures, chart], [studies.ROOT / path for path, _ in args.runs])
     configs = {path: load(path) for path, _ in args.runs}
     torch.set_num_threads(args.threads)
     # Without the tables of parameter groups.
@@ -277,8 +280,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             results.append(measure(path, configs[path], batch_size, args))
             print_tables(results[-1])
     document = dict(machine=machine(args), results=results)
-    with atomic_write(figures) as file:
-        file.write_text(json.dumps(document, indent=2) + '\n')
+    write_json(document, figures)
     plot(results, chart)
     print(f'\n{document["machine"]}')
     print(f'Figures: {figures}   Chart: {chart}')

@@ -31,39 +31,26 @@ from mmorepa.analysis.complexity import count_parameters
 
 
 class Point(NamedTuple):
-    """A validation, and what the epochs before it took, without those validations.
-
-    Args:
-        epoch (int): The number of epochs.
-        metric (float): What was measured.
-        seconds (float): By the clock.
-        cpu_seconds (float): Of all cores, by the process itself.
-    """
+    """A validation, and what the epochs before it took, without those validations."""
 
     epoch: int
     metric: float
+    # By the clock.
     seconds: float
+    # Of all cores, by the process itself.
     cpu_seconds: float
 
 
 class Training(NamedTuple):
-    """What a training left.
+    """What a training left."""
 
-    Args:
-        metric (float): What the last validation measured; NaN if the training diverged.
-        seconds (float): How long the whole process took.
-        cpu_seconds (float): Of all cores, by the process and those that it started.
-        checkpoint (Path, optional): The weights after the last epoch, if saved.
-        device (str): What it ran on.
-        deployed_parameters (int): Of the network in its deployed form.
-        curve (list[Point]): All validations.
-    """
-
+    # Of the last validation; NaN if the training diverged.
     metric: float
+    # Of the whole process, and of the cores with what it started.
     seconds: float
     cpu_seconds: float
-    checkpoint: Optional[Path]
     device: str
+    # Of the network in its deployed form.
     deployed_parameters: int
     curve: list[Point]
 
@@ -114,15 +101,7 @@ def epochs_options(epochs: int, workers: int = 0) -> dict:
     """The options that give the recipes of ``configs/`` another length.
 
     The recipes have a warm-up and then a cosine. The one validation comes after the
-    last epoch.
-
-    Args:
-        epochs (int): How many.
-        workers (int): Processes that load data, for each split. Defaults to 0: the
-            process itself, so that a training keeps to one core.
-
-    Returns:
-        dict: By dotted key.
+    last epoch. Without workers, a process loads its own data and keeps to one core.
     """
     options = {
         'train_cfg.max_epochs': epochs,
@@ -153,9 +132,6 @@ def train(config: Path, options: Mapping, work_dir: Path, metric: str) -> Traini
         options (Mapping): What to change in it, by dotted key.
         work_dir (Path): For logs and checkpoints; what is in it is removed.
         metric (str): The name of what the validation measures.
-
-    Returns:
-        Training: Its results.
 
     Raises:
         RuntimeError: If the training fails, or validates nothing by that name.
@@ -193,7 +169,6 @@ def train(config: Path, options: Mapping, work_dir: Path, metric: str) -> Traini
         metric=math.nan if record['diverged'] else curve[-1].metric,
         seconds=seconds,
         cpu_seconds=used,
-        checkpoint=last_checkpoint(work_dir),
         device=record['device'],
         deployed_parameters=record['deployed_parameters'],
         curve=curve,

@@ -59,30 +59,23 @@ INK = 0.4
 
 
 class Digit(NamedTuple):
-    """One handwritten digit.
+    """One handwritten digit."""
 
-    Args:
-        index (int): Its place in scikit-learn's data.
-        label (int): 0 to 9.
-        ink (np.ndarray): Shape (8, 8), 0 to 1.
-    """
-
+    # Its place in scikit-learn's data.
     index: int
     label: int
+    # Shape (8, 8), 0 to 1.
     ink: np.ndarray
 
 
 class Scene(NamedTuple):
-    """Several digits on a textured background.
+    """Several digits on a textured background."""
 
-    Args:
-        image (np.ndarray): Shape (H, W, 3), uint8, BGR.
-        labels (np.ndarray): Shape (H, W), uint8: 0 is background, 1 + d is digit d.
-        boxes (list[tuple]): (label, x, y, width, height) of each digit.
-    """
-
+    # Shape (H, W, 3), uint8, BGR.
     image: np.ndarray
+    # Shape (H, W), uint8: 0 is background, 1 + d is digit d.
     labels: np.ndarray
+    # (label, x, y, width, height) of each digit.
     boxes: list[tuple[int, int, int, int, int]]
 
 
@@ -134,16 +127,8 @@ def make_scene(digits: Sequence[Digit], rng: np.random.Generator) -> Scene:
         image[place] += ink[..., None] * (colour - image[place])
         mask = ink > INK
         labels[place][mask] = digit.label + 1
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        boxes.append(
-            (
-                digit.label,
-                int(x + columns[0]),
-                int(y + rows[0]),
-                int(columns[-1] - columns[0] + 1),
-                int(rows[-1] - rows[0] + 1),
-            )
-        )
+        left, top, *size = cv2.boundingRect(mask.astype(np.uint8))
+        boxes.append((digit.label, int(x) + left, int(y) + top, *size))
     return Scene(image.clip(0, 255).astype(np.uint8), labels, boxes)
 
 
@@ -164,24 +149,16 @@ def write_coco(splits: dict[str, list[Digit]], out: Path) -> None:
         split: dict(images=[], annotations=[], categories=categories)
         for split in SPLITS
     }
+    height, width = SCENE
     for split, number, scene in make_scenes(splits, seed=0):
-        name = f'{number:06d}.png'
+        name, file = f'{number:06d}.png', files[split]
         _write_image(scene.image, out / f'{split}2017' / name)
-        file = files[split]
-        file['images'].append(
-            dict(id=number, file_name=name, height=SCENE[0], width=SCENE[1])
-        )
+        image = dict(id=number, file_name=name, height=height, width=width)
+        file['images'].append(image)
         for label, *box in scene.boxes:
-            file['annotations'].append(
-                dict(
-                    id=len(file['annotations']),
-                    image_id=number,
-                    category_id=label,
-                    bbox=box,
-                    area=box[2] * box[3],
-                    iscrowd=0,
-                )
-            )
+            annotation = dict(id=len(file['annotations']), image_id=number)
+            annotation.update(category_id=label, bbox=box, area=box[2] * box[3])
+            file['annotations'].append({**annotation, 'iscrowd': 0})
     (out / 'annotations').mkdir()
     for split, file in files.items():
         path = out / 'annotations' / f'instances_{split}2017.json'
@@ -191,25 +168,18 @@ def write_coco(splits: dict[str, list[Digit]], out: Path) -> None:
 def write_cityscapes(splits: dict[str, list[Digit]], out: Path) -> None:
     """Writes OUT/leftImg8bit and OUT/gtFine, label 0 background, 1 + d digit d."""
     for split, number, scene in make_scenes(splits, seed=1):
-        stem = f'digits_{number:06d}_000000'
-        folder = Path(split, 'digits')
-        _write_image(
-            scene.image, out / 'leftImg8bit' / folder / f'{stem}_leftImg8bit.png'
-        )
-        _write_image(
-            scene.labels, out / 'gtFine' / folder / f'{stem}_gtFine_labelTrainIds.png'
-        )
+        for folder, kind, pixels in (
+            ('leftImg8bit', 'leftImg8bit', scene.image),
+            ('gtFine', 'gtFine_labelTrainIds', scene.labels),
+        ):
+            name = f'digits_{number:06d}_000000_{kind}.png'
+            _write_image(pixels, out / folder / split / 'digits' / name)
 
 
 def write_all(out: Path) -> dict[str, int]:
-    """Writes the data in all formats, replacing what is there.
+    """Writes the data in all formats, and counts the single digits by split.
 
-    Args:
-        out (Path): The folder; what is in it is replaced only when the new data are
-            complete.
-
-    Returns:
-        dict[str, int]: Single digits by split.
+    What is there is replaced only when the new data are complete.
 
     Raises:
         OutputError: If a folder is there that this tool has not written, or a link.

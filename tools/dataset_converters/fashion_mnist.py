@@ -58,13 +58,7 @@ NUM_CLASSES = 10
 def read_idx(folder: Path, name: str) -> tuple[bytes, np.ndarray]:
     """An IDX file of unsigned bytes, uncompressed, and what is in it.
 
-    Args:
-        folder (Path): Where it is, under its name or with ``.gz`` behind it.
-        name (str): Its name without ``.gz``.
-
-    Raises:
-        FileNotFoundError: If it is not there.
-        ValueError: If it is damaged.
+    It is in the folder under its name, or with ``.gz`` behind it.
     """
     path = folder / name
     if not path.is_file():
@@ -88,11 +82,7 @@ def read_idx(folder: Path, name: str) -> tuple[bytes, np.ndarray]:
 
 
 def check_pair(images: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> int:
-    """The number of images of a split whose files fit together.
-
-    Raises:
-        ValueError: If they do not.
-    """
+    """The number of images of a split; raises an error if its files do not fit."""
     if images.shape[1:] != (SIDE, SIDE) or labels.shape != images.shape[:1]:
         raise ValueError(
             f'{names[0]} has the shape {images.shape} and {names[1]} {labels.shape}, '
@@ -106,16 +96,7 @@ def check_pair(images: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> 
 def convert(folder: Path, out: Path) -> list[int]:
     """Writes the four files; none of them before all are read and checked.
 
-    Args:
-        folder (Path): Where they are.
-        out (Path): Where to write them. It may be the same.
-
-    Returns:
-        list[int]: The numbers of images for training and testing.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If one is damaged, or does not fit the others.
+    Returns the numbers of images for training and testing.
     """
     files = {name: read_idx(folder, name) for pair in PAIRS for name in pair}
     counts = [check_pair(*(files[name][1] for name in pair), pair) for pair in PAIRS]

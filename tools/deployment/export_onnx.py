@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Optional
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from start import Parser, add_config_options, add_shape, positive
+from start import Parser, add_config_options, add_shape
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -32,12 +32,6 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         help="PyTorch's exporter (default: torchscript); dynamo needs onnxscript",
     )
     add_shape(parser, 'images of the file (default: as the test images, or 224)')
-    parser.add_argument(
-        '--opset',
-        type=positive,
-        default=18,
-        help="version of ONNX's operators (default: 18)",
-    )
     parser.add_argument(
         '--tolerance',
         type=float,
@@ -108,7 +102,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
         print(f'Exporting by {args.exporter} …', flush=True)
         classes = dataset_meta(cfg, checkpoint).get('classes')
         metadata = preprocessing(cfg, shape[0], classes)
-        export_onnx(model, image, file, args.exporter, args.opset, metadata)
+        export_onnx(model, image, file, args.exporter, metadata=metadata)
         exported = OnnxNetwork(file)
         differences = compare(network, exported, images)
         worst = max(difference.relative for difference in differences.values())

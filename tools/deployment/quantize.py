@@ -9,7 +9,7 @@ import argparse
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -74,12 +74,6 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         'images of the file (default: as the test images, or 224); smaller images of '
         'detectors are padded',
     )
-    parser.add_argument(
-        '--worst',
-        type=positive,
-        default=10,
-        help='how many of the layers that lose most are printed (default: 10)',
-    )
     parser.add_argument('--json', help='a file for all figures, of every layer')
     add_config_options(parser)
     args = parser.parse_args(argv)
@@ -100,7 +94,6 @@ if __name__ == '__main__':
     parse_args()  # Before the seconds that the rest takes.
 
 import torch
-from mmengine.config import Config
 from torch import Tensor, nn
 
 from mmorepa.analysis.timing import busy_warning, least_seconds
@@ -126,58 +119,42 @@ from mmorepa.utils.tables import counted, format_table
 
 # Their outputs are kept in memory for the comparison of the layers.
 LAYER_IMAGES = 8
+# So many layers are printed.
+MOST = 10
 NAMES = FLOAT, INT8 = 'float32', 'INT8'
 
 
-class Deployed(NamedTuple):
-    """What is quantized.
-
-    Args:
-        cfg (Config): Its config.
-        model (nn.Module): In eval mode.
-        image (Tensor): Shape (1, C, H, W), of the size that the file takes.
-        pads (bool): Whether smaller images are padded, as those of detectors are.
-        classes (Sequence[str], optional): Their names.
-    """
-
-    cfg: Config
-    model: nn.Module
-    image: Tensor
-    pads: bool
-    classes: Optional[Sequence[str]]
-
-
 class Quantized(NamedTuple):
-    """What a backend made.
+    """What a backend made, in float and in INT8."""
 
-    Args:
-        networks (dict[str, Network]): In float and in INT8.
-        files (dict[str, Path]): Of both.
-        losses (list[LayerLoss]): Of the layers, where the backend tells them.
-        pairs (int): The convs that were equalized.
-    """
-
-    networks: dict[str, Network]
-    files: dict[str, Path]
+    networks: list[Network]
+    files: list[Path]
+    # Of the layers, where the backend tells them.
     losses: list[LayerLoss]
+    # The pairs of convs that were equalized.
     pairs: int
 
 
 def by_onnxruntime(
-    network: Deployed, images: list[Tensor], folder: Path, args: argparse.Namespace
+    model: nn.Module,
+    image: Tensor,
+    images: list[Tensor],
+    pads: bool,
+    about: dict,
+    folder: Path,
+    args: argparse.Namespace,
 ) -> Quantized:
     """Exports the model as an ONNX file, and quantizes that."""
     exported = folder / 'exported.onnx'
     float32, int8 = files = [folder / f'{name}.onnx' for name in NAMES]
-    about = preprocessing(network.cfg, network.image.shape[1], network.classes)
     try:
-        export_onnx(network.model, network.image, exported, metadata=about)
+        export_onnx(model, image, exported, metadata=about)
     except ValueError as error:
         raise ValueError(
             f'ONNX Runtime cannot quantize this model, --backend torchao may: {error}'
         ) from error
     pairs = prepare(exported, float32, args.equalize)
-    networks = [OnnxNetwork(float32, network.pads)]
+    networks = [OnnxNetwork(float32, pads)]
     networks[0](images[0])  # Raises for images of another size.
     quantize_onnx(
         float32,
@@ -188,47 +165,30 @@ def by_onnxruntime(
         args.calibration,
         args.reduce_range,
     )
-    networks.append(OnnxNetwork(int8, network.pads))
-    modules = [name for name, _ in network.model.named_modules()]
+    networks.append(OnnxNetwork(int8, pads))
+    modules = [name for name, _ in model.named_modules()]
     losses = layer_losses(float32, int8, images[:LAYER_IMAGES], modules)
-    return Quantized(dict(zip(NAMES, networks)), dict(zip(NAMES, files)), losses, pairs)
+    return Quantized(networks, files, losses, pairs)
 
 
 def by_torchao(
-    network: Deployed, images: list[Tensor], folder: Path, args: argparse.Namespace
+    model: nn.Module,
+    image: Tensor,
+    images: list[Tensor],
+    pads: bool,
+    folder: Path,
+    reduce_range: bool,
 ) -> Quantized:
     """Exports the model as a program of PyTorch, and quantizes that."""
-    program = export_program(network.model, network.image)
-    networks = [ProgramNetwork(program, *network[1:4])]
+    program = export_program(model, image)
+    networks = [ProgramNetwork(program, model, image, pads)]
     networks[0](images[0])  # Raises for images of another size.
-    quantized = quantize_program(program, images, args.reduce_range)
-    networks.append(ProgramNetwork(quantized, *network[1:4]))
+    quantized = quantize_program(program, images, reduce_range)
+    networks.append(ProgramNetwork(quantized, model, image, pads))
     files = [folder / f'{name}.pt2' for name in NAMES]
     for each, path in zip((program, quantized), files):
         torch.export.save(each, path)
-    return Quantized(dict(zip(NAMES, networks)), dict(zip(NAMES, files)), [], 0)
-
-
-class Backend(NamedTuple):
-    """A library that quantizes.
-
-    Args:
-        text (str): Its name.
-        quantize (Callable): Its function.
-        packages (tuple[str, ...]): What it needs.
-        is_timed (bool): Whether its networks run in INT8 as they are.
-    """
-
-    text: str
-    quantize: Callable[..., Quantized]
-    packages: tuple[str, ...]
-    is_timed: bool
-
-
-BACKENDS = dict(
-    onnxruntime=Backend('ONNX Runtime', by_onnxruntime, ('onnx', 'onnxruntime'), True),
-    torchao=Backend('torchao', by_torchao, ('torchao',), False),
-)
+    return Quantized(networks, files, [], 0)
 
 
 def saturates() -> bool:
@@ -247,7 +207,7 @@ def in_digits(before: float, after: float) -> tuple[str, str, str]:
     return f'{before:{form}}', f'{after:{form}}', f'{after - before:+{form}}'
 
 
-def print_losses(losses: list[LayerLoss], most: int) -> None:
+def print_losses(losses: list[LayerLoss]) -> None:
     """The layers whose outputs lose most, the worst first."""
     # NaN cannot be ranked.
     ranked = sorted(
@@ -262,7 +222,7 @@ def print_losses(losses: list[LayerLoss], most: int) -> None:
             f'{loss.kernel_snr:.1f}',
             f'{loss.output_snr:.1f}',
         )
-        for loss in ranked[:most]
+        for loss in ranked[:MOST]
     ]
     print(f'\nThe layers that lose most, {len(rows)} of {len(losses)}:')
     print(format_table(headers, rows))
@@ -278,8 +238,8 @@ def print_losses(losses: list[LayerLoss], most: int) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> dict:
     args = parse_args(argv)
     check_outputs([args.out, args.json], [args.config, args.checkpoint])
-    backend = BACKENDS[args.backend]
-    for package in backend.packages:
+    is_onnx = args.backend == 'onnxruntime'
+    for package in ('onnx', 'onnxruntime') if is_onnx else ('torchao',):
         require(package)
     cfg = read_config(args.config, args.cfg_options)
     checkpoint = read_checkpoint(args.checkpoint)
@@ -298,21 +258,25 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         print('Quantizing …', flush=True)
-        classes = dataset_meta(cfg, checkpoint).get('classes')
-        deployed = Deployed(cfg, model, torch.randn(1, *shape), pads, classes)
-        made = backend.quantize(deployed, images, Path(folder), args)
+        image, place = torch.randn(1, *shape), Path(folder)
+        if is_onnx:
+            classes = dataset_meta(cfg, checkpoint).get('classes')
+            about = preprocessing(cfg, shape[0], classes)
+            made = by_onnxruntime(model, image, images, pads, about, place, args)
+        else:
+            made = by_torchao(model, image, images, pads, place, args.reduce_range)
         metrics = {}
-        for name, network in made.networks.items():
+        for name, network in zip(NAMES, made.networks):
             print(f'Testing {name} …', flush=True)
             with network_from(model, network):
                 metrics[name] = evaluate(cfg, model)
         seconds, core_share = [], None
-        if backend.is_timed:
+        if is_onnx:  # A program of torchao does not run in INT8 as it is.
             seconds, core_share = least_seconds(
-                [partial(network, images[0]) for network in made.networks.values()]
+                [partial(network, images[0]) for network in made.networks]
             )
-        sizes = [path.stat().st_size / 1e6 for path in made.files.values()]
-        data = made.files[INT8].read_bytes()
+        sizes = [path.stat().st_size / 1e6 for path in made.files]
+        data = made.files[1].read_bytes()
     with atomic_write(args.out) as file:
         file.write_bytes(data)
 
@@ -334,21 +298,23 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
         **{key: [metrics[n][key] for n in NAMES] for key in metrics[FLOAT]},
         'size (MB)': sizes,
     }
-    if backend.is_timed:
+    where = ''
+    if is_onnx:
         measured['latency (ms)'] = list(figures['latency_ms'].values())
+        where = f' on {counted(torch.get_num_threads(), "thread")}'
     rows = [(name, *in_digits(*values)) for name, values in measured.items()]
+    library = 'ONNX Runtime' if is_onnx else 'torchao'
     kind = 'one scale a kernel' if args.per_tensor else 'one scale a channel'
     number = counted(len(images), 'image')
-    print(f'\nINT8 by {backend.text}, {kind}, calibrated with {number},')
+    print(f'\nINT8 by {library}, {kind}, calibrated with {number},')
     if args.equalize:
         print(f'{counted(made.pairs, "pair")} of convs equalized,')
-    threads = f' on {counted(torch.get_num_threads(), "thread")}'
-    print(f'one image of {shape[1]}x{shape[2]}{threads if backend.is_timed else ""}:')
+    print(f'one image of {shape[1]}x{shape[2]}{where}:')
     print(format_table(('', *NAMES, 'difference'), rows))
-    if backend.is_timed and (warning := busy_warning(core_share)):
+    if is_onnx and (warning := busy_warning(core_share)):
         print(warning)
     if made.losses:
-        print_losses(made.losses, args.worst)
+        print_losses(made.losses)
     print(f'Wrote {args.out}.')
     return figures
 
