@@ -155,25 +155,35 @@ def draw(results: dict[str, pd.DataFrame], path: Path) -> None:
         axis.set(title=quantity, xlabel='epoch')
         if quantity in ('rate', 'angle', 'signal'):
             axis.set_yscale('log')
-    axes[0, 0].legend(fontsize=8)
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc='outside lower center', ncols=len(results))
     studies.save(figure, path)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Trains every variant with every seed; prints a table and draws a figure."""
+def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--seeds', type=int, default=3, help='default: 3')
     parser.add_argument('--epochs', type=int, default=20, help='default: 20')
     parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=[*VARIANTS])
     parser.add_argument('--out', type=Path, default=Path('work_dirs/stem_dynamics'))
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Trains every variant with every seed; prints a table and draws a figure."""
+    args = parse_args(argv)
     results = {}
     for name in args.variants:
         trainings = []
         for seed in range(args.seeds):
-            print(f'{name}, seed {seed}', file=sys.stderr)
-            folder = args.out / f'{[*VARIANTS].index(name)}-{seed}'
-            trainings.append(train(VARIANTS[name], seed, args.epochs, folder))
+            folder = args.out / f'{[*VARIANTS].index(name)}-{seed}-{args.epochs}'
+            rows = folder / 'rows.csv'
+            if not rows.is_file():  # A run that was killed left those before.
+                print(f'{name}, seed {seed}', file=sys.stderr)
+                measured = train(VARIANTS[name], seed, args.epochs, folder)
+                measured.to_csv(f'{rows}.part')
+                Path(f'{rows}.part').replace(rows)
+            trainings.append(pd.read_csv(rows, index_col=0))
         # The mean of all seeds, moment by moment.
         results[name] = pd.concat(trainings).groupby(level=0).mean()
     draw(results, args.out / 'stem_dynamics.png')
