@@ -22,15 +22,9 @@ from .kernels import (
 
 
 class _Branch(NamedTuple):
-    """A branch of the sum.
-
-    ``part`` is its part in the closed form, ``roles`` are those of its parameters
-    there. ``kernel`` takes the sum and these parameters.
-    """
-
-    part: str
-    roles: dict[str, str]
-    kernel: Callable[..., Tensor]
+    part: str  # Of the closed form.
+    roles: dict[str, str]  # Of its parameters there, by name.
+    kernel: Callable[..., Tensor]  # Takes the sum and these parameters.
 
 
 def _filtered(spec: 'BranchSum', weight: Tensor) -> Tensor:
@@ -129,11 +123,7 @@ class BranchSum:
         return 'pointwise_kxk' in self.names
 
     def check_shapes(self, shapes: Sequence[torch.Size]) -> None:
-        """Raises a ValueError for parameters that a closed form would misread.
-
-        Args:
-            shapes (Sequence[torch.Size]): In the order of :attr:`roles`.
-        """
+        """Raises a ValueError for parameters that a closed form would misread."""
         outputs, inputs, size, _ = self.shape
         taps = size * size
         p = dict(zip(self.roles.values(), shapes))
@@ -159,14 +149,7 @@ class BranchSum:
                 )
 
     def filters(self, like: Tensor) -> Optional[Tensor]:
-        """The filters of :attr:`filtered`, if there are any.
-
-        Args:
-            like (Tensor): Has the dtype and the device.
-
-        Returns:
-            Tensor | None: Shape (F, O, k²), not to be written to.
-        """
+        """The filters of :attr:`filtered`, if any: (F, O, k²), not to be written to."""
         return constant(_filters, self, like=like) if self.filtered else None
 
     def as_stored(self, name: str, weight: Tensor) -> Tensor:
@@ -176,10 +159,6 @@ class BranchSum:
         ``weight_origin`` is (O, k², Ig), ``weight_pointwise_kxk_2`` (O, k², T/g),
         ``weight_separable`` (O, m, Ig) and ``weight_depthwise`` (m, k², I). All others
         are stored as they are.
-
-        Args:
-            name (str): The name of the parameter.
-            weight (Tensor): As :func:`torch.nn.functional.conv2d` takes it.
         """
         if name in ('weight_origin', 'weight_pointwise_kxk_2'):
             return weight.flatten(2).transpose(1, 2).contiguous()
@@ -206,11 +185,7 @@ class BranchSum:
         """A parameter of an earlier checkpoint, or its state, as it is stored now.
 
         These had the weights of convs, with ``weight_pointwise_kxk_2`` as
-        (O, k, k, T/g).
-
-        Args:
-            name (str): The name of the parameter.
-            tensor (Tensor): Of either order.
+        (O, k, k, T/g). What is stored as now stays.
         """
         if tensor.dim() != 4:
             return tensor
@@ -221,32 +196,16 @@ class BranchSum:
         return self.as_stored(name, tensor)
 
     def kernel(self, *tensors: Tensor) -> Tensor:
-        """The kernel by the plain formulas.
-
-        Args:
-            *tensors (Tensor): The parameters, in the order of :attr:`roles`.
-
-        Returns:
-            Tensor: Shape (O, Ig, k, k).
-        """
+        """The kernel, (O, Ig, k, k), by the plain formulas, from the parameters."""
         scale = dict(zip(self.roles, tensors))['scale']
         return scaled_sum([*self.branch_kernels(*tensors).values()], scale)
 
     def branch_kernels(self, *tensors: Tensor) -> dict[str, Tensor]:
-        """The kernel ``K_b`` of each branch, before it is scaled.
-
-        Args:
-            *tensors (Tensor): The parameters, in the order of :attr:`roles`.
-
-        Returns:
-            dict[str, Tensor]: By name, each of shape (O, Ig, k, k), in the order of
-            the rows of ``scale``.
-        """
+        """The kernels ``K_b``, (O, Ig, k, k), by name, before they are scaled."""
         p = dict(zip(self.roles, tensors))
-        branches = {name: _BRANCHES[name] for name in self.names}
         return {
-            name: branch.kernel(self, *(p[role] for role in branch.roles))
-            for name, branch in branches.items()
+            name: _BRANCHES[name].kernel(self, *(p[r] for r in _BRANCHES[name].roles))
+            for name in self.names
         }
 
 

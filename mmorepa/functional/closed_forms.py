@@ -5,8 +5,7 @@ sum, each as large as the kernel. Here the graph keeps nothing but references to
 parameters. On a CPU, :mod:`.compiled` does the same work where it can.
 
 All is held as (O, K, I), with ``K = k²`` taps, which is the memory of a kernel with
-channels last: nothing is transposed, and every operation runs along the input channels.
-With ``s_b`` the scale of a branch (see docs/mathematics.md for the other letters)::
+channels last. With the letters of docs/mathematics.md::
 
     W[o,k,:] = s_0[o]·V[o,k,:]                            origin
              + s_1[o]·B[o,k,:] @ (C + E)                  composed
@@ -77,12 +76,7 @@ def is_being_traced() -> bool:
 
 
 def recomputed(function: Callable[..., Tensor], *args) -> Tensor:
-    """``function(*args)``, recomputed in the backward pass from its arguments.
-
-    Args:
-        function (Callable): Computed again in the backward pass.
-        *args: Its arguments.
-    """
+    """``function(*args)``, recomputed in the backward pass from its arguments."""
     if is_being_traced() or not torch.is_grad_enabled():
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
@@ -185,17 +179,11 @@ class _Terms:
         return kernel
 
     def gradients(self, grad: Tensor) -> list[Tensor]:
-        """``Jᵀ·grad`` for every parameter.
+        """``Jᵀ·G`` for every parameter, with ``G`` that of the kernel, (O, K, I).
 
-        The gradient of a kernel is ``s·G``, that of one factor of a product is ``s·G``
-        times the other one, and that of ``s`` is the inner product of ``G`` and the
-        branch's kernel, taken where it is cheap: ``⟨G, B·C⟩ = ⟨B, G·Cᵀ⟩``.
-
-        Args:
-            grad (Tensor): ``G``, that of the kernel, shape (O, K, I).
-
-        Returns:
-            list[Tensor]: In the order of ``spec.roles``.
+        The gradient of a branch's kernel is ``s·G``, that of one factor of a product
+        is ``s·G`` times the other one, and that of ``s`` is the inner product of ``G``
+        and the branch's kernel, taken where it is cheap: ``⟨G, B·C⟩ = ⟨B, G·Cᵀ⟩``.
         """
         spec, scale, groups = self.spec, self.scale, self.spec.groups
         d, d_scale = {}, {}

@@ -56,10 +56,9 @@ def library_path() -> Path:
 
 
 def build() -> Path:
-    """Compiles the folds, unless that is done; takes about 30 seconds.
+    """Compiles the folds, unless that is done, and returns the library's path.
 
-    Returns:
-        Path: The library.
+    It takes about 30 seconds.
 
     Raises:
         RuntimeError: If there is no compiler, or it fails.
@@ -128,13 +127,7 @@ def _flags() -> list[str]:
 
 
 def takes(spec: BranchSum, tensors: Sequence[Tensor]) -> bool:
-    """Whether there is compiled code for such a fold.
-
-    Args:
-        spec (BranchSum): The sum of branches to fold.
-        tensors (Sequence[Tensor]): The parameters, in the order of ``spec.roles``,
-            and gradients of the kernel.
-    """
+    """Whether there is compiled code for a fold of these parameters and gradients."""
     dtype = tensors[0].dtype
     return (
         spec.groups == 1
@@ -151,12 +144,7 @@ def takes(spec: BranchSum, tensors: Sequence[Tensor]) -> bool:
 
 
 def fold(spec: BranchSum, tensors: Sequence[Tensor]) -> Tensor:
-    """The kernel, shape (O, I, k, k), in the memory of channels last.
-
-    Args:
-        spec (BranchSum): A sum that :func:`takes` says yes to.
-        tensors (Sequence[Tensor]): The parameters, in the order of ``spec.roles``.
-    """
+    """The kernel, (O, I, k, k) with channels last in memory, where it :func:`takes`."""
     pieces = [t.contiguous() for t in tensors]
     return _library().fold(pieces, *_options(spec, tensors))
 
@@ -164,13 +152,7 @@ def fold(spec: BranchSum, tensors: Sequence[Tensor]) -> Tensor:
 def fold_gradients(
     spec: BranchSum, grad: Tensor, tensors: Sequence[Tensor]
 ) -> list[Tensor]:
-    """The gradients of the parameters, in the order of ``spec.roles``.
-
-    Args:
-        spec (BranchSum): As for :func:`fold`.
-        grad (Tensor): That of the kernel, shape (O, I, k, k).
-        tensors (Sequence[Tensor]): As for :func:`fold`.
-    """
+    """The gradients of the parameters from that of the kernel, (O, I, k, k)."""
     pieces = [t.contiguous() for t in tensors]
     return _library().fold_gradients(grad, pieces, *_options(spec, tensors))
 

@@ -19,17 +19,13 @@ def fuse_bn(
     ``kernel' = kernel · γ/√(σ²+ε)``, ``bias' = β + (bias − μ) · γ/√(σ²+ε)``
 
     Args:
-        kernel (Tensor): Shape (O, Ig, k, k).
-        bias (Tensor, optional): Shape (O,). None stands for zeros.
-        mean (Tensor): Running mean μ, shape (O,).
-        var (Tensor): Running variance σ², shape (O,).
-        gamma (Tensor, optional): Weight γ, shape (O,). None stands for ones.
-        beta (Tensor, optional): Bias β, shape (O,). None stands for zeros.
+        kernel (Tensor): Shape (O, Ig, k, k). All others have the shape (O,).
+        bias (Tensor, optional): None stands for zeros.
+        mean (Tensor): Running mean μ.
+        var (Tensor): Running variance σ².
+        gamma (Tensor, optional): Weight γ. None stands for ones.
+        beta (Tensor, optional): Bias β. None stands for zeros.
         eps (float): ε.
-
-    Returns:
-        tuple[Tensor, Tensor]: The kernel, shape (O, Ig, k, k), and the bias,
-        shape (O,).
     """
     scale = (var + eps).rsqrt()
     if gamma is not None:

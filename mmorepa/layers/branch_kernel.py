@@ -21,11 +21,35 @@ _ROWS = ('average', 'frequency', 'pointwise', 'second', 'separable')
 class BranchKernel(nn.Module):
     """A kernel that is a :class:`mmorepa.functional.BranchSum` of its parameters.
 
-    A subclass sets :attr:`branch_sum` and has a parameter of each of its names.
+    A subclass adds a parameter for each of the sum's names, the scale last.
+
+    Args:
+        shape (tuple[int, ...]): (O, Ig, k, k).
+        groups (int): g.
+        branches (Sequence[str], optional): The names of the branches to build; None
+            builds all of :attr:`INITIAL_SCALES`.
+
+    Raises:
+        ValueError: If a branch is not known, or none is left.
     """
 
-    branch_sum: BranchSum
-    branch_names: tuple[str, ...]  # Their names, in the order of the rows of ``scale``.
+    # By branch, in the order of the rows of ``scale``.
+    INITIAL_SCALES: dict[str, float]
+
+    def __init__(
+        self, shape: tuple[int, ...], groups: int, branches: Optional[Sequence[str]]
+    ) -> None:
+        super().__init__()
+        self.branch_names = choose_branches(self.INITIAL_SCALES, branches)
+        self.branch_sum = BranchSum(self.branch_names, shape, groups)
+
+    def add_scale(self, initial_scales: Optional[dict[str, float]]) -> None:
+        """Adds the linear scaling layers, shape (branches, O)."""
+        check_branches(self.INITIAL_SCALES, initial_scales or {})
+        scales = {**self.INITIAL_SCALES, **(initial_scales or {})}
+        rows = torch.tensor([scales[name] for name in self.branch_names])
+        outputs = self.branch_sum.shape[0]
+        self.scale = nn.Parameter(rows[:, None].repeat(1, outputs))
 
     def forward(self) -> Tensor:
         """Returns the kernel, shape (O, Ig, k, k)."""
@@ -49,11 +73,9 @@ class BranchKernel(nn.Module):
     def set_kernel(self, kernel: Tensor, scale: float = 1.0) -> None:
         """Makes ``origin`` the kernel, and scales every other branch by zero.
 
-        A step along the gradient ``G`` moves the kernel by ``s²·G`` through ``origin``,
-        and by ``Σ_b ⟨G,K_b⟩·K_b`` through the scales: about ``Σ_b |K_b|²/√D`` times as
-        far, with ``D = Ig·k²``, and no more than ``Σ_b |K_b|²`` times. So that the
-        first step is a plain conv's, the other branches are made small: their sum is
-        left at no more than ``√D / 6`` in each output channel.
+        The other branches are made small, so that the first step is a plain conv's:
+        ``Σ_b |K_b|²`` is at most ``√D / 6`` in each output channel, with ``D = Ig·k²``,
+        see docs/mathematics.md.
 
         Args:
             kernel (Tensor): Shape (O, Ig, k, k).
@@ -100,11 +122,7 @@ class BranchKernel(nn.Module):
 def choose_branches(
     known: Collection[str], names: Optional[Sequence[str]], owner: str = 'this kernel'
 ) -> tuple[str, ...]:
-    """The chosen branches, all if ``names`` is None, in their fixed order.
-
-    Raises:
-        ValueError: If a name is not known, or there is none.
-    """
+    """The chosen branches, all if ``names`` is None, in their fixed order."""
     check_branches(known, names or (), owner)
     if names is not None and not names:
         raise ValueError(

@@ -27,11 +27,10 @@ def adapt(
     error_msgs: list[str],
     assign: bool,
 ) -> bool:
-    """Gives the entries of a conv the form that the conv is in.
+    """Gives the entries of a conv, in a state dict, the form that the conv is in.
 
     Args:
-        conv (ReparamConv2d): What the state dict is loaded into. A training form
-            starts from a plain kernel here.
+        conv (ReparamConv2d): A training form starts from a plain kernel here.
         state_dict (dict[str, Tensor]): Changed in place.
         prefix (str): That of the conv's keys.
         error_msgs (list[str]): Takes what is wrong with a shape, for the loader.
@@ -45,19 +44,22 @@ def adapt(
         CheckpointError: If the entries do not fit the conv.
     """
     plain, former = f'{prefix}weight', f'{prefix}branches.weight'
-    if former in state_dict and not conv.deployed and not _is_plain(conv.branches):
+    takes_former = conv.deployed or 'weight' in conv.branches._parameters
+    if former in state_dict and not takes_former:
         # The training form of a PlainConv2d, whose kernel is a parameter.
         state_dict[plain] = state_dict.pop(former)
     dtypes = {k: v.dtype for k, v in state_dict.items() if k.startswith(prefix)}
     has_branches = any(key.startswith(f'{prefix}branches.') for key in dtypes)
-    is_start = plain in state_dict and not has_branches and not conv.deployed
+    has_started = False
     try:
-        if has_branches and conv.deployed:
-            _fold_entries(conv, state_dict, prefix)
-        elif is_start:
-            is_start = _start(conv, state_dict, prefix, error_msgs)
-        elif plain in state_dict and not has_branches:
-            _fuse_norm_entries(conv, state_dict, prefix)
+        if has_branches:
+            if conv.deployed:
+                _fold_entries(conv, state_dict, prefix)
+        elif plain in state_dict:
+            if conv.deployed:
+                _fuse_norm_entries(conv, state_dict, prefix)
+            else:
+                has_started = _start(conv, state_dict, prefix, error_msgs)
     except ValueError as error:
         raise CheckpointError(
             f"{type(conv).__name__} cannot start from '{plain}': {error}"
@@ -66,11 +68,7 @@ def adapt(
     for key, value in state_dict.items() if assign and kernels else ():
         if key.startswith(prefix) and value.is_floating_point():
             state_dict[key] = value.to(dtypes.get(key, kernels[0]))
-    return is_start
-
-
-def _is_plain(branches: nn.Module) -> bool:
-    return 'weight' in branches._parameters
+    return has_started
 
 
 def _norm_entries(state_dict: StateDict, prefix: str) -> StateDict:

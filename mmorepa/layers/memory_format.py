@@ -1,12 +1,12 @@
 """Channels last: the order of memory in which convs and folds are fastest."""
 
-from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from .conv import ReparamConv2d
 from .folding import in_memory_format
@@ -37,11 +37,8 @@ def set_channels_last(module: nn.Module, on: bool = True) -> nn.Module:
     maps by who calls them.
 
     Args:
-        module (nn.Module): A backbone or a whole model, in place.
+        module (nn.Module): A backbone or a whole model, changed in place and returned.
         on (bool): False goes back to the default order. Defaults to True.
-
-    Returns:
-        nn.Module: ``module`` itself.
 
     Raises:
         RuntimeError: If it is wrapped for data parallelism.
@@ -82,12 +79,6 @@ def faster_in_channels_last(model: nn.Module) -> list[nn.Module]:
 
     These are ResNets and RepVGGs of this package, of OpenMMLab, torchvision and timm,
     unless something is plugged into them: whole models, or the backbones of others.
-
-    Args:
-        model (nn.Module): Any model.
-
-    Returns:
-        list[nn.Module]: Parts that are not inside one another.
     """
     names = {cls.__name__ for cls in type(model).__mro__}
     if _NETWORKS & names:
@@ -121,12 +112,5 @@ def _with_contiguous_outputs(module: nn.Module, args: tuple, output: Any) -> Any
 
 
 def _contiguous(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.contiguous() if value.dim() == 4 else value
-    if isinstance(value, tuple) and hasattr(value, '_fields'):
-        return type(value)(*map(_contiguous, value))
-    if type(value) in (tuple, list):
-        return type(value)(map(_contiguous, value))
-    if type(value) in (dict, OrderedDict):
-        return type(value)((k, _contiguous(v)) for k, v in value.items())
-    return value
+    """The same, with contiguous maps, in tuples, lists and dicts too."""
+    return tree_map_only(Tensor, lambda t: t.contiguous() if t.dim() == 4 else t, value)

@@ -75,11 +75,7 @@ class MultiBranchConv2d(ReparamConv2d):
         return not self._has_given_norm and not self.conv_bias
 
     def _geometry(self) -> dict:
-        """The stride, padding and dilation of the k×k branches, as they are now.
-
-        Raises:
-            ValueError: If the padding differs between the branches' centres.
-        """
+        """The stride, padding and dilation of the k×k branches, as they are now."""
         size, dilation = self.kernel_size[0], _pair(self.dilation)
         reach = dilation[0] * (size // 2)
         padding = self.padding
@@ -122,14 +118,7 @@ class MultiBranchConv2d(ReparamConv2d):
                         setattr(module, name, value)
 
     def build_branch(self, name: str) -> Optional[nn.Module]:
-        """Makes the branch of this name.
-
-        Args:
-            name (str): One of :attr:`BRANCH_NAMES`.
-
-        Returns:
-            nn.Module | None: None where this conv has no such branch.
-        """
+        """Makes the branch of a name, or none where this conv has no such branch."""
         raise NotImplementedError
 
     def build_conv(
@@ -141,9 +130,6 @@ class MultiBranchConv2d(ReparamConv2d):
             kind (type[ReparamConv2d]): Defaults to :class:`PlainConv2d`.
             **changes: Arguments that differ; ``kernel_size=1`` leaves padding and
                 dilation out.
-
-        Returns:
-            ReparamConv2d: The branch.
         """
         names = ('in_channels', 'out_channels', 'kernel_size', 'groups', 'norm_cfg')
         arguments = {name: getattr(self, name) for name in names}
@@ -204,10 +190,9 @@ class MultiBranchConv2d(ReparamConv2d):
         """The sum of the branches' kernels, each as its BatchNorm scales it.
 
         ``K = Σ_b t_b·K_b / √(Σ_b t_b²)`` with ``t_b = γ_b/√(σ_b²+ε)`` held constant,
-        at each tap over the branches that reach it. The denominator makes the decay
-        as strong as that of one plain kernel; for RepVGG blocks this is their
-        authors' "custom L2" (Ding et al., CVPR 2021), for any others its
-        generalisation. Identity branches have no weight to decay and are left out.
+        at each tap over the branches that reach it; identity branches have no weight.
+        The denominator makes the decay as strong as that of one plain kernel. For
+        RepVGG blocks this is their authors' "custom L2" (Ding et al., CVPR 2021).
         """
         if self.deployed:
             return self.weight

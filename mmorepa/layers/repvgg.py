@@ -55,13 +55,7 @@ class OREPARepVGGConv2d(RepVGGConv2d):
 
 
 class IdentityBranch(nn.Module):
-    """BatchNorm of the input.
-
-    Args:
-        channels (int): I = O.
-        groups (int): g of the block.
-        norm_cfg (dict): The BatchNorm.
-    """
+    """BatchNorm of the input, in a block of some groups."""
 
     def __init__(self, channels: int, groups: int, norm_cfg: dict) -> None:
         super().__init__()

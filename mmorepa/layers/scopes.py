@@ -9,7 +9,6 @@ the second behind it, for passes without gradients.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from ..functional import is_being_traced
 from .capture import RecordedFolds
 from .changes import overridden_fold
 from .conv import ReparamConv2d
-from .folding import are_the_same, double, fold, fuse_norm, named_tensors
+from .folding import are_the_same, double, fuse_norm, named_tensors
 
 FusedConv = tuple[Tensor, Optional[Tensor], Optional[nn.Module]]
 
@@ -68,11 +67,7 @@ def folded(model: nn.Module, in_traces: bool = False) -> Iterator[nn.Module]:
 
 
 class EvaluationScope:
-    """Keeps the folds of convs; each is made when it is first asked for.
-
-    Args:
-        in_traces (bool): See :func:`folded`.
-    """
+    """Keeps the folds of convs; each is made when it is first asked for."""
 
     def __init__(self, in_traces: bool = False) -> None:
         self._in_traces = in_traces
@@ -89,8 +84,7 @@ class EvaluationScope:
     def fused_conv(self, conv: ReparamConv2d) -> Optional[FusedConv]:
         """Kernel and bias in eval mode, with the norm that is not fused into them.
 
-        Returns:
-            tuple | None: None if the conv has to run as it is.
+        None if the conv has to run as it is.
         """
         if conv.training or torch.is_grad_enabled() or is_being_traced():
             return None
@@ -156,17 +150,14 @@ def _must_run(module: nn.Module) -> bool:
 
 @contextmanager
 def held(
-    model: nn.Module,
-    recorded: Optional[RecordedFolds] = None,
+    model: nn.Module, recorded: Optional[RecordedFolds] = None
 ) -> Iterator[list['KernelLeaf']]:
     """Folds the trained kernels of a model, and cuts the graph there.
 
     Inside of the block, passes with gradients see each kernel as a leaf, an ordinary
-    plain weight. Its gradient goes on to the branches in the same backward pass or, if
-    :attr:`KernelGraph.is_deferred`, when :func:`backward_to_branches` is called.
-
-    The fold is that of the branches at the beginning of the block. A block inside of
-    another one serves the leaves of that one.
+    plain weight, folded at the beginning of the outermost block. Its gradient goes on
+    to the branches in the same backward pass or, if :attr:`KernelGraph.is_deferred`,
+    when :func:`backward_to_branches` is called.
 
     Args:
         model (nn.Module): Wrapped for data parallelism or not.
@@ -194,20 +185,16 @@ def _hold(model: nn.Module, recorded: Optional[RecordedFolds]) -> list['KernelLe
     with torch.enable_grad(), torch.inference_mode(False):
         fresh = [conv for conv in convs if not _is_held(conv)]
         leaves = [_leaf_of(conv, model) for conv in fresh]
-        recording = None
+        kernels = None
         if recorded is not None:
             # Data parallelism counts on the dtype of its parameters.
             is_reduced = any(leaf.is_reduced for leaf in leaves)
             dtype = None if is_reduced else _autocast_dtype(model)
-            recording = recorded.fold(fresh, dtype)
-        for i, (conv, leaf) in enumerate(zip(fresh, leaves)):
-            sources = tuple(conv.branches.parameters())
-            if recording is None:
-                leaf.take(conv.folded_kernel(), sources)
-            else:
-                leaf.take(recording.kernels[i], sources)
-                leaf.graph.replays(conv, recording, i)
-                recorded.lend(leaf.leaf)
+            kernels = recorded.fold(fresh, dtype)
+        if kernels is None:
+            kernels = tuple(conv.folded_kernel() for conv in fresh)
+        for conv, leaf, kernel in zip(fresh, leaves, kernels):
+            leaf.take(kernel, tuple(conv.branches.parameters()))
     leaves = [conv.scope for conv in convs]
     for leaf in leaves:
         leaf.depth += 1
@@ -246,28 +233,15 @@ def _leaf_of(conv: ReparamConv2d, model: nn.Module) -> 'KernelLeaf':
 def backward_to_branches(leaves: list['KernelLeaf']) -> None:
     """Backpropagates the gradients of held kernels to the branches.
 
-    ``dL/dθ += Jᵀ · dL/dW`` with ``J = dW/dθ``; the kernels' gradients are consumed.
-
-    Args:
-        leaves (list[KernelLeaf]): Those without a gradient are left out.
+    ``dL/dθ += Jᵀ · dL/dW`` with ``J = dW/dθ``, and ``dL/dW`` is taken from the leaves.
     """
     leaves = [leaf for leaf in leaves if leaf.leaf.grad is not None]
     gradients = [leaf.leaf.grad for leaf in leaves]
     for leaf in leaves:
         leaf.leaf.grad = None
-    replays: dict[Any, dict[int, Tensor]] = {}
-    kernels, others = [], []
-    for leaf, gradient in zip(leaves, gradients):
-        recording = leaf.graph.current_recording()
-        if recording is None:
-            kernels.append(leaf.graph.kernel)
-            others.append(gradient)
-        else:
-            replays.setdefault(recording, {})[leaf.graph.number] = gradient
-    for recording, numbered in replays.items():
-        recording.pass_on(numbered)
+    kernels = [leaf.graph.kernel for leaf in leaves]
     # There may be another backward pass through the same forward pass.
-    torch.autograd.backward(kernels, others, retain_graph=True)
+    torch.autograd.backward(kernels, gradients, retain_graph=True)
 
 
 class KernelGraph:
@@ -278,64 +252,17 @@ class KernelGraph:
 
     Attributes:
         kernel (Tensor): The leaf's numbers, as a function of the branches.
-        number (int): That of the kernel in a recording.
         is_deferred (bool): Whether :func:`backward_to_branches` is called after the
             backward pass.
         is_reduced (bool): Whether data parallelism averages the leaf's gradient,
             which is done at the end of a backward pass only.
     """
 
+    kernel: Tensor
+
     def __init__(self, is_reduced: bool) -> None:
-        self._kernel: Optional[Tensor] = None
-        self._fold: Optional[Callable[[], Tensor]] = None
-        self._sources: list[tuple[nn.Parameter, int]] = []
-        # A recording has the convs, which have the leaves.
-        self._recording: Optional[ref] = None
-        self.number = 0
         self.is_deferred = False
         self.is_reduced = is_reduced
-
-    @property
-    def kernel(self) -> Tensor:
-        if self._kernel is None:  # A replay leaves no graph.
-            assert self._fold is not None
-            self._check_is_as_folded()
-            with torch.enable_grad():
-                self._kernel = self._fold()
-        return self._kernel
-
-    @kernel.setter
-    def kernel(self, kernel: Tensor) -> None:
-        self._kernel, self._recording = kernel, None
-
-    def replays(
-        self,
-        conv: ReparamConv2d,
-        recording: Any,
-        number: int,
-    ) -> None:
-        """Leaves the way to the branches to a recording while it is current."""
-        self._kernel, self._recording, self.number = None, ref(recording), number
-        branches, memory_format = conv.branches, conv.memory_format
-        self._sources = [(p, p._version) for p in branches.parameters()]
-        self._fold = lambda: fold(branches, memory_format)
-
-    def current_recording(self) -> Any:
-        """The recording that passes the gradient on, if there is one."""
-        recording = None if self._recording is None else self._recording()
-        if recording is None or not recording.is_current:
-            return None
-        self._check_is_as_folded()
-        return recording
-
-    def _check_is_as_folded(self) -> None:
-        # As autograd does; a replay looks at no version.
-        if any(source._version != version for source, version in self._sources):
-            raise RuntimeError(
-                'one of the variables needed for gradient computation has been '
-                'modified by an inplace operation: branches were written to, as by the '
-                'step of an optimizer, between the forward pass and the backward pass'
-            )
 
     def on_gradient(self, leaf: nn.Parameter) -> None:
         """Passes the leaf's gradient on to the branches, or leaves it to others."""
@@ -387,16 +314,10 @@ class KernelLeaf:
             leaf.register_post_accumulate_grad_hook(self.graph.on_gradient)
 
     def take(self, kernel: Tensor, sources: tuple[nn.Parameter, ...]) -> None:
-        """Serves this kernel from now on.
-
-        Args:
-            kernel (Tensor): With a graph.
-            sources (tuple[nn.Parameter, ...]): What it is folded from.
-        """
+        """Serves this kernel, with a graph, from now on."""
         self.graph.kernel, self.sources = kernel, sources
         if self.leaf is None:
-            # By .data, each leaf counts the writes to it by itself.
-            self.leaf = nn.Parameter(kernel.data)
+            self.leaf = nn.Parameter(kernel.detach())
             self.leaf.register_post_accumulate_grad_hook(self.graph.on_gradient)
             return
         self.leaf.data = kernel.detach()
@@ -426,7 +347,6 @@ class KernelLeaf:
         return leaf.to(like)
 
     def fused_conv(self, conv: ReparamConv2d) -> Optional[FusedConv]:
-        """See :meth:`EvaluationScope.fused_conv`."""
         return None if self.evaluation is None else self.evaluation.fused_conv(conv)
 
     def forget(self, conv: ReparamConv2d) -> None:
@@ -442,11 +362,7 @@ class KernelLeaf:
         return not self.awaits_sync and self.leaf.grad is not None
 
     def _was_folded_from(self, conv: ReparamConv2d) -> bool:
-        """Whether the conv has the same parameters.
-
-        It has not where others stand in their place for a call, as in
-        :func:`torch.func.functional_call`.
-        """
+        # Not where others stand in their place, as in torch.func.functional_call.
         return are_the_same(tuple(conv.branches.parameters()), self.sources)
 
 

@@ -65,9 +65,8 @@ def _check_traces(model: nn.Module) -> None:
         if not isinstance(graph, torch.fx.GraphModule):
             continue
         for node in graph.graph.nodes:
-            if node.op in ('get_attr', 'call_module') and _OF_BRANCHES.search(
-                str(node.target)
-            ):
+            is_part = node.op in ('get_attr', 'call_module')
+            if is_part and _OF_BRANCHES.search(node.target):
                 raise RuntimeError(
                     f'{name or type(graph).__name__} is a program in which the '
                     f'operations of branches are traced ({node.target}): call '
@@ -104,11 +103,7 @@ def _plain(deployed: ReparamConv2d) -> nn.Module:
 
 
 def user_attributes(conv: nn.Conv2d) -> dict[str, Any]:
-    """The attributes that somebody has set on a conv, besides those of its class.
-
-    Args:
-        conv (nn.Conv2d): Plain or re-parameterised.
-    """
+    """What somebody has set on a conv, plain or not, besides what its class sets."""
     known = set(_OF_CONVS)
     if isinstance(conv, ReparamConv2d):
         known |= conv._built | _SET_LATER
@@ -121,11 +116,7 @@ def registered(conv: nn.Module) -> set[str]:
 
 
 def overrides(conv: nn.Conv2d) -> list[str]:
-    """The methods by which a conv computes something else than its class.
-
-    Args:
-        conv (nn.Conv2d): Plain or re-parameterised. What a plain one is, its type says.
-    """
+    """The methods by which a conv computes something else than its class."""
     names = [name for name, value in user_attributes(conv).items() if callable(value)]
     if isinstance(conv, ReparamConv2d):
         for name in ('forward', '_conv_forward', '__call__'):
@@ -141,12 +132,7 @@ def has_hooks(owner: Union[nn.Module, Tensor]) -> bool:
 
 
 class ConvAct2d(nn.Sequential):
-    """A plain conv and its activation, with the state dict of the conv alone.
-
-    Args:
-        conv (nn.Conv2d): The conv.
-        act (nn.Module): The activation, without parameters.
-    """
+    """A plain conv and its activation, with the state dict of the conv alone."""
 
     def __init__(self, conv: nn.Conv2d, act: nn.Module) -> None:
         super().__init__()
@@ -180,14 +166,7 @@ def _without_conv(
 
 
 def is_switchable(module: nn.Module) -> bool:
-    """Whether anything inside ``module`` is still in training form.
-
-    Args:
-        module (nn.Module): Any module.
-
-    Returns:
-        bool: True if :func:`switch_to_deploy` would fold something.
-    """
+    """Whether :func:`switch_to_deploy` would fold something in a module."""
     return any(
         isinstance(child, ReparamConv2d) and not child.deployed
         for child in module.modules()
@@ -197,7 +176,7 @@ def is_switchable(module: nn.Module) -> bool:
 def outermost(
     module: nn.Module, kind: type[nn.Module] = ReparamConv2d, name: str = ''
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a type that are inside no other module of that type.
+    """The modules of a type that are inside no other one of it, with their names.
 
     A branch that is itself a re-parameterised conv counts within its block.
 
@@ -205,9 +184,6 @@ def outermost(
         module (nn.Module): Any module.
         kind (type[nn.Module]): Defaults to :class:`ReparamConv2d`.
         name (str): That of ``module``. Defaults to ``''``, the model.
-
-    Yields:
-        tuple[str, nn.Module]: Name and module.
     """
     if isinstance(module, kind):
         yield name, module
