@@ -8,7 +8,6 @@ import torch.fx
 from mmcv.cnn import build_activation_layer, build_norm_layer
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
-from torch.nn.utils import skip_init
 
 from ..utils.weights import warn_of_flaws
 from .changes import check_foldable, warn_of_silent_hooks
@@ -28,15 +27,12 @@ _NO_EXPORT = (
 class ReparamConv2d(StartsFromKernels, WeightOfBranches):
     """A conv that trains as several linear branches and deploys as one plain conv.
 
-    In training form the branches live in :attr:`branches`, and :attr:`weight` is
-    their fold, see :class:`~mmorepa.layers.folded_weight.FoldedWeight`. Deployed,
-    :attr:`branches` and a BatchNorm :attr:`norm` are gone, and :attr:`weight` and
-    :attr:`bias` are those of a plain :class:`torch.nn.Conv2d`, whose ``state_dict``
-    keys it shares.
+    In training form, :attr:`weight` is the fold of :attr:`branches`, see
+    :class:`~mmorepa.layers.folded_weight.FoldedWeight`. Deployed, :attr:`branches` and
+    a BatchNorm :attr:`norm` are gone, and :attr:`weight` and :attr:`bias` are those of
+    a plain :class:`torch.nn.Conv2d`, whose ``state_dict`` keys it shares.
 
-    A new block is a subclass with a ``build_branches`` that returns a module
-    whose ``forward()`` maps its parameters to the kernel. The base class does the rest:
-    fold, convolution, normalisation, activation, deployment and loading.
+    A new block is a subclass with a :meth:`build_branches`, see docs/new_block.md.
 
     Args:
         in_channels (int): I.
@@ -108,14 +104,10 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         self._built = frozenset((*vars(self), '_built'))
 
     def build_branches(self) -> nn.Module:
-        """Makes the parameters of the training form.
+        """Makes a module whose ``forward()`` returns the kernel, (O, Ig, k, k).
 
         The attributes of :class:`torch.nn.Conv2d` (``in_channels``, ``groups``,
         …) are set when this is called.
-
-        Returns:
-            nn.Module: Its ``forward()`` takes nothing and returns the kernel,
-            shape (O, Ig, k, k).
         """
         raise NotImplementedError
 
@@ -189,11 +181,7 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
     def branches_kernel_bias(
         self, bias: Optional[Tensor]
     ) -> tuple[Tensor, Optional[Tensor]]:
-        """The kernel and bias before :attr:`norm`, shapes (O, Ig, k, k) and (O,).
-
-        Args:
-            bias (Tensor, optional): That of this conv. All is in float64.
-        """
+        """Kernel and bias before :attr:`norm` in float64, from this conv's bias."""
         return fold_exactly(self.branches), bias
 
     def switch_to_deploy(self) -> None:
@@ -281,15 +269,13 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         del self.branches
         if self.fuses_norm:
             self.norm = None
-        shape = (self.in_channels, self.out_channels, self.kernel_size)
-        options = dict(groups=self.groups, bias=with_bias)
-        options.update(device=like.device, dtype=like.dtype)
-        # A switch takes no random numbers away from the training around it.
-        plain = skip_init(nn.Conv2d, *shape, **options)
-        plain.to(memory_format=self.memory_format)
         others = {k: v for k, v in self._parameters.items() if k != 'bias'}
         vars(self)['_parameters'] = {}  # In the order of a plain conv.
-        self.weight, self.bias = plain.weight, plain.bias
+        options = dict(device=like.device, dtype=like.dtype)
+        weight = torch.empty(self.kernel_shape, **options)
+        self.weight = nn.Parameter(weight.to(memory_format=self.memory_format))
+        bias = nn.Parameter(torch.empty(self.out_channels, **options))
+        self.register_parameter('bias', bias if with_bias else None)
         self._parameters.update(others)
         self.forget_folds()
 
@@ -328,9 +314,7 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
 def leaf_call(module: nn.Module, x: torch.fx.Proxy) -> Optional[torch.fx.Proxy]:
     """The node of a symbolic trace that calls a module as a whole.
 
-    Returns:
-        torch.fx.Proxy | None: None if the module is traced itself, or has a
-        ``forward()`` that calls this one.
+    None if the module is traced itself, or has a ``forward()`` that calls this one.
     """
     method = type(module).forward
     if (

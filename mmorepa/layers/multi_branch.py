@@ -13,18 +13,14 @@ from .conv import ReparamConv2d
 from .folding import is_fusible, norm_scale
 from .plain import PlainConv2d
 
-_GEOMETRY = ('stride', 'padding', 'dilation')
-
 
 class MultiBranchConv2d(ReparamConv2d):
     """A sum of branches that each end in a BatchNorm of their own.
 
-    The normalisation makes each branch non-linear while training, so that all of
-    them run on the feature map: the price that online folding saves. A branch is a
-    :class:`ReparamConv2d` or any other module with an ``equivalent_kernel_bias``, a
-    ``kernel`` (before the last norm; None if it has no weights) and a ``norm``;
-    subclasses list their names in :attr:`BRANCH_NAMES` and make each in
-    ``build_branch``.
+    A branch is a :class:`ReparamConv2d` or any other module with an
+    ``equivalent_kernel_bias``, a ``kernel`` (before the last norm; None if it has no
+    weights) and a ``norm``; subclasses list their names in :attr:`BRANCH_NAMES` and
+    make each in ``build_branch``.
 
     By ``conv_cfg``, in a network that has a norm after the conv, that norm follows
     theirs: :attr:`has_second_norm`. Deployed, the conv has theirs folded in, and the
@@ -79,16 +75,14 @@ class MultiBranchConv2d(ReparamConv2d):
         size, dilation = self.kernel_size[0], _pair(self.dilation)
         reach = dilation[0] * (size // 2)
         padding = self.padding
-        if not isinstance(padding, str):
-            padding = _pair(padding)
-        elif padding == 'same' or reach == 0:
-            padding = (reach, reach)
-        pads = (reach,) * 4
+        if isinstance(padding, str):
+            padding = reach if padding == 'same' else 0
+        is_centred = _pair(padding) == (reach, reach) and len(set(dilation)) == 1
         if (
-            padding != pads[:2]
-            or len(set(dilation)) > 1
-            or (self.padding_mode != 'zeros' and self._pads != pads)
-        ):
+            self.padding_mode != 'zeros'
+        ):  # Set later, and PyTorch takes these pads then.
+            is_centred &= set(self._reversed_padding_repeated_twice) == {reach}
+        if not is_centred:
             raise ValueError(
                 f'{type(self).__name__} folds its 1x1 branches into the centre of the '
                 f'{size}x{size} kernel, which takes padding = dilation * '
@@ -96,20 +90,12 @@ class MultiBranchConv2d(ReparamConv2d):
                 f'dilation={self.dilation}'
             )
         return dict(
-            stride=_pair(self.stride),
-            padding=padding,
-            dilation=dilation,
-            padding_mode=self.padding_mode,
-            _reversed_padding_repeated_twice=pads,
+            stride=_pair(self.stride), padding=_pair(padding), dilation=dilation
         )
-
-    @property
-    def _pads(self) -> tuple[int, ...]:
-        return tuple(self._reversed_padding_repeated_twice)
 
     def _align(self) -> None:
         """Gives the branches the geometry that this conv has now."""
-        geometry = self._geometry()
+        geometry = dict(self._geometry(), padding_mode=self.padding_mode)
         for module in self.branches.modules():
             fixed = getattr(module, 'fixed_geometry', None)
             if fixed is not None:
@@ -133,16 +119,11 @@ class MultiBranchConv2d(ReparamConv2d):
         """
         names = ('in_channels', 'out_channels', 'kernel_size', 'groups', 'norm_cfg')
         arguments = {name: getattr(self, name) for name in names}
-        geometry = {k: v for k, v in self._geometry().items() if k in _GEOMETRY}
+        geometry = self._geometry()
         if changes.get('kernel_size') == 1:
             changes = dict(padding=0, dilation=1, **changes)
         conv = kind(**{**arguments, **geometry, 'bias': False, **changes})
-        conv.fixed_geometry = {
-            k: _pair(v) for k, v in changes.items() if k in _GEOMETRY
-        }
-        if 'padding' in changes:
-            pads = tuple(conv._reversed_padding_repeated_twice)
-            conv.fixed_geometry['_reversed_padding_repeated_twice'] = pads
+        conv.fixed_geometry = {n: _pair(changes[n]) for n in geometry if n in changes}
         return conv
 
     def build_branches(self) -> nn.ModuleDict:
@@ -168,7 +149,7 @@ class MultiBranchConv2d(ReparamConv2d):
         return branches
 
     def build_norm(self) -> None:
-        return None  # The branches have theirs.
+        """None, since the branches have theirs."""
 
     def kernel(self) -> Tensor:
         if self.deployed:
@@ -228,8 +209,7 @@ class MultiBranchConv2d(ReparamConv2d):
     ) -> None:
         """``origin`` takes kernel and norm, and the last norms of the others end in 0.
 
-        That is exact with running statistics and with those of a batch. Without a
-        norm, that of ``origin`` starts as the identity of eval mode.
+        Without a norm, that of ``origin`` starts as the identity of eval mode.
         """
         if 'origin' not in self.branches:
             raise ValueError(

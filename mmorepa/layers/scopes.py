@@ -27,14 +27,11 @@ def folded(model: nn.Module, in_traces: bool = False) -> Iterator[nn.Module]:
     """Folds every conv of a model once, and serves that until the end of the block.
 
     For loops of evaluation: a conv in eval mode, without gradients, runs as the plain
-    conv that it equals, BatchNorm included. Elsewhere its kernel is folded once, as
-    :func:`torch.nn.utils.parametrize.cached` does it, with a gradient where one is
-    asked for. A conv folds when it first runs. What is written to the model inside of
-    the block after that, a parameter, a statistic or an attribute of a BatchNorm, is
-    not seen; :meth:`~torch.nn.Module.train`, :meth:`~torch.nn.Module.eval`, loading a
-    state dict and moving the model are.
-
-    Blocks may be nested: the outermost one decides how long a fold is served.
+    conv that it equals, BatchNorm included. Elsewhere its kernel is folded once, with a
+    gradient where one is asked for. A conv folds when it first runs. What is written to
+    a parameter or a BatchNorm inside of the block after that is not seen;
+    :meth:`~torch.nn.Module.train`, :meth:`~torch.nn.Module.eval`, loading a state dict
+    and moving the model are. Of nested blocks, the outermost one counts.
 
     Args:
         model (nn.Module): A layer or a whole model, wrapped or not.
@@ -108,15 +105,13 @@ class EvaluationScope:
 
 
 class _Folds:
-    """What a conv was folded to, from the parameters that it had."""
-
     def __init__(self, conv: ReparamConv2d) -> None:
         self.by_name: dict[str, Any] = {}
         places = [m._parameters for m in conv.modules() if m._parameters]
         self._sources = [(place, [*place.values()]) for place in places]
 
     def are_current(self) -> bool:
-        """False if others stand in their place, or did when the fold was made."""
+        """Whether the conv has the parameters that it was folded from."""
         return all(
             are_the_same([*place.values()], sources) for place, sources in self._sources
         )
@@ -254,14 +249,14 @@ class KernelGraph:
         kernel (Tensor): The leaf's numbers, as a function of the branches.
         is_deferred (bool): Whether :func:`backward_to_branches` is called after the
             backward pass.
-        is_reduced (bool): Whether data parallelism averages the leaf's gradient,
-            which is done at the end of a backward pass only.
+        is_reduced (bool): Whether data parallelism averages the leaf's gradient, at the
+            end of a backward pass.
     """
 
     kernel: Tensor
+    is_deferred = False
 
     def __init__(self, is_reduced: bool) -> None:
-        self.is_deferred = False
         self.is_reduced = is_reduced
 
     def on_gradient(self, leaf: nn.Parameter) -> None:
@@ -283,13 +278,11 @@ class KernelLeaf:
     """The training scope of one conv: a kernel cut off from its branches.
 
     Args:
-        leaf (nn.Parameter, optional): One whose gradients data parallelism averages:
-            it serves all blocks. Defaults to None, a new one, for one block.
+        leaf (nn.Parameter, optional): What the conv runs with. One whose gradients data
+            parallelism averages serves all blocks; None makes a new one, for one block.
         evaluation (EvaluationScope, optional): Serves passes without gradients.
-            Defaults to None.
 
     Attributes:
-        leaf (nn.Parameter): What the conv runs with.
         graph (KernelGraph): What turns its gradient into those of the branches.
         sources (tuple[nn.Parameter, ...]): The parameters that it is folded from;
             none once these have changed.
