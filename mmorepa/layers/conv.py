@@ -59,8 +59,9 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
     BLOCK_SIZES: Container[int] = (3, 5)
     # False if the kernel is stored, or if the branches run on the feature map.
     folds_online = True
-    # Where kernels come from while a block of mmorepa.layers.scopes is open.
-    scope: Any = None
+    # Where kernels come from in blocks of mmorepa.layers.scopes.held() and folded().
+    training_scope: Any = None
+    evaluation_scope: Any = None
     # The memory of the kernel: see mmorepa.set_channels_last.
     channels_last = False
     # Warn when loaded weights hold NaN, Inf or a negative variance.
@@ -94,7 +95,6 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         self.conv_bias = bias
         self.norm_cfg = norm_cfg
         self.act = None if act_cfg is None else build_activation_layer(act_cfg)
-        self.scope = None
         self.become_training_form(with_branches=not deploy)
         if deploy:
             self._become_plain(self._deployed_with_bias, like=torch.empty(0))
@@ -124,7 +124,8 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
             if node is not None:
                 return node
         norm, act = self.norm, self.act
-        fused = None if self.scope is None else self.scope.fused_conv(self)
+        scope = self.evaluation_scope
+        fused = None if scope is None else scope.fused_conv(self)
         if fused is not None:
             kernel, bias, norm = fused
             x = self._conv_forward(x, kernel, bias)
@@ -150,7 +151,12 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         """
         if self.deployed:
             return self.weight
-        return self.folded_kernel() if self.scope is None else self.scope.kernel(self)
+        if self.training_scope is not None:
+            leaf = self.training_scope.kernel(self)
+            if leaf is not None:
+                return leaf
+        scope = self.evaluation_scope
+        return self.folded_kernel() if scope is None else scope.kernel(self)
 
     def folded_kernel(self) -> Tensor:
         """The kernel of a training form, folded now, shape (O, Ig, k, k)."""
@@ -249,8 +255,9 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
 
     def forget_folds(self) -> None:
         """Tells open scopes that the kernel has changed."""
-        if self.scope is not None:
-            self.scope.forget(self)
+        for scope in (self.training_scope, self.evaluation_scope):
+            if scope is not None:
+                scope.forget(self)
 
     def become_training_form(self, with_branches: bool = True) -> None:
         """Gives this module fresh parameters of the training form."""
@@ -304,7 +311,8 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
 
     def __getstate__(self) -> dict:
         # A copy belongs to no scope.
-        return {**super().__getstate__(), 'scope': None}
+        scopes = dict(training_scope=None, evaluation_scope=None)
+        return {**super().__getstate__(), **scopes}
 
     def extra_repr(self) -> str:
         form = 'deployed' if self.deployed else 'training form'

@@ -1,9 +1,8 @@
 """Scopes that fold a model's kernels once and serve them until they end.
 
 Without one, every forward pass folds. Nothing else is remembered, so nothing can be
-out of date outside of a scope. ``conv.scope`` is the one that serves a conv: a
-:class:`KernelLeaf` of folded training, an :class:`EvaluationScope`, or the first with
-the second behind it, for passes without gradients.
+out of date outside of a scope. A conv asks its ``training_scope`` first, a
+:class:`KernelLeaf`, and then its ``evaluation_scope``, an :class:`EvaluationScope`.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,20 +46,14 @@ def folded(model: nn.Module, in_traces: bool = False) -> Iterator[nn.Module]:
         ...         model(batch)
     """
     scope = EvaluationScope(in_traces)
-    convs = _training_forms(model)
+    convs = [c for c in _training_forms(model) if c.evaluation_scope is None]
     for conv in convs:
-        if conv.scope is None:
-            conv.scope = scope
-        elif isinstance(conv.scope, KernelLeaf) and conv.scope.evaluation is None:
-            conv.scope.evaluation = scope
+        conv.evaluation_scope = scope
     try:
         yield model
     finally:
         for conv in convs:
-            if conv.scope is scope:
-                conv.scope = None
-            elif isinstance(conv.scope, KernelLeaf) and conv.scope.evaluation is scope:
-                conv.scope.evaluation = None
+            conv.evaluation_scope = None
 
 
 class EvaluationScope:
@@ -190,7 +183,7 @@ def _hold(model: nn.Module, recorded: Optional[RecordedFolds]) -> list['KernelLe
             kernels = tuple(conv.folded_kernel() for conv in fresh)
         for conv, leaf, kernel in zip(fresh, leaves, kernels):
             leaf.take(kernel, tuple(conv.branches.parameters()))
-    leaves = [conv.scope for conv in convs]
+    leaves = [conv.training_scope for conv in convs]
     for leaf in leaves:
         leaf.depth += 1
     return leaves
@@ -204,16 +197,14 @@ def _autocast_dtype(model: nn.Module) -> Optional[torch.dtype]:
 
 
 def _is_held(conv: ReparamConv2d) -> bool:
-    leaf = conv.scope
-    return isinstance(leaf, KernelLeaf) and leaf.depth > 0 and bool(leaf.sources)
+    leaf = conv.training_scope
+    return leaf is not None and leaf.depth > 0 and bool(leaf.sources)
 
 
 def _leaf_of(conv: ReparamConv2d, model: nn.Module) -> 'KernelLeaf':
-    leaf = evaluation = conv.scope
-    if isinstance(leaf, KernelLeaf):
-        evaluation = leaf.evaluation
-    if not (isinstance(leaf, KernelLeaf) and leaf.is_reduced):
-        leaf = conv.scope = KernelLeaf(evaluation=evaluation)
+    leaf = conv.training_scope
+    if leaf is None or not leaf.is_reduced:
+        leaf = conv.training_scope = KernelLeaf()
     elif not leaf.leaf.requires_grad:
         name = next(name for name, m in model.named_modules() if m is conv)
         raise RuntimeError(
@@ -280,7 +271,6 @@ class KernelLeaf:
     Args:
         leaf (nn.Parameter, optional): What the conv runs with. One whose gradients data
             parallelism averages serves all blocks; None makes a new one, for one block.
-        evaluation (EvaluationScope, optional): Serves passes without gradients.
 
     Attributes:
         graph (KernelGraph): What turns its gradient into those of the branches.
@@ -291,13 +281,8 @@ class KernelLeaf:
             this pass, as in :meth:`~torch.nn.parallel.DistributedDataParallel.no_sync`.
     """
 
-    def __init__(
-        self,
-        leaf: Optional[nn.Parameter] = None,
-        evaluation: Optional[EvaluationScope] = None,
-    ) -> None:
+    def __init__(self, leaf: Optional[nn.Parameter] = None) -> None:
         self.leaf = leaf
-        self.evaluation = evaluation
         self.is_reduced = leaf is not None
         self.graph = KernelGraph(self.is_reduced)
         self.sources: tuple[nn.Parameter, ...] = ()
@@ -317,20 +302,20 @@ class KernelLeaf:
         # A graph that used the former numbers must not go on with these.
         torch.autograd.graph.increment_version(self.leaf)
 
-    def kernel(self, conv: ReparamConv2d) -> Tensor:
-        """The leaf for passes with gradients, and a fold for others."""
-        if torch.is_grad_enabled() and self.sources:
-            # Checkpointed blocks run their forward pass again in the backward one.
-            if self.depth == 0 and torch._C._current_graph_task_id() == -1:
-                # Passes outside of the block fold, and so do their checkpointed parts
-                # when they run again.
-                self.forget(conv)
-            # A compiler takes the parameters for granted.
-            elif torch.compiler.is_compiling() or self._was_folded_from(conv):
-                return self._for_pass(self.leaf)
-        if self.evaluation is None:
-            return conv.folded_kernel()
-        return self.evaluation.kernel(conv)
+    def kernel(self, conv: ReparamConv2d) -> Optional[Tensor]:
+        """The leaf for passes with gradients in the block, and None for others."""
+        if not (torch.is_grad_enabled() and self.sources):
+            return None
+        # Checkpointed blocks run their forward pass again in the backward one.
+        if self.depth == 0 and torch._C._current_graph_task_id() == -1:
+            # Passes outside of the block fold, and so do their checkpointed parts
+            # when they run again.
+            self.forget(conv)
+            return None
+        # A compiler takes the parameters for granted.
+        if torch.compiler.is_compiling() or self._was_folded_from(conv):
+            return self._for_pass(self.leaf)
+        return None
 
     def _for_pass(self, leaf: nn.Parameter) -> Tensor:
         # A leaf in half precision may be used where autocast is off for a while.
@@ -339,16 +324,11 @@ class KernelLeaf:
             return leaf
         return leaf.to(like)
 
-    def fused_conv(self, conv: ReparamConv2d) -> Optional[FusedConv]:
-        return None if self.evaluation is None else self.evaluation.fused_conv(conv)
-
     def forget(self, conv: ReparamConv2d) -> None:
         """Serves the conv no longer, since it has changed."""
         self.sources = ()
         if not self.is_reduced:
-            conv.scope = self.evaluation
-        if self.evaluation is not None:
-            self.evaluation.forget(conv)
+            conv.training_scope = None
 
     def has_final_gradient(self) -> bool:
         """Whether the leaf's gradient can be passed on to the branches."""

@@ -17,8 +17,8 @@ _OF_BRANCHES = re.compile(
 )
 _OF_CONVS = vars(nn.Conv2d(1, 1, 1, device='meta')).keys()
 # What this package sets on training forms after they are built.
-_SET_LATER = {'scope', 'channels_last', 'is_plain_start', 'warns_of_flaws'}
-_SET_LATER |= {'fixed_geometry', '_built', '_fresh'}
+_SET_LATER = {'training_scope', 'evaluation_scope', 'channels_last', 'is_plain_start'}
+_SET_LATER |= {'warns_of_flaws', 'fixed_geometry', '_built', '_fresh'}
 
 
 def switch_to_deploy(module: nn.Module) -> nn.Module:
