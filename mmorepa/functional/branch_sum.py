@@ -96,11 +96,9 @@ class BranchSum:
         expansion (int): m. Defaults to 8.
 
     Attributes:
-        roles (dict[str, str]): The parameters by name, in order, with the part that
-            each plays.
+        roles (dict[str, str]): The parts of the parameters, in order, by name.
         rows (dict[str, int]): The rows of ``scale``, by the part of their branch.
-        filtered (tuple[str, ...]): The branches whose kernels are one weight for each
-            input times a filter.
+        filtered (tuple[str, ...]): The branches that are a weight times a filter.
     """
 
     names: tuple[str, ...]

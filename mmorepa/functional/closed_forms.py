@@ -40,14 +40,11 @@ _is_traced_by_fx = getattr(
 
 
 def fold_kernel(spec: BranchSum, *tensors: Tensor) -> Tensor:
-    """Folds branches into one kernel, with a gradient.
+    """The kernel, (O, Ig, k, k), of a sum of branches, with a gradient.
 
     Args:
-        spec (BranchSum): The sum of branches to fold.
-        *tensors (Tensor): The parameters, in the order of ``spec.roles``.
-
-    Returns:
-        Tensor: Shape (O, Ig, k, k), with channels last in memory.
+        spec (BranchSum): The sum.
+        *tensors (Tensor): Its parameters, in the order of ``spec.roles``.
 
     Raises:
         ValueError: If a parameter has another shape than it should.

@@ -13,8 +13,6 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
-from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +44,7 @@ _INSTRUCTIONS = {
 def library_path() -> Path:
     """Where the compiled folds are kept: in ``$MMOREPA_CACHE`` or ``~/.cache/mmorepa``.
 
-    The name tells the source, the version of PyTorch and the instructions of the
-    processor apart, so that machines may share a home directory.
+    Machines may share it: the name tells sources, versions and processors apart.
     """
     folder = os.environ.get('MMOREPA_CACHE') or Path.home() / '.cache' / 'mmorepa'
     version = f'{torch.__version__} {" ".join(_flags())}'.encode()
@@ -91,34 +88,27 @@ def build() -> Path:
                 f'ninja; without that, training on a CPU is slower: {error}'
             ) from error
         (Path(folder) / f'{_NAME}.so').replace(path)
-    _library.cache_clear()
+    is_available.cache_clear()
     return path
 
 
+@functools.cache
 def is_available() -> bool:
     """Whether the compiled folds are there."""
-    return _library() is not None
-
-
-@functools.cache
-def _library() -> Optional[SimpleNamespace]:
-    # There already in the process that compiled it.
-    if not hasattr(torch.ops.mmorepa, 'fold'):
-        try:
-            path = library_path()
-            if not path.is_file():
-                return None
+    if hasattr(torch.ops.mmorepa, 'fold'):  # In the process that compiled it.
+        return True
+    try:
+        path = library_path()
+        if path.is_file():
             torch.ops.load_library(path)
-        except (OSError, RuntimeError) as error:
-            warnings.warn(
-                'compiled folds cannot be loaded, and operations of PyTorch are used '
-                f'instead; to compile them anew, delete what is there: {error}',
-                stacklevel=2,
-            )
-            return None
-    # Without the search for an overload, of which there is one.
-    names = ('fold', 'fold_gradients')
-    return SimpleNamespace(**{n: getattr(torch.ops.mmorepa, n).default for n in names})
+        return path.is_file()
+    except (OSError, RuntimeError) as error:
+        warnings.warn(
+            'compiled folds cannot be loaded, and operations of PyTorch are used '
+            f'instead; to compile them anew, delete what is there: {error}',
+            stacklevel=2,
+        )
+        return False
 
 
 def _flags() -> list[str]:
@@ -139,14 +129,15 @@ def takes(spec: BranchSum, tensors: Sequence[Tensor]) -> bool:
             type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype is dtype
             for t in tensors
         )
-        and _library() is not None
+        and is_available()
     )
 
 
 def fold(spec: BranchSum, tensors: Sequence[Tensor]) -> Tensor:
     """The kernel, (O, I, k, k) with channels last in memory, where it :func:`takes`."""
     pieces = [t.contiguous() for t in tensors]
-    return _library().fold(pieces, *_options(spec, tensors))
+    # Without the search for an overload, of which there is one.
+    return torch.ops.mmorepa.fold.default(pieces, *_options(spec, tensors))
 
 
 def fold_gradients(
@@ -154,7 +145,8 @@ def fold_gradients(
 ) -> list[Tensor]:
     """The gradients of the parameters from that of the kernel, (O, I, k, k)."""
     pieces = [t.contiguous() for t in tensors]
-    return _library().fold_gradients(grad, pieces, *_options(spec, tensors))
+    derivative = torch.ops.mmorepa.fold_gradients.default
+    return derivative(grad, pieces, *_options(spec, tensors))
 
 
 def _options(spec: BranchSum, tensors: Sequence[Tensor]) -> tuple:

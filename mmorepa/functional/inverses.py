@@ -41,13 +41,11 @@ def solve_deep_linear(kernel: Tensor, first: Tensor, groups: int = 1) -> Tensor:
 
 
 def check_is_wide(kernel: Tensor, hidden: int, free: int) -> None:
-    """Raises a ValueError if a deep linear kernel cannot be this one.
+    """Raises a ValueError if a deep linear kernel cannot be this one, (O, Ig, k, k).
 
     Args:
-        kernel (Tensor): Shape (O, Ig, k, k).
         hidden (int): The inner channels of a group.
-        free (int): The weights of an output channel that can be chosen freely: no more
-            than 9 for each inner channel.
+        free (int): The weights of an output channel that can be chosen freely.
     """
     weights = kernel[0].numel()
     if free < weights:

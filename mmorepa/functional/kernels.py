@@ -54,11 +54,9 @@ def embed_1x1(weight: Tensor, kernel_size: int) -> Tensor:
 
 
 def average_kernel(weight: Tensor, kernel_size: int) -> Tensor:
-    """A 1×1 conv followed by k×k average pooling: ``K[o, i] = weight[o, i] / k²``.
+    """A 1×1 conv, shape (O, Ig, 1, 1), then k×k average pooling: (O, Ig, k, k).
 
-    Args:
-        weight (Tensor): Shape (O, Ig, 1, 1); the kernel is of (O, Ig, k, k).
-        kernel_size (int): k, the size of the pooling window.
+    ``K[o, i] = weight[o, i] / k²``
     """
     scaled = weight / kernel_size**2
     return scaled.expand(-1, -1, kernel_size, kernel_size)
@@ -74,13 +72,7 @@ def frequency_prior(
 
     The first half of the rows varies along the height,
     ``prior[o, h, w] = cos(π (h + ½) (o + 1) / k)``; the second half along the
-    width, ``prior[o, h, w] = cos(π (w + ½) (o + 1 − O/2) / k)``.
-
-    Args:
-        channels (int): O; the filters are of (O, k, k).
-        kernel_size (int): k.
-        dtype (torch.dtype, optional): Defaults to torch's default dtype.
-        device (torch.device, optional): Defaults to torch's default device.
+    width, ``prior[o, h, w] = cos(π (w + ½) (o + 1 − O/2) / k)``. Shape (O, k, k).
     """
     half = channels / 2
 
@@ -101,11 +93,9 @@ def frequency_prior(
 
 
 def filtered_kernel(weight: Tensor, filters: Tensor) -> Tensor:
-    """A 1×1 conv, then one filter per output: ``K[o, i] = weight[o, i] · filters[o]``.
+    """A 1×1 conv, shape (O, Ig, 1, 1), then a filter per output, shape (O, k, k).
 
-    Args:
-        weight (Tensor): Shape (O, Ig, 1, 1); the kernel is of (O, Ig, k, k).
-        filters (Tensor): Shape (O, k, k).
+    ``K[o, i] = weight[o, i] · filters[o]``
     """
     return weight * filters[:, None]
 
@@ -118,11 +108,7 @@ def identity_1x1(
 ) -> Tensor:
     """A 1×1 kernel that repeats its group's input: ``E[t, t mod columns] = 1``.
 
-    Args:
-        rows (int): T, the outputs of all groups; the kernel is of (T, columns, 1, 1).
-        columns (int): The inputs of one group.
-        dtype (torch.dtype, optional): Defaults to torch's default dtype.
-        device (torch.device, optional): Defaults to torch's default device.
+    Its shape is (T, columns, 1, 1) for T outputs of all groups.
     """
     eye = torch.zeros(rows, columns, 1, 1, dtype=dtype, device=device)
     row = torch.arange(rows, device=device)
@@ -200,13 +186,9 @@ def compose_deep_linear(first: Tensor, second: Tensor, groups: int = 1) -> Tenso
 def constant_response(kernel: Tensor, constants: Tensor, groups: int = 1) -> Tensor:
     """The response of a conv to constant maps, borders included.
 
-    ``r[o] = Σ_i Σ_{h,w} kernel[o, i, h, w] · constants[i]`` within each group. It
-    is how the bias of one conv passes through the next.
-
-    Args:
-        kernel (Tensor): Shape (O, Ig, k, k); the response is of (O,).
-        constants (Tensor): Shape (I,).
-        groups (int): g. Defaults to 1.
+    ``r[o] = Σ_i Σ_{h,w} kernel[o, i, h, w] · constants[i]`` within each group, with a
+    kernel of shape (O, Ig, k, k) and constants of (I,). It is how the bias of one conv
+    passes through the next.
     """
     outputs, inputs = kernel.shape[:2]
     weights = kernel.sum(dim=(2, 3)).reshape(groups, outputs // groups, inputs)
@@ -214,12 +196,7 @@ def constant_response(kernel: Tensor, constants: Tensor, groups: int = 1) -> Ten
 
 
 def scaled_sum(kernels: Sequence[Tensor], scales: Tensor) -> Tensor:
-    """The linear scaling layers: ``K[o] = Σ_b scales[b, o] · kernels[b][o]``.
-
-    Args:
-        kernels (Sequence[Tensor]): B kernels of shape (O, Ig, k, k), as the sum is.
-        scales (Tensor): Shape (B, O).
-    """
+    """The linear scaling layers: ``K[o] = Σ_b scales[b, o] · kernels[b][o]``."""
     terms = zip(scales[:, :, None, None, None].unbind(), kernels)
     total: Tensor = sum(scale * kernel for scale, kernel in terms)  # type: ignore
     return total

@@ -22,18 +22,9 @@ class BranchKernel(nn.Module):
     """A kernel that is a :class:`mmorepa.functional.BranchSum` of its parameters.
 
     A subclass adds a parameter for each of the sum's names, the scale last.
-
-    Args:
-        shape (tuple[int, ...]): (O, Ig, k, k).
-        groups (int): g.
-        branches (Sequence[str], optional): The names of the branches to build; None
-            builds all of :attr:`INITIAL_SCALES`.
-
-    Raises:
-        ValueError: If a branch is not known, or none is left.
     """
 
-    # By branch, in the order of the rows of ``scale``.
+    # By the branches that there are, in the order of the rows of ``scale``.
     INITIAL_SCALES: dict[str, float]
 
     def __init__(
@@ -82,8 +73,7 @@ class BranchKernel(nn.Module):
             scale (float): That of ``origin``. Defaults to one.
 
         Raises:
-            ValueError: If there is no such branch, its weight is computed from others,
-                or weights are not finite.
+            ValueError: If there is no such branch, or its weight is computed.
         """
         if 'origin' not in self.branch_names:
             raise ValueError(
@@ -120,10 +110,10 @@ class BranchKernel(nn.Module):
 
 
 def choose_branches(
-    known: Collection[str], names: Optional[Sequence[str]], owner: str = 'this kernel'
+    known: Collection[str], names: Optional[Sequence[str]]
 ) -> tuple[str, ...]:
     """The chosen branches, all if ``names`` is None, in their fixed order."""
-    check_branches(known, names or (), owner)
+    check_branches(known, names or ())
     if names is not None and not names:
         raise ValueError(
             f'no branch is left; choose at least one of {", ".join(known)}'
@@ -131,13 +121,10 @@ def choose_branches(
     return tuple(name for name in known if names is None or name in names)
 
 
-def check_branches(
-    known: Collection[str], names: Iterable[str], owner: str = 'this kernel'
-) -> None:
+def check_branches(known: Collection[str], names: Iterable[str]) -> None:
     """Raises a ValueError if a name is not known."""
     for name in names:
         if name not in known:
             raise ValueError(
-                f'unknown branch {name!r}; the branches of {owner} are '
-                f'{", ".join(known)}'
+                f'unknown branch {name!r}; the branches are {", ".join(known)}'
             )

@@ -51,16 +51,10 @@ class RecordedFolds:
     def fold(
         self, convs: Sequence[ReparamConv2d], dtype: Optional[torch.dtype] = None
     ) -> Optional[tuple[Tensor, ...]]:
-        """Folds convs by a replay.
+        """The kernels of training forms, by a replay, with a graph.
 
-        Args:
-            convs (Sequence[ReparamConv2d]): In training form.
-            dtype (torch.dtype, optional): Of the kernels. Defaults to that of the
-                branches.
-
-        Returns:
-            tuple[Tensor, ...] | None: Their kernels, with a graph. None where they
-            cannot be recorded.
+        They have another dtype than the branches where one is given. None where they
+        cannot be recorded.
         """
         if not convs:
             return None

@@ -32,8 +32,7 @@ class DeepLinearKernel(nn.Module):
     """A k×k kernel composed of (k−1)/2 kernels of 3×3 (paper, section 3.3).
 
     The factors map I to M channels, then M to M, and the last one M to O. Fresh ones of
-    more than 7×7, or with groups, are scaled to give a kernel as large as a fresh
-    :class:`torch.nn.Conv2d` has.
+    more than 7×7, or with groups, give a kernel as large as a fresh plain conv's.
 
     Args:
         build_factor (Callable): Takes the output and the input channels of a factor

@@ -45,10 +45,9 @@ def add_branches(
     Args:
         model (nn.Module): Any model; it is changed in place.
         block (str): Block type, a name in :data:`mmorepa.layers.BLOCKS`. The convs of
-            ``'dbb'``, ``'repvgg'`` and ``'orepa_repvgg'`` have BatchNorms of their
-            own: they compute the same in eval mode, and while training where another
-            BatchNorm follows, and each of them is deployed with a bias. Defaults to
-            ``'orepa'``.
+            ``'dbb'``, ``'repvgg'`` and ``'orepa_repvgg'`` have BatchNorms: they compute
+            the same in eval mode, and while training where another BatchNorm follows,
+            and are deployed with a bias. Defaults to ``'orepa'``.
         include (str | Sequence[str]): Patterns such as ``'backbone.*'`` of the names
             of convs to exchange. Defaults to ``'*'``.
         exclude (str | Sequence[str]): Those to leave alone. Defaults to none.
@@ -127,11 +126,7 @@ def add_branches(
 
 
 def reparameterize(*args, **kwargs) -> None:
-    """The former name of :func:`add_branches`.
-
-    Raises:
-        TypeError: Always, since elsewhere this word means to fuse the branches.
-    """
+    """The former name of :func:`add_branches`, which is an error."""
     raise TypeError(
         'mmorepa.reparameterize is called mmorepa.add_branches now, since elsewhere '
         'the word means to fuse branches, which mmorepa.switch_to_deploy does'
@@ -140,18 +135,11 @@ def reparameterize(*args, **kwargs) -> None:
 
 @MODELS.register_module(name='Reparameterized')
 def build_with_branches(module: dict, **kwargs) -> nn.Module:
-    """Builds a module and exchanges its convs, for models without ``conv_cfg``.
+    """Builds a module and exchanges its convs, as :func:`add_branches` does it.
 
     In a config: ``backbone=dict(type='Reparameterized', module=dict(type='ConvNeXt',
     ...))``. Weights that are loaded later, by ``init_cfg`` or ``load_from``, may be
     those of the plain module.
-
-    Args:
-        module (dict): Config of any module in MMEngine's ``MODELS``.
-        **kwargs: See :func:`add_branches`.
-
-    Returns:
-        nn.Module: The module.
     """
     return add_branches(MODELS.build(module), **kwargs)
 

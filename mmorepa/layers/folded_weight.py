@@ -1,11 +1,12 @@
 """The ``weight`` of a training form: a fold that can be read and written."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..functional import is_being_traced
 
@@ -116,7 +117,7 @@ class FoldedWeight(Tensor):
     ) -> Any:
         name = getattr(func, '__name__', '')
         kwargs = kwargs or {}
-        weights = list(_weights((args, tuple(kwargs.values()))))
+        weights = [t for t in tree_leaves((args, kwargs)) if isinstance(t, cls)]
         if isinstance(args[0] if args else None, cls) and hasattr(args[0], 'conv'):
             answer = args[0]._as_parameter(func, name, args[1:], kwargs)
             if answer is not NotImplemented:
@@ -134,7 +135,7 @@ class FoldedWeight(Tensor):
                     raise TypeError(NO_PARAMETER)
                 weight.whole._start_branches(name)
             if name != 'detach':
-                return _as_views(result, weights)
+                return tree_map(lambda item: _as_view(item, weights), result)
             # A detached one is taken for parameters of other modules. nn.Parameter()
             # asks for one of the same type, and marks it then.
             is_asked = sys._getframe(1).f_code is torch.nn.Parameter.__new__.__code__
@@ -206,21 +207,8 @@ class FoldedWeight(Tensor):
         self.is_written = True
 
 
-def _weights(items: Iterable) -> Iterator[FoldedWeight]:
-    """The folds among arguments."""
-    for item in items:
-        if isinstance(item, FoldedWeight):
-            yield item
-        elif isinstance(item, (tuple, list)):
-            yield from _weights(item)
-
-
-def _as_views(result: Any, weights: Sequence[FoldedWeight]) -> Any:
-    """Results of a function, with views of a fold as folds to be written to."""
-    if isinstance(result, (tuple, list)):
-        views = [_as_views(item, weights) for item in result]
-        changed = any(one is not other for one, other in zip(views, result))
-        return type(result)(views) if changed else result
+def _as_view(result: Any, weights: Sequence[FoldedWeight]) -> Any:
+    """A result of a function, as a fold to be written to if it is a view of one."""
     if type(result) is Tensor:
         memory = result.untyped_storage()._cdata
         for weight in weights:

@@ -39,9 +39,6 @@ def adapt(
 
     Returns:
         bool: Whether the conv has started from a plain kernel.
-
-    Raises:
-        CheckpointError: If the entries do not fit the conv.
     """
     plain, former = f'{prefix}weight', f'{prefix}branches.weight'
     takes_former = conv.deployed or 'weight' in conv.branches._parameters

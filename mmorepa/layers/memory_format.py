@@ -25,16 +25,13 @@ def set_channels_last(module: nn.Module, on: bool = True) -> nn.Module:
     """Makes the convs of a module run in ``torch.channels_last`` memory, or not.
 
     A fold gives a kernel with channels last, which costs no copy then; on CPUs, the
-    whole network is faster as well. Numbers stay the same but for rounding. Call it
-    before the optimizer is built, since a fused update takes a parameter and its state
-    for memory of one order, and before a wrapper for data parallelism, which remembers
-    the order.
+    whole network is faster as well. Call it before the optimizer is built, since a
+    fused update takes a parameter and its state for memory of one order, and before a
+    wrapper for data parallelism, which remembers the order.
 
-    Other modules see nothing of it: maps that ``module`` returns, also in tuples, lists
-    and dicts, are contiguous again. So are those that reach modules of ``mmcv.ops``
-    inside of it (RoIAlign, deformable convs), which read memory in the default order
-    without a look at the strides; functions of ``mmcv.ops`` have to be given contiguous
-    maps by who calls them.
+    Maps that ``module`` returns, also in tuples, lists and dicts, are contiguous again.
+    So are those that reach modules of ``mmcv.ops`` inside of it, which do not look at
+    the strides; functions of ``mmcv.ops`` have to be given contiguous maps.
 
     Args:
         module (nn.Module): A backbone or a whole model, changed in place and returned.

@@ -27,12 +27,9 @@ class MultiBranchConv2d(ReparamConv2d):
     network keeps its own.
 
     Args:
-        branches (Sequence[str], optional): The names of the branches to build.
-            Defaults to all.
+        branches, single_init: See :class:`OREPAConv2d`.
         initial_scales (dict[str, float], optional): Initial weight of the last
             BatchNorm of a branch, by name. Defaults to None, ones.
-        single_init (bool): Whether only ``origin`` starts with ones, and every
-            other branch with zeros, but for ``initial_scales``. Defaults to False.
         *args, **kwargs: See :class:`ReparamConv2d`; ``norm_cfg`` is that of the
             branches and defaults to ``dict(type='BN')``.
 
@@ -55,10 +52,9 @@ class MultiBranchConv2d(ReparamConv2d):
         **kwargs,
     ) -> None:
         # Before the base class, which builds the branches.
-        kind = type(self).__name__
-        self._branch_names = choose_branches(self.BRANCH_NAMES, branches, kind)
+        self._branch_names = choose_branches(self.BRANCH_NAMES, branches)
         self._initial_scales = dict(initial_scales or {})
-        check_branches(self.BRANCH_NAMES, self._initial_scales, kind)
+        check_branches(self.BRANCH_NAMES, self._initial_scales)
         if single_init:
             scales = dict.fromkeys(self.BRANCH_NAMES, 0.0)
             self._initial_scales = {**scales, 'origin': 1.0, **self._initial_scales}

@@ -169,15 +169,13 @@ class OREPADeepLinearKernel(DeepLinearKernel):
 class OREPAConv2d(ReparamConv2d, nn.Conv2d):
     """A conv that trains as OREPA's branches, folded online into one kernel.
 
-    Registered as a conv layer: ``conv_cfg=dict(type='OREPAConv2d')`` gives any
-    OpenMMLab module that takes ``conv_cfg`` such convs. The kernel is an
-    :class:`OREPAPointwiseKernel` for k = 1, an :class:`OREPAKernel` for 3 and 5,
-    and an :class:`OREPADeepLinearKernel` from 7 on, as in the paper's networks.
+    ``conv_cfg=dict(type='OREPAConv2d')`` gives OpenMMLab's modules such convs. The
+    kernel is an :class:`OREPAPointwiseKernel` for k = 1, an :class:`OREPAKernel` for 3
+    and 5, and an :class:`OREPADeepLinearKernel` from 7 on, as in the paper's networks.
 
     Args:
         branches (Sequence[str], optional): The names of the branches to build, for
-            ablations: of :class:`OREPAKernel` and :class:`OREPAPointwiseKernel`,
-            each of which takes those that are its own. Defaults to all.
+            ablations. Each kernel takes those that are its own. Defaults to all.
         initial_scales (dict[str, float], optional): Initial scale by branch name.
             Defaults to None, the paper's.
         single_init (bool): Whether only the plain kernel is scaled by one at the
@@ -185,8 +183,7 @@ class OREPAConv2d(ReparamConv2d, nn.Conv2d):
             Defaults to False.
         kaiming_a (float, optional): See :class:`OREPAKernel`. Defaults to None, the
             paper's for each kernel.
-        inner_mult (float): Inner channels of the deep linear form by output channels,
-            see :class:`DeepLinearKernel`; other forms have none. Defaults to 1.
+        inner_mult (float): See :class:`DeepLinearKernel`. Defaults to 1.
         *args, **kwargs: See :class:`ReparamConv2d`.
 
     Raises:
@@ -210,10 +207,14 @@ class OREPAConv2d(ReparamConv2d, nn.Conv2d):
         inner_mult: float = 1.0,
         **kwargs,
     ) -> None:
+        known = {**OREPAKernel.INITIAL_SCALES, **OREPAPointwiseKernel.INITIAL_SCALES}
+        scales = dict(initial_scales or {})
+        check_branches(known, (*(branches or ()), *scales))
+        if single_init:
+            scales = {**dict.fromkeys(known, 0.0), 'origin': 1.0, **scales}
         # Before the base class, which builds the branches.
         self._branch_names = branches
-        self._initial_scales = initial_scales or {}
-        self._single_init = single_init
+        self._initial_scales = scales
         self._kaiming_a = kaiming_a
         self._inner_mult = inner_mult
         super().__init__(*args, **kwargs)
@@ -221,31 +222,20 @@ class OREPAConv2d(ReparamConv2d, nn.Conv2d):
     def build_branches(self) -> nn.Module:
         size = self.kernel_size[0]
         channels = (self.out_channels, self.in_channels)
-        if size == 1:
-            return OREPAPointwiseKernel(
-                *channels, **self._kernel_options(OREPAPointwiseKernel)
-            )
-        options = self._kernel_options(OREPAKernel)
-        if size < DEEP_LINEAR_FROM:
-            return OREPAKernel(*channels, size, **options)
-        return OREPADeepLinearKernel(
-            *channels, size, inner_mult=self._inner_mult, **options
-        )
-
-    def _kernel_options(self, kernel: type[nn.Module]) -> dict:
-        """The arguments for one kind of kernel, out of those for all kinds."""
-        defaults = kernel.INITIAL_SCALES
-        known = {**OREPAKernel.INITIAL_SCALES, **OREPAPointwiseKernel.INITIAL_SCALES}
-        check_branches(known, (*(self._branch_names or ()), *self._initial_scales))
-        scales = {k: v for k, v in self._initial_scales.items() if k in defaults}
-        if self._single_init:
-            scales = {**dict.fromkeys(defaults, 0.0), 'origin': 1.0, **scales}
+        kernel = OREPAPointwiseKernel if size == 1 else OREPAKernel
+        own = kernel.INITIAL_SCALES
+        scales = {k: v for k, v in self._initial_scales.items() if k in own}
         options = dict(groups=self.groups, initial_scales=scales)
         if self._branch_names is not None:
-            options['branches'] = [n for n in self._branch_names if n in defaults]
+            options['branches'] = [name for name in self._branch_names if name in own]
         if self._kaiming_a is not None:
             options['kaiming_a'] = self._kaiming_a
-        return options
+        if size == 1:
+            return OREPAPointwiseKernel(*channels, **options)
+        if size < DEEP_LINEAR_FROM:
+            return OREPAKernel(*channels, size, **options)
+        options['inner_mult'] = self._inner_mult
+        return OREPADeepLinearKernel(*channels, size, **options)
 
 
 def _kaiming_uniform(shape: Sequence[int], a: float) -> Tensor:

@@ -29,9 +29,8 @@ def param_groups(
     Args:
         model (nn.Module): Any model.
         weight_decay (float): That of the weights. Biases and other parameters of one
-            dimension, as norms have them, get none. Defaults to 1e-5.
-        no_weight_decay_list (Collection[str]): Names of others that get none. Defaults
-            to none.
+            dimension get none. Defaults to 1e-5.
+        no_weight_decay_list (Collection[str]): Names of others that get none.
 
     Examples:
         >>> optimizer = SGD(mmorepa.param_groups(model, 5e-4), lr=0.01, momentum=0.9)

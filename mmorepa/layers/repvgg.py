@@ -41,9 +41,7 @@ class RepVGGConv2d(MultiBranchConv2d):
 class OREPARepVGGConv2d(RepVGGConv2d):
     """A RepVGG block whose k×k branch is an OREPA conv.
 
-    The OREPA conv has no 1×1 branch, since the block has one, and starts with the
-    scales .25 (``origin``), .25 (``average``), 0 (``frequency``), .5
-    (``pointwise_kxk``) and .5 (``depthwise_separable``).
+    The OREPA conv has no 1×1 branch, since the block has one.
 
     Args:
         *args, **kwargs: See :class:`MultiBranchConv2d`.

@@ -236,18 +236,13 @@ class KernelGraph:
     The leaf's hook holds this object, invisibly to Python's garbage collector. A
     reference back would leak both.
 
-    Attributes:
-        kernel (Tensor): The leaf's numbers, as a function of the branches.
-        is_deferred (bool): Whether :func:`backward_to_branches` is called after the
-            backward pass.
-        is_reduced (bool): Whether data parallelism averages the leaf's gradient, at the
-            end of a backward pass.
     """
 
-    kernel: Tensor
-    is_deferred = False
+    kernel: Tensor  # The leaf's numbers, as a function of the branches.
+    is_deferred = False  # Whether backward_to_branches() is called afterwards.
 
     def __init__(self, is_reduced: bool) -> None:
+        # By data parallelism, at the end of a backward pass.
         self.is_reduced = is_reduced
 
     def on_gradient(self, leaf: nn.Parameter) -> None:

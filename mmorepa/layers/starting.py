@@ -76,13 +76,8 @@ class StartsFromKernels(nn.Conv2d):
 
         Args:
             kernel (Tensor): Shape (O, Ig, k, k).
-            exactly (bool): False multiplies each output channel by the factor that
-                gives it the norm of the kernel's, where the branches cannot give this
-                kernel. Defaults to True.
-
-        Raises:
-            ValueError: If the branches cannot give this kernel exactly.
-            RuntimeError: If the branches are sharded.
+            exactly (bool): Whether it is a ValueError if the branches cannot give this
+                kernel. False gives the norms of its output channels. Defaults to True.
         """
         branches = self.branches
         parameters = list(branches.parameters())

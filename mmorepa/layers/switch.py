@@ -24,19 +24,16 @@ _SET_LATER |= {'warns_of_flaws', 'fixed_geometry', '_built', '_fresh'}
 def switch_to_deploy(module: nn.Module) -> nn.Module:
     """Switches every re-parameterised conv inside ``module`` to its plain form.
 
-    In place, on any device and dtype. Works on whole detectors and segmenters, and
-    inside model wrappers. A :class:`torch.nn.Conv2d` takes the place of each conv, or a
-    :class:`ConvAct2d` where an activation belongs to it. Attributes that were set on
-    the conv go along. A conv keeps its class if its norm cannot be folded (GroupNorm
-    and the like), if it has hooks, methods, parameters, buffers or modules of its own,
-    or if it is ``module`` itself. The keys of the state dict are those of a model that
-    was built with ``deploy=True``.
+    A :class:`torch.nn.Conv2d` takes the place of each conv, or a :class:`ConvAct2d`
+    where an activation belongs to it. Attributes that were set on the conv go along. A
+    conv keeps its class if its norm cannot be folded (GroupNorm and the like), if it
+    has hooks, methods, parameters, buffers or modules of its own, or if it is
+    ``module`` itself. The keys of the state dict are those of a model that was built
+    with ``deploy=True``.
 
     Args:
-        module (nn.Module): A layer, a backbone, or a whole model.
-
-    Returns:
-        nn.Module: ``module`` itself.
+        module (nn.Module): A layer, a backbone, or a whole model, changed in place and
+            returned.
 
     Raises:
         RuntimeError: If a wrapper for data parallelism around it is in training mode
@@ -50,8 +47,7 @@ def switch_to_deploy(module: nn.Module) -> nn.Module:
     if wrapper is not None:
         for conv in forms:
             check_is_whole(list(conv.parameters()))
-        if wrapper.training:
-            _refuse_training(wrapper)
+        _refuse_training(wrapper)
         wrapper.register_forward_pre_hook(_refuse_training)
     for conv in convs:
         conv.switch_to_deploy()
