@@ -1,9 +1,9 @@
 """The sum of branches that a kernel is folded from, and its plain formulas."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -20,66 +20,24 @@ from .kernels import (
     scaled_sum,
 )
 
-
-class _Branch(NamedTuple):
-    part: str  # Of the closed form.
-    roles: dict[str, str]  # Of its parameters there, by name.
-    kernel: Callable[..., Tensor]  # Takes the sum and these parameters.
-
-
-def _filtered(spec: 'BranchSum', weight: Tensor) -> Tensor:
-    outputs, _, size, _ = spec.shape
-    filters = constant(frequency_prior, outputs, size, like=weight)
-    return filtered_kernel(weight, filters)
-
-
-def _composed(spec: 'BranchSum', first: Tensor, second: Tensor) -> Tensor:
-    identity = constant(identity_1x1, *first.shape[:2], like=first)
-    second = spec.as_conv('weight_pointwise_kxk_2', second)
-    return compose_1x1_kxk(first + identity, second, spec.groups)
-
-
-def _separable(spec: 'BranchSum', separable: Tensor, depthwise: Tensor) -> Tensor:
-    return depthwise_separable_kernel(
-        spec.as_conv('weight_depthwise', depthwise),
-        spec.as_conv('weight_separable', separable),
-        spec.groups,
-        spec.expansion,
-    )
-
-
-# In the order in which the compiled code takes the parameters.
+# In the order in which the compiled code takes the parameters: the part of a branch in
+# the closed form, and those of its parameters.
 _BRANCHES = {
-    'origin': _Branch(
-        'origin',
-        {'weight_origin': 'origin'},
-        lambda spec, w: spec.as_conv('weight_origin', w),
-    ),
-    'pointwise_kxk': _Branch(
+    'origin': ('origin', {'weight_origin': 'origin'}),
+    'pointwise_kxk': (
         'composed',
         {'weight_pointwise_kxk_1': 'first', 'weight_pointwise_kxk_2': 'second'},
-        _composed,
     ),
-    'pointwise_pointwise': _Branch(
+    'pointwise_pointwise': (
         'composed',
         {'weight_first': 'first', 'weight_second': 'second'},
-        lambda spec, first, second: compose_1x1_kxk(first, second, spec.groups),
     ),
-    'average': _Branch(
-        'average',
-        {'weight_average': 'average'},
-        lambda spec, w: average_kernel(w, spec.shape[-1]),
-    ),
-    'frequency': _Branch('frequency', {'weight_frequency': 'frequency'}, _filtered),
-    'pointwise': _Branch(
-        'pointwise',
-        {'weight_pointwise': 'pointwise'},
-        lambda spec, w: embed_1x1(w, spec.shape[-1]),
-    ),
-    'depthwise_separable': _Branch(
+    'average': ('average', {'weight_average': 'average'}),
+    'frequency': ('frequency', {'weight_frequency': 'frequency'}),
+    'pointwise': ('pointwise', {'weight_pointwise': 'pointwise'}),
+    'depthwise_separable': (
         'separable',
         {'weight_separable': 'separable', 'weight_depthwise': 'depthwise'},
-        _separable,
     ),
 }
 _FILTERED = ('average', 'frequency', 'pointwise')
@@ -108,10 +66,10 @@ class BranchSum:
 
     def __post_init__(self) -> None:
         roles, rows = {'scale': 'scale'}, {}
-        for name, branch in _BRANCHES.items():
+        for name, (part, its_roles) in _BRANCHES.items():
             if name in self.names:
-                roles.update(branch.roles)
-                rows[branch.part] = self.names.index(name)
+                roles.update(its_roles)
+                rows[part] = self.names.index(name)
         filtered = tuple(part for part in rows if part in _FILTERED)
         vars(self).update(roles=roles, rows=rows, filtered=filtered)
 
@@ -201,14 +159,34 @@ class BranchSum:
     def branch_kernels(self, *tensors: Tensor) -> dict[str, Tensor]:
         """The kernels ``K_b``, (O, Ig, k, k), by name, before they are scaled."""
         p = dict(zip(self.roles, tensors))
-        return {
-            name: _BRANCHES[name].kernel(self, *(p[r] for r in _BRANCHES[name].roles))
-            for name in self.names
-        }
+        return {name: self.branch_kernel(name, p) for name in self.names}
+
+    def branch_kernel(self, name: str, parameters: dict[str, Tensor]) -> Tensor:
+        """The kernel of one branch from the parameters by name."""
+        size = self.shape[-1]
+        _, roles = _BRANCHES[name]
+        weight, *others = (self.as_conv(role, parameters[role]) for role in roles)
+        if name == 'origin':
+            return weight
+        if name == 'average':
+            return average_kernel(weight, size)
+        if name == 'frequency':
+            filters = constant(frequency_prior, self.shape[0], size, like=weight)
+            return filtered_kernel(weight, filters)
+        if name == 'pointwise':
+            return embed_1x1(weight, size)
+        if name == 'depthwise_separable':
+            return depthwise_separable_kernel(
+                *others, weight, self.groups, self.expansion
+            )
+        if name == 'pointwise_kxk':
+            weight = weight + constant(identity_1x1, *weight.shape[:2], like=weight)
+        return compose_1x1_kxk(weight, *others, self.groups)
 
 
 def _filters(spec: BranchSum, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The kernels of the filtered branches for weights of one."""
     ones = torch.ones(spec.shape[0], 1, 1, 1, dtype=dtype, device=device)
-    filters = [_BRANCHES[part].kernel(spec, ones).flatten(1) for part in spec.filtered]
-    return torch.stack(filters)
+    weights = {f'weight_{name}': ones for name in spec.filtered}
+    filters = [spec.branch_kernel(name, weights) for name in spec.filtered]
+    return torch.stack(filters).flatten(2)

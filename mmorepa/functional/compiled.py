@@ -23,21 +23,16 @@ _SOURCE = Path(__file__).with_name('csrc') / 'fold.cpp'
 _NAME = 'mmorepa_fold'
 # In the order of the compiled code.
 _PARTS = ('origin', 'composed', 'average', 'frequency', 'pointwise', 'separable')
-_FLAGS = [
-    '-O3',
-    '-fopenmp',
-    '-fno-math-errno',
-    # The loops over taps and branches are written out, so that registers hold them.
-    '--param=max-completely-peeled-insns=2000',
-    '--param=max-completely-peel-times=25',
-]
+# The loops over taps and branches are written out, so that registers hold them.
+_FLAGS = (
+    '-O3 -fopenmp -fno-math-errno '
+    '--param=max-completely-peeled-insns=2000 --param=max-completely-peel-times=25'
+)
 # The flags of every set of instructions that PyTorch tells apart.
 _INSTRUCTIONS = {
-    'AVX2': ['-mavx2', '-mfma'],
-    'AVX512': [
-        *('-mavx512f', '-mavx512bw', '-mavx512dq', '-mavx512vl', '-mfma'),
-        '-mprefer-vector-width=512',
-    ],
+    'AVX2': '-mavx2 -mfma',
+    'AVX512': '-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma '
+    '-mprefer-vector-width=512',
 }
 
 
@@ -113,7 +108,7 @@ def is_available() -> bool:
 
 def _flags() -> list[str]:
     capability = torch.backends.cpu.get_cpu_capability()
-    return [*_FLAGS, *_INSTRUCTIONS.get(capability, [])]
+    return f'{_FLAGS} {_INSTRUCTIONS.get(capability, "")}'.split()
 
 
 def takes(spec: BranchSum, tensors: Sequence[Tensor]) -> bool:

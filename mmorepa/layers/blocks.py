@@ -55,17 +55,14 @@ def build_conv(
     block_cfg: Optional[dict] = None,
     **kwargs,
 ) -> ReparamConv2d:
-    """Builds the conv that networks of this block type use.
+    """Builds the conv that networks of a block type use.
 
     Args:
         block (str): A name in :data:`BLOCKS`.
-        in_channels (int): I.
-        out_channels (int): O.
-        kernel_size (int): k.
+        in_channels, out_channels, kernel_size, **kwargs: See :class:`ReparamConv2d`.
         block_cfg (dict, optional): Arguments that only convs of this block type
             take, such as ``branches`` and ``initial_scales``; plain convs in its
             networks do without. Defaults to None.
-        **kwargs: See :class:`ReparamConv2d`.
 
     Raises:
         ValueError: If ``block`` is not in :data:`BLOCKS`.
