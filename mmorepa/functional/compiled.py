@@ -2,8 +2,7 @@
 
 On a CPU a fold waits for memory more than it computes. What PyTorch does operation by
 operation, each a walk through memory, ``csrc/fold.cpp`` does in one walk. It is
-compiled on request (:func:`build`, or ``python tools/build_fold.py``) and kept in a
-cache folder; without it, the same is done in operations of PyTorch.
+compiled on request (:func:`build`, or ``python tools/build_fold.py``).
 """
 
 import functools

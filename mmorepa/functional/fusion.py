@@ -18,14 +18,8 @@ def fuse_bn(
 
     ``kernel' = kernel · γ/√(σ²+ε)``, ``bias' = β + (bias − μ) · γ/√(σ²+ε)``
 
-    Args:
-        kernel (Tensor): Shape (O, Ig, k, k). All others have the shape (O,).
-        bias (Tensor, optional): None stands for zeros.
-        mean (Tensor): Running mean μ.
-        var (Tensor): Running variance σ².
-        gamma (Tensor, optional): Weight γ. None stands for ones.
-        beta (Tensor, optional): Bias β. None stands for zeros.
-        eps (float): ε.
+    The kernel has the shape (O, Ig, k, k), all others (O,): the running mean μ and
+    variance σ², the weight γ (None for ones), and the biases (None for zeros).
     """
     scale = (var + eps).rsqrt()
     if gamma is not None:

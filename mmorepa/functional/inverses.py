@@ -43,9 +43,7 @@ def solve_deep_linear(kernel: Tensor, first: Tensor, groups: int = 1) -> Tensor:
 def check_is_wide(kernel: Tensor, hidden: int, free: int) -> None:
     """Raises a ValueError if a deep linear kernel cannot be this one, (O, Ig, k, k).
 
-    Args:
-        hidden (int): The inner channels of a group.
-        free (int): The weights of an output channel that can be chosen freely.
+    A group has ``hidden`` inner channels, and an output ``free`` weights to choose.
     """
     weights = kernel[0].numel()
     if free < weights:

@@ -71,9 +71,6 @@ class BranchKernel(nn.Module):
         Args:
             kernel (Tensor): Shape (O, Ig, k, k).
             scale (float): That of ``origin``. Defaults to one.
-
-        Raises:
-            ValueError: If there is no such branch, or its weight is computed.
         """
         if 'origin' not in self.branch_names:
             raise ValueError(

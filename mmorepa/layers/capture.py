@@ -34,9 +34,6 @@ class RecordedFolds:
     Args:
         is_compiled (bool): Whether ``torch.compile`` fuses the operations before they
             are recorded. Defaults to False.
-
-    Attributes:
-        count (int): How often the folds were recorded.
     """
 
     def __init__(self, is_compiled: bool = False) -> None:
@@ -46,7 +43,7 @@ class RecordedFolds:
         self._recording: Optional[_Recording] = None
         self._logged: set[str] = set()
         self._failure = ''
-        self.count = 0
+        self.count = 0  # How often the folds were recorded.
 
     def fold(
         self, convs: Sequence[ReparamConv2d], dtype: Optional[torch.dtype] = None
@@ -121,11 +118,7 @@ class _Recording:
         self.outgoing, self.replay_gradients = record(
             lambda: list(
                 torch.autograd.grad(
-                    self._graph,
-                    self.trained,
-                    self.incoming,
-                    retain_graph=True,
-                    allow_unused=True,
+                    self._graph, self.trained, self.incoming, retain_graph=True
                 )
             )
         )
@@ -169,22 +162,14 @@ class _Replay(torch.autograd.Function):
         torch._foreach_copy_(recording.incoming, list(gradients))
         recording.replay_gradients()
         # Copies, since the next replay writes to this memory.
-        written = [new for new in recording.outgoing if new is not None]
-        copies = iter(torch._foreach_mul(written, 1))
-        return None, *(
-            None if new is None else next(copies) for new in recording.outgoing
-        )
+        return None, *torch._foreach_mul(recording.outgoing, 1)
 
 
 def record(run: Callable[[], list]) -> tuple[list, Callable[[], None]]:
     """Runs operations, and records them as a CUDA graph.
 
-    Args:
-        run (Callable): Reads and writes the same memory each time.
-
-    Returns:
-        tuple[list, Callable]: What ``run()`` returned, and a function that writes these
-        results anew, to the same memory.
+    Returns what ``run()`` returned, and a function that writes these results anew, to
+    the same memory.
     """
     # Libraries choose their algorithms, and constants are made, in the first runs.
     stream = torch.cuda.Stream()

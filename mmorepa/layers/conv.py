@@ -18,10 +18,6 @@ from .param_groups import watch
 from .starting import StartsFromKernels
 
 IntPair = Union[int, tuple[int, int]]
-_NO_EXPORT = (
-    'a training form is not exported to ONNX: call mmorepa.switch_to_deploy(model) '
-    'first'
-)
 
 
 class ReparamConv2d(StartsFromKernels, WeightOfBranches):
@@ -35,16 +31,10 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
     A new block is a subclass with a :meth:`build_branches`, see docs/new_block.md.
 
     Args:
-        in_channels (int): I.
-        out_channels (int): O.
+        in_channels, out_channels, stride, padding, dilation, groups, bias: See
+            :class:`torch.nn.Conv2d`.
         kernel_size (int | tuple[int, int]): k, odd and square.
-        stride (int | tuple[int, int]): Defaults to 1.
-        padding (int | tuple[int, int] | str): Zero padding, as
-            :class:`torch.nn.Conv2d` takes it. Defaults to 0.
-        dilation (int | tuple[int, int]): Defaults to 1.
-        groups (int): g. Defaults to 1.
-        bias (bool): Whether a bias is added to the conv. Defaults to True.
-        padding_mode (str): Only ``'zeros'``. Defaults to ``'zeros'``.
+        padding_mode (str): Only ``'zeros'``.
         norm_cfg (dict, optional): Normalisation after the conv. Batch
             normalisation is folded for deployment, any other kind stays.
             Defaults to None.
@@ -133,7 +123,10 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
             x = self._conv_forward(x, self.weight, self.bias)
         else:
             if _is_exported_to_onnx():
-                raise RuntimeError(_NO_EXPORT)
+                raise RuntimeError(
+                    'a training form is not exported to ONNX: call '
+                    'mmorepa.switch_to_deploy(model) first'
+                )
             x = self.convolve(x)
         if norm is not None:
             x = norm(x)

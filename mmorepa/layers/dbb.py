@@ -28,8 +28,7 @@ class DBBConv2d(MultiBranchConv2d):
     - ``average``: 1×1 conv, BatchNorm, k×k average pooling
     - ``pointwise_kxk``: 1×1 conv (initially the identity), BatchNorm, k×k conv
 
-    Args:
-        *args, **kwargs: See :class:`MultiBranchConv2d`.
+    Takes the arguments of :class:`MultiBranchConv2d`.
     """
 
     BRANCH_NAMES = ('origin', 'pointwise', 'average', 'pointwise_kxk')

@@ -172,9 +172,7 @@ class _Factors(nn.ModuleList):
 class DeepLinearConv2d(ReparamConv2d, nn.Conv2d):
     """A large conv of plain 3×3 factors; a 1×1 conv has none and is plain.
 
-    Args:
-        inner_mult (float): See :class:`DeepLinearKernel`. Defaults to 1.
-        *args, **kwargs: See :class:`ReparamConv2d`.
+    ``inner_mult`` is that of :class:`DeepLinearKernel`.
     """
 
     BLOCK_SIZES = range(DEEP_LINEAR_FROM, sys.maxsize)
@@ -187,13 +185,7 @@ class DeepLinearConv2d(ReparamConv2d, nn.Conv2d):
         def plain(outputs: int, inputs: int, size: int = 3) -> PlainKernel:
             return PlainKernel(outputs, inputs // self.groups, size)
 
-        if self.kernel_size[0] == 1:
-            return plain(self.out_channels, self.in_channels, 1)
-        return DeepLinearKernel(
-            plain,
-            self.out_channels,
-            self.in_channels,
-            self.kernel_size[0],
-            self.groups,
-            self._inner_mult,
-        )
+        channels, size = (self.out_channels, self.in_channels), self.kernel_size[0]
+        if size == 1:
+            return plain(*channels, 1)
+        return DeepLinearKernel(plain, *channels, size, self.groups, self._inner_mult)

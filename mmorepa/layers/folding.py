@@ -65,15 +65,9 @@ def fuse_norm(
     kernel: Tensor, bias: Optional[Tensor], norm: _BatchNorm
 ) -> tuple[Tensor, Tensor]:
     """Kernel and bias, in float64, with a norm that :func:`is_fusible` in them."""
-    return fuse_bn(
-        kernel,
-        bias,
-        double(norm.running_mean),
-        double(norm.running_var),
-        double(norm.weight) if norm.affine else None,
-        double(norm.bias) if norm.affine else None,
-        norm.eps,
-    )
+    mean, var = double(norm.running_mean), double(norm.running_var)
+    affine = (double(norm.weight), double(norm.bias)) if norm.affine else (None, None)
+    return fuse_bn(kernel, bias, mean, var, *affine, norm.eps)
 
 
 def norm_scale(norm: nn.Module) -> Tensor:

@@ -42,11 +42,10 @@ def adapt(
     """
     keys = [key for key in state_dict if key.startswith(prefix)]
     entries = {key[len(prefix) :]: state_dict.pop(key) for key in keys}
-    former = 'branches.weight'
-    takes_former = conv.deployed or 'weight' in conv.branches._parameters
-    if former in entries and not takes_former:
+    is_plain = conv.deployed or 'weight' in conv.branches._parameters
+    if 'branches.weight' in entries and not is_plain:
         # The training form of a PlainConv2d, whose kernel is a parameter.
-        entries['weight'] = entries.pop(former)
+        entries['weight'] = entries.pop('branches.weight')
     dtypes = {key: value.dtype for key, value in entries.items()}
     has_branches = any(key.startswith('branches.') for key in entries)
     has_started = False

@@ -59,12 +59,10 @@ def set_channels_last(module: nn.Module, on: bool = True) -> nn.Module:
                 weight.data = in_memory_format(weight.data, memory_format)
                 if weight.grad is not None:
                     weight.grad = in_memory_format(weight.grad, memory_format)
-    for operator in operators:
-        _unhook(operator._forward_pre_hooks, _with_contiguous_inputs)
+    for part in operators:
+        _unhook(part._forward_pre_hooks, _with_contiguous_inputs)
         if on:
-            operator.register_forward_pre_hook(
-                _with_contiguous_inputs, with_kwargs=True
-            )
+            part.register_forward_pre_hook(_with_contiguous_inputs, with_kwargs=True)
     _unhook(module._forward_hooks, _with_contiguous_outputs)
     if on:
         module.register_forward_hook(_with_contiguous_outputs)
@@ -81,8 +79,7 @@ def faster_in_channels_last(model: nn.Module) -> list[nn.Module]:
     if _NETWORKS & names:
         is_tried = all(map(_is_tried, model.modules()))
         return [model] if is_tried else []
-    children = model.children()
-    return [part for child in children for part in faster_in_channels_last(child)]
+    return [part for m in model.children() for part in faster_in_channels_last(m)]
 
 
 def _is_tried(module: nn.Module) -> bool:

@@ -67,7 +67,7 @@ class MultiBranchConv2d(ReparamConv2d):
         return not self._has_given_norm and not self.conv_bias
 
     def _geometry(self) -> dict:
-        """The stride, padding and dilation of the k×k branches, as they are now."""
+        """The geometry of the k×k branches, as it is now."""
         size, dilation = self.kernel_size[0], _pair(self.dilation)
         reach = dilation[0] * (size // 2)
         padding = self.padding

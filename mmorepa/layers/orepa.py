@@ -142,27 +142,16 @@ class OREPAPointwiseKernel(BranchKernel):
 class OREPADeepLinearKernel(DeepLinearKernel):
     """A large kernel composed of (k−1)/2 OREPA 3×3 kernels: the deep linear stem.
 
-    Takes the arguments of :class:`DeepLinearKernel`, and passes all others to every
-    :class:`OREPAKernel`.
+    Takes the arguments of :class:`DeepLinearKernel`, and others for all factors.
     """
 
     def __init__(
-        self,
-        out_channels: int,
-        in_channels: int,
-        kernel_size: int,
-        groups: int = 1,
-        inner_mult: float = 1.0,
-        **kwargs,
+        self, *args, groups: int = 1, inner_mult: float = 1.0, **kwargs
     ) -> None:
-        super().__init__(
-            lambda outputs, inputs: OREPAKernel(outputs, inputs, 3, groups, **kwargs),
-            out_channels,
-            in_channels,
-            kernel_size,
-            groups,
-            inner_mult,
-        )
+        def factor(outputs: int, inputs: int) -> OREPAKernel:
+            return OREPAKernel(outputs, inputs, 3, groups, **kwargs)
+
+        super().__init__(factor, *args, groups, inner_mult)
 
 
 @BLOCKS.register_module('orepa')

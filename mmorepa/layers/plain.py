@@ -48,5 +48,4 @@ class PlainConv2d(ReparamConv2d, nn.Conv2d):
         )
 
     def kernel(self) -> Tensor:
-        # Nothing to compute, so nothing to cache.
         return self.weight if self.deployed else self.branches.weight

@@ -17,8 +17,7 @@ from .orepa import OREPAConv2d, OREPAKernel
 class RepVGGConv2d(MultiBranchConv2d):
     """``BN(conv k×k) + BN(conv 1×1) [+ BN(x)]``, the last where shapes allow it.
 
-    Args:
-        *args, **kwargs: See :class:`MultiBranchConv2d`.
+    Takes the arguments of :class:`MultiBranchConv2d`.
     """
 
     BRANCH_NAMES = ('origin', 'pointwise', 'identity')
@@ -39,13 +38,7 @@ class RepVGGConv2d(MultiBranchConv2d):
 
 @BLOCKS.register_module('orepa_repvgg')
 class OREPARepVGGConv2d(RepVGGConv2d):
-    """A RepVGG block whose k×k branch is an OREPA conv.
-
-    The OREPA conv has no 1×1 branch, since the block has one.
-
-    Args:
-        *args, **kwargs: See :class:`MultiBranchConv2d`.
-    """
+    """A RepVGG block whose k×k branch is an OREPA conv, without a 1×1 branch."""
 
     def build_origin(self) -> OREPAConv2d:
         names = [name for name in OREPAKernel.INITIAL_SCALES if name != 'pointwise']

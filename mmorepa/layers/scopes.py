@@ -37,9 +37,6 @@ def folded(model: nn.Module, in_traces: bool = False) -> Iterator[nn.Module]:
         in_traces (bool): Whether a tracer sees finished kernels too, rather than the
             fold. Defaults to False.
 
-    Yields:
-        nn.Module: The model.
-
     Examples:
         >>> with mmorepa.folded(model), torch.no_grad():
         ...     for batch in batches:
@@ -235,15 +232,13 @@ class KernelGraph:
 
     The leaf's hook holds this object, invisibly to Python's garbage collector. A
     reference back would leak both.
-
     """
 
     kernel: Tensor  # The leaf's numbers, as a function of the branches.
     is_deferred = False  # Whether backward_to_branches() is called afterwards.
 
     def __init__(self, is_reduced: bool) -> None:
-        # By data parallelism, at the end of a backward pass.
-        self.is_reduced = is_reduced
+        self.is_reduced = is_reduced  # By data parallelism, after a backward pass.
 
     def on_gradient(self, leaf: nn.Parameter) -> None:
         """Passes the leaf's gradient on to the branches, or leaves it to others."""
@@ -307,17 +302,16 @@ class KernelLeaf:
             # when they run again.
             self.forget(conv)
             return None
-        # A compiler takes the parameters for granted.
-        if torch.compiler.is_compiling() or self._was_folded_from(conv):
-            return self._for_pass(self.leaf)
-        return None
-
-    def _for_pass(self, leaf: nn.Parameter) -> Tensor:
+        if not torch.compiler.is_compiling():  # Which takes parameters for granted.
+            # Others may stand in their place, as in torch.func.functional_call.
+            parameters = tuple(conv.branches.parameters())
+            if not are_the_same(parameters, self.sources):
+                return None
         # A leaf in half precision may be used where autocast is off for a while.
-        like = self.sources[0].dtype
-        if leaf.dtype == like or torch.is_autocast_enabled(leaf.device.type):
+        leaf, dtype = self.leaf, self.sources[0].dtype
+        if leaf.dtype == dtype or torch.is_autocast_enabled(leaf.device.type):
             return leaf
-        return leaf.to(like)
+        return leaf.to(dtype)
 
     def forget(self, conv: ReparamConv2d) -> None:
         """Serves the conv no longer, since it has changed."""
@@ -328,10 +322,6 @@ class KernelLeaf:
     def has_final_gradient(self) -> bool:
         """Whether the leaf's gradient can be passed on to the branches."""
         return not self.awaits_sync and self.leaf.grad is not None
-
-    def _was_folded_from(self, conv: ReparamConv2d) -> bool:
-        # Not where others stand in their place, as in torch.func.functional_call.
-        return are_the_same(tuple(conv.branches.parameters()), self.sources)
 
 
 def _training_forms(model: nn.Module) -> list[ReparamConv2d]:

@@ -163,10 +163,7 @@ def _without_conv(
 
 def is_switchable(module: nn.Module) -> bool:
     """Whether :func:`switch_to_deploy` would fold something in a module."""
-    return any(
-        isinstance(child, ReparamConv2d) and not child.deployed
-        for child in module.modules()
-    )
+    return any(not conv.deployed for _, conv in outermost(module))
 
 
 def outermost(
