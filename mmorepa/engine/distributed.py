@@ -51,7 +51,7 @@ class FoldedDistributedDataParallel(MMDistributedDataParallel):
             del module.held_kernels
         self._leaves = [KernelLeaf(parameter) for parameter in parameters]
         for conv, leaf in zip(convs, self._leaves):
-            conv.scope = leaf
+            conv.training_scope = leaf
             # DDP does not broadcast at the start what it does not reduce.
             for tensor in conv.branches.state_dict().values():
                 source = dist.get_global_rank(self.process_group, 0)

@@ -1,9 +1,9 @@
 """The sum of branches that a kernel is folded from, and its plain formulas."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -20,72 +20,24 @@ from .kernels import (
     scaled_sum,
 )
 
-
-class _Branch(NamedTuple):
-    """A branch of the sum.
-
-    ``part`` is its part in the closed form, ``roles`` are those of its parameters
-    there. ``kernel`` takes the sum and these parameters.
-    """
-
-    part: str
-    roles: dict[str, str]
-    kernel: Callable[..., Tensor]
-
-
-def _filtered(spec: 'BranchSum', weight: Tensor) -> Tensor:
-    outputs, _, size, _ = spec.shape
-    filters = constant(frequency_prior, outputs, size, like=weight)
-    return filtered_kernel(weight, filters)
-
-
-def _composed(spec: 'BranchSum', first: Tensor, second: Tensor) -> Tensor:
-    identity = constant(identity_1x1, *first.shape[:2], like=first)
-    second = spec.as_conv('weight_pointwise_kxk_2', second)
-    return compose_1x1_kxk(first + identity, second, spec.groups)
-
-
-def _separable(spec: 'BranchSum', separable: Tensor, depthwise: Tensor) -> Tensor:
-    return depthwise_separable_kernel(
-        spec.as_conv('weight_depthwise', depthwise),
-        spec.as_conv('weight_separable', separable),
-        spec.groups,
-        spec.expansion,
-    )
-
-
-# In the order in which the compiled code takes the parameters.
+# In the order in which the compiled code takes the parameters: the part of a branch in
+# the closed form, and those of its parameters.
 _BRANCHES = {
-    'origin': _Branch(
-        'origin',
-        {'weight_origin': 'origin'},
-        lambda spec, w: spec.as_conv('weight_origin', w),
-    ),
-    'pointwise_kxk': _Branch(
+    'origin': ('origin', {'weight_origin': 'origin'}),
+    'pointwise_kxk': (
         'composed',
         {'weight_pointwise_kxk_1': 'first', 'weight_pointwise_kxk_2': 'second'},
-        _composed,
     ),
-    'pointwise_pointwise': _Branch(
+    'pointwise_pointwise': (
         'composed',
         {'weight_first': 'first', 'weight_second': 'second'},
-        lambda spec, first, second: compose_1x1_kxk(first, second, spec.groups),
     ),
-    'average': _Branch(
-        'average',
-        {'weight_average': 'average'},
-        lambda spec, w: average_kernel(w, spec.shape[-1]),
-    ),
-    'frequency': _Branch('frequency', {'weight_frequency': 'frequency'}, _filtered),
-    'pointwise': _Branch(
-        'pointwise',
-        {'weight_pointwise': 'pointwise'},
-        lambda spec, w: embed_1x1(w, spec.shape[-1]),
-    ),
-    'depthwise_separable': _Branch(
+    'average': ('average', {'weight_average': 'average'}),
+    'frequency': ('frequency', {'weight_frequency': 'frequency'}),
+    'pointwise': ('pointwise', {'weight_pointwise': 'pointwise'}),
+    'depthwise_separable': (
         'separable',
         {'weight_separable': 'separable', 'weight_depthwise': 'depthwise'},
-        _separable,
     ),
 }
 _FILTERED = ('average', 'frequency', 'pointwise')
@@ -102,11 +54,9 @@ class BranchSum:
         expansion (int): m. Defaults to 8.
 
     Attributes:
-        roles (dict[str, str]): The parameters by name, in order, with the part that
-            each plays.
+        roles (dict[str, str]): The parts of the parameters, in order, by name.
         rows (dict[str, int]): The rows of ``scale``, by the part of their branch.
-        filtered (tuple[str, ...]): The branches whose kernels are one weight for each
-            input times a filter.
+        filtered (tuple[str, ...]): The branches that are a weight times a filter.
     """
 
     names: tuple[str, ...]
@@ -116,10 +66,10 @@ class BranchSum:
 
     def __post_init__(self) -> None:
         roles, rows = {'scale': 'scale'}, {}
-        for name, branch in _BRANCHES.items():
+        for name, (part, its_roles) in _BRANCHES.items():
             if name in self.names:
-                roles.update(branch.roles)
-                rows[branch.part] = self.names.index(name)
+                roles.update(its_roles)
+                rows[part] = self.names.index(name)
         filtered = tuple(part for part in rows if part in _FILTERED)
         vars(self).update(roles=roles, rows=rows, filtered=filtered)
 
@@ -129,11 +79,7 @@ class BranchSum:
         return 'pointwise_kxk' in self.names
 
     def check_shapes(self, shapes: Sequence[torch.Size]) -> None:
-        """Raises a ValueError for parameters that a closed form would misread.
-
-        Args:
-            shapes (Sequence[torch.Size]): In the order of :attr:`roles`.
-        """
+        """Raises a ValueError for parameters that a closed form would misread."""
         outputs, inputs, size, _ = self.shape
         taps = size * size
         p = dict(zip(self.roles.values(), shapes))
@@ -159,14 +105,7 @@ class BranchSum:
                 )
 
     def filters(self, like: Tensor) -> Optional[Tensor]:
-        """The filters of :attr:`filtered`, if there are any.
-
-        Args:
-            like (Tensor): Has the dtype and the device.
-
-        Returns:
-            Tensor | None: Shape (F, O, k²), not to be written to.
-        """
+        """The filters of :attr:`filtered`, if any: (F, O, k²), not to be written to."""
         return constant(_filters, self, like=like) if self.filtered else None
 
     def as_stored(self, name: str, weight: Tensor) -> Tensor:
@@ -176,10 +115,6 @@ class BranchSum:
         ``weight_origin`` is (O, k², Ig), ``weight_pointwise_kxk_2`` (O, k², T/g),
         ``weight_separable`` (O, m, Ig) and ``weight_depthwise`` (m, k², I). All others
         are stored as they are.
-
-        Args:
-            name (str): The name of the parameter.
-            weight (Tensor): As :func:`torch.nn.functional.conv2d` takes it.
         """
         if name in ('weight_origin', 'weight_pointwise_kxk_2'):
             return weight.flatten(2).transpose(1, 2).contiguous()
@@ -206,11 +141,7 @@ class BranchSum:
         """A parameter of an earlier checkpoint, or its state, as it is stored now.
 
         These had the weights of convs, with ``weight_pointwise_kxk_2`` as
-        (O, k, k, T/g).
-
-        Args:
-            name (str): The name of the parameter.
-            tensor (Tensor): Of either order.
+        (O, k, k, T/g). What is stored as now stays.
         """
         if tensor.dim() != 4:
             return tensor
@@ -221,37 +152,41 @@ class BranchSum:
         return self.as_stored(name, tensor)
 
     def kernel(self, *tensors: Tensor) -> Tensor:
-        """The kernel by the plain formulas.
-
-        Args:
-            *tensors (Tensor): The parameters, in the order of :attr:`roles`.
-
-        Returns:
-            Tensor: Shape (O, Ig, k, k).
-        """
+        """The kernel, (O, Ig, k, k), by the plain formulas, from the parameters."""
         scale = dict(zip(self.roles, tensors))['scale']
         return scaled_sum([*self.branch_kernels(*tensors).values()], scale)
 
     def branch_kernels(self, *tensors: Tensor) -> dict[str, Tensor]:
-        """The kernel ``K_b`` of each branch, before it is scaled.
-
-        Args:
-            *tensors (Tensor): The parameters, in the order of :attr:`roles`.
-
-        Returns:
-            dict[str, Tensor]: By name, each of shape (O, Ig, k, k), in the order of
-            the rows of ``scale``.
-        """
+        """The kernels ``K_b``, (O, Ig, k, k), by name, before they are scaled."""
         p = dict(zip(self.roles, tensors))
-        branches = {name: _BRANCHES[name] for name in self.names}
-        return {
-            name: branch.kernel(self, *(p[role] for role in branch.roles))
-            for name, branch in branches.items()
-        }
+        return {name: self.branch_kernel(name, p) for name in self.names}
+
+    def branch_kernel(self, name: str, parameters: dict[str, Tensor]) -> Tensor:
+        """The kernel of one branch from the parameters by name."""
+        size = self.shape[-1]
+        _, roles = _BRANCHES[name]
+        weight, *others = (self.as_conv(role, parameters[role]) for role in roles)
+        if name == 'origin':
+            return weight
+        if name == 'average':
+            return average_kernel(weight, size)
+        if name == 'frequency':
+            filters = constant(frequency_prior, self.shape[0], size, like=weight)
+            return filtered_kernel(weight, filters)
+        if name == 'pointwise':
+            return embed_1x1(weight, size)
+        if name == 'depthwise_separable':
+            return depthwise_separable_kernel(
+                *others, weight, self.groups, self.expansion
+            )
+        if name == 'pointwise_kxk':
+            weight = weight + constant(identity_1x1, *weight.shape[:2], like=weight)
+        return compose_1x1_kxk(weight, *others, self.groups)
 
 
 def _filters(spec: BranchSum, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The kernels of the filtered branches for weights of one."""
     ones = torch.ones(spec.shape[0], 1, 1, 1, dtype=dtype, device=device)
-    filters = [_BRANCHES[part].kernel(spec, ones).flatten(1) for part in spec.filtered]
-    return torch.stack(filters)
+    weights = {f'weight_{name}': ones for name in spec.filtered}
+    filters = [spec.branch_kernel(name, weights) for name in spec.filtered]
+    return torch.stack(filters).flatten(2)

@@ -5,8 +5,7 @@ sum, each as large as the kernel. Here the graph keeps nothing but references to
 parameters. On a CPU, :mod:`.compiled` does the same work where it can.
 
 All is held as (O, K, I), with ``K = k²`` taps, which is the memory of a kernel with
-channels last: nothing is transposed, and every operation runs along the input channels.
-With ``s_b`` the scale of a branch (see docs/mathematics.md for the other letters)::
+channels last. With the letters of docs/mathematics.md::
 
     W[o,k,:] = s_0[o]·V[o,k,:]                            origin
              + s_1[o]·B[o,k,:] @ (C + E)                  composed
@@ -40,14 +39,11 @@ _is_traced_by_fx = getattr(
 
 
 def fold_kernel(spec: BranchSum, *tensors: Tensor) -> Tensor:
-    """Folds branches into one kernel, with a gradient.
+    """The kernel, (O, Ig, k, k), of a sum of branches, with a gradient.
 
     Args:
-        spec (BranchSum): The sum of branches to fold.
-        *tensors (Tensor): The parameters, in the order of ``spec.roles``.
-
-    Returns:
-        Tensor: Shape (O, Ig, k, k), with channels last in memory.
+        spec (BranchSum): The sum.
+        *tensors (Tensor): Its parameters, in the order of ``spec.roles``.
 
     Raises:
         ValueError: If a parameter has another shape than it should.
@@ -172,17 +168,11 @@ class _Terms:
         return kernel
 
     def gradients(self, grad: Tensor) -> list[Tensor]:
-        """``Jᵀ·grad`` for every parameter.
+        """``Jᵀ·G`` for every parameter, with ``G`` that of the kernel, (O, K, I).
 
-        The gradient of a kernel is ``s·G``, that of one factor of a product is ``s·G``
-        times the other one, and that of ``s`` is the inner product of ``G`` and the
-        branch's kernel, taken where it is cheap: ``⟨G, B·C⟩ = ⟨B, G·Cᵀ⟩``.
-
-        Args:
-            grad (Tensor): ``G``, that of the kernel, shape (O, K, I).
-
-        Returns:
-            list[Tensor]: In the order of ``spec.roles``.
+        The gradient of a branch's kernel is ``s·G``, that of one factor of a product
+        is ``s·G`` times the other one, and that of ``s`` is the inner product of ``G``
+        and the branch's kernel, taken where it is cheap: ``⟨G, B·C⟩ = ⟨B, G·Cᵀ⟩``.
         """
         spec, scale, groups = self.spec, self.scale, self.spec.groups
         d, d_scale = {}, {}

@@ -2,8 +2,7 @@
 
 On a CPU a fold waits for memory more than it computes. What PyTorch does operation by
 operation, each a walk through memory, ``csrc/fold.cpp`` does in one walk. It is
-compiled on request (:func:`build`, or ``python tools/build_fold.py``) and kept in a
-cache folder; without it, the same is done in operations of PyTorch.
+compiled on request (:func:`build`, or ``python tools/build_fold.py``).
 """
 
 import functools
@@ -13,8 +12,6 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
-from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -25,29 +22,23 @@ _SOURCE = Path(__file__).with_name('csrc') / 'fold.cpp'
 _NAME = 'mmorepa_fold'
 # In the order of the compiled code.
 _PARTS = ('origin', 'composed', 'average', 'frequency', 'pointwise', 'separable')
-_FLAGS = [
-    '-O3',
-    '-fopenmp',
-    '-fno-math-errno',
-    # The loops over taps and branches are written out, so that registers hold them.
-    '--param=max-completely-peeled-insns=2000',
-    '--param=max-completely-peel-times=25',
-]
+# The loops over taps and branches are written out, so that registers hold them.
+_FLAGS = (
+    '-O3 -fopenmp -fno-math-errno '
+    '--param=max-completely-peeled-insns=2000 --param=max-completely-peel-times=25'
+)
 # The flags of every set of instructions that PyTorch tells apart.
 _INSTRUCTIONS = {
-    'AVX2': ['-mavx2', '-mfma'],
-    'AVX512': [
-        *('-mavx512f', '-mavx512bw', '-mavx512dq', '-mavx512vl', '-mfma'),
-        '-mprefer-vector-width=512',
-    ],
+    'AVX2': '-mavx2 -mfma',
+    'AVX512': '-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma '
+    '-mprefer-vector-width=512',
 }
 
 
 def library_path() -> Path:
     """Where the compiled folds are kept: in ``$MMOREPA_CACHE`` or ``~/.cache/mmorepa``.
 
-    The name tells the source, the version of PyTorch and the instructions of the
-    processor apart, so that machines may share a home directory.
+    Machines may share it: the name tells sources, versions and processors apart.
     """
     folder = os.environ.get('MMOREPA_CACHE') or Path.home() / '.cache' / 'mmorepa'
     version = f'{torch.__version__} {" ".join(_flags())}'.encode()
@@ -56,10 +47,9 @@ def library_path() -> Path:
 
 
 def build() -> Path:
-    """Compiles the folds, unless that is done; takes about 30 seconds.
+    """Compiles the folds, unless that is done, and returns the library's path.
 
-    Returns:
-        Path: The library.
+    It takes about 30 seconds.
 
     Raises:
         RuntimeError: If there is no compiler, or it fails.
@@ -92,49 +82,36 @@ def build() -> Path:
                 f'ninja; without that, training on a CPU is slower: {error}'
             ) from error
         (Path(folder) / f'{_NAME}.so').replace(path)
-    _library.cache_clear()
+    is_available.cache_clear()
     return path
 
 
+@functools.cache
 def is_available() -> bool:
     """Whether the compiled folds are there."""
-    return _library() is not None
-
-
-@functools.cache
-def _library() -> Optional[SimpleNamespace]:
-    # There already in the process that compiled it.
-    if not hasattr(torch.ops.mmorepa, 'fold'):
-        try:
-            path = library_path()
-            if not path.is_file():
-                return None
+    if hasattr(torch.ops.mmorepa, 'fold'):  # In the process that compiled it.
+        return True
+    try:
+        path = library_path()
+        if path.is_file():
             torch.ops.load_library(path)
-        except (OSError, RuntimeError) as error:
-            warnings.warn(
-                'compiled folds cannot be loaded, and operations of PyTorch are used '
-                f'instead; to compile them anew, delete what is there: {error}',
-                stacklevel=2,
-            )
-            return None
-    # Without the search for an overload, of which there is one.
-    names = ('fold', 'fold_gradients')
-    return SimpleNamespace(**{n: getattr(torch.ops.mmorepa, n).default for n in names})
+        return path.is_file()
+    except (OSError, RuntimeError) as error:
+        warnings.warn(
+            'compiled folds cannot be loaded, and operations of PyTorch are used '
+            f'instead; to compile them anew, delete what is there: {error}',
+            stacklevel=2,
+        )
+        return False
 
 
 def _flags() -> list[str]:
     capability = torch.backends.cpu.get_cpu_capability()
-    return [*_FLAGS, *_INSTRUCTIONS.get(capability, [])]
+    return f'{_FLAGS} {_INSTRUCTIONS.get(capability, "")}'.split()
 
 
 def takes(spec: BranchSum, tensors: Sequence[Tensor]) -> bool:
-    """Whether there is compiled code for such a fold.
-
-    Args:
-        spec (BranchSum): The sum of branches to fold.
-        tensors (Sequence[Tensor]): The parameters, in the order of ``spec.roles``,
-            and gradients of the kernel.
-    """
+    """Whether there is compiled code for a fold of these parameters and gradients."""
     dtype = tensors[0].dtype
     return (
         spec.groups == 1
@@ -146,33 +123,24 @@ def takes(spec: BranchSum, tensors: Sequence[Tensor]) -> bool:
             type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype is dtype
             for t in tensors
         )
-        and _library() is not None
+        and is_available()
     )
 
 
 def fold(spec: BranchSum, tensors: Sequence[Tensor]) -> Tensor:
-    """The kernel, shape (O, I, k, k), in the memory of channels last.
-
-    Args:
-        spec (BranchSum): A sum that :func:`takes` says yes to.
-        tensors (Sequence[Tensor]): The parameters, in the order of ``spec.roles``.
-    """
+    """The kernel, (O, I, k, k) with channels last in memory, where it :func:`takes`."""
     pieces = [t.contiguous() for t in tensors]
-    return _library().fold(pieces, *_options(spec, tensors))
+    # Without the search for an overload, of which there is one.
+    return torch.ops.mmorepa.fold.default(pieces, *_options(spec, tensors))
 
 
 def fold_gradients(
     spec: BranchSum, grad: Tensor, tensors: Sequence[Tensor]
 ) -> list[Tensor]:
-    """The gradients of the parameters, in the order of ``spec.roles``.
-
-    Args:
-        spec (BranchSum): As for :func:`fold`.
-        grad (Tensor): That of the kernel, shape (O, I, k, k).
-        tensors (Sequence[Tensor]): As for :func:`fold`.
-    """
+    """The gradients of the parameters from that of the kernel, (O, I, k, k)."""
     pieces = [t.contiguous() for t in tensors]
-    return _library().fold_gradients(grad, pieces, *_options(spec, tensors))
+    derivative = torch.ops.mmorepa.fold_gradients.default
+    return derivative(grad, pieces, *_options(spec, tensors))
 
 
 def _options(spec: BranchSum, tensors: Sequence[Tensor]) -> tuple:

@@ -18,18 +18,8 @@ def fuse_bn(
 
     ``kernel' = kernel · γ/√(σ²+ε)``, ``bias' = β + (bias − μ) · γ/√(σ²+ε)``
 
-    Args:
-        kernel (Tensor): Shape (O, Ig, k, k).
-        bias (Tensor, optional): Shape (O,). None stands for zeros.
-        mean (Tensor): Running mean μ, shape (O,).
-        var (Tensor): Running variance σ², shape (O,).
-        gamma (Tensor, optional): Weight γ, shape (O,). None stands for ones.
-        beta (Tensor, optional): Bias β, shape (O,). None stands for zeros.
-        eps (float): ε.
-
-    Returns:
-        tuple[Tensor, Tensor]: The kernel, shape (O, Ig, k, k), and the bias,
-        shape (O,).
+    The kernel has the shape (O, Ig, k, k), all others (O,): the running mean μ and
+    variance σ², the weight γ (None for ones), and the biases (None for zeros).
     """
     scale = (var + eps).rsqrt()
     if gamma is not None:

@@ -11,19 +11,15 @@ def solve_deep_linear(kernel: Tensor, first: Tensor, groups: int = 1) -> Tensor:
 
     Each output channel is a linear system of its own: the taps of ``second`` are the
     unknowns, those of ``kernel`` the equations. Of all solutions this is the smallest
-    (least squares, in float64).
+    (least squares, in float64), shape (O, M/g, k − j + 1, k − j + 1).
 
     Args:
         kernel (Tensor): Shape (O, Ig, k, k).
         first (Tensor): Shape (M, Ig, j, j), j < k.
         groups (int): g, the groups of both convs. Defaults to 1.
 
-    Returns:
-        Tensor: Shape (O, M/g, k − j + 1, k − j + 1), in float64.
-
     Raises:
-        ValueError: If there is none, as where M is small: the system has fewer
-            independent columns than equations.
+        ValueError: If there is none, as where M is small.
     """
     kernel, first = kernel.double(), first.double()
     hidden, size = len(first) // groups, kernel.shape[-1] - first.shape[-1] + 1
@@ -45,13 +41,9 @@ def solve_deep_linear(kernel: Tensor, first: Tensor, groups: int = 1) -> Tensor:
 
 
 def check_is_wide(kernel: Tensor, hidden: int, free: int) -> None:
-    """Raises a ValueError if a deep linear kernel cannot be this one.
+    """Raises a ValueError if a deep linear kernel cannot be this one, (O, Ig, k, k).
 
-    Args:
-        kernel (Tensor): Shape (O, Ig, k, k).
-        hidden (int): The inner channels of a group.
-        free (int): The weights of an output channel that can be chosen freely: no more
-            than 9 for each inner channel.
+    A group has ``hidden`` inner channels, and an output ``free`` weights to choose.
     """
     weights = kernel[0].numel()
     if free < weights:

@@ -28,11 +28,8 @@ def constant(make: Callable[..., Tensor], *args, like: Tensor) -> Tensor:
 
     Args:
         make (Callable): Takes a dtype and a device after its other arguments.
-        *args: Those.
-        like (Tensor): Has the dtype and the device.
-
-    Returns:
-        Tensor: Not to be written to.
+        *args: Its other arguments.
+        like (Tensor): Has the dtype and the device. The result is not to be written to.
     """
     # A fake one has fake constants. A compiler traces how they are made: PyTorch 2.6
     # cannot look them up. So does torch.jit.trace, which would find other operations
@@ -51,28 +48,15 @@ def constant(make: Callable[..., Tensor], *args, like: Tensor) -> Tensor:
 
 
 def embed_1x1(weight: Tensor, kernel_size: int) -> Tensor:
-    """Zero-pads a 1×1 kernel to k×k: ``K[o, i, k//2, k//2] = weight[o, i]``.
-
-    Args:
-        weight (Tensor): Shape (O, Ig, 1, 1).
-        kernel_size (int): Odd k.
-
-    Returns:
-        Tensor: Shape (O, Ig, k, k).
-    """
+    """Zero-pads a kernel from (O, Ig, 1, 1) to (O, Ig, k, k), with an odd k."""
     margin = kernel_size // 2
     return F.pad(weight, [margin] * 4)
 
 
 def average_kernel(weight: Tensor, kernel_size: int) -> Tensor:
-    """A 1×1 conv followed by k×k average pooling: ``K[o, i] = weight[o, i] / k²``.
+    """A 1×1 conv, shape (O, Ig, 1, 1), then k×k average pooling: (O, Ig, k, k).
 
-    Args:
-        weight (Tensor): Shape (O, Ig, 1, 1).
-        kernel_size (int): k, the size of the pooling window.
-
-    Returns:
-        Tensor: Shape (O, Ig, k, k), equal at every tap.
+    ``K[o, i] = weight[o, i] / k²``
     """
     scaled = weight / kernel_size**2
     return scaled.expand(-1, -1, kernel_size, kernel_size)
@@ -88,16 +72,7 @@ def frequency_prior(
 
     The first half of the rows varies along the height,
     ``prior[o, h, w] = cos(π (h + ½) (o + 1) / k)``; the second half along the
-    width, ``prior[o, h, w] = cos(π (w + ½) (o + 1 − O/2) / k)``.
-
-    Args:
-        channels (int): O.
-        kernel_size (int): k.
-        dtype (torch.dtype, optional): Defaults to torch's default dtype.
-        device (torch.device, optional): Defaults to torch's default device.
-
-    Returns:
-        Tensor: Shape (O, k, k).
+    width, ``prior[o, h, w] = cos(π (w + ½) (o + 1 − O/2) / k)``. Shape (O, k, k).
     """
     half = channels / 2
 
@@ -118,16 +93,9 @@ def frequency_prior(
 
 
 def filtered_kernel(weight: Tensor, filters: Tensor) -> Tensor:
-    """A 1×1 conv followed by one fixed filter per output channel.
+    """A 1×1 conv, shape (O, Ig, 1, 1), then a filter per output, shape (O, k, k).
 
     ``K[o, i] = weight[o, i] · filters[o]``
-
-    Args:
-        weight (Tensor): Shape (O, Ig, 1, 1).
-        filters (Tensor): Shape (O, k, k).
-
-    Returns:
-        Tensor: Shape (O, Ig, k, k).
     """
     return weight * filters[:, None]
 
@@ -140,14 +108,7 @@ def identity_1x1(
 ) -> Tensor:
     """A 1×1 kernel that repeats its group's input: ``E[t, t mod columns] = 1``.
 
-    Args:
-        rows (int): T, the number of outputs over all groups.
-        columns (int): Inputs of one group.
-        dtype (torch.dtype, optional): Defaults to torch's default dtype.
-        device (torch.device, optional): Defaults to torch's default device.
-
-    Returns:
-        Tensor: Shape (T, columns, 1, 1).
+    Its shape is (T, columns, 1, 1) for T outputs of all groups.
     """
     eye = torch.zeros(rows, columns, 1, 1, dtype=dtype, device=device)
     row = torch.arange(rows, device=device)
@@ -162,11 +123,8 @@ def compose_1x1_kxk(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:
 
     Args:
         first (Tensor): Shape (T, Ig, 1, 1), the 1×1 conv that runs first.
-        second (Tensor): Shape (O, T/g, k, k).
+        second (Tensor): Shape (O, T/g, k, k); the kernel is of (O, Ig, k, k).
         groups (int): g, the groups of both convs. Defaults to 1.
-
-    Returns:
-        Tensor: Shape (O, Ig, k, k).
     """
     inputs = first.shape[1]
     outputs, hidden, *taps = second.shape
@@ -188,13 +146,10 @@ def depthwise_separable_kernel(
     all groups for the rows of ``depthwise``.
 
     Args:
-        depthwise (Tensor): Shape (m·I, 1, k, k).
+        depthwise (Tensor): Shape (m·I, 1, k, k); the kernel is of (O, Ig, k, k).
         pointwise (Tensor): Shape (O, m·Ig, 1, 1).
         groups (int): g, the groups of the 1×1 conv. Defaults to 1.
         expansion (int): m. Defaults to 8, the paper's.
-
-    Returns:
-        Tensor: Shape (O, Ig, k, k).
     """
     outputs, columns = pointwise.shape[:2]
     taps = depthwise.shape[-2:]
@@ -211,17 +166,13 @@ def compose_deep_linear(first: Tensor, second: Tensor, groups: int = 1) -> Tenso
     """Two kernels composed into a larger one, the deep linear stem's step.
 
     Within each group, ``K[o, i] = Σ_m second[o, m] ⋆ first[m, i]`` where ``⋆`` is
-    the full *cross-correlation* of the two kernels. ``second`` therefore acts as
-    if flipped: running the two convs one after another on a feature map gives
-    another result. Published checkpoints are parameterised this way.
+    the full *cross-correlation* of the two kernels, so that ``second`` acts as if
+    flipped. Published checkpoints are parameterised this way.
 
     Args:
         first (Tensor): Shape (M, Ig, j, j).
-        second (Tensor): Shape (O, M/g, k, k).
+        second (Tensor): Shape (O, M/g, k, k); both give (O, Ig, j + k − 1, j + k − 1).
         groups (int): g, the groups of both convs. Defaults to 1.
-
-    Returns:
-        Tensor: Shape (O, Ig, j + k − 1, j + k − 1).
     """
     mid, inputs, *size = first.shape
     # The input channels of a group act as the batch, so the groups of `first`
@@ -235,16 +186,9 @@ def compose_deep_linear(first: Tensor, second: Tensor, groups: int = 1) -> Tenso
 def constant_response(kernel: Tensor, constants: Tensor, groups: int = 1) -> Tensor:
     """The response of a conv to constant maps, borders included.
 
-    ``r[o] = Σ_i Σ_{h,w} kernel[o, i, h, w] · constants[i]`` within each group. It
-    is how the bias of one conv passes through the next.
-
-    Args:
-        kernel (Tensor): Shape (O, Ig, k, k).
-        constants (Tensor): Shape (I,).
-        groups (int): g. Defaults to 1.
-
-    Returns:
-        Tensor: Shape (O,).
+    ``r[o] = Σ_i Σ_{h,w} kernel[o, i, h, w] · constants[i]`` within each group, with a
+    kernel of shape (O, Ig, k, k) and constants of (I,). It is how the bias of one conv
+    passes through the next.
     """
     outputs, inputs = kernel.shape[:2]
     weights = kernel.sum(dim=(2, 3)).reshape(groups, outputs // groups, inputs)
@@ -252,15 +196,7 @@ def constant_response(kernel: Tensor, constants: Tensor, groups: int = 1) -> Ten
 
 
 def scaled_sum(kernels: Sequence[Tensor], scales: Tensor) -> Tensor:
-    """The linear scaling layers: ``K[o] = Σ_b scales[b, o] · kernels[b][o]``.
-
-    Args:
-        kernels (Sequence[Tensor]): B kernels of shape (O, Ig, k, k).
-        scales (Tensor): Shape (B, O).
-
-    Returns:
-        Tensor: Shape (O, Ig, k, k).
-    """
+    """The linear scaling layers: ``K[o] = Σ_b scales[b, o] · kernels[b][o]``."""
     terms = zip(scales[:, :, None, None, None].unbind(), kernels)
     total: Tensor = sum(scale * kernel for scale, kernel in terms)  # type: ignore
     return total

@@ -2,7 +2,7 @@
 
 from .blocks import BLOCKS, build_conv
 from .branch_kernel import BranchKernel
-from .capture import CUDAGraphRecorder, RecordedFolds
+from .capture import RecordedFolds
 from .conv import ReparamConv2d
 from .dbb import DBBConv2d
 from .deep_linear import DeepLinearConv2d, DeepLinearKernel
@@ -28,7 +28,6 @@ from .switch import ConvAct2d, is_switchable, outermost, switch_to_deploy
 
 __all__ = [
     'BLOCKS',
-    'CUDAGraphRecorder',
     'ConvAct2d',
     'DBBConv2d',
     'DeepLinearConv2d',

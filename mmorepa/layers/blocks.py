@@ -21,14 +21,9 @@ class _Blocks(Registry):
                 f'a block type is a subclass of ReparamConv2d, not {module}'
             )
         # First, so that a class name that is taken leaves no block type behind.
-        taken = MODELS.module_dict.get(module.__name__, module) is not module
-        if taken and not force:
-            raise KeyError(
-                f'{module.__name__} is the name of another type of conv_cfg; give the '
-                'class another name, or register it with force=True'
-            )
+        is_known = MODELS.module_dict.get(module.__name__) is module
+        MODELS.register_module(module=module, force=force or is_known)
         super()._register_module(module, module_name, force)
-        MODELS.register_module(module=module, force=True)
 
 
 BLOCKS = _Blocks('block', scope='mmorepa')
@@ -43,16 +38,8 @@ Examples:
 def conv_type(block: str, kernel_size: int) -> type[ReparamConv2d]:
     """The class of the convs of one size in networks of a block type.
 
-    Args:
-        block (str): A name in :data:`BLOCKS`.
-        kernel_size (int): k.
-
-    Returns:
-        type[ReparamConv2d]: That of the block type for its
-        :attr:`~ReparamConv2d.BLOCK_SIZES`, and the plain one for others.
-
-    Raises:
-        ValueError: If ``block`` is not in :data:`BLOCKS`.
+    It is that of the block type for its :attr:`~ReparamConv2d.BLOCK_SIZES`, and the
+    plain one for others. Raises a ValueError for an unknown block type.
     """
     types = BLOCKS.module_dict
     if not isinstance(block, str) or block not in types:
@@ -68,20 +55,14 @@ def build_conv(
     block_cfg: Optional[dict] = None,
     **kwargs,
 ) -> ReparamConv2d:
-    """Builds the conv that networks of this block type use.
+    """Builds the conv that networks of a block type use.
 
     Args:
         block (str): A name in :data:`BLOCKS`.
-        in_channels (int): I.
-        out_channels (int): O.
-        kernel_size (int): k.
+        in_channels, out_channels, kernel_size, **kwargs: See :class:`ReparamConv2d`.
         block_cfg (dict, optional): Arguments that only convs of this block type
             take, such as ``branches`` and ``initial_scales``; plain convs in its
             networks do without. Defaults to None.
-        **kwargs: See :class:`ReparamConv2d`.
-
-    Returns:
-        ReparamConv2d: The conv.
 
     Raises:
         ValueError: If ``block`` is not in :data:`BLOCKS`.

@@ -21,11 +21,26 @@ _ROWS = ('average', 'frequency', 'pointwise', 'second', 'separable')
 class BranchKernel(nn.Module):
     """A kernel that is a :class:`mmorepa.functional.BranchSum` of its parameters.
 
-    A subclass sets :attr:`branch_sum` and has a parameter of each of its names.
+    A subclass adds a parameter for each of the sum's names, the scale last.
     """
 
-    branch_sum: BranchSum
-    branch_names: tuple[str, ...]  # Their names, in the order of the rows of ``scale``.
+    # By the branches that there are, in the order of the rows of ``scale``.
+    INITIAL_SCALES: dict[str, float]
+
+    def __init__(
+        self, shape: tuple[int, ...], groups: int, branches: Optional[Sequence[str]]
+    ) -> None:
+        super().__init__()
+        self.branch_names = choose_branches(self.INITIAL_SCALES, branches)
+        self.branch_sum = BranchSum(self.branch_names, shape, groups)
+
+    def add_scale(self, initial_scales: Optional[dict[str, float]]) -> None:
+        """Adds the linear scaling layers, shape (branches, O)."""
+        check_branches(self.INITIAL_SCALES, initial_scales or {})
+        scales = {**self.INITIAL_SCALES, **(initial_scales or {})}
+        rows = torch.tensor([scales[name] for name in self.branch_names])
+        outputs = self.branch_sum.shape[0]
+        self.scale = nn.Parameter(rows[:, None].repeat(1, outputs))
 
     def forward(self) -> Tensor:
         """Returns the kernel, shape (O, Ig, k, k)."""
@@ -49,19 +64,13 @@ class BranchKernel(nn.Module):
     def set_kernel(self, kernel: Tensor, scale: float = 1.0) -> None:
         """Makes ``origin`` the kernel, and scales every other branch by zero.
 
-        A step along the gradient ``G`` moves the kernel by ``s²·G`` through ``origin``,
-        and by ``Σ_b ⟨G,K_b⟩·K_b`` through the scales: about ``Σ_b |K_b|²/√D`` times as
-        far, with ``D = Ig·k²``, and no more than ``Σ_b |K_b|²`` times. So that the
-        first step is a plain conv's, the other branches are made small: their sum is
-        left at no more than ``√D / 6`` in each output channel.
+        The other branches are made small, so that the first step is a plain conv's:
+        ``Σ_b |K_b|²`` is at most ``√D / 6`` in each output channel, with ``D = Ig·k²``,
+        see docs/mathematics.md.
 
         Args:
             kernel (Tensor): Shape (O, Ig, k, k).
             scale (float): That of ``origin``. Defaults to one.
-
-        Raises:
-            ValueError: If there is no such branch, its weight is computed from others,
-                or weights are not finite.
         """
         if 'origin' not in self.branch_names:
             raise ValueError(
@@ -98,14 +107,10 @@ class BranchKernel(nn.Module):
 
 
 def choose_branches(
-    known: Collection[str], names: Optional[Sequence[str]], owner: str = 'this kernel'
+    known: Collection[str], names: Optional[Sequence[str]]
 ) -> tuple[str, ...]:
-    """The chosen branches, all if ``names`` is None, in their fixed order.
-
-    Raises:
-        ValueError: If a name is not known, or there is none.
-    """
-    check_branches(known, names or (), owner)
+    """The chosen branches, all if ``names`` is None, in their fixed order."""
+    check_branches(known, names or ())
     if names is not None and not names:
         raise ValueError(
             f'no branch is left; choose at least one of {", ".join(known)}'
@@ -113,13 +118,10 @@ def choose_branches(
     return tuple(name for name in known if names is None or name in names)
 
 
-def check_branches(
-    known: Collection[str], names: Iterable[str], owner: str = 'this kernel'
-) -> None:
+def check_branches(known: Collection[str], names: Iterable[str]) -> None:
     """Raises a ValueError if a name is not known."""
     for name in names:
         if name not in known:
             raise ValueError(
-                f'unknown branch {name!r}; the branches of {owner} are '
-                f'{", ".join(known)}'
+                f'unknown branch {name!r}; the branches are {", ".join(known)}'
             )

@@ -9,14 +9,9 @@ from .folding import is_fusible
 
 
 def overridden_fold(conv: nn.Conv2d) -> Optional[str]:
-    """The method of the training form alone that somebody has overridden.
+    """``'kernel'`` or ``'convolve'`` if somebody has overridden that in a conv.
 
-    Args:
-        conv (ReparamConv2d): A training form.
-
-    Returns:
-        str | None: ``'kernel'``, ``'convolve'``, or None. An override that comes with
-        a fold in float64 of its own is fine.
+    None if not, or if a fold in float64 comes with it: the deployed form has that.
     """
     exact = {'branches_kernel_bias', 'equivalent_kernel_bias'}
     for name in ('kernel', 'convolve'):
@@ -30,11 +25,7 @@ def overridden_fold(conv: nn.Conv2d) -> Optional[str]:
 
 
 def check_foldable(conv: nn.Conv2d) -> None:
-    """Raises a TypeError if the deployed form would leave out what somebody added.
-
-    Args:
-        conv (ReparamConv2d): A training form.
-    """
+    """Raises a TypeError if the deployed form would leave out what somebody added."""
     name = overridden_fold(conv)
     if name is not None:
         raise TypeError(
@@ -45,11 +36,7 @@ def check_foldable(conv: nn.Conv2d) -> None:
 
 
 def warn_of_silent_hooks(conv: nn.Conv2d) -> None:
-    """Warns of hooks inside of a conv that are not called once it is deployed.
-
-    Args:
-        conv (ReparamConv2d): A training form.
-    """
+    """Warns of hooks inside of a conv that are not called once it is deployed."""
     folded = ('branches', 'norm') if is_fusible(conv.norm) else ('branches',)
     names = [
         name

@@ -8,7 +8,6 @@ import torch.fx
 from mmcv.cnn import build_activation_layer, build_norm_layer
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
-from torch.nn.utils import skip_init
 
 from ..utils.weights import warn_of_flaws
 from .changes import check_foldable, warn_of_silent_hooks
@@ -19,36 +18,23 @@ from .param_groups import watch
 from .starting import StartsFromKernels
 
 IntPair = Union[int, tuple[int, int]]
-_NO_EXPORT = (
-    'a training form is not exported to ONNX: call mmorepa.switch_to_deploy(model) '
-    'first'
-)
 
 
 class ReparamConv2d(StartsFromKernels, WeightOfBranches):
     """A conv that trains as several linear branches and deploys as one plain conv.
 
-    In training form the branches live in :attr:`branches`, and :attr:`weight` is
-    their fold, see :class:`~mmorepa.layers.folded_weight.FoldedWeight`. Deployed,
-    :attr:`branches` and a BatchNorm :attr:`norm` are gone, and :attr:`weight` and
-    :attr:`bias` are those of a plain :class:`torch.nn.Conv2d`, whose ``state_dict``
-    keys it shares.
+    In training form, :attr:`weight` is the fold of :attr:`branches`, see
+    :class:`~mmorepa.layers.folded_weight.FoldedWeight`. Deployed, :attr:`branches` and
+    a BatchNorm :attr:`norm` are gone, and :attr:`weight` and :attr:`bias` are those of
+    a plain :class:`torch.nn.Conv2d`, whose ``state_dict`` keys it shares.
 
-    A new block is a subclass with a ``build_branches`` that returns a module
-    whose ``forward()`` maps its parameters to the kernel. The base class does the rest:
-    fold, convolution, normalisation, activation, deployment and loading.
+    A new block is a subclass with a :meth:`build_branches`, see docs/new_block.md.
 
     Args:
-        in_channels (int): I.
-        out_channels (int): O.
+        in_channels, out_channels, stride, padding, dilation, groups, bias: See
+            :class:`torch.nn.Conv2d`.
         kernel_size (int | tuple[int, int]): k, odd and square.
-        stride (int | tuple[int, int]): Defaults to 1.
-        padding (int | tuple[int, int] | str): Zero padding, as
-            :class:`torch.nn.Conv2d` takes it. Defaults to 0.
-        dilation (int | tuple[int, int]): Defaults to 1.
-        groups (int): g. Defaults to 1.
-        bias (bool): Whether a bias is added to the conv. Defaults to True.
-        padding_mode (str): Only ``'zeros'``. Defaults to ``'zeros'``.
+        padding_mode (str): Only ``'zeros'``.
         norm_cfg (dict, optional): Normalisation after the conv. Batch
             normalisation is folded for deployment, any other kind stays.
             Defaults to None.
@@ -63,8 +49,9 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
     BLOCK_SIZES: Container[int] = (3, 5)
     # False if the kernel is stored, or if the branches run on the feature map.
     folds_online = True
-    # Where kernels come from while a block of mmorepa.layers.scopes is open.
-    scope: Any = None
+    # Where kernels come from in blocks of mmorepa.layers.scopes.held() and folded().
+    training_scope: Any = None
+    evaluation_scope: Any = None
     # The memory of the kernel: see mmorepa.set_channels_last.
     channels_last = False
     # Warn when loaded weights hold NaN, Inf or a negative variance.
@@ -98,7 +85,6 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         self.conv_bias = bias
         self.norm_cfg = norm_cfg
         self.act = None if act_cfg is None else build_activation_layer(act_cfg)
-        self.scope = None
         self.become_training_form(with_branches=not deploy)
         if deploy:
             self._become_plain(self._deployed_with_bias, like=torch.empty(0))
@@ -108,14 +94,10 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         self._built = frozenset((*vars(self), '_built'))
 
     def build_branches(self) -> nn.Module:
-        """Makes the parameters of the training form.
+        """Makes a module whose ``forward()`` returns the kernel, (O, Ig, k, k).
 
         The attributes of :class:`torch.nn.Conv2d` (``in_channels``, ``groups``,
         …) are set when this is called.
-
-        Returns:
-            nn.Module: Its ``forward()`` takes nothing and returns the kernel,
-            shape (O, Ig, k, k).
         """
         raise NotImplementedError
 
@@ -132,7 +114,8 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
             if node is not None:
                 return node
         norm, act = self.norm, self.act
-        fused = None if self.scope is None else self.scope.fused_conv(self)
+        scope = self.evaluation_scope
+        fused = None if scope is None else scope.fused_conv(self)
         if fused is not None:
             kernel, bias, norm = fused
             x = self._conv_forward(x, kernel, bias)
@@ -140,7 +123,10 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
             x = self._conv_forward(x, self.weight, self.bias)
         else:
             if _is_exported_to_onnx():
-                raise RuntimeError(_NO_EXPORT)
+                raise RuntimeError(
+                    'a training form is not exported to ONNX: call '
+                    'mmorepa.switch_to_deploy(model) first'
+                )
             x = self.convolve(x)
         if norm is not None:
             x = norm(x)
@@ -158,7 +144,12 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         """
         if self.deployed:
             return self.weight
-        return self.folded_kernel() if self.scope is None else self.scope.kernel(self)
+        if self.training_scope is not None:
+            leaf = self.training_scope.kernel(self)
+            if leaf is not None:
+                return leaf
+        scope = self.evaluation_scope
+        return self.folded_kernel() if scope is None else scope.kernel(self)
 
     def folded_kernel(self) -> Tensor:
         """The kernel of a training form, folded now, shape (O, Ig, k, k)."""
@@ -189,11 +180,7 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
     def branches_kernel_bias(
         self, bias: Optional[Tensor]
     ) -> tuple[Tensor, Optional[Tensor]]:
-        """The kernel and bias before :attr:`norm`, shapes (O, Ig, k, k) and (O,).
-
-        Args:
-            bias (Tensor, optional): That of this conv. All is in float64.
-        """
+        """Kernel and bias before :attr:`norm` in float64, from this conv's bias."""
         return fold_exactly(self.branches), bias
 
     def switch_to_deploy(self) -> None:
@@ -261,8 +248,9 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
 
     def forget_folds(self) -> None:
         """Tells open scopes that the kernel has changed."""
-        if self.scope is not None:
-            self.scope.forget(self)
+        for scope in (self.training_scope, self.evaluation_scope):
+            if scope is not None:
+                scope.forget(self)
 
     def become_training_form(self, with_branches: bool = True) -> None:
         """Gives this module fresh parameters of the training form."""
@@ -281,15 +269,13 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         del self.branches
         if self.fuses_norm:
             self.norm = None
-        shape = (self.in_channels, self.out_channels, self.kernel_size)
-        options = dict(groups=self.groups, bias=with_bias)
-        options.update(device=like.device, dtype=like.dtype)
-        # A switch takes no random numbers away from the training around it.
-        plain = skip_init(nn.Conv2d, *shape, **options)
-        plain.to(memory_format=self.memory_format)
         others = {k: v for k, v in self._parameters.items() if k != 'bias'}
         vars(self)['_parameters'] = {}  # In the order of a plain conv.
-        self.weight, self.bias = plain.weight, plain.bias
+        options = dict(device=like.device, dtype=like.dtype)
+        weight = torch.empty(self.kernel_shape, **options)
+        self.weight = nn.Parameter(weight.to(memory_format=self.memory_format))
+        bias = nn.Parameter(torch.empty(self.out_channels, **options))
+        self.register_parameter('bias', bias if with_bias else None)
         self._parameters.update(others)
         self.forget_folds()
 
@@ -318,7 +304,8 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
 
     def __getstate__(self) -> dict:
         # A copy belongs to no scope.
-        return {**super().__getstate__(), 'scope': None}
+        scopes = dict(training_scope=None, evaluation_scope=None)
+        return {**super().__getstate__(), **scopes}
 
     def extra_repr(self) -> str:
         form = 'deployed' if self.deployed else 'training form'
@@ -328,9 +315,7 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
 def leaf_call(module: nn.Module, x: torch.fx.Proxy) -> Optional[torch.fx.Proxy]:
     """The node of a symbolic trace that calls a module as a whole.
 
-    Returns:
-        torch.fx.Proxy | None: None if the module is traced itself, or has a
-        ``forward()`` that calls this one.
+    None if the module is traced itself, or has a ``forward()`` that calls this one.
     """
     method = type(module).forward
     if (

@@ -28,8 +28,7 @@ class DBBConv2d(MultiBranchConv2d):
     - ``average``: 1×1 conv, BatchNorm, k×k average pooling
     - ``pointwise_kxk``: 1×1 conv (initially the identity), BatchNorm, k×k conv
 
-    Args:
-        *args, **kwargs: See :class:`MultiBranchConv2d`.
+    Takes the arguments of :class:`MultiBranchConv2d`.
     """
 
     BRANCH_NAMES = ('origin', 'pointwise', 'average', 'pointwise_kxk')
@@ -57,12 +56,8 @@ class PointwiseThenConv2d(nn.Module):
     """A 1×1 conv with BatchNorm, padding, and a k×k conv with BatchNorm.
 
     The map between the two is padded with what BatchNorm makes of zero, so that the
-    two fold into one zero-padded conv, exactly, at the borders as well.
-
-    Args:
-        first (ReparamConv2d): The 1×1 conv.
-        second (ReparamConv2d): The k×k conv, without padding, for a conv with one of
-            dilation·(k // 2). Its groups are those of ``first``, or it is depthwise.
+    two fold into one conv with a zero padding of dilation·(k // 2), exactly, at the
+    borders as well. ``second`` has the groups of ``first``, or is depthwise.
     """
 
     def __init__(self, first: ReparamConv2d, second: ReparamConv2d) -> None:
@@ -89,11 +84,7 @@ class PointwiseThenConv2d(nn.Module):
         return self.second(F.pad(x, pads) + border * value)
 
     def kernel(self) -> Tensor:
-        """Both convs in one, with the first BatchNorm's scale held constant.
-
-        Returns:
-            Tensor: Shape (O, Ig, k, k), before :attr:`norm`, with a gradient.
-        """
+        """Both convs in one, (O, Ig, k, k), with a constant scale of the first norm."""
         scale = norm_scale(self.first.norm)
         first = self.first.kernel() * scale[:, None, None, None]
         return self._compose(first, self.second.kernel())
@@ -161,9 +152,6 @@ class _AverageKernel(nn.Module):
 
 
 def _padding_value(norm: nn.Module) -> Tensor:
-    """The output of a BatchNorm in eval mode for a map of zeros.
-
-    It has no gradient, as published: the border is a constant.
-    """
+    """The output of a BatchNorm in eval mode for zeros; constant, as published."""
     value = -norm.running_mean * norm_scale(norm)
     return value + norm.bias.detach() if norm.affine else value

@@ -25,8 +25,7 @@ class DeepLinearKernel(nn.Module):
     """A k×k kernel composed of (k−1)/2 kernels of 3×3 (paper, section 3.3).
 
     The factors map I to M channels, then M to M, and the last one M to O. Fresh ones of
-    more than 7×7, or with groups, are scaled to give a kernel as large as a fresh
-    :class:`torch.nn.Conv2d` has.
+    more than 7×7, or with groups, give a kernel as large as a fresh plain conv's.
 
     Args:
         build_factor (Callable): Takes the output and the input channels of a factor
@@ -70,15 +69,12 @@ class DeepLinearKernel(nn.Module):
 
     @torch.no_grad()
     def _normalize(self) -> None:
-        """Gives fresh factors equal parts in a kernel as large as a plain conv's.
-
-        Otherwise the product of many factors would grow, or vanish, with their number.
-        """
+        """Gives fresh factors equal parts in a kernel as large as a plain conv's."""
         if not all(hasattr(factor, 'rescale') for factor in self.factors):
             return
         for factor in self.factors:
             factor.rescale(1 / factor().flatten(1).norm(dim=1).clamp_min(1e-12))
-        # Rows of torch.nn.Conv2d have a mean square norm of a third.
+        # That of a fresh torch.nn.Conv2d has rows with a mean square norm of a third.
         norm = self().flatten(1).norm(dim=1).clamp_min(1e-12)
         self.rescale(3**-0.5 / norm)
 
@@ -88,13 +84,9 @@ class DeepLinearKernel(nn.Module):
 
     @torch.no_grad()
     def set_kernel(self, kernel: Tensor) -> None:
-        """Gives the last factor the weights with which the kernel is a given one.
+        """Gives the last factor the weights with which this is the kernel.
 
-        Args:
-            kernel (Tensor): Shape (O, Ig, k, k).
-
-        Raises:
-            ValueError: If the other factors have too few channels for that.
+        Raises a ValueError if the other factors have too few channels for that.
         """
         *others, last = self.factors
         options = {}
@@ -112,10 +104,8 @@ class DeepLinearKernel(nn.Module):
 
         Each inner channel shifts one input channel by one offset. Together they reach
         every tap of the kernel from a 3×3 kernel, so that the last factor holds the
-        weights of the plain kernel, and moves as these do. The others move about
-        ``s²·|W|²`` times as far with ``s`` the scale of their ``origin``, and
-        ``|W|²/s²`` times in the few directions that change the scales. Where there are
-        too few inner channels, all stay as they were built.
+        weights of the plain kernel, and moves as these do; the scales keep the others
+        from moving much further. With too few inner channels, all stay as they are.
 
         Returns:
             dict[str, float]: The scale of ``origin`` in the last factor, if any.
@@ -130,20 +120,17 @@ class DeepLinearKernel(nn.Module):
         if len(units) > inner:
             return {}
         # How often a tap is reached, squared, in one dimension.
-        reached = [
-            sum(tap - 2 <= offset <= tap for offset in offsets)
-            for tap in range(size + 3)
-        ]
+        taps = range(size + 3)
+        reached = [sum(t - 2 <= offset <= t for offset in offsets) for t in taps]
         gain = sum(n * n for n in reached) / len(reached) * inner / len(units)
         for channel in range(inner * self.groups):
-            i, *left = units[channel % inner % len(units)]
-            for place, factor in enumerate(kernels):
-                steps = [min(2, offset) for offset in left]
-                left = [offset - step for offset, step in zip(left, steps)]
+            i, *offset = units[channel % inner % len(units)]
+            for place, kernel in enumerate(kernels):
+                h, w = (min(2, max(0, left - 2 * place)) for left in offset)
                 if place == 0:
-                    factor[channel, i, steps[0], steps[1]] = 1
+                    kernel[channel, i, h, w] = 1
                 else:  # All but the first are flipped.
-                    factor[channel, channel % inner, 2 - steps[0], 2 - steps[1]] = 1
+                    kernel[channel, channel % inner, 2 - h, 2 - w] = 1
         has_scale = isinstance(last, BranchKernel)
         for factor, kernel in zip(others, kernels):
             if has_scale:
@@ -168,10 +155,7 @@ def _compose(factors: nn.ModuleList, groups: int) -> Tensor:
 class DeepLinearConv2d(ReparamConv2d, nn.Conv2d):
     """A large conv of plain 3×3 factors; a 1×1 conv has none and is plain.
 
-    Args:
-        inner_mult (float): Inner channels of the chain by output channels, see
-            :class:`DeepLinearKernel`. Defaults to 1.
-        *args, **kwargs: See :class:`ReparamConv2d`.
+    ``inner_mult`` is that of :class:`DeepLinearKernel`.
     """
 
     BLOCK_SIZES = range(DEEP_LINEAR_FROM, sys.maxsize)
@@ -184,13 +168,7 @@ class DeepLinearConv2d(ReparamConv2d, nn.Conv2d):
         def plain(outputs: int, inputs: int, size: int = 3) -> PlainKernel:
             return PlainKernel(outputs, inputs // self.groups, size)
 
-        if self.kernel_size[0] == 1:
-            return plain(self.out_channels, self.in_channels, 1)
-        return DeepLinearKernel(
-            plain,
-            self.out_channels,
-            self.in_channels,
-            self.kernel_size[0],
-            self.groups,
-            self._inner_mult,
-        )
+        channels, size = (self.out_channels, self.in_channels), self.kernel_size[0]
+        if size == 1:
+            return plain(*channels, 1)
+        return DeepLinearKernel(plain, *channels, size, self.groups, self._inner_mult)

@@ -36,21 +36,18 @@ def add_branches(
     devices, dtypes, ``requires_grad`` and the mode stay. :func:`switch_to_deploy`
     gives the plain model back, with a state dict that the original class loads.
 
-    Left alone, and named in a line of the log, are convs that have no fold (even or
-    non-square kernels, other padding than with zeros), subclasses of
-    :class:`torch.nn.Conv2d` (they may compute something else), those with hooks, a
-    parametrization, or a method, parameter, buffer or module of their own, and those
-    that share a parameter with another module. A conv without a fold that is exact,
-    such as a depthwise 7x7 conv as a deep linear chain, stays plain too. Other
-    attributes of a conv, and of its parameters, go along.
+    Left alone, and named in a line of the log, are convs that have no exact fold (even
+    or non-square kernels, other padding than with zeros, depthwise 7×7 kernels) and
+    those that may compute something else: subclasses of :class:`torch.nn.Conv2d`, and
+    convs with hooks, a parametrization, a shared parameter, or a method, parameter,
+    buffer or module of their own. Other attributes go along.
 
     Args:
         model (nn.Module): Any model; it is changed in place.
         block (str): Block type, a name in :data:`mmorepa.layers.BLOCKS`. The convs of
-            ``'dbb'``, ``'repvgg'`` and ``'orepa_repvgg'`` have BatchNorms of their
-            own: they compute the same in eval mode, and while training where another
-            BatchNorm follows, and each of them is deployed with a bias. Defaults to
-            ``'orepa'``.
+            ``'dbb'``, ``'repvgg'`` and ``'orepa_repvgg'`` have BatchNorms: they compute
+            the same in eval mode, and while training where another BatchNorm follows,
+            and are deployed with a bias. Defaults to ``'orepa'``.
         include (str | Sequence[str]): Patterns such as ``'backbone.*'`` of the names
             of convs to exchange. Defaults to ``'*'``.
         exclude (str | Sequence[str]): Those to leave alone. Defaults to none.
@@ -96,22 +93,20 @@ def add_branches(
     for conv, of_conv in names.items():
         if not isinstance(conv, _ConvNd) or conv in inside:
             continue
-        reason = _reason_to_leave(conv)
-        if not _matches(of_conv, include) or _matches(of_conv, exclude):
-            reason = 'left out by include or exclude'
-        elif not reason and any(users[p] > 1 for p in conv.parameters()):
-            reason = 'shares a parameter'
-        elif not reason and conv in hidden:
-            reason = f'{hidden[conv]} holds it in a place that cannot be changed'
-        if not reason:
-            try:
-                exchanged[conv] = _training_form(conv, block, block_cfg)
-            except ValueError as error:
-                reason = str(error)
-        if reason:
-            left[of_conv[0]] = reason
-        elif block != 'plain' and not has_branches(exchanged[conv]):
-            left[of_conv[0]] = f'a {block} network has no branches there'
+        try:
+            if not _matches(of_conv, include) or _matches(of_conv, exclude):
+                raise ValueError('left out by include or exclude')
+            _check_is_plain(conv)
+            if any(users[p] > 1 for p in conv.parameters()):
+                raise ValueError('shares a parameter')
+            if conv in hidden:
+                place = f'{hidden[conv]} holds it in a place that cannot be changed'
+                raise ValueError(place)
+            exchanged[conv] = _training_form(conv, block, block_cfg)
+            if block != 'plain' and not has_branches(exchanged[conv]):
+                left[of_conv[0]] = f'a {block} network has no branches there'
+        except ValueError as error:
+            left[of_conv[0]] = str(error)
     if not exchanged:
         for form, name in forms.items():
             left[name] = 'deployed' if form.deployed else 're-parameterised already'
@@ -131,11 +126,7 @@ def add_branches(
 
 
 def reparameterize(*args, **kwargs) -> None:
-    """The former name of :func:`add_branches`.
-
-    Raises:
-        TypeError: Always, since elsewhere this word means to fuse the branches.
-    """
+    """The former name of :func:`add_branches`, which is an error."""
     raise TypeError(
         'mmorepa.reparameterize is called mmorepa.add_branches now, since elsewhere '
         'the word means to fuse branches, which mmorepa.switch_to_deploy does'
@@ -144,39 +135,27 @@ def reparameterize(*args, **kwargs) -> None:
 
 @MODELS.register_module(name='Reparameterized')
 def build_with_branches(module: dict, **kwargs) -> nn.Module:
-    """Builds a module and exchanges its convs, for models without ``conv_cfg``.
+    """Builds a module and exchanges its convs, as :func:`add_branches` does it.
 
     In a config: ``backbone=dict(type='Reparameterized', module=dict(type='ConvNeXt',
     ...))``. Weights that are loaded later, by ``init_cfg`` or ``load_from``, may be
     those of the plain module.
-
-    Args:
-        module (dict): Config of any module in MMEngine's ``MODELS``.
-        **kwargs: See :func:`add_branches`.
-
-    Returns:
-        nn.Module: The module.
     """
     return add_branches(MODELS.build(module), **kwargs)
 
 
 def log_plain_starts(model: nn.Module) -> None:
-    """Logs how many convs started from plain kernels of the last state dict.
-
-    Args:
-        model (nn.Module): Says nothing if there are none, or that has been said.
-    """
+    """Logs once how many convs started from plain kernels of the last state dict."""
     convs = [m for m in model.modules() if getattr(m, 'is_plain_start', False)]
     for conv in convs:
         conv.is_plain_start = False
-    convs = [conv for conv in convs if has_branches(conv)]
-    if not convs:
-        return
-    print_log(
-        f'{type(model).__name__}: {len(convs)} re-parameterised convs start from the '
-        'plain kernels of the checkpoint (quiet start)',
-        logger='current',
-    )
+    count = sum(map(has_branches, convs))
+    if count:
+        print_log(
+            f'{type(model).__name__}: {count} re-parameterised convs start from the '
+            'plain kernels of the checkpoint (quiet start)',
+            logger='current',
+        )
 
 
 def has_branches(conv: nn.Module) -> bool:
@@ -186,7 +165,6 @@ def has_branches(conv: nn.Module) -> bool:
 
 
 def _by_reason(left: dict[str, str]) -> str:
-    """The names of the convs that were left, by reason."""
     names: dict[str, list[str]] = {}
     for name, reason in left.items():
         names.setdefault(reason, []).append(name)
@@ -197,23 +175,21 @@ def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
-def _reason_to_leave(conv: nn.Module) -> str:
+def _check_is_plain(conv: nn.Module) -> None:
+    """Raises a ValueError if a conv may compute, or hold, more than a plain one."""
     if type(conv) not in _PLAIN_CONVS:
-        return f'a {type(conv).__name__}'
-    if is_parametrized(conv) or not isinstance(
-        conv._parameters.get('weight'), nn.Parameter
-    ):
-        return 'its weight is computed from others'
+        raise ValueError(f'a {type(conv).__name__}')
+    if is_parametrized(conv) or conv._parameters.get('weight') is None:
+        raise ValueError('its weight is computed from others')
     if has_hooks(conv) or any(map(has_hooks, conv.parameters())):
-        return 'has hooks'
+        raise ValueError('has hooks')
     additions = [*overrides(conv), *sorted(registered(conv) - {'weight', 'bias'})]
     additions += [n for n in user_attributes(conv) if hasattr(ReparamConv2d, n)]
     if additions:
-        return f'has a {additions[0]} of its own'
+        raise ValueError(f'has a {additions[0]} of its own')
     tensors = [v for p in conv.parameters() for v in vars(p).values()]
     if any(isinstance(value, torch.Tensor) for value in tensors):
-        return 'its parameters have tensors of their own'
-    return ''
+        raise ValueError('its parameters have tensors of their own')
 
 
 def _training_form(
@@ -222,19 +198,10 @@ def _training_form(
     if len(set(conv.kernel_size)) > 1:
         raise ValueError(f'kernel_size={conv.kernel_size} is not square')
     with torch.random.fork_rng(devices=[]):
-        form = build_conv(
-            block,
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size[0],
-            block_cfg,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            bias=conv.bias is not None,
-            padding_mode=conv.padding_mode,
-        )
+        names = ('in_channels', 'out_channels', 'stride', 'padding', 'dilation')
+        arguments = {n: getattr(conv, n) for n in (*names, 'groups', 'padding_mode')}
+        arguments.update(kernel_size=conv.kernel_size[0], bias=conv.bias is not None)
+        form = build_conv(block, block_cfg=block_cfg, **arguments)
     form.to(conv.weight)
     form.channels_last = not conv.weight.is_contiguous() and conv.weight.is_contiguous(
         memory_format=torch.channels_last

@@ -1,11 +1,12 @@
 """The ``weight`` of a training form: a fold that can be read and written."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..functional import is_being_traced
 
@@ -86,24 +87,16 @@ class FoldedWeight(Tensor):
     :meth:`~mmorepa.layers.ReparamConv2d.set_kernel`. Random numbers, by which networks
     initialise every conv that they know, are an exception: they make the branches
     fresh. Then a conv with an initialisation of its own passes them over, and one whose
-    branches cannot give just any kernel takes the norm of every row. What is computed
-    from it is an ordinary tensor, and so are its copies, also in files, and
-    :meth:`~torch.Tensor.detach`.
+    branches cannot give just any kernel takes the norm of every row.
 
-    ``requires_grad`` is that of the branches, to read and to set. Hooks and gradients
-    are not kept, and asking for them is an error.
-
-    Attributes:
-        conv (ReparamConv2d): Its branches are written to.
-        whole (FoldedWeight): The whole kernel that this is a view of.
-        is_random (bool): Whether random numbers have been written to ``whole``.
-        is_written (bool): Whether anything has been written to ``whole``.
+    What is computed from it is an ordinary tensor, and so are its copies. The branches'
+    ``requires_grad`` is read and set. To ask for hooks or gradients is an error.
     """
 
-    conv: Any
-    whole: 'FoldedWeight'
-    is_random = False
-    is_written = False
+    conv: Any  # The ReparamConv2d whose branches are written to.
+    whole: 'FoldedWeight'  # The kernel that this is a view of, or is.
+    is_random = False  # Whether random numbers have been written to the whole.
+    is_written = False  # Whether anything has.
 
     @classmethod
     def of(cls, conv: nn.Conv2d, kernel: Tensor) -> 'FoldedWeight':
@@ -124,7 +117,7 @@ class FoldedWeight(Tensor):
     ) -> Any:
         name = getattr(func, '__name__', '')
         kwargs = kwargs or {}
-        weights = list(_weights((args, tuple(kwargs.values()))))
+        weights = [t for t in tree_leaves((args, kwargs)) if isinstance(t, cls)]
         if isinstance(args[0] if args else None, cls) and hasattr(args[0], 'conv'):
             answer = args[0]._as_parameter(func, name, args[1:], kwargs)
             if answer is not NotImplemented:
@@ -142,7 +135,7 @@ class FoldedWeight(Tensor):
                     raise TypeError(NO_PARAMETER)
                 weight.whole._start_branches(name)
             if name != 'detach':
-                return _as_views(result, weights)
+                return tree_map(lambda item: _as_view(item, weights), result)
             # A detached one is taken for parameters of other modules. nn.Parameter()
             # asks for one of the same type, and marks it then.
             is_asked = sys._getframe(1).f_code is torch.nn.Parameter.__new__.__code__
@@ -169,8 +162,10 @@ class FoldedWeight(Tensor):
             for parameter in branches:
                 parameter.grad = None
             return None
-        if func == tensor.data.__set__ and self._holds(args[0]):
-            return None  # As `conv.weight.data *= 2` ends.
+        if func == tensor.data.__set__:
+            is_view = isinstance(args[0], FoldedWeight) and args[0].whole is self.whole
+            if is_view and args[0].shape == self.shape:
+                return None  # As `conv.weight.data *= 2` ends.
         if self.whole is self and func == tensor.requires_grad.__get__:
             return any(parameter.requires_grad for parameter in branches)
         if func in (tensor.requires_grad_, tensor.requires_grad.__set__):
@@ -181,11 +176,6 @@ class FoldedWeight(Tensor):
         if name == '__set__':
             raise TypeError(NO_PARAMETER)
         return NotImplemented
-
-    def _holds(self, other: Any) -> bool:
-        """Whether another one is this memory, and not a part of it."""
-        is_one = isinstance(other, FoldedWeight) and other.whole is self.whole
-        return is_one and other.shape == self.shape
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == '_is_param':
@@ -217,29 +207,13 @@ class FoldedWeight(Tensor):
         self.is_written = True
 
 
-def _weights(items: Iterable) -> Iterator[FoldedWeight]:
-    """The folds among arguments."""
-    for item in items:
-        if isinstance(item, FoldedWeight):
-            yield item
-        elif isinstance(item, (tuple, list)):
-            yield from _weights(item)
-
-
-def _as_views(result: Any, weights: Sequence[FoldedWeight]) -> Any:
-    """Results of a function, with views of a fold as folds to be written to."""
-    if isinstance(result, (tuple, list)):
-        views = [_as_views(item, weights) for item in result]
-        changed = any(one is not other for one, other in zip(views, result))
-        return type(result)(views) if changed else result
+def _as_view(result: Any, weights: Sequence[FoldedWeight]) -> Any:
+    """A result of a function, as a fold to be written to if it is a view of one."""
     if type(result) is Tensor:
+        memory = result.untyped_storage()._cdata
         for weight in weights:
-            if _share_memory(result, weight):
+            if weight.untyped_storage()._cdata == memory:
                 view = result.as_subclass(FoldedWeight)
                 view.conv, view.whole = weight.conv, weight.whole
                 return view
     return result
-
-
-def _share_memory(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage()._cdata == other.untyped_storage()._cdata

@@ -14,21 +14,11 @@ from ..utils.autocast import HALF_DTYPES, no_autocast
 
 
 def fold(branches: nn.Module, memory_format: torch.memory_format) -> Tensor:
-    """Folds branches, with a gradient if gradients are enabled.
+    """The kernel, (O, Ig, k, k), of a module whose ``forward()`` returns it.
 
-    In float32 or better whatever the context says: the sum of several branches
-    loses digits in half precision, and costs nothing compared with the
-    convolution itself.
-
-    Args:
-        branches (nn.Module): Its ``forward()`` returns the kernel.
-        memory_format (torch.memory_format): See :func:`in_memory_format`.
-
-    Returns:
-        Tensor: Shape (O, Ig, k, k), in the dtype of the branches.
-
-    Raises:
-        RuntimeError: If the branches are sharded.
+    In float32 or better whatever the context says, and returned in the dtype of the
+    branches: the sum of several branches loses digits in half precision, and costs
+    nothing compared with the convolution itself.
     """
     tensors = list(branches.parameters()) or list(branches.buffers())
     if not tensors:  # A wrapper has put other tensors in the parameters' place.
@@ -45,17 +35,7 @@ def fold(branches: nn.Module, memory_format: torch.memory_format) -> Tensor:
 
 
 def fold_exactly(branches: nn.Module) -> Tensor:
-    """Folds branches in float64.
-
-    Args:
-        branches (nn.Module): Its ``forward()`` returns the kernel.
-
-    Returns:
-        Tensor: Shape (O, Ig, k, k).
-
-    Raises:
-        RuntimeError: If the branches are sharded.
-    """
+    """As :func:`fold`, in float64."""
     tensors = named_tensors(branches)
     check_is_whole(tensors.values())
     wide = {name: double(tensor) for name, tensor in tensors.items()}
@@ -65,11 +45,8 @@ def fold_exactly(branches: nn.Module) -> Tensor:
 def in_memory_format(kernel: Tensor, memory_format: torch.memory_format) -> Tensor:
     """A kernel by whose strides a conv gives its output this format.
 
-    Args:
-        kernel (Tensor): Shape (O, Ig, k, k).
-        memory_format (torch.memory_format): ``torch.channels_last``, which has no
-            effect where a side of 1 leaves the choice to the conv's input, or
-            ``torch.contiguous_format``.
+    ``torch.channels_last`` has no effect where a side of 1 leaves the choice to the
+    conv's input.
     """
     if memory_format == torch.channels_last:
         return kernel.contiguous(memory_format=memory_format)
@@ -87,36 +64,14 @@ def is_fusible(norm: Optional[nn.Module]) -> bool:
 def fuse_norm(
     kernel: Tensor, bias: Optional[Tensor], norm: _BatchNorm
 ) -> tuple[Tensor, Tensor]:
-    """Fuses a BatchNorm layer into the conv before it.
-
-    Args:
-        kernel (Tensor): Shape (O, Ig, k, k), float64.
-        bias (Tensor, optional): Shape (O,), float64.
-        norm (nn.Module): A layer that :func:`is_fusible`.
-
-    Returns:
-        tuple[Tensor, Tensor]: Kernel and bias, in float64.
-    """
-    return fuse_bn(
-        kernel,
-        bias,
-        double(norm.running_mean),
-        double(norm.running_var),
-        double(norm.weight) if norm.affine else None,
-        double(norm.bias) if norm.affine else None,
-        norm.eps,
-    )
+    """Kernel and bias, in float64, with a norm that :func:`is_fusible` in them."""
+    mean, var = double(norm.running_mean), double(norm.running_var)
+    affine = (double(norm.weight), double(norm.bias)) if norm.affine else (None, None)
+    return fuse_bn(kernel, bias, mean, var, *affine, norm.eps)
 
 
 def norm_scale(norm: nn.Module) -> Tensor:
-    """``γ/√(σ²+ε)`` of a BatchNorm with its running statistics, held constant.
-
-    Args:
-        norm (nn.Module): A layer that :func:`is_fusible`.
-
-    Returns:
-        Tensor: Shape (O,).
-    """
+    """``γ/√(σ²+ε)`` of a norm that :func:`is_fusible`, (O,), without a gradient."""
     scale = (norm.running_var + norm.eps).rsqrt()
     return scale * norm.weight.detach() if norm.affine else scale
 

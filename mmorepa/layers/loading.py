@@ -17,21 +17,20 @@ from .changes import check_foldable
 from .folding import double, fuse_norm
 from .starting import load_norm
 
-StateDict = dict[str, Tensor]
+Entries = dict[str, Tensor]
 
 
 def adapt(
     conv: nn.Conv2d,
-    state_dict: StateDict,
+    state_dict: Entries,
     prefix: str,
     error_msgs: list[str],
     assign: bool,
 ) -> bool:
-    """Gives the entries of a conv the form that the conv is in.
+    """Gives the entries of a conv, in a state dict, the form that the conv is in.
 
     Args:
-        conv (ReparamConv2d): What the state dict is loaded into. A training form
-            starts from a plain kernel here.
+        conv (ReparamConv2d): A training form starts from a plain kernel here.
         state_dict (dict[str, Tensor]): Changed in place.
         prefix (str): That of the conv's keys.
         error_msgs (list[str]): Takes what is wrong with a shape, for the loader.
@@ -40,72 +39,66 @@ def adapt(
 
     Returns:
         bool: Whether the conv has started from a plain kernel.
-
-    Raises:
-        CheckpointError: If the entries do not fit the conv.
     """
-    plain, former = f'{prefix}weight', f'{prefix}branches.weight'
-    if former in state_dict and not conv.deployed and not _is_plain(conv.branches):
+    keys = [key for key in state_dict if key.startswith(prefix)]
+    entries = {key[len(prefix) :]: state_dict.pop(key) for key in keys}
+    is_plain = conv.deployed or 'weight' in conv.branches._parameters
+    if 'branches.weight' in entries and not is_plain:
         # The training form of a PlainConv2d, whose kernel is a parameter.
-        state_dict[plain] = state_dict.pop(former)
-    dtypes = {k: v.dtype for k, v in state_dict.items() if k.startswith(prefix)}
-    has_branches = any(key.startswith(f'{prefix}branches.') for key in dtypes)
-    is_start = plain in state_dict and not has_branches and not conv.deployed
+        entries['weight'] = entries.pop('branches.weight')
+    dtypes = {key: value.dtype for key, value in entries.items()}
+    has_branches = any(key.startswith('branches.') for key in entries)
+    has_started = False
     try:
-        if has_branches and conv.deployed:
-            _fold_entries(conv, state_dict, prefix)
-        elif is_start:
-            is_start = _start(conv, state_dict, prefix, error_msgs)
-        elif plain in state_dict and not has_branches:
-            _fuse_norm_entries(conv, state_dict, prefix)
+        if has_branches:
+            if conv.deployed:
+                entries = _folded(conv, entries, prefix)
+        elif 'weight' in entries:
+            if conv.deployed:
+                _fuse_norm(conv, entries)
+            else:
+                has_started = _start(conv, entries, prefix, error_msgs)
     except ValueError as error:
         raise CheckpointError(
-            f"{type(conv).__name__} cannot start from '{plain}': {error}"
+            f"{type(conv).__name__} cannot start from '{prefix}weight': {error}"
         ) from error
     kernels = [v for k, v in dtypes.items() if 'norm.' not in k and v.is_floating_point]
-    for key, value in state_dict.items() if assign and kernels else ():
-        if key.startswith(prefix) and value.is_floating_point():
-            state_dict[key] = value.to(dtypes.get(key, kernels[0]))
-    return is_start
+    for key, value in entries.items():
+        if assign and kernels and value.is_floating_point():
+            value = value.to(dtypes.get(key, kernels[0]))
+        state_dict[prefix + key] = value
+    return has_started
 
 
-def _is_plain(branches: nn.Module) -> bool:
-    return 'weight' in branches._parameters
+def _take_norm(entries: Entries) -> Entries:
+    keys = [key for key in entries if key.startswith('norm.')]
+    return {key.removeprefix('norm.'): entries.pop(key) for key in keys}
 
 
-def _norm_entries(state_dict: StateDict, prefix: str) -> StateDict:
-    start = f'{prefix}norm.'
-    return {k[len(start) :]: v for k, v in state_dict.items() if k.startswith(start)}
-
-
-def _fuse_norm_entries(conv: nn.Conv2d, state_dict: StateDict, prefix: str) -> None:
+def _fuse_norm(conv: nn.Conv2d, entries: Entries) -> None:
     """Fuses the norm of a plain conv, for a deployed one."""
-    weight = state_dict[f'{prefix}weight']
-    if f'{prefix}bias' not in state_dict and getattr(conv, 'has_second_norm', False):
+    weight = entries['weight']
+    if 'bias' not in entries and getattr(conv, 'has_second_norm', False):
         # This one has a bias for the norms of its branches, and the plain one none.
-        state_dict[f'{prefix}bias'] = weight.new_zeros(conv.out_channels)
-    entries = _norm_entries(state_dict, prefix)
-    if not entries or conv.norm is not None or conv.norm_cfg is None:
+        entries['bias'] = weight.new_zeros(conv.out_channels)
+    if conv.norm is not None or conv.norm_cfg is None:
         return
-    for name in entries:
-        del state_dict[f'{prefix}norm.{name}']
-    norm = build_norm_layer(conv.norm_cfg, conv.out_channels)[1]
-    load_norm(norm, entries)
-    bias = state_dict.get(f'{prefix}bias')
-    kernel, bias = fuse_norm(
-        double(weight), None if bias is None else double(bias), norm
-    )
-    state_dict.update({f'{prefix}weight': kernel, f'{prefix}bias': bias})
+    norm_entries = _take_norm(entries)
+    if norm_entries:
+        norm = build_norm_layer(conv.norm_cfg, conv.out_channels)[1]
+        load_norm(norm, norm_entries)
+        bias = double(entries['bias']) if 'bias' in entries else None
+        entries['weight'], entries['bias'] = fuse_norm(double(weight), bias, norm)
 
 
 def _start(
-    conv: nn.Conv2d, state_dict: StateDict, prefix: str, error_msgs: list[str]
+    conv: nn.Conv2d, entries: Entries, prefix: str, error_msgs: list[str]
 ) -> bool:
     """Starts a training form; its entries take the place of the plain ones."""
-    weight, bias = state_dict[f'{prefix}weight'], state_dict.get(f'{prefix}bias')
-    norm = _norm_entries(state_dict, prefix)
+    weight, bias = entries['weight'], entries.get('bias')
+    has_norm = any(key.startswith('norm.') for key in entries)
     is_folded = conv.norm is not None or (conv.last_norms and not conv.conv_bias)
-    if bias is not None and not norm and is_folded:
+    if bias is not None and not has_norm and is_folded:
         raise ValueError(
             'it has a bias, so the BatchNorm is folded into it (a deployed '
             'checkpoint), while the training form has a BatchNorm. Build the model '
@@ -120,7 +113,7 @@ def _start(
             'its branches are on meta, and a start keeps what they were built '
             'with: build the model on a device that has memory'
         )
-    del state_dict[f'{prefix}weight']
+    del entries['weight']
     if weight.shape != conv.kernel_shape:
         # In PyTorch's words, and left to the loader: some go on with the rest.
         error_msgs.append(
@@ -128,24 +121,21 @@ def _start(
             f'{weight.shape} from checkpoint, the shape in current model is '
             f'{torch.Size(conv.kernel_shape)}.'
         )
-        state_dict.update(conv.branches.state_dict(prefix=f'{prefix}branches.'))
+        entries.update(conv.branches.state_dict(prefix='branches.'))
         return False
     # What is missing or of another shape is reported as for any parameter.
     has_bias = bias is not None and bias.shape == (conv.out_channels,)
+    norm = _take_norm(entries)
     conv.start_from(weight, bias if has_bias else conv.bias, norm or None)
-    for name in norm:
-        del state_dict[f'{prefix}norm.{name}']
-    for name, value in conv.state_dict(prefix=prefix).items():
-        is_left = name == f'{prefix}bias' and not has_bias
-        if not is_left and (norm or not name.startswith(f'{prefix}norm.')):
-            state_dict[name] = value
+    for name, value in conv.state_dict().items():
+        is_left = name == 'bias' and not has_bias
+        if not is_left and (norm or not name.startswith('norm.')):
+            entries[name] = value
     return True
 
 
-def _fold_entries(conv: nn.Conv2d, state_dict: StateDict, prefix: str) -> None:
-    """Folds the entries of a training form, for a deployed conv."""
-    keys = [key for key in state_dict if key.startswith(prefix)]
-    entries = {key[len(prefix) :]: state_dict.pop(key) for key in keys}
+def _folded(conv: nn.Conv2d, entries: Entries, prefix: str) -> Entries:
+    """The entries of a training form, folded for a deployed conv."""
     twin = copy.deepcopy(conv)
     with torch.random.fork_rng(devices=[]):
         twin.become_training_form()
@@ -163,10 +153,6 @@ def _fold_entries(conv: nn.Conv2d, state_dict: StateDict, prefix: str) -> None:
         ) from error
     check_foldable(twin)
     kernel, bias = twin.equivalent_kernel_bias()
-    state_dict[f'{prefix}weight'] = kernel
-    if bias is not None:
-        state_dict[f'{prefix}bias'] = bias
     folded = ('branches.', 'bias', *(['norm.'] if twin.fuses_norm else []))
-    for name, value in twin.state_dict().items():
-        if not name.startswith(folded):
-            state_dict[prefix + name] = value
+    others = {k: v for k, v in twin.state_dict().items() if not k.startswith(folded)}
+    return {'weight': kernel, **({} if bias is None else {'bias': bias}), **others}

@@ -1,12 +1,12 @@
 """Channels last: the order of memory in which convs and folds are fastest."""
 
-from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from .conv import ReparamConv2d
 from .folding import in_memory_format
@@ -18,31 +18,25 @@ from .plain import PlainKernel
 _NETWORKS = {'StagedBackbone', 'ResNet', 'RepVGG'}
 _PACKAGES = {'torch', 'torchvision', 'timm', 'mmengine', 'mmorepa'}
 _OPENMMLAB = {'mmcv', 'mmpretrain', 'mmdet', 'mmseg'}
-_FILES = {'resnet', 'resnext', 'res_layer', 'repvgg', 'drop'}
+_FILES = {'resnet', 'resnext', 'res_layer', 'repvgg', 'conv_module', 'drop'}
 
 
 def set_channels_last(module: nn.Module, on: bool = True) -> nn.Module:
     """Makes the convs of a module run in ``torch.channels_last`` memory, or not.
 
     A fold gives a kernel with channels last, which costs no copy then; on CPUs, the
-    whole network is faster as well. Numbers stay the same but for rounding. Call it
-    before the optimizer is built, since a fused update takes a parameter and its state
-    for memory of one order, and before a wrapper for data parallelism, which remembers
-    the order.
+    whole network is faster as well. Call it before the optimizer is built, since a
+    fused update takes a parameter and its state for memory of one order, and before a
+    wrapper for data parallelism, which remembers the order.
 
-    Other modules see nothing of it: maps that ``module`` returns, also in tuples, lists
-    and dicts, are contiguous again. So are those that reach modules of ``mmcv.ops``
-    inside of it (RoIAlign, deformable convs), which read memory in the default order
-    without a look at the strides, and 1×1 convs with a stride and fewer than 8 inputs,
-    for which oneDNN has a defect; functions of ``mmcv.ops`` have to be given contiguous
-    maps by who calls them.
+    Maps that ``module`` returns, also in tuples, lists and dicts, are contiguous again.
+    So are those that reach modules of ``mmcv.ops`` inside of it, which do not look at
+    the strides, and 1×1 convs with a stride and fewer than 8 inputs, for which oneDNN
+    has a defect; functions of ``mmcv.ops`` have to be given contiguous maps.
 
     Args:
-        module (nn.Module): A backbone or a whole model, in place.
+        module (nn.Module): A backbone or a whole model, changed in place and returned.
         on (bool): False goes back to the default order. Defaults to True.
-
-    Returns:
-        nn.Module: ``module`` itself.
 
     Raises:
         RuntimeError: If it is wrapped for data parallelism.
@@ -66,12 +60,10 @@ def set_channels_last(module: nn.Module, on: bool = True) -> nn.Module:
                 weight.data = in_memory_format(weight.data, memory_format)
                 if weight.grad is not None:
                     weight.grad = in_memory_format(weight.grad, memory_format)
-    for operator in operators:
-        _unhook(operator._forward_pre_hooks, _with_contiguous_inputs)
+    for part in operators:
+        _unhook(part._forward_pre_hooks, _with_contiguous_inputs)
         if on:
-            operator.register_forward_pre_hook(
-                _with_contiguous_inputs, with_kwargs=True
-            )
+            part.register_forward_pre_hook(_with_contiguous_inputs, with_kwargs=True)
     _unhook(module._forward_hooks, _with_contiguous_outputs)
     if on:
         module.register_forward_hook(_with_contiguous_outputs)
@@ -83,19 +75,12 @@ def faster_in_channels_last(model: nn.Module) -> list[nn.Module]:
 
     These are ResNets and RepVGGs of this package, of OpenMMLab, torchvision and timm,
     unless something is plugged into them: whole models, or the backbones of others.
-
-    Args:
-        model (nn.Module): Any model.
-
-    Returns:
-        list[nn.Module]: Parts that are not inside one another.
     """
     names = {cls.__name__ for cls in type(model).__mro__}
     if _NETWORKS & names:
         is_tried = all(map(_is_tried, model.modules()))
         return [model] if is_tried else []
-    children = model.children()
-    return [part for child in children for part in faster_in_channels_last(child)]
+    return [part for m in model.children() for part in faster_in_channels_last(m)]
 
 
 def _is_tried(module: nn.Module) -> bool:
@@ -126,12 +111,5 @@ def _with_contiguous_outputs(module: nn.Module, args: tuple, output: Any) -> Any
 
 
 def _contiguous(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.contiguous() if value.dim() == 4 else value
-    if isinstance(value, tuple) and hasattr(value, '_fields'):
-        return type(value)(*map(_contiguous, value))
-    if type(value) in (tuple, list):
-        return type(value)(map(_contiguous, value))
-    if type(value) in (dict, OrderedDict):
-        return type(value)((k, _contiguous(v)) for k, v in value.items())
-    return value
+    """The same, with contiguous maps, in tuples, lists and dicts too."""
+    return tree_map_only(Tensor, lambda t: t.contiguous() if t.dim() == 4 else t, value)

@@ -13,30 +13,23 @@ from .conv import ReparamConv2d
 from .folding import is_fusible, norm_scale
 from .plain import PlainConv2d
 
-_GEOMETRY = ('stride', 'padding', 'dilation')
-
 
 class MultiBranchConv2d(ReparamConv2d):
     """A sum of branches that each end in a BatchNorm of their own.
 
-    The normalisation makes each branch non-linear while training, so that all of
-    them run on the feature map: the price that online folding saves. A branch is a
-    :class:`ReparamConv2d` or any other module with an ``equivalent_kernel_bias``, a
-    ``kernel`` (before the last norm; None if it has no weights) and a ``norm``;
-    subclasses list their names in :attr:`BRANCH_NAMES` and make each in
-    ``build_branch``.
+    A branch is a :class:`ReparamConv2d` or any other module with an
+    ``equivalent_kernel_bias``, a ``kernel`` (before the last norm; None if it has no
+    weights) and a ``norm``; subclasses list their names in :attr:`BRANCH_NAMES` and
+    make each in ``build_branch``.
 
     By ``conv_cfg``, in a network that has a norm after the conv, that norm follows
     theirs: :attr:`has_second_norm`. Deployed, the conv has theirs folded in, and the
     network keeps its own.
 
     Args:
-        branches (Sequence[str], optional): The names of the branches to build.
-            Defaults to all.
+        branches, single_init: See :class:`OREPAConv2d`.
         initial_scales (dict[str, float], optional): Initial weight of the last
             BatchNorm of a branch, by name. Defaults to None, ones.
-        single_init (bool): Whether only ``origin`` starts with ones, and every
-            other branch with zeros, but for ``initial_scales``. Defaults to False.
         *args, **kwargs: See :class:`ReparamConv2d`; ``norm_cfg`` is that of the
             branches and defaults to ``dict(type='BN')``.
 
@@ -59,10 +52,9 @@ class MultiBranchConv2d(ReparamConv2d):
         **kwargs,
     ) -> None:
         # Before the base class, which builds the branches.
-        kind = type(self).__name__
-        self._branch_names = choose_branches(self.BRANCH_NAMES, branches, kind)
+        self._branch_names = choose_branches(self.BRANCH_NAMES, branches)
         self._initial_scales = dict(initial_scales or {})
-        check_branches(self.BRANCH_NAMES, self._initial_scales, kind)
+        check_branches(self.BRANCH_NAMES, self._initial_scales)
         if single_init:
             scales = dict.fromkeys(self.BRANCH_NAMES, 0.0)
             self._initial_scales = {**scales, 'origin': 1.0, **self._initial_scales}
@@ -75,24 +67,18 @@ class MultiBranchConv2d(ReparamConv2d):
         return not self._has_given_norm and not self.conv_bias
 
     def _geometry(self) -> dict:
-        """The stride, padding and dilation of the k×k branches, as they are now.
-
-        Raises:
-            ValueError: If the padding differs between the branches' centres.
-        """
+        """The geometry of the k×k branches, as it is now."""
         size, dilation = self.kernel_size[0], _pair(self.dilation)
         reach = dilation[0] * (size // 2)
         padding = self.padding
-        if not isinstance(padding, str):
-            padding = _pair(padding)
-        elif padding == 'same' or reach == 0:
-            padding = (reach, reach)
-        pads = (reach,) * 4
+        if isinstance(padding, str):
+            padding = reach if padding == 'same' else 0
+        is_centred = _pair(padding) == (reach, reach) and len(set(dilation)) == 1
         if (
-            padding != pads[:2]
-            or len(set(dilation)) > 1
-            or (self.padding_mode != 'zeros' and self._pads != pads)
-        ):
+            self.padding_mode != 'zeros'
+        ):  # Set later, and PyTorch takes these pads then.
+            is_centred &= set(self._reversed_padding_repeated_twice) == {reach}
+        if not is_centred:
             raise ValueError(
                 f'{type(self).__name__} folds its 1x1 branches into the centre of the '
                 f'{size}x{size} kernel, which takes padding = dilation * '
@@ -100,20 +86,12 @@ class MultiBranchConv2d(ReparamConv2d):
                 f'dilation={self.dilation}'
             )
         return dict(
-            stride=_pair(self.stride),
-            padding=padding,
-            dilation=dilation,
-            padding_mode=self.padding_mode,
-            _reversed_padding_repeated_twice=pads,
+            stride=_pair(self.stride), padding=_pair(padding), dilation=dilation
         )
-
-    @property
-    def _pads(self) -> tuple[int, ...]:
-        return tuple(self._reversed_padding_repeated_twice)
 
     def _align(self) -> None:
         """Gives the branches the geometry that this conv has now."""
-        geometry = self._geometry()
+        geometry = dict(self._geometry(), padding_mode=self.padding_mode)
         for module in self.branches.modules():
             fixed = getattr(module, 'fixed_geometry', None)
             if fixed is not None:
@@ -122,14 +100,7 @@ class MultiBranchConv2d(ReparamConv2d):
                         setattr(module, name, value)
 
     def build_branch(self, name: str) -> Optional[nn.Module]:
-        """Makes the branch of this name.
-
-        Args:
-            name (str): One of :attr:`BRANCH_NAMES`.
-
-        Returns:
-            nn.Module | None: None where this conv has no such branch.
-        """
+        """Makes the branch of a name, or none where this conv has no such branch."""
         raise NotImplementedError
 
     def build_conv(
@@ -141,22 +112,14 @@ class MultiBranchConv2d(ReparamConv2d):
             kind (type[ReparamConv2d]): Defaults to :class:`PlainConv2d`.
             **changes: Arguments that differ; ``kernel_size=1`` leaves padding and
                 dilation out.
-
-        Returns:
-            ReparamConv2d: The branch.
         """
         names = ('in_channels', 'out_channels', 'kernel_size', 'groups', 'norm_cfg')
         arguments = {name: getattr(self, name) for name in names}
-        geometry = {k: v for k, v in self._geometry().items() if k in _GEOMETRY}
+        geometry = self._geometry()
         if changes.get('kernel_size') == 1:
             changes = dict(padding=0, dilation=1, **changes)
         conv = kind(**{**arguments, **geometry, 'bias': False, **changes})
-        conv.fixed_geometry = {
-            k: _pair(v) for k, v in changes.items() if k in _GEOMETRY
-        }
-        if 'padding' in changes:
-            pads = tuple(conv._reversed_padding_repeated_twice)
-            conv.fixed_geometry['_reversed_padding_repeated_twice'] = pads
+        conv.fixed_geometry = {n: _pair(changes[n]) for n in geometry if n in changes}
         return conv
 
     def build_branches(self) -> nn.ModuleDict:
@@ -182,7 +145,7 @@ class MultiBranchConv2d(ReparamConv2d):
         return branches
 
     def build_norm(self) -> None:
-        return None  # The branches have theirs.
+        """None, since the branches have theirs."""
 
     def kernel(self) -> Tensor:
         if self.deployed:
@@ -204,10 +167,9 @@ class MultiBranchConv2d(ReparamConv2d):
         """The sum of the branches' kernels, each as its BatchNorm scales it.
 
         ``K = Σ_b t_b·K_b / √(Σ_b t_b²)`` with ``t_b = γ_b/√(σ_b²+ε)`` held constant,
-        at each tap over the branches that reach it. The denominator makes the decay
-        as strong as that of one plain kernel; for RepVGG blocks this is their
-        authors' "custom L2" (Ding et al., CVPR 2021), for any others its
-        generalisation. Identity branches have no weight to decay and are left out.
+        at each tap over the branches that reach it; identity branches have no weight.
+        The denominator makes the decay as strong as that of one plain kernel. For
+        RepVGG blocks this is their authors' "custom L2" (Ding et al., CVPR 2021).
         """
         if self.deployed:
             return self.weight
@@ -243,8 +205,7 @@ class MultiBranchConv2d(ReparamConv2d):
     ) -> None:
         """``origin`` takes kernel and norm, and the last norms of the others end in 0.
 
-        That is exact with running statistics and with those of a batch. Without a
-        norm, that of ``origin`` starts as the identity of eval mode.
+        Without a norm, that of ``origin`` starts as the identity of eval mode.
         """
         if 'origin' not in self.branches:
             raise ValueError(

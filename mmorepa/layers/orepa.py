@@ -7,9 +7,9 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from ..functional import BranchSum, identity_1x1
+from ..functional import identity_1x1
 from .blocks import BLOCKS
-from .branch_kernel import BranchKernel, check_branches, choose_branches
+from .branch_kernel import BranchKernel, check_branches
 from .conv import ReparamConv2d
 from .deep_linear import DEEP_LINEAR_FROM, DeepLinearKernel
 
@@ -18,8 +18,7 @@ class OREPAKernel(BranchKernel):
     """The k×k kernel of OREPA: a scaled sum of six linear branches.
 
     ``K = Σ_b scale_b · K_b`` per output channel (paper, section 3.2; the scaling
-    replaces a BatchNorm in every branch). The branches, in the order of the rows
-    of ``scale``:
+    replaces a BatchNorm in every branch), with the branches
 
     - ``origin``: a plain k×k kernel
     - ``average``: 1×1 conv, then k×k average pooling
@@ -52,7 +51,6 @@ class OREPAKernel(BranchKernel):
         'pointwise': 1.0,
         'depthwise_separable': 0.5,
     }
-    EXPANSION = 8
 
     def __init__(
         self,
@@ -64,37 +62,30 @@ class OREPAKernel(BranchKernel):
         initial_scales: Optional[dict[str, float]] = None,
         kaiming_a: float = 0.0,
     ) -> None:
-        super().__init__()
-        scales = _initial_scales(self.INITIAL_SCALES, branches, initial_scales)
-        self.branch_names = tuple(scales)
-        inputs = in_channels // groups
-        shape = (out_channels, inputs, kernel_size, kernel_size)
-        self.branch_sum = BranchSum(self.branch_names, shape, groups, self.EXPANSION)
-
-        def add(name: str, rows: int, columns: int, size: int = 1) -> None:
-            weight = torch.empty(rows, columns, size, size)
-            nn.init.kaiming_uniform_(weight, a=kaiming_a)
-            setattr(self, name, nn.Parameter(self.branch_sum.as_stored(name, weight)))
-
-        if 'origin' in scales:
-            add('weight_origin', out_channels, inputs, kernel_size)
-        if 'average' in scales:
-            add('weight_average', out_channels, inputs)
-        if 'frequency' in scales:
-            add('weight_frequency', out_channels, inputs)
-        if 'pointwise_kxk' in scales:
-            hidden = in_channels if groups <= 4 else 2 * in_channels
-            # Learns the difference from the identity.
-            self.weight_pointwise_kxk_1 = nn.Parameter(
-                torch.zeros(hidden, inputs, 1, 1)
-            )
-            add('weight_pointwise_kxk_2', out_channels, hidden // groups, kernel_size)
-        if 'pointwise' in scales:
-            add('weight_pointwise', out_channels, inputs)
-        if 'depthwise_separable' in scales:
-            add('weight_depthwise', self.EXPANSION * in_channels, 1, kernel_size)
-            add('weight_separable', out_channels, self.EXPANSION * inputs)
-        self.scale = _scale(scales, out_channels)
+        inputs, size = in_channels // groups, (kernel_size, kernel_size)
+        super().__init__((out_channels, inputs, *size), groups, branches)
+        hidden = in_channels if groups <= 4 else 2 * in_channels
+        expansion = self.branch_sum.expansion
+        shapes = {
+            'weight_origin': (out_channels, inputs, *size),
+            'weight_average': (out_channels, inputs, 1, 1),
+            'weight_frequency': (out_channels, inputs, 1, 1),
+            'weight_pointwise_kxk_1': (hidden, inputs, 1, 1),
+            'weight_pointwise_kxk_2': (out_channels, hidden // groups, *size),
+            'weight_pointwise': (out_channels, inputs, 1, 1),
+            'weight_depthwise': (expansion * in_channels, 1, *size),
+            'weight_separable': (out_channels, expansion * inputs, 1, 1),
+        }
+        for name, shape in shapes.items():
+            if name not in self.branch_sum.roles:
+                continue
+            if name == 'weight_pointwise_kxk_1':
+                weight = torch.zeros(shape)  # Learns the difference from the identity.
+            else:
+                weight = _kaiming_uniform(shape, kaiming_a)
+            weight = self.branch_sum.as_stored(name, weight)
+            self.register_parameter(name, nn.Parameter(weight))
+        self.add_scale(initial_scales)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)  # A whole module that an earlier version saved.
@@ -118,17 +109,8 @@ class OREPAPointwiseKernel(BranchKernel):
 
     The wider of the two composed 1×1 convs is square and starts as the identity.
 
-    Args:
-        out_channels (int): O.
-        in_channels (int): I.
-        groups (int): g. Defaults to 1.
-        branches (Sequence[str], optional): Names out of ``'origin'`` and
-            ``'pointwise_pointwise'``. Defaults to both.
-        initial_scales (dict[str, float], optional): As for :class:`OREPAKernel`.
-        kaiming_a (float): As for :class:`OREPAKernel`. Defaults to 1.
-
-    Raises:
-        ValueError: If a branch is not known, or none is left.
+    Takes the arguments of :class:`OREPAKernel` but ``kernel_size``, and ``kaiming_a``
+    is 1 by default.
     """
 
     INITIAL_SCALES = {'origin': 1.0, 'pointwise_pointwise': 0.5}
@@ -142,74 +124,47 @@ class OREPAPointwiseKernel(BranchKernel):
         initial_scales: Optional[dict[str, float]] = None,
         kaiming_a: float = 1.0,
     ) -> None:
-        super().__init__()
-        scales = _initial_scales(self.INITIAL_SCALES, branches, initial_scales)
-        self.branch_names = tuple(scales)
-        inputs = in_channels // groups
-        self.branch_sum = BranchSum(
-            self.branch_names, (out_channels, inputs, 1, 1), groups
-        )
-        if 'origin' in scales:
-            self.weight_origin = _kaiming_uniform(
-                (out_channels, inputs, 1, 1), kaiming_a
-            )
-        if 'pointwise_pointwise' in scales:
-            if out_channels > in_channels:
-                first = nn.Parameter(identity_1x1(in_channels, inputs))
-                second = _kaiming_uniform((out_channels, inputs, 1, 1), kaiming_a)
+        shape = (out_channels, in_channels // groups, 1, 1)
+        super().__init__(shape, groups, branches)
+        square = 'weight_first' if out_channels > in_channels else 'weight_second'
+        side = min(out_channels, in_channels)
+        for name in ('weight_origin', 'weight_first', 'weight_second'):
+            if name not in self.branch_sum.roles:
+                continue
+            if name == square:
+                weight = identity_1x1(side, side // groups)
             else:
-                first = _kaiming_uniform((out_channels, inputs, 1, 1), kaiming_a)
-                second = nn.Parameter(
-                    identity_1x1(out_channels, out_channels // groups)
-                )
-            self.weight_first, self.weight_second = first, second
-        self.scale = _scale(scales, out_channels)
+                weight = _kaiming_uniform(shape, kaiming_a)
+            self.register_parameter(name, nn.Parameter(weight))
+        self.add_scale(initial_scales)
 
 
 class OREPADeepLinearKernel(DeepLinearKernel):
     """A large kernel composed of (k−1)/2 OREPA 3×3 kernels: the deep linear stem.
 
-    Args:
-        out_channels (int): O.
-        in_channels (int): I.
-        kernel_size (int): k, odd, at least 3.
-        groups (int): g. Defaults to 1.
-        inner_mult (float): See :class:`DeepLinearKernel`. Defaults to 1.
-        **kwargs: Passed to every :class:`OREPAKernel`.
+    Takes the arguments of :class:`DeepLinearKernel`, and others for all factors.
     """
 
     def __init__(
-        self,
-        out_channels: int,
-        in_channels: int,
-        kernel_size: int,
-        groups: int = 1,
-        inner_mult: float = 1.0,
-        **kwargs,
+        self, *args, groups: int = 1, inner_mult: float = 1.0, **kwargs
     ) -> None:
-        super().__init__(
-            lambda outputs, inputs: OREPAKernel(outputs, inputs, 3, groups, **kwargs),
-            out_channels,
-            in_channels,
-            kernel_size,
-            groups,
-            inner_mult,
-        )
+        def factor(outputs: int, inputs: int) -> OREPAKernel:
+            return OREPAKernel(outputs, inputs, 3, groups, **kwargs)
+
+        super().__init__(factor, *args, groups, inner_mult)
 
 
 @BLOCKS.register_module('orepa')
 class OREPAConv2d(ReparamConv2d, nn.Conv2d):
     """A conv that trains as OREPA's branches, folded online into one kernel.
 
-    Registered as a conv layer: ``conv_cfg=dict(type='OREPAConv2d')`` gives any
-    OpenMMLab module that takes ``conv_cfg`` such convs. The kernel is an
-    :class:`OREPAPointwiseKernel` for k = 1, an :class:`OREPAKernel` for 3 and 5,
-    and an :class:`OREPADeepLinearKernel` from 7 on, as in the paper's networks.
+    ``conv_cfg=dict(type='OREPAConv2d')`` gives OpenMMLab's modules such convs. The
+    kernel is an :class:`OREPAPointwiseKernel` for k = 1, an :class:`OREPAKernel` for 3
+    and 5, and an :class:`OREPADeepLinearKernel` from 7 on, as in the paper's networks.
 
     Args:
         branches (Sequence[str], optional): The names of the branches to build, for
-            ablations: of :class:`OREPAKernel` and :class:`OREPAPointwiseKernel`,
-            each of which takes those that are its own. Defaults to all.
+            ablations. Each kernel takes those that are its own. Defaults to all.
         initial_scales (dict[str, float], optional): Initial scale by branch name.
             Defaults to None, the paper's.
         single_init (bool): Whether only the plain kernel is scaled by one at the
@@ -217,8 +172,7 @@ class OREPAConv2d(ReparamConv2d, nn.Conv2d):
             Defaults to False.
         kaiming_a (float, optional): See :class:`OREPAKernel`. Defaults to None, the
             paper's for each kernel.
-        inner_mult (float): Inner channels of the deep linear form by output channels,
-            see :class:`DeepLinearKernel`; other forms have none. Defaults to 1.
+        inner_mult (float): See :class:`DeepLinearKernel`. Defaults to 1.
         *args, **kwargs: See :class:`ReparamConv2d`.
 
     Raises:
@@ -242,10 +196,14 @@ class OREPAConv2d(ReparamConv2d, nn.Conv2d):
         inner_mult: float = 1.0,
         **kwargs,
     ) -> None:
+        known = {**OREPAKernel.INITIAL_SCALES, **OREPAPointwiseKernel.INITIAL_SCALES}
+        scales = dict(initial_scales or {})
+        check_branches(known, (*(branches or ()), *scales))
+        if single_init:
+            scales = {**dict.fromkeys(known, 0.0), 'origin': 1.0, **scales}
         # Before the base class, which builds the branches.
         self._branch_names = branches
-        self._initial_scales = initial_scales or {}
-        self._single_init = single_init
+        self._initial_scales = scales
         self._kaiming_a = kaiming_a
         self._inner_mult = inner_mult
         super().__init__(*args, **kwargs)
@@ -253,52 +211,21 @@ class OREPAConv2d(ReparamConv2d, nn.Conv2d):
     def build_branches(self) -> nn.Module:
         size = self.kernel_size[0]
         channels = (self.out_channels, self.in_channels)
-        if size == 1:
-            return OREPAPointwiseKernel(
-                *channels, **self._kernel_options(OREPAPointwiseKernel)
-            )
-        options = self._kernel_options(OREPAKernel)
-        if size < DEEP_LINEAR_FROM:
-            return OREPAKernel(*channels, size, **options)
-        return OREPADeepLinearKernel(
-            *channels, size, inner_mult=self._inner_mult, **options
-        )
-
-    def _kernel_options(self, kernel: type[nn.Module]) -> dict:
-        """The arguments for one kind of kernel, out of those for all kinds."""
-        defaults = kernel.INITIAL_SCALES
-        known = {**OREPAKernel.INITIAL_SCALES, **OREPAPointwiseKernel.INITIAL_SCALES}
-        check_branches(known, (*(self._branch_names or ()), *self._initial_scales))
-        scales = {k: v for k, v in self._initial_scales.items() if k in defaults}
-        if self._single_init:
-            scales = {**dict.fromkeys(defaults, 0.0), 'origin': 1.0, **scales}
+        kernel = OREPAPointwiseKernel if size == 1 else OREPAKernel
+        own = kernel.INITIAL_SCALES
+        scales = {k: v for k, v in self._initial_scales.items() if k in own}
         options = dict(groups=self.groups, initial_scales=scales)
         if self._branch_names is not None:
-            options['branches'] = [n for n in self._branch_names if n in defaults]
+            options['branches'] = [name for name in self._branch_names if name in own]
         if self._kaiming_a is not None:
             options['kaiming_a'] = self._kaiming_a
-        return options
+        if size == 1:
+            return OREPAPointwiseKernel(*channels, **options)
+        if size < DEEP_LINEAR_FROM:
+            return OREPAKernel(*channels, size, **options)
+        options['inner_mult'] = self._inner_mult
+        return OREPADeepLinearKernel(*channels, size, **options)
 
 
-def _kaiming_uniform(shape: Sequence[int], a: float) -> nn.Parameter:
-    weight = nn.Parameter(torch.empty(*shape))
-    nn.init.kaiming_uniform_(weight, a=a)
-    return weight
-
-
-def _scale(scales: dict[str, float], out_channels: int) -> nn.Parameter:
-    """The linear scaling layers, shape (branches, O)."""
-    rows = torch.tensor(list(scales.values()))
-    return nn.Parameter(rows[:, None].repeat(1, out_channels))
-
-
-def _initial_scales(
-    defaults: dict[str, float],
-    branches: Optional[Sequence[str]],
-    initial_scales: Optional[dict[str, float]],
-) -> dict[str, float]:
-    """The chosen branches, in their fixed order, each with its initial scale."""
-    given = initial_scales or {}
-    check_branches(defaults, given)
-    names = choose_branches(defaults, branches)
-    return {name: given.get(name, defaults[name]) for name in names}
+def _kaiming_uniform(shape: Sequence[int], a: float) -> Tensor:
+    return nn.init.kaiming_uniform_(torch.empty(*shape), a=a)

@@ -29,12 +29,8 @@ def param_groups(
     Args:
         model (nn.Module): Any model.
         weight_decay (float): That of the weights. Biases and other parameters of one
-            dimension, as norms have them, get none. Defaults to 1e-5.
-        no_weight_decay_list (Collection[str]): Names of others that get none. Defaults
-            to none.
-
-    Returns:
-        list[dict]: Two groups, for any optimizer of PyTorch.
+            dimension get none. Defaults to 1e-5.
+        no_weight_decay_list (Collection[str]): Names of others that get none.
 
     Examples:
         >>> optimizer = SGD(mmorepa.param_groups(model, 5e-4), lr=0.01, momentum=0.9)
@@ -51,11 +47,7 @@ def param_groups(
 
 
 def watch(branches: nn.Module) -> None:
-    """Warns at the first step of an optimizer that has no branch of any conv.
-
-    Args:
-        branches (nn.Module): Those of a conv, folded with a gradient.
-    """
+    """Warns at the first step of an optimizer that has no branch of any conv."""
     global _hook
     if branches in _seen:
         return

@@ -9,13 +9,7 @@ from .starting import parameter_of
 
 
 class PlainKernel(nn.Module):
-    """One kernel, initialised for ReLU networks as OpenMMLab's ResNets are.
-
-    Args:
-        out_channels (int): O.
-        in_channels_per_group (int): Ig.
-        kernel_size (int): k.
-    """
+    """A kernel, (O, Ig, k, k), initialised as those of OpenMMLab's ResNets."""
 
     def __init__(
         self, out_channels: int, in_channels_per_group: int, kernel_size: int
@@ -44,10 +38,7 @@ class PlainKernel(nn.Module):
 # 'none' is its older name.
 @BLOCKS.register_module(['plain', 'none'])
 class PlainConv2d(ReparamConv2d, nn.Conv2d):
-    """Conv, normalisation, activation, with nothing folded but the BatchNorm.
-
-    Takes the arguments of :class:`ReparamConv2d`.
-    """
+    """Conv, normalisation, activation, with nothing folded but the BatchNorm."""
 
     folds_online = False
 
@@ -57,5 +48,4 @@ class PlainConv2d(ReparamConv2d, nn.Conv2d):
         )
 
     def kernel(self) -> Tensor:
-        # Nothing to compute, so nothing to cache.
         return self.weight if self.deployed else self.branches.weight

@@ -17,8 +17,7 @@ from .orepa import OREPAConv2d, OREPAKernel
 class RepVGGConv2d(MultiBranchConv2d):
     """``BN(conv k×k) + BN(conv 1×1) [+ BN(x)]``, the last where shapes allow it.
 
-    Args:
-        *args, **kwargs: See :class:`MultiBranchConv2d`.
+    Takes the arguments of :class:`MultiBranchConv2d`.
     """
 
     BRANCH_NAMES = ('origin', 'pointwise', 'identity')
@@ -39,15 +38,7 @@ class RepVGGConv2d(MultiBranchConv2d):
 
 @BLOCKS.register_module('orepa_repvgg')
 class OREPARepVGGConv2d(RepVGGConv2d):
-    """A RepVGG block whose k×k branch is an OREPA conv.
-
-    The OREPA conv has no 1×1 branch, since the block has one, and starts with the
-    scales .25 (``origin``), .25 (``average``), 0 (``frequency``), .5
-    (``pointwise_kxk``) and .5 (``depthwise_separable``).
-
-    Args:
-        *args, **kwargs: See :class:`MultiBranchConv2d`.
-    """
+    """A RepVGG block whose k×k branch is an OREPA conv, without a 1×1 branch."""
 
     def build_origin(self) -> OREPAConv2d:
         names = [name for name in OREPAKernel.INITIAL_SCALES if name != 'pointwise']
@@ -55,13 +46,7 @@ class OREPARepVGGConv2d(RepVGGConv2d):
 
 
 class IdentityBranch(nn.Module):
-    """BatchNorm of the input.
-
-    Args:
-        channels (int): I = O.
-        groups (int): g of the block.
-        norm_cfg (dict): The BatchNorm.
-    """
+    """BatchNorm of the input, in a block of some groups."""
 
     def __init__(self, channels: int, groups: int, norm_cfg: dict) -> None:
         super().__init__()

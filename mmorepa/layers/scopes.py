@@ -1,15 +1,13 @@
 """Scopes that fold a model's kernels once and serve them until they end.
 
 Without one, every forward pass folds. Nothing else is remembered, so nothing can be
-out of date outside of a scope. ``conv.scope`` is the one that serves a conv: a
-:class:`KernelLeaf` of folded training, an :class:`EvaluationScope`, or the first with
-the second behind it, for passes without gradients.
+out of date outside of a scope. A conv asks its ``training_scope`` first, a
+:class:`KernelLeaf`, and then its ``evaluation_scope``, an :class:`EvaluationScope`.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +16,7 @@ from ..functional import is_being_traced
 from .capture import RecordedFolds
 from .changes import overridden_fold
 from .conv import ReparamConv2d
-from .folding import are_the_same, double, fold, fuse_norm, named_tensors
+from .folding import are_the_same, double, fuse_norm, named_tensors
 
 FusedConv = tuple[Tensor, Optional[Tensor], Optional[nn.Module]]
 
@@ -28,22 +26,16 @@ def folded(model: nn.Module, in_traces: bool = False) -> Iterator[nn.Module]:
     """Folds every conv of a model once, and serves that until the end of the block.
 
     For loops of evaluation: a conv in eval mode, without gradients, runs as the plain
-    conv that it equals, BatchNorm included. Elsewhere its kernel is folded once, as
-    :func:`torch.nn.utils.parametrize.cached` does it, with a gradient where one is
-    asked for. A conv folds when it first runs. What is written to the model inside of
-    the block after that, a parameter, a statistic or an attribute of a BatchNorm, is
-    not seen; :meth:`~torch.nn.Module.train`, :meth:`~torch.nn.Module.eval`, loading a
-    state dict and moving the model are.
-
-    Blocks may be nested: the outermost one decides how long a fold is served.
+    conv that it equals, BatchNorm included. Elsewhere its kernel is folded once, with a
+    gradient where one is asked for. A conv folds when it first runs. What is written to
+    a parameter or a BatchNorm inside of the block after that is not seen;
+    :meth:`~torch.nn.Module.train`, :meth:`~torch.nn.Module.eval`, loading a state dict
+    and moving the model are. Of nested blocks, the outermost one counts.
 
     Args:
         model (nn.Module): A layer or a whole model, wrapped or not.
         in_traces (bool): Whether a tracer sees finished kernels too, rather than the
             fold. Defaults to False.
-
-    Yields:
-        nn.Module: The model.
 
     Examples:
         >>> with mmorepa.folded(model), torch.no_grad():
@@ -51,28 +43,18 @@ def folded(model: nn.Module, in_traces: bool = False) -> Iterator[nn.Module]:
         ...         model(batch)
     """
     scope = EvaluationScope(in_traces)
-    convs = _training_forms(model)
+    convs = [c for c in _training_forms(model) if c.evaluation_scope is None]
     for conv in convs:
-        if conv.scope is None:
-            conv.scope = scope
-        elif isinstance(conv.scope, KernelLeaf) and conv.scope.evaluation is None:
-            conv.scope.evaluation = scope
+        conv.evaluation_scope = scope
     try:
         yield model
     finally:
         for conv in convs:
-            if conv.scope is scope:
-                conv.scope = None
-            elif isinstance(conv.scope, KernelLeaf) and conv.scope.evaluation is scope:
-                conv.scope.evaluation = None
+            conv.evaluation_scope = None
 
 
 class EvaluationScope:
-    """Keeps the folds of convs; each is made when it is first asked for.
-
-    Args:
-        in_traces (bool): See :func:`folded`.
-    """
+    """Keeps the folds of convs; each is made when it is first asked for."""
 
     def __init__(self, in_traces: bool = False) -> None:
         self._in_traces = in_traces
@@ -89,8 +71,7 @@ class EvaluationScope:
     def fused_conv(self, conv: ReparamConv2d) -> Optional[FusedConv]:
         """Kernel and bias in eval mode, with the norm that is not fused into them.
 
-        Returns:
-            tuple | None: None if the conv has to run as it is.
+        None if the conv has to run as it is.
         """
         if conv.training or torch.is_grad_enabled() or is_being_traced():
             return None
@@ -114,15 +95,13 @@ class EvaluationScope:
 
 
 class _Folds:
-    """What a conv was folded to, from the parameters that it had."""
-
     def __init__(self, conv: ReparamConv2d) -> None:
         self.by_name: dict[str, Any] = {}
         places = [m._parameters for m in conv.modules() if m._parameters]
         self._sources = [(place, [*place.values()]) for place in places]
 
     def are_current(self) -> bool:
-        """False if others stand in their place, or did when the fold was made."""
+        """Whether the conv has the parameters that it was folded from."""
         return all(
             are_the_same([*place.values()], sources) for place, sources in self._sources
         )
@@ -156,17 +135,14 @@ def _must_run(module: nn.Module) -> bool:
 
 @contextmanager
 def held(
-    model: nn.Module,
-    recorded: Optional[RecordedFolds] = None,
+    model: nn.Module, recorded: Optional[RecordedFolds] = None
 ) -> Iterator[list['KernelLeaf']]:
     """Folds the trained kernels of a model, and cuts the graph there.
 
     Inside of the block, passes with gradients see each kernel as a leaf, an ordinary
-    plain weight. Its gradient goes on to the branches in the same backward pass or, if
-    :attr:`KernelGraph.is_deferred`, when :func:`backward_to_branches` is called.
-
-    The fold is that of the branches at the beginning of the block. A block inside of
-    another one serves the leaves of that one.
+    plain weight, folded at the beginning of the outermost block. Its gradient goes on
+    to the branches in the same backward pass or, if :attr:`KernelGraph.is_deferred`,
+    when :func:`backward_to_branches` is called.
 
     Args:
         model (nn.Module): Wrapped for data parallelism or not.
@@ -194,21 +170,17 @@ def _hold(model: nn.Module, recorded: Optional[RecordedFolds]) -> list['KernelLe
     with torch.enable_grad(), torch.inference_mode(False):
         fresh = [conv for conv in convs if not _is_held(conv)]
         leaves = [_leaf_of(conv, model) for conv in fresh]
-        recording = None
+        kernels = None
         if recorded is not None:
             # Data parallelism counts on the dtype of its parameters.
             is_reduced = any(leaf.is_reduced for leaf in leaves)
             dtype = None if is_reduced else _autocast_dtype(model)
-            recording = recorded.fold(fresh, dtype)
-        for i, (conv, leaf) in enumerate(zip(fresh, leaves)):
-            sources = tuple(conv.branches.parameters())
-            if recording is None:
-                leaf.take(conv.folded_kernel(), sources)
-            else:
-                leaf.take(recording.kernels[i], sources)
-                leaf.graph.replays(conv, recording, i)
-                recorded.lend(leaf.leaf)
-    leaves = [conv.scope for conv in convs]
+            kernels = recorded.fold(fresh, dtype)
+        if kernels is None:
+            kernels = tuple(conv.folded_kernel() for conv in fresh)
+        for conv, leaf, kernel in zip(fresh, leaves, kernels):
+            leaf.take(kernel, tuple(conv.branches.parameters()))
+    leaves = [conv.training_scope for conv in convs]
     for leaf in leaves:
         leaf.depth += 1
     return leaves
@@ -222,16 +194,14 @@ def _autocast_dtype(model: nn.Module) -> Optional[torch.dtype]:
 
 
 def _is_held(conv: ReparamConv2d) -> bool:
-    leaf = conv.scope
-    return isinstance(leaf, KernelLeaf) and leaf.depth > 0 and bool(leaf.sources)
+    leaf = conv.training_scope
+    return leaf is not None and leaf.depth > 0 and bool(leaf.sources)
 
 
 def _leaf_of(conv: ReparamConv2d, model: nn.Module) -> 'KernelLeaf':
-    leaf = evaluation = conv.scope
-    if isinstance(leaf, KernelLeaf):
-        evaluation = leaf.evaluation
-    if not (isinstance(leaf, KernelLeaf) and leaf.is_reduced):
-        leaf = conv.scope = KernelLeaf(evaluation=evaluation)
+    leaf = conv.training_scope
+    if leaf is None or not leaf.is_reduced:
+        leaf = conv.training_scope = KernelLeaf()
     elif not leaf.leaf.requires_grad:
         name = next(name for name, m in model.named_modules() if m is conv)
         raise RuntimeError(
@@ -246,28 +216,15 @@ def _leaf_of(conv: ReparamConv2d, model: nn.Module) -> 'KernelLeaf':
 def backward_to_branches(leaves: list['KernelLeaf']) -> None:
     """Backpropagates the gradients of held kernels to the branches.
 
-    ``dL/dθ += Jᵀ · dL/dW`` with ``J = dW/dθ``; the kernels' gradients are consumed.
-
-    Args:
-        leaves (list[KernelLeaf]): Those without a gradient are left out.
+    ``dL/dθ += Jᵀ · dL/dW`` with ``J = dW/dθ``, and ``dL/dW`` is taken from the leaves.
     """
     leaves = [leaf for leaf in leaves if leaf.leaf.grad is not None]
     gradients = [leaf.leaf.grad for leaf in leaves]
     for leaf in leaves:
         leaf.leaf.grad = None
-    replays: dict[Any, dict[int, Tensor]] = {}
-    kernels, others = [], []
-    for leaf, gradient in zip(leaves, gradients):
-        recording = leaf.graph.current_recording()
-        if recording is None:
-            kernels.append(leaf.graph.kernel)
-            others.append(gradient)
-        else:
-            replays.setdefault(recording, {})[leaf.graph.number] = gradient
-    for recording, numbered in replays.items():
-        recording.pass_on(numbered)
+    kernels = [leaf.graph.kernel for leaf in leaves]
     # There may be another backward pass through the same forward pass.
-    torch.autograd.backward(kernels, others, retain_graph=True)
+    torch.autograd.backward(kernels, gradients, retain_graph=True)
 
 
 class KernelGraph:
@@ -275,67 +232,13 @@ class KernelGraph:
 
     The leaf's hook holds this object, invisibly to Python's garbage collector. A
     reference back would leak both.
-
-    Attributes:
-        kernel (Tensor): The leaf's numbers, as a function of the branches.
-        number (int): That of the kernel in a recording.
-        is_deferred (bool): Whether :func:`backward_to_branches` is called after the
-            backward pass.
-        is_reduced (bool): Whether data parallelism averages the leaf's gradient,
-            which is done at the end of a backward pass only.
     """
 
+    kernel: Tensor  # The leaf's numbers, as a function of the branches.
+    is_deferred = False  # Whether backward_to_branches() is called afterwards.
+
     def __init__(self, is_reduced: bool) -> None:
-        self._kernel: Optional[Tensor] = None
-        self._fold: Optional[Callable[[], Tensor]] = None
-        self._sources: list[tuple[nn.Parameter, int]] = []
-        # A recording has the convs, which have the leaves.
-        self._recording: Optional[ref] = None
-        self.number = 0
-        self.is_deferred = False
-        self.is_reduced = is_reduced
-
-    @property
-    def kernel(self) -> Tensor:
-        if self._kernel is None:  # A replay leaves no graph.
-            assert self._fold is not None
-            self._check_is_as_folded()
-            with torch.enable_grad():
-                self._kernel = self._fold()
-        return self._kernel
-
-    @kernel.setter
-    def kernel(self, kernel: Tensor) -> None:
-        self._kernel, self._recording = kernel, None
-
-    def replays(
-        self,
-        conv: ReparamConv2d,
-        recording: Any,
-        number: int,
-    ) -> None:
-        """Leaves the way to the branches to a recording while it is current."""
-        self._kernel, self._recording, self.number = None, ref(recording), number
-        branches, memory_format = conv.branches, conv.memory_format
-        self._sources = [(p, p._version) for p in branches.parameters()]
-        self._fold = lambda: fold(branches, memory_format)
-
-    def current_recording(self) -> Any:
-        """The recording that passes the gradient on, if there is one."""
-        recording = None if self._recording is None else self._recording()
-        if recording is None or not recording.is_current:
-            return None
-        self._check_is_as_folded()
-        return recording
-
-    def _check_is_as_folded(self) -> None:
-        # As autograd does; a replay looks at no version.
-        if any(source._version != version for source, version in self._sources):
-            raise RuntimeError(
-                'one of the variables needed for gradient computation has been '
-                'modified by an inplace operation: branches were written to, as by the '
-                'step of an optimizer, between the forward pass and the backward pass'
-            )
+        self.is_reduced = is_reduced  # By data parallelism, after a backward pass.
 
     def on_gradient(self, leaf: nn.Parameter) -> None:
         """Passes the leaf's gradient on to the branches, or leaves it to others."""
@@ -356,13 +259,10 @@ class KernelLeaf:
     """The training scope of one conv: a kernel cut off from its branches.
 
     Args:
-        leaf (nn.Parameter, optional): One whose gradients data parallelism averages:
-            it serves all blocks. Defaults to None, a new one, for one block.
-        evaluation (EvaluationScope, optional): Serves passes without gradients.
-            Defaults to None.
+        leaf (nn.Parameter, optional): What the conv runs with. One whose gradients data
+            parallelism averages serves all blocks; None makes a new one, for one block.
 
     Attributes:
-        leaf (nn.Parameter): What the conv runs with.
         graph (KernelGraph): What turns its gradient into those of the branches.
         sources (tuple[nn.Parameter, ...]): The parameters that it is folded from;
             none once these have changed.
@@ -371,13 +271,8 @@ class KernelLeaf:
             this pass, as in :meth:`~torch.nn.parallel.DistributedDataParallel.no_sync`.
     """
 
-    def __init__(
-        self,
-        leaf: Optional[nn.Parameter] = None,
-        evaluation: Optional[EvaluationScope] = None,
-    ) -> None:
+    def __init__(self, leaf: Optional[nn.Parameter] = None) -> None:
         self.leaf = leaf
-        self.evaluation = evaluation
         self.is_reduced = leaf is not None
         self.graph = KernelGraph(self.is_reduced)
         self.sources: tuple[nn.Parameter, ...] = ()
@@ -387,67 +282,46 @@ class KernelLeaf:
             leaf.register_post_accumulate_grad_hook(self.graph.on_gradient)
 
     def take(self, kernel: Tensor, sources: tuple[nn.Parameter, ...]) -> None:
-        """Serves this kernel from now on.
-
-        Args:
-            kernel (Tensor): With a graph.
-            sources (tuple[nn.Parameter, ...]): What it is folded from.
-        """
+        """Serves this kernel, with a graph, from now on."""
         self.graph.kernel, self.sources = kernel, sources
         if self.leaf is None:
-            # By .data, each leaf counts the writes to it by itself.
-            self.leaf = nn.Parameter(kernel.data)
+            self.leaf = nn.Parameter(kernel.detach())
             self.leaf.register_post_accumulate_grad_hook(self.graph.on_gradient)
             return
         self.leaf.data = kernel.detach()
         # A graph that used the former numbers must not go on with these.
         torch.autograd.graph.increment_version(self.leaf)
 
-    def kernel(self, conv: ReparamConv2d) -> Tensor:
-        """The leaf for passes with gradients, and a fold for others."""
-        if torch.is_grad_enabled() and self.sources:
-            # Checkpointed blocks run their forward pass again in the backward one.
-            if self.depth == 0 and torch._C._current_graph_task_id() == -1:
-                # Passes outside of the block fold, and so do their checkpointed parts
-                # when they run again.
-                self.forget(conv)
-            # A compiler takes the parameters for granted.
-            elif torch.compiler.is_compiling() or self._was_folded_from(conv):
-                return self._for_pass(self.leaf)
-        if self.evaluation is None:
-            return conv.folded_kernel()
-        return self.evaluation.kernel(conv)
-
-    def _for_pass(self, leaf: nn.Parameter) -> Tensor:
+    def kernel(self, conv: ReparamConv2d) -> Optional[Tensor]:
+        """The leaf for passes with gradients in the block, and None for others."""
+        if not (torch.is_grad_enabled() and self.sources):
+            return None
+        # Checkpointed blocks run their forward pass again in the backward one.
+        if self.depth == 0 and torch._C._current_graph_task_id() == -1:
+            # Passes outside of the block fold, and so do their checkpointed parts
+            # when they run again.
+            self.forget(conv)
+            return None
+        if not torch.compiler.is_compiling():  # Which takes parameters for granted.
+            # Others may stand in their place, as in torch.func.functional_call.
+            parameters = tuple(conv.branches.parameters())
+            if not are_the_same(parameters, self.sources):
+                return None
         # A leaf in half precision may be used where autocast is off for a while.
-        like = self.sources[0].dtype
-        if leaf.dtype == like or torch.is_autocast_enabled(leaf.device.type):
+        leaf, dtype = self.leaf, self.sources[0].dtype
+        if leaf.dtype == dtype or torch.is_autocast_enabled(leaf.device.type):
             return leaf
-        return leaf.to(like)
-
-    def fused_conv(self, conv: ReparamConv2d) -> Optional[FusedConv]:
-        """See :meth:`EvaluationScope.fused_conv`."""
-        return None if self.evaluation is None else self.evaluation.fused_conv(conv)
+        return leaf.to(dtype)
 
     def forget(self, conv: ReparamConv2d) -> None:
         """Serves the conv no longer, since it has changed."""
         self.sources = ()
         if not self.is_reduced:
-            conv.scope = self.evaluation
-        if self.evaluation is not None:
-            self.evaluation.forget(conv)
+            conv.training_scope = None
 
     def has_final_gradient(self) -> bool:
         """Whether the leaf's gradient can be passed on to the branches."""
         return not self.awaits_sync and self.leaf.grad is not None
-
-    def _was_folded_from(self, conv: ReparamConv2d) -> bool:
-        """Whether the conv has the same parameters.
-
-        It has not where others stand in their place for a call, as in
-        :func:`torch.func.functional_call`.
-        """
-        return are_the_same(tuple(conv.branches.parameters()), self.sources)
 
 
 def _training_forms(model: nn.Module) -> list[ReparamConv2d]:

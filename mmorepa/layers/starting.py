@@ -8,6 +8,12 @@ from torch import Tensor, nn
 
 from .folding import check_is_whole, named_tensors
 
+_COMPUTED = (
+    'computed from other tensors (pruned or parametrized), and what is written to it '
+    'is lost: call torch.nn.utils.prune.remove or '
+    'torch.nn.utils.parametrize.remove_parametrizations before a reset or a start'
+)
+
 
 class StartsFromKernels(nn.Conv2d):
     """How a re-parameterised conv takes the kernel of a plain one, or fresh ones."""
@@ -22,11 +28,11 @@ class StartsFromKernels(nn.Conv2d):
     ) -> None:
         """Makes the training form compute what a plain conv computes.
 
-        ``origin`` becomes the plain kernel, scaled by one, and every other branch is
-        scaled by zero and made small: the kernel moves about as far in a first step as
-        that of a plain conv. In a deep linear kernel that is the ``origin`` of the
-        last factor. Where branches have BatchNorms, that of ``origin`` becomes the
-        norm of the plain conv, and the others' last weights and biases become zero.
+        ``origin`` (in a deep linear kernel, that of the last factor) becomes the plain
+        kernel, scaled by one, and every other branch is scaled by zero and made small:
+        the kernel moves about as far in a first step as that of a plain conv. Where
+        branches have BatchNorms, that of ``origin`` becomes the norm of the plain conv,
+        and the others' last weights and biases become zero.
 
         Args:
             weight (Tensor): The plain kernel, shape (O, Ig, k, k).
@@ -38,8 +44,7 @@ class StartsFromKernels(nn.Conv2d):
 
         Raises:
             ValueError: If the conv is deployed, shapes do not fit, or the branches
-                cannot give this kernel: ``origin`` is missing, or the chain of a deep
-                linear kernel has too few channels.
+                cannot give this kernel.
         """
         if self.deployed:
             raise ValueError('the conv is deployed: it has a weight, and no branches')
@@ -71,13 +76,8 @@ class StartsFromKernels(nn.Conv2d):
 
         Args:
             kernel (Tensor): Shape (O, Ig, k, k).
-            exactly (bool): False multiplies each output channel by the factor that
-                gives it the norm of the kernel's, where the branches cannot give this
-                kernel. Defaults to True.
-
-        Raises:
-            ValueError: If the branches cannot give this kernel exactly.
-            RuntimeError: If the branches are sharded.
+            exactly (bool): Whether it is a ValueError if the branches cannot give this
+                kernel. False gives the norms of its output channels. Defaults to True.
         """
         branches = self.branches
         parameters = list(branches.parameters())
@@ -102,11 +102,7 @@ class StartsFromKernels(nn.Conv2d):
         self.forget_folds()
 
     def reset_parameters(self) -> None:
-        """Draws the parameters anew, as the constructor does, those of norms included.
-
-        Raises:
-            ValueError: If pruning or a parametrization computes a weight of a branch.
-        """
+        """Draws all parameters anew, as the constructor does."""
         if vars(self).get('deployed', True):  # Of a plain conv, as which it is built.
             super().reset_parameters()
             return
@@ -125,10 +121,7 @@ class StartsFromKernels(nn.Conv2d):
             self._fresh = fingerprint(self.branches)
 
     def refresh(self) -> None:
-        """Makes the branches fresh, unless they are so to the last bit.
-
-        It takes no random numbers away from others.
-        """
+        """Makes the branches fresh, unless they are so to the last bit."""
         if self._fresh == fingerprint(self.branches):
             return
         with torch.random.fork_rng(devices=[]):
@@ -140,38 +133,25 @@ class StartsFromKernels(nn.Conv2d):
     def keeps_own_init(self) -> bool:
         """Whether the fresh branches are left as they are by a network's init_weights.
 
-        They are where a norm follows, which makes the scale of the kernel irrelevant:
-        one of its own, or one of the network, where the conv has no bias.
+        They are where a norm follows, its own or one of the network, which makes the
+        scale of the kernel irrelevant.
         """
         return self.norm is not None or not self.conv_bias
 
 
 @torch.no_grad()
 def copy_fresh(branches: nn.Module, fresh: nn.Module) -> None:
-    """Gives branches the values of fresh ones, in place.
-
-    Raises:
-        ValueError: If pruning or a parametrization computes a weight of the branches.
-        RuntimeError: If the branches are sharded.
-    """
+    """Gives branches the values of fresh ones, in place."""
     tensors, values = named_tensors(branches), named_tensors(fresh)
     if tensors.keys() != values.keys():
-        raise ValueError(
-            'its branches are computed from other tensors (pruned or parametrized)'
-            ': call torch.nn.utils.prune.remove or '
-            'torch.nn.utils.parametrize.remove_parametrizations before a reset'
-        )
+        raise ValueError(f'a weight of its branches is {_COMPUTED}')
     check_is_whole(tensors.values())
     for name, tensor in tensors.items():
         tensor.copy_(values[name])
 
 
 def load_norm(norm: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Loads a norm layer; only its ``num_batches_tracked`` may be missing.
-
-    Raises:
-        ValueError: If it is the state of another kind of norm.
-    """
+    """Loads a norm layer; only its ``num_batches_tracked`` may be missing."""
     keys = norm.load_state_dict(state_dict, strict=False)
     missing = [key for key in keys.missing_keys if key != 'num_batches_tracked']
     if missing or keys.unexpected_keys:
@@ -190,15 +170,7 @@ def fingerprint(branches: nn.Module) -> list[float]:
 
 
 def parameter_of(module: nn.Module, name: str) -> nn.Parameter:
-    """A parameter to write to.
-
-    Raises:
-        ValueError: If pruning or a parametrization computes it.
-    """
+    """A parameter to write to."""
     if module._parameters.get(name) is None:
-        raise ValueError(
-            f'{name!r} is computed from other tensors (pruned or parametrized), and '
-            'what is written to it is lost: call torch.nn.utils.prune.remove or '
-            'torch.nn.utils.parametrize.remove_parametrizations before'
-        )
+        raise ValueError(f'{name!r} is {_COMPUTED}')
     return module._parameters[name]

@@ -17,26 +17,23 @@ _OF_BRANCHES = re.compile(
 )
 _OF_CONVS = vars(nn.Conv2d(1, 1, 1, device='meta')).keys()
 # What this package sets on training forms after they are built.
-_SET_LATER = {'scope', 'channels_last', 'is_plain_start', 'warns_of_flaws'}
-_SET_LATER |= {'fixed_geometry', '_built', '_fresh'}
+_SET_LATER = {'training_scope', 'evaluation_scope', 'channels_last', 'is_plain_start'}
+_SET_LATER |= {'warns_of_flaws', 'fixed_geometry', '_built', '_fresh'}
 
 
 def switch_to_deploy(module: nn.Module) -> nn.Module:
     """Switches every re-parameterised conv inside ``module`` to its plain form.
 
-    In place, on any device and dtype. Works on whole detectors and segmenters, and
-    inside model wrappers. A :class:`torch.nn.Conv2d` takes the place of each conv, or a
-    :class:`ConvAct2d` where an activation belongs to it. Attributes that were set on
-    the conv go along. A conv keeps its class if its norm cannot be folded (GroupNorm
-    and the like), if it has hooks, methods, parameters, buffers or modules of its own,
-    or if it is ``module`` itself. The keys of the state dict are those of a model that
-    was built with ``deploy=True``.
+    A :class:`torch.nn.Conv2d` takes the place of each conv, or a :class:`ConvAct2d`
+    where an activation belongs to it. Attributes that were set on the conv go along. A
+    conv keeps its class if its norm cannot be folded (GroupNorm and the like), if it
+    has hooks, methods, parameters, buffers or modules of its own, or if it is
+    ``module`` itself. The keys of the state dict are those of a model that was built
+    with ``deploy=True``.
 
     Args:
-        module (nn.Module): A layer, a backbone, or a whole model.
-
-    Returns:
-        nn.Module: ``module`` itself.
+        module (nn.Module): A layer, a backbone, or a whole model, changed in place and
+            returned.
 
     Raises:
         RuntimeError: If a wrapper for data parallelism around it is in training mode
@@ -50,8 +47,7 @@ def switch_to_deploy(module: nn.Module) -> nn.Module:
     if wrapper is not None:
         for conv in forms:
             check_is_whole(list(conv.parameters()))
-        if wrapper.training:
-            _refuse_training(wrapper)
+        _refuse_training(wrapper)
         wrapper.register_forward_pre_hook(_refuse_training)
     for conv in convs:
         conv.switch_to_deploy()
@@ -65,9 +61,8 @@ def _check_traces(model: nn.Module) -> None:
         if not isinstance(graph, torch.fx.GraphModule):
             continue
         for node in graph.graph.nodes:
-            if node.op in ('get_attr', 'call_module') and _OF_BRANCHES.search(
-                str(node.target)
-            ):
+            is_part = node.op in ('get_attr', 'call_module')
+            if is_part and _OF_BRANCHES.search(node.target):
                 raise RuntimeError(
                     f'{name or type(graph).__name__} is a program in which the '
                     f'operations of branches are traced ({node.target}): call '
@@ -104,11 +99,7 @@ def _plain(deployed: ReparamConv2d) -> nn.Module:
 
 
 def user_attributes(conv: nn.Conv2d) -> dict[str, Any]:
-    """The attributes that somebody has set on a conv, besides those of its class.
-
-    Args:
-        conv (nn.Conv2d): Plain or re-parameterised.
-    """
+    """What somebody has set on a conv, plain or not, besides what its class sets."""
     known = set(_OF_CONVS)
     if isinstance(conv, ReparamConv2d):
         known |= conv._built | _SET_LATER
@@ -121,11 +112,7 @@ def registered(conv: nn.Module) -> set[str]:
 
 
 def overrides(conv: nn.Conv2d) -> list[str]:
-    """The methods by which a conv computes something else than its class.
-
-    Args:
-        conv (nn.Conv2d): Plain or re-parameterised. What a plain one is, its type says.
-    """
+    """The methods by which a conv computes something else than its class."""
     names = [name for name, value in user_attributes(conv).items() if callable(value)]
     if isinstance(conv, ReparamConv2d):
         for name in ('forward', '_conv_forward', '__call__'):
@@ -141,12 +128,7 @@ def has_hooks(owner: Union[nn.Module, Tensor]) -> bool:
 
 
 class ConvAct2d(nn.Sequential):
-    """A plain conv and its activation, with the state dict of the conv alone.
-
-    Args:
-        conv (nn.Conv2d): The conv.
-        act (nn.Module): The activation, without parameters.
-    """
+    """A plain conv and its activation, with the state dict of the conv alone."""
 
     def __init__(self, conv: nn.Conv2d, act: nn.Module) -> None:
         super().__init__()
@@ -180,24 +162,14 @@ def _without_conv(
 
 
 def is_switchable(module: nn.Module) -> bool:
-    """Whether anything inside ``module`` is still in training form.
-
-    Args:
-        module (nn.Module): Any module.
-
-    Returns:
-        bool: True if :func:`switch_to_deploy` would fold something.
-    """
-    return any(
-        isinstance(child, ReparamConv2d) and not child.deployed
-        for child in module.modules()
-    )
+    """Whether :func:`switch_to_deploy` would fold something in a module."""
+    return any(not conv.deployed for _, conv in outermost(module))
 
 
 def outermost(
     module: nn.Module, kind: type[nn.Module] = ReparamConv2d, name: str = ''
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a type that are inside no other module of that type.
+    """The modules of a type that are inside no other one of it, with their names.
 
     A branch that is itself a re-parameterised conv counts within its block.
 
@@ -205,9 +177,6 @@ def outermost(
         module (nn.Module): Any module.
         kind (type[nn.Module]): Defaults to :class:`ReparamConv2d`.
         name (str): That of ``module``. Defaults to ``''``, the model.
-
-    Yields:
-        tuple[str, nn.Module]: Name and module.
     """
     if isinstance(module, kind):
         yield name, module

@@ -236,6 +236,6 @@ class TestOneProcess:
         for _ in range(2):
             with wrapper.optim_context(parallel):
                 loss = parallel(torch.randn(1, 3, 9, 9), mode='loss')['loss']
-                assert model.b.scope is None
+                assert model.b.training_scope is None
             wrapper.update_params(loss)
         assert sum('trains with online folding' in text for text in log) == 1

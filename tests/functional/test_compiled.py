@@ -111,7 +111,7 @@ def test_a_library_that_cannot_be_loaded(error, monkeypatch):
     monkeypatch.setattr(compiled, 'library_path', fail)
     monkeypatch.setattr(torch, 'ops', SimpleNamespace(mmorepa=SimpleNamespace()))
     with pytest.warns(UserWarning, match='cannot be loaded'):
-        assert compiled._library.__wrapped__() is None
+        assert compiled.is_available.__wrapped__() is False
 
 
 @needs_compiled

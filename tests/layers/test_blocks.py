@@ -90,7 +90,7 @@ def test_a_block_type_of_ones_own(registries):
     [
         (nn.Linear, TypeError, 'a subclass of ReparamConv2d'),
         (lambda: None, TypeError, 'a subclass of ReparamConv2d'),
-        (type('DBBConv2d', (ReparamConv2d,), {}), KeyError, 'another name'),
+        (type('DBBConv2d', (ReparamConv2d,), {}), KeyError, 'DBBConv2d is already'),
     ],
 )
 def test_what_is_no_block_type_is_not_registered(registries, module, error, words):

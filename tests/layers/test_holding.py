@@ -385,4 +385,6 @@ class TestHeld:
         loss.backward()
         losses(online, x).backward()
         self.check(twins)
-        assert all(m.scope is None for m in model if isinstance(m, ReparamConv2d))
+        assert all(
+            m.training_scope is None for m in model if isinstance(m, ReparamConv2d)
+        )

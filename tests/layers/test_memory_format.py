@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from helpers import assert_near, deployed_twin, trained_like
 from mmengine.optim import build_optim_wrapper
+from mmpretrain.models.backbones import resnet
 from torch import nn
 from torch.func import functional_call
 
@@ -282,6 +283,10 @@ class TestChoice:
         wrapper_of(model)
         assert model.neck.weight.is_contiguous()
         assert model.backbone.layer1[0].conv1.channels_last
+
+    def test_networks_of_others(self):
+        for net in (resnet.ResNet(depth=18), resnet.ResNetV1d(depth=50)):
+            assert faster_in_channels_last(net) == [net]
 
     def test_plugins(self):
         """They may read memory in the default order."""

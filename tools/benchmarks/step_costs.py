@@ -151,7 +151,8 @@ class Trainer:
         parameters = list(self.network.parameters())
         if isinstance(self.wrapper, FoldedOptimWrapper):
             convs = folded_convs(self.network)
-            parameters += [conv.scope.leaf for conv in convs if conv.scope]
+            leaves = (conv.training_scope for conv in convs)
+            parameters += [leaf.leaf for leaf in leaves if leaf]
         return parameters
 
     def gradients(self) -> list[Tensor]:
