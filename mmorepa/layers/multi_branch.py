@@ -74,9 +74,8 @@ class MultiBranchConv2d(ReparamConv2d):
         if isinstance(padding, str):
             padding = reach if padding == 'same' else 0
         is_centred = _pair(padding) == (reach, reach) and len(set(dilation)) == 1
-        if (
-            self.padding_mode != 'zeros'
-        ):  # Set later, and PyTorch takes these pads then.
+        if self.padding_mode != 'zeros':
+            # Set later, and PyTorch takes these pads then.
             is_centred &= set(self._reversed_padding_repeated_twice) == {reach}
         if not is_centred:
             raise ValueError(
