@@ -5,8 +5,6 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,9 +14,10 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
-from ..layers import ReparamConv2d, is_switchable, switch_to_deploy
+from ..layers import is_switchable, outermost, switch_to_deploy
 from ..utils.errors import COMPILED_KEYS, CheckpointError, describe_misfit
 from ..utils.files import PathLike, atomic_write
+from ..utils.requirements import require
 from ..utils.weights import describe_damage
 from ..version import __version__
 
@@ -35,23 +34,6 @@ def _history_statistic(owner: Any, name: str) -> Any:
     )
 
 
-def _history_globals() -> list:
-    scalar_types = [np.float64, np.float32, np.int64, np.int32, np.bool_]
-    numpy_core = np._core if hasattr(np, '_core') else np.core
-    return [
-        HistoryBuffer,
-        (_history_statistic, 'builtins.getattr'),
-        # Both names: numpy 2 moved the module, and files name either.
-        (numpy_core.multiarray._reconstruct, 'numpy.core.multiarray._reconstruct'),
-        (numpy_core.multiarray._reconstruct, 'numpy._core.multiarray._reconstruct'),
-        (numpy_core.multiarray.scalar, 'numpy.core.multiarray.scalar'),
-        (numpy_core.multiarray.scalar, 'numpy._core.multiarray.scalar'),
-        np.ndarray,
-        np.dtype,
-        *{type(np.dtype(scalar)) for scalar in scalar_types},
-    ]
-
-
 def allow_mmengine_checkpoints() -> None:
     """Lets ``torch.load(weights_only=True)`` read what MMEngine's runner saves.
 
@@ -60,22 +42,26 @@ def allow_mmengine_checkpoints() -> None:
     PyTorch refuses all of them since 2.6. This allows these classes and, for
     ``getattr``, a function that serves only the four methods.
 
-    It holds for the whole process, for tools that call ``torch.load`` themselves; this
-    package's reader does not need it.
+    It holds for the whole process, for tools that call ``torch.load`` themselves.
     """
-    torch.serialization.add_safe_globals(_history_globals())
-
-
-@contextmanager
-def _history_allowed() -> Iterator[None]:
-    """As :func:`allow_mmengine_checkpoints`, for one read."""
-    before = torch.serialization.get_safe_globals()
-    try:
-        with torch.serialization.safe_globals(_history_globals()):
-            yield
-    finally:
-        # The end of such a scope removes what was allowed before it, too.
-        torch.serialization.add_safe_globals(before)
+    scalar_types = [np.float64, np.float32, np.int64, np.int32, np.bool_]
+    numpy_core = np._core if hasattr(np, '_core') else np.core
+    functions = [
+        (getattr(numpy_core.multiarray, name), f'numpy.{core}.multiarray.{name}')
+        for name in ('_reconstruct', 'scalar')
+        # Both names: numpy 2 moved the module, and files name either.
+        for core in ('core', '_core')
+    ]
+    torch.serialization.add_safe_globals(
+        [
+            HistoryBuffer,
+            (_history_statistic, 'builtins.getattr'),
+            *functions,
+            np.ndarray,
+            np.dtype,
+            *{type(np.dtype(scalar)) for scalar in scalar_types},
+        ]
+    )
 
 
 def read_checkpoint(path: str, keep_prefix: bool = False) -> dict:
@@ -137,8 +123,9 @@ def load_from_local(filename: str, map_location: Any = 'cpu') -> dict:
         else:
             if zipfile.is_zipfile(filename):
                 _check_archive(filename)
-            with _history_allowed():
-                checkpoint = torch.load(filename, map_location, weights_only=True)
+            # Again: the end of a scope of OneDL's forbids what was allowed before it.
+            allow_mmengine_checkpoints()
+            checkpoint = torch.load(filename, map_location, weights_only=True)
         problem = _problem(checkpoint, os.path.getsize(filename))
     # A damaged file can make the unpickler fail in any way, also without a message.
     except Exception as error:
@@ -228,24 +215,11 @@ def write_checkpoint(checkpoint: dict, path: PathLike) -> None:
             raise
 
 
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            'files of safetensors need that package: pip install safetensors'
-        ) from error
-    return safetensors
-
-
 def _read_safetensors(path: str) -> dict:
-    with _safetensors().safe_open(path, 'pt') as file:
+    with require('safetensors.torch').safe_open(path, 'pt') as file:
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         meta = (file.metadata() or {}).get('meta')
-    checkpoint = {'state_dict': state}
-    if meta is not None:
-        checkpoint['meta'] = json.loads(meta)
-    return checkpoint
+    return {'state_dict': state} | ({} if meta is None else {'meta': json.loads(meta)})
 
 
 def _to_safetensors(checkpoint: dict) -> bytes:
@@ -253,7 +227,7 @@ def _to_safetensors(checkpoint: dict) -> bytes:
     # Each with memory of its own, which is what the format asks for.
     state = {key: value.contiguous().clone() for key, value in state.items()}
     meta = json.dumps(checkpoint.get('meta') or {}, default=_to_json)
-    return _safetensors().torch.save(state, {'format': 'pt', 'meta': meta})
+    return require('safetensors.torch').save(state, {'format': 'pt', 'meta': meta})
 
 
 def _to_json(value: Any) -> Any:
@@ -272,16 +246,13 @@ def load_training_form(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
             'the model has no re-parameterised conv in training form: does its config '
             'have deploy=True, or no type of mmorepa?'
         )
-    for name, module in model.named_modules():
-        prefix = f'{name}.' if name else ''
-        if (
-            isinstance(module, ReparamConv2d)
-            and f'{prefix}weight' in state_dict
-            and not any(key.startswith(f'{prefix}branches.') for key in state_dict)
-        ):
+    for name, _ in outermost(model):
+        kernel = f'{name}.weight'.lstrip('.')
+        branches = kernel.removesuffix('weight') + 'branches.'
+        if kernel in state_dict and not any(k.startswith(branches) for k in state_dict):
             raise CheckpointError(
-                f"the checkpoint is deployed already: it holds '{prefix}weight', a "
-                'plain kernel, where the training form has branches'
+                f'the checkpoint is deployed already: it holds {kernel!r}, a plain '
+                'kernel, where the training form has branches'
             )
     load_strictly(model, state_dict)
 

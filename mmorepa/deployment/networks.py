@@ -1,32 +1,14 @@
 """Networks as functions of normalised images, and in the place of a model's own."""
 
-import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Union
 
 from torch import Tensor, nn
 
+from ..utils.requirements import require as require
+
 Outputs = dict[str, Union[Tensor, list[Tensor]]]
-
-
-def require(name: str) -> ModuleType:
-    """Imports an optional module, such as ``'onnxruntime.quantization'``.
-
-    Raises:
-        ImportError: If it is missing; the message says how to install it.
-    """
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        missing = error.name or name
-        package = missing.partition('.')[0]
-        # A package that is there without it is too old.
-        options = '' if missing == package else '--upgrade '
-        raise ImportError(
-            f'this needs {missing}, which is missing: pip install {options}{package}'
-        ) from error
 
 
 def named_outputs(model: nn.Module, images: Tensor) -> Outputs:

@@ -170,12 +170,7 @@ class _PostponedRemovals:
 
 
 class _Advanced:
-    """MMEngine's endless iterator over a sampler that is advanced already.
-
-    Args:
-        iterator (Any): MMEngine's.
-        steps (int): How many the sampler leaves out.
-    """
+    """MMEngine's endless iterator, of a sampler that has left out ``steps`` batches."""
 
     def __init__(self, iterator: Any, steps: int) -> None:
         self.iterator = iterator

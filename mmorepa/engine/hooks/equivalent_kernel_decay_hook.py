@@ -3,11 +3,11 @@
 from typing import Any, Optional
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
+from ...analysis import unwrapped
 from ...layers import ReparamConv2d, outermost
 
 
@@ -47,7 +47,7 @@ class EquivalentKernelDecayHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Adds the term to the model's losses."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner.model)
         if not _trained_convs(model):
             raise ValueError(
                 'EquivalentKernelDecayHook has no effect: the model has no '

@@ -3,12 +3,18 @@
 import os
 from typing import Any, Optional
 
-import torch
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner, find_latest_checkpoint
+from torch import nn
 
+from ...analysis import (
+    largest_difference,
+    raw_outputs,
+    unwrapped,
+    watched_convs,
+)
 from ...converters import deploy_checkpoint, read_checkpoint, write_checkpoint
 from ...layers import is_switchable, switch_to_deploy
 
@@ -54,23 +60,14 @@ class SwitchToDeployHook(Hook):
                 're-parameterised conv.'
             )
             return
-        # Not at the top: a training needs nothing of it.
-        from ... import analysis
-
-        compare = self.tolerance is not None
-        if compare:
-            with analysis.watched_convs(analysis.unwrapped(runner.model)) as layers:
-                before = analysis.raw_outputs(runner.model, data_batch)
-        switch_to_deploy(runner.model)
-        for hook in runner.hooks:
-            ema_model = getattr(hook, 'ema_model', None)
-            if isinstance(ema_model, torch.nn.Module):
-                switch_to_deploy(ema_model)
-        if not compare:
+        if self.tolerance is None:
+            self._switch(runner)
             runner.logger.info('Switched the model to its deployed form.')
             return
-        after = analysis.raw_outputs(runner.model, data_batch)
-        difference = analysis.largest_difference(before, after)
+        with watched_convs(unwrapped(runner.model)) as layers:
+            before = raw_outputs(runner.model, data_batch)
+        self._switch(runner)
+        difference = largest_difference(before, raw_outputs(runner.model, data_batch))
         runner.logger.info(
             'Switched the model to its deployed form; largest difference of the '
             f'outputs for the first batch: {difference}.'
@@ -83,6 +80,13 @@ class SwitchToDeployHook(Hook):
                 f'{self.tolerance:.0e}; {self._blame(layers)}. With weights in half '
                 "precision or running variances near zero, raise the hook's tolerance"
             )
+
+    def _switch(self, runner: Runner) -> None:
+        switch_to_deploy(runner.model)
+        for hook in runner.hooks:
+            ema_model = getattr(hook, 'ema_model', None)
+            if isinstance(ema_model, nn.Module):
+                switch_to_deploy(ema_model)
 
     def _blame(self, layers: dict[str, float]) -> str:
         """The first conv that differs from its plain form by itself."""

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Optional, Union
+from typing import Union
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -40,15 +40,8 @@ class _FoldedTraining:
         if capture not in (False, True, 'compiled'):
             raise ValueError(f"capture is True, False or 'compiled', found {capture!r}")
         self._capture = capture
-        self._is_told = False
-        self._start()
-
-    def _start(self) -> None:
-        self._recorded: WeakKeyDictionary[nn.Module, RecordedFolds] = (
-            WeakKeyDictionary()
-        )
-        # Those that a loss may still lead to.
-        self._kernels: WeakSet[KernelLeaf] = WeakSet()
+        self._has_warned = False
+        self.__setstate__({})
 
     def __getstate__(self) -> dict:
         # Passes and recordings are of the original's model.
@@ -57,7 +50,11 @@ class _FoldedTraining:
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
-        self._start()
+        self._recorded: WeakKeyDictionary[nn.Module, RecordedFolds] = (
+            WeakKeyDictionary()
+        )
+        # Those that a loss may still lead to.
+        self._kernels: WeakSet[KernelLeaf] = WeakSet()
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
@@ -67,26 +64,27 @@ class _FoldedTraining:
             model (nn.Module): Wrapped or not. Another wrapper than
                 :class:`FoldedDistributedDataParallel` folds online.
         """
-        if is_model_wrapper(model) and not isinstance(
-            model, FoldedDistributedDataParallel
-        ):
-            self._tell_once(model)
+        if folds_online(model):
+            if not self._has_warned:
+                self._has_warned = True
+                print_log(
+                    f'{type(model).__name__} trains with online folding. With '
+                    "model_wrapper_cfg=dict(type='FoldedDistributedDataParallel') it "
+                    'would train folded, and reduce the gradients of a plain network',
+                    logger='current',
+                    level=logging.WARNING,
+                )
             with super().optim_context(model):
                 yield
             return
-        recorded = self._recorded_folds(model)
+        recorded = self._recorded.get(model)
+        if recorded is None and self._capture:
+            recorded = RecordedFolds(is_compiled=self._capture == 'compiled')
+            self._recorded[model] = recorded
         # In this order: the context of the base class turns autocast on.
         with super().optim_context(model), held(model, recorded) as kernels:
             self._kernels.update(kernels)
             yield
-
-    def _recorded_folds(self, model: nn.Module) -> Optional[RecordedFolds]:
-        if not self._capture:
-            return None
-        if model not in self._recorded:
-            is_compiled = self._capture == 'compiled'
-            self._recorded[model] = RecordedFolds(is_compiled=is_compiled)
-        return self._recorded[model]
 
     @torch.compiler.disable
     def backward(self, loss: Tensor, **kwargs) -> None:
@@ -119,16 +117,12 @@ class _FoldedTraining:
         for kernel in self._kernels:
             kernel.leaf.grad = None
 
-    def _tell_once(self, model: nn.Module) -> None:
-        if not self._is_told:
-            self._is_told = True
-            print_log(
-                f'{type(model).__name__} trains with online folding. With '
-                "model_wrapper_cfg=dict(type='FoldedDistributedDataParallel') it would "
-                'train folded, and reduce the gradients of a plain network',
-                logger='current',
-                level=logging.WARNING,
-            )
+
+def folds_online(model: nn.Module) -> bool:
+    """Whether a wrapper keeps a model from folded training."""
+    return is_model_wrapper(model) and not isinstance(
+        model, FoldedDistributedDataParallel
+    )
 
 
 @OPTIM_WRAPPERS.register_module()
