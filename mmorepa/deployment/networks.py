@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Union
 
+from mmengine.utils import is_seq_of
 from torch import Tensor, nn
 
 from ..utils.requirements import require as require
@@ -36,20 +37,14 @@ def named_outputs(model: nn.Module, images: Tensor) -> Outputs:
     outputs = model(images, mode='tensor')
     if isinstance(outputs, Tensor):
         return dict(logits=outputs)
-    if _all(outputs, Tensor):
+    if is_seq_of(outputs, Tensor):
         return dict(features=list(outputs))
-    if _all(outputs, (list, tuple)) and all(_all(maps, Tensor) for maps in outputs):
+    if is_seq_of(outputs, Sequence) and all(is_seq_of(m, Tensor) for m in outputs):
         names = ['scores', 'boxes', *(f'maps{i}' for i in range(2, len(outputs)))]
         return {name: list(maps) for name, maps in zip(names, outputs)}
     raise ValueError(
         f"the outputs of {type(model).__name__} for mode='tensor' are neither a tensor "
         'nor lists of maps'
-    )
-
-
-def _all(values: object, kind: Union[type, tuple[type, ...]]) -> bool:
-    return isinstance(values, (list, tuple)) and all(
-        isinstance(value, kind) for value in values
     )
 
 

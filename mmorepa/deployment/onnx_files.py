@@ -98,21 +98,15 @@ def export_onnx(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporters' advice to their developers."""
-    loggers = [logging.getLogger(name) for name in ('torch.onnx', 'onnxscript')]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    # By it, PyTorch prints the whole graph where it cannot write it.
+    graph_log = mock.patch.object(torch._C, '_jit_onnx_log', lambda *args: None)
+    logging.disable(logging.WARNING)
     try:
-        with (
-            warnings.catch_warnings(),
-            # By it, PyTorch prints the whole graph where it cannot write it.
-            mock.patch.object(torch._C, '_jit_onnx_log', lambda *args: None),
-        ):
+        with warnings.catch_warnings(), graph_log:
             warnings.simplefilter('ignore')
             yield
     finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
+        logging.disable(logging.NOTSET)
 
 
 def inference_session(model: Union[str, bytes]) -> Any:

@@ -11,9 +11,7 @@ from .networks import DeployedNetwork, Network, flatten, named_outputs, require
 def export_program(model: nn.Module, image: Tensor) -> torch.export.ExportedProgram:
     """A deployed model in eval mode as a program, for batches of any length.
 
-    Args:
-        model (nn.Module): Deployed, in eval mode.
-        image (Tensor): Shape (1, C, H, W), of the size that the program takes.
+    The image, of shape (1, C, H, W), has the size that the program takes.
     """
     return _export(DeployedNetwork(model).eval(), image)
 

@@ -132,6 +132,7 @@ def summary(runner: Runner) -> str:
         length = f'{counted(runner.max_epochs, "epoch")} of {steps}'
     network = cfg.get('model', {}).get('backbone') or {}
     weights = cfg.get('load_from') or (network.get('init_cfg') or {}).get('checkpoint')
+    optimizer = cfg.get('optim_wrapper', {}).get('optimizer') or {}
     device = str(next(model.parameters()).device)
     if device == 'cpu':
         device += f', {counted(torch.get_num_threads(), "thread")}'
@@ -144,9 +145,7 @@ def summary(runner: Runner) -> str:
         'validation data': runner.val_loop
         and counted(len(runner.val_loop.dataloader.dataset), 'image'),
         'length': f'{length}, {loader.batch_size} images each',
-        'learning rate': (cfg.get('optim_wrapper', {}).get('optimizer') or {}).get(
-            'lr'
-        ),
+        'learning rate': optimizer.get('lr'),
         'device': device,
         'work folder': runner.work_dir,
         'everything else': f'{runner.log_dir}/{runner.timestamp}.log',
