@@ -26,9 +26,8 @@ def _is_command() -> bool:
     """True while ``python -m mmorepa`` or ``mmorepa`` starts.
 
     A command runs a tool in a process of its own, and its help should not take the
-    seconds that PyTorch needs. Python imports a package before its ``__main__``, and a
-    config's ``custom_imports`` needs all of it at once: only the command line tells the
-    two apart. ``sys.argv[0]`` is '-m' as long as Python looks for the module to run.
+    seconds that PyTorch needs. ``sys.argv[0]`` is '-m' as long as Python looks for the
+    module to run.
     """
     if os.path.basename(sys.argv[0]) in ('mmorepa', 'mmorepa.exe'):
         return True

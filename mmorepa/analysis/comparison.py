@@ -87,10 +87,8 @@ def network_outputs(model: nn.Module, *args, **kwargs) -> list[Tensor]:
 
 
 def _two_stage_outputs(model: nn.Module, inputs: Tensor) -> list[Tensor]:
-    """Outputs of both stages of a detector, the second for fixed boxes.
-
-    Proposals are taken by rank, and rounding may swap two of them: what the ranks
-    are made of is compared, and the second stage sees the same boxes in both forms.
+    """Of both stages of a detector. Rounding may swap the ranks of two proposals: the
+    second stage gets fixed boxes.
     """
     features = model.extract_feat(inputs)
     outputs = [features, model.rpn_head(features)]

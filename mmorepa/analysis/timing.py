@@ -17,11 +17,7 @@ CALM = 0.8
 
 
 class Clock:
-    """Reads the time of a device, in seconds, and sees whether other programs run.
-
-    Args:
-        device (str): Waited for before the time is read. Defaults to ``'cpu'``.
-    """
+    """Reads the time of a device, in seconds, and sees whether other programs run."""
 
     def __init__(self, device: str = 'cpu') -> None:
         self.is_cuda = torch.device(device).type == 'cuda'
