@@ -124,10 +124,8 @@ def apply_variables(cfg: Config, names: Iterable[str]) -> None:
 
     MMEngine does not hand a child's variable on to what its base made of it. The bases
     for own data have a table ``variables``: for each name, settings and factors.
-
-    Args:
-        cfg (Config): Changed in place; a variable that was handed on is removed.
-        names (Iterable[str]): Those that the file, or the command line, may have set.
+    ``names`` are those that the file, or the command line, may have set; they are
+    removed.
     """
     table = cfg.get('variables') or {}
     for name in [name for name in names if name in table]:

@@ -16,13 +16,10 @@ Shapes = dict[str, tuple[int, ...]]
 def check_is_known(
     backbone: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: object
 ) -> None:
-    """A load hook: raises if a state dict has entries, and none for a conv.
+    """A load hook: raises CheckpointError if a state dict has no entry for any conv.
 
-    MMEngine only warns, and the training would go on from random weights.
-
-    Raises:
-        CheckpointError: The first keys are named. Or a conv that is a plain one for
-            good has the entries of branches.
+    MMEngine only warns, and the training would go on from random weights. It also
+    raises for the branches of a conv that is a plain one for good.
     """
     if any('_orig_mod.' in key for key in state_dict):
         raise CheckpointError(f'the state dict does not fit: {COMPILED_KEYS}')
@@ -57,13 +54,10 @@ def check_is_known(
 def check_fits(
     backbone: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: object
 ) -> None:
-    """A load hook: raises unless a state dict has every entry of the backbone.
+    """A load hook: raises CheckpointError unless all entries of the backbone are there.
 
-    It may be of the training form, deployed, or of a plain network. Plugins of which it
-    has nothing stay as they are.
-
-    Raises:
-        CheckpointError: If entries are missing, left over or of another shape.
+    They may be of the training form, deployed, or of a plain network. Plugins of which
+    there is nothing stay as they are.
     """
     if not any(key.startswith(prefix) for key in state_dict):
         raise CheckpointError(
@@ -156,14 +150,9 @@ def _unknown(backbone: nn.Module, names: list[str]) -> str:
 
 
 def check_is_there(checkpoint: str) -> None:
-    """Raises if the file of an ``init_cfg`` is missing.
+    """Raises CheckpointError if the file of an ``init_cfg`` is missing.
 
-    Args:
-        checkpoint (str): A path. An address, such as https://… and torchvision://…,
-            is left to MMEngine.
-
-    Raises:
-        CheckpointError: With what to do instead.
+    Addresses, such as https://… and torchvision://…, are left to MMEngine.
     """
     if '://' in checkpoint or os.path.isfile(checkpoint):
         return
@@ -178,15 +167,10 @@ def check_is_there(checkpoint: str) -> None:
 
 
 def check_style(backbone: nn.Module, checkpoint: str) -> None:
-    """Refuses a checkpoint whose name says that its network has another style.
+    """Raises CheckpointError if a checkpoint has another style by its name.
 
-    Args:
-        backbone (nn.Module): With a ``style``, or of the usual one.
-        checkpoint (str): The path or address of what it starts from.
-
-    Raises:
-        CheckpointError: If the file's name has caffe or msra in it and the style is
-            another one, or it is torchvision's and the style is caffe's.
+    That is one with caffe or msra in its file's name for the usual style, and one of
+    torchvision's for the style of caffe.
     """
     name = checkpoint.rpartition('/')[-1]
     style = getattr(backbone, 'style', 'pytorch')

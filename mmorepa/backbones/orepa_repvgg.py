@@ -14,13 +14,7 @@ from .staged_backbone import StagedBackbone, scaled_channels
 
 
 class SqueezeExcitation(nn.Module):
-    """``x · sigmoid(up(relu(down(mean(x)))))`` (Hu et al., CVPR 2018).
-
-    Args:
-        channels (int): C.
-        reduction (int): The hidden layer has C / reduction channels.
-            Defaults to 16.
-    """
+    """``x · sigmoid(up(relu(down(mean(x)))))`` (Hu et al., CVPR 2018)."""
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
@@ -37,14 +31,7 @@ class SqueezeExcitation(nn.Module):
 class RepVGGBlock(BaseModule):
     """A 3×3 conv of several branches, squeeze-excitation if wanted, activation.
 
-    Args:
-        in_channels (int): I.
-        out_channels (int): O.
-        block (str): Block type of the conv.
-        use_se (bool): Add squeeze-excitation, which stays when deployed. Defaults to
-            False.
-
-    All others are those of :class:`OREPARepVGG`, for one block.
+    The arguments are those of :class:`OREPARepVGG`, for one block.
     """
 
     def __init__(

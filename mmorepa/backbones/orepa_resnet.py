@@ -54,17 +54,9 @@ def _build_convs(
 class _ResidualBlock(BaseModule):
     """``act(drop_path(branch(x)) + shortcut(x))``; subclasses describe the branch.
 
-    Args:
-        in_channels (int): Channels of the input.
-        out_channels (int): Channels of the output, ``expansion`` times the width of
-            the branch.
-        plugins (Sequence[dict]): Those of this block, with ``cfg`` and ``position``.
-        drop_path_rate (float): Probability that a sample goes without the branch.
-
-    All others are those of :class:`OREPAResNet`, for one block.
-
-    Raises:
-        ValueError: If an argument has no meaning for this block.
+    ``out_channels`` are ``expansion`` times the width of the branch, and ``plugins``
+    those of this block. All other arguments are those of :class:`OREPAResNet`, for one
+    block.
     """
 
     expansion: int

@@ -164,11 +164,7 @@ def _is_fresh(norm: _BatchNorm) -> bool:
 
 
 def scaled_channels(channels: int, factor: float, name: str) -> int:
-    """``channels`` times a width multiplier, rounded down.
-
-    Raises:
-        ValueError: If nothing is left; ``name`` says of what.
-    """
+    """``channels`` times a width multiplier, rounded down; ``name`` says of what."""
     scaled = int(channels * factor)
     if scaled < 1:
         raise ValueError(

@@ -101,19 +101,7 @@ def read_checkpoint(path: str, keep_prefix: bool = False) -> dict:
 # OneDL's runs what is in a file that PyTorch refuses.
 @CheckpointLoader.register_scheme(prefixes='', force=True)
 def load_from_local(filename: str, map_location: Any = 'cpu') -> dict:
-    """Reads a checkpoint file that is safe and complete, and refuses others.
-
-    Args:
-        filename (str): The file.
-        map_location (Any): As that of :func:`torch.load`. Defaults to ``'cpu'``.
-
-    Returns:
-        dict: Tensors and plain containers.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        CheckpointError: As :func:`read_checkpoint`.
-    """
+    """As :func:`read_checkpoint`, for MMEngine: the file as it is, on ``map_location``."""
     filename = os.path.expanduser(filename)
     if not os.path.isfile(filename):
         raise FileNotFoundError(f'no checkpoint at {filename!r}')

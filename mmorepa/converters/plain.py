@@ -47,14 +47,9 @@ _REPVGG = (
 
 
 def plain_names(backbone: StagedBackbone, names: Collection[str]) -> dict[str, str]:
-    """Our names of the entries of a plain network's checkpoint.
+    """Our names of the entries of a plain network's checkpoint, by their names there.
 
-    Args:
-        backbone (StagedBackbone): Ours.
-        names (Collection[str]): The names of all entries there.
-
-    Returns:
-        dict[str, str]: By theirs. Entries that have the same name here are left out.
+    Those with the same name are left out.
     """
     if isinstance(backbone, OREPAResNet):
         ours = {name: _resnet_name(backbone, name, names) for name in names}
@@ -93,8 +88,7 @@ def translate_plain(
 ) -> None:
     """A load hook: gives the entries of a plain network the names that they have here.
 
-    Raises:
-        CheckpointError: If the network is another one; nothing is loaded then.
+    It raises CheckpointError for another network, and nothing is loaded then.
     """
     start = 'backbone.'
     if not prefix and any(key.startswith(start) for key in state_dict):

@@ -58,16 +58,7 @@ class LayerLoss(NamedTuple):
 def calibration_images(cfg: Config, model: nn.Module, number: int) -> list[Tensor]:
     """Training images in the pipeline of the test: augmented ones have other ranges.
 
-    Args:
-        cfg (Config): With training data.
-        model (nn.Module): With the preprocessor of its toolbox.
-        number (int): Of images.
-
-    Returns:
-        list[Tensor]: Batches of one image, in the same order each time.
-
-    Raises:
-        FileNotFoundError: If the training data are missing.
+    They come one by one, normalised, in the same order each time.
     """
     cfg = copy.deepcopy(cfg)
     loader = cfg.get('train_dataloader')
@@ -98,8 +89,7 @@ def _with_pipeline(dataset: dict, pipeline: list) -> dict:
 def prepare(source: PathLike, target: PathLike, equalized: bool = False) -> int:
     """Makes an exported file ready for quantization: shapes, and BatchNorms folded.
 
-    Returns:
-        int: The pairs of convs that were equalized, see :func:`equalize`.
+    It returns the number of pairs of convs that were equalized, see :func:`equalize`.
     """
     onnx = require('onnx')
     shapes = require('onnxruntime.quantization.shape_inference')
@@ -178,11 +168,7 @@ def _reader(images: Sequence[Tensor]) -> Any:
 
 
 def evaluation_phase(cfg: Config) -> str:
-    """``'val'``, or ``'test'`` for a config without validation.
-
-    Raises:
-        ValueError: If the config has neither, with data and an evaluator.
-    """
+    """``'val'``, or ``'test'`` for a config without validation data and evaluator."""
     for phase in ('val', 'test'):
         if cfg.get(f'{phase}_dataloader') and cfg.get(f'{phase}_evaluator'):
             return phase
@@ -194,12 +180,7 @@ def evaluation_phase(cfg: Config) -> str:
 
 @torch.no_grad()
 def evaluate(cfg: Config, model: nn.Module) -> dict[str, float]:
-    """The metrics of the config's evaluator on its validation data, or its test data.
-
-    Raises:
-        FileNotFoundError: If the data are missing.
-        ValueError: If the config has neither.
-    """
+    """The metrics of the config's evaluator on its validation data, or its test data."""
     phase = evaluation_phase(cfg)
     loader = build_loader(cfg, phase)
     evaluator = Evaluator(cfg[f'{phase}_evaluator'])
@@ -219,17 +200,10 @@ def layer_losses(
 ) -> list[LayerLoss]:
     """What INT8 costs each conv and each linear layer, in the order of the file.
 
-    Args:
-        source (str | Path): The file that was quantized.
-        quantized (str | Path): The quantized file.
-        images (Sequence[Tensor]): Batches of one image; all outputs of all layers for
-            them are kept in memory.
-        modules (Sequence[str]): Names of the model's modules, since a file may lack the
-            first part of one. Defaults to none.
-
-    Returns:
-        list[LayerLoss]: One for each layer with a quantized kernel; where a layer runs
-        several times, as on the levels of a pyramid, its worst output counts.
+    Where a layer runs several times, as on the levels of a pyramid, its worst output
+    counts. Batches hold one image each; all outputs of all layers are kept in memory.
+    ``modules`` are the names of the model's, since a file may lack the first part of
+    one.
     """
     debug = require('onnxruntime.quantization.qdq_loss_debug')
     graph = require('onnx').load(str(source)).graph
@@ -331,14 +305,9 @@ def equalize(model: Any, sweeps: int = 20) -> int:
 
     Cross-layer equalization: as ``ReLU(s·x) = s·ReLU(x)`` for ``s > 0``, channel c of
     the first conv is divided by ``s_c = √(r1_c / r2_c)``, and the kernel that takes it
-    multiplied by it, where r is the largest weight of that channel in either conv.
-
-    Args:
-        model (onnx.ModelProto): Changed in place; it computes the same up to rounding.
-        sweeps (int): Passes over all pairs: a conv may belong to two. Defaults to 20.
-
-    Returns:
-        int: The number of pairs.
+    multiplied by it, where r is the largest weight of that channel in either conv. A
+    conv may belong to two pairs, so it passes over all of them several times. It
+    returns their number, and changes the model in place.
     """
     numpy_helper = require('onnx').numpy_helper
     stored = {tensor.name: tensor for tensor in model.graph.initializer}

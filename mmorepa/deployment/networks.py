@@ -13,19 +13,12 @@ Outputs = dict[str, Union[Tensor, list[Tensor]]]
 
 
 def named_outputs(model: nn.Module, images: Tensor) -> Outputs:
-    """What a network computes of images, before any post-processing.
+    """What a network computes of normalised images (N, C, H, W), before
+    post-processing.
 
-    Args:
-        model (nn.Module): A classifier, segmenter or detector of the toolboxes.
-        images (Tensor): Shape (N, C, H, W), normalised.
-
-    Returns:
-        dict[str, Tensor | list[Tensor]]: ``logits`` of a classifier or a segmenter;
-        ``scores``, ``boxes`` and maybe more maps, by level, of a dense detector; of a
-        two-stage detector the first stage's, and the ``features`` for the second.
-
-    Raises:
-        ValueError: If the outputs are none of these.
+    ``logits`` of a classifier or a segmenter; ``scores``, ``boxes`` and maybe more
+    maps, by level, of a dense detector; of a two-stage detector the first stage's, and
+    the ``features`` for the second. Raises ValueError for outputs of another kind.
     """
     rpn_head = getattr(model, 'rpn_head', None)
     if hasattr(rpn_head, 'prior_generator'):
@@ -60,11 +53,7 @@ def flatten(outputs: Outputs) -> dict[str, Tensor]:
 
 
 class DeployedNetwork(nn.Module):
-    """A model as a function of normalised images, for any exporter.
-
-    Args:
-        model (nn.Module): Deployed, in eval mode: see :func:`load_deployed`.
-    """
+    """A deployed model in eval mode as a function of images, for any exporter."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -98,11 +87,7 @@ class Network:
         raise NotImplementedError
 
     def __call__(self, images: Tensor) -> list[Tensor]:
-        """Maps (N, C, H, W) to the outputs, in the order of the names.
-
-        Raises:
-            ValueError: If the images have another size than the file's, or are larger.
-        """
+        """Maps (N, C, H, W) to the outputs, in the order of the names."""
         if self.pads:
             images = padded(images, self.size)
         size = tuple(images.shape[-2:])
@@ -127,20 +112,11 @@ class Network:
 
 @contextmanager
 def network_from(model: nn.Module, network: Network) -> Iterator[nn.Module]:
-    """Lets a model predict from what another network computes.
+    """Lets a model predict from what another network, an export of it, computes.
 
     Pre- and post-processing stay the model's, and so does the second stage of a
-    two-stage detector.
-
-    Args:
-        model (nn.Module): A classifier, segmenter or detector in eval mode.
-        network (Network): Of its export.
-
-    Yields:
-        nn.Module: The model.
-
-    Raises:
-        ValueError: If the model has no head that takes the outputs.
+    two-stage detector. Raises ValueError if the model has no head that takes the
+    outputs.
     """
     names = ('rpn_head', 'bbox_head', 'decode_head', 'head')
     heads = [getattr(model, name, None) for name in names]

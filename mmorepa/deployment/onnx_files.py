@@ -122,12 +122,7 @@ def inference_session(model: Union[str, bytes]) -> Any:
 
 
 class OnnxNetwork(Network):
-    """An ONNX file as a function, run by ONNX Runtime on the CPU.
-
-    Args:
-        path (str | Path): A file of :func:`export_onnx`, quantized or not.
-        pads (bool): Pad smaller images, as those of detectors are. Defaults to False.
-    """
+    """A file of :func:`export_onnx` as a function, run by ONNX Runtime on the CPU."""
 
     def __init__(self, path: PathLike, pads: bool = False) -> None:
         self.session = inference_session(str(path))
@@ -144,11 +139,6 @@ def preprocessing(
     cfg: Config, channels: int = 3, classes: Optional[Sequence[str]] = None
 ) -> dict:
     """How images become what a network takes, for the metadata of a file.
-
-    Args:
-        cfg (Config): Of a classifier, segmenter or detector.
-        channels (int): Of the images. Defaults to 3.
-        classes (Sequence[str], optional): Their names. Defaults to None.
 
     Returns:
         dict: By name, for JSON.

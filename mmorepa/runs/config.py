@@ -81,17 +81,11 @@ def merge_options(cfg: Config, options: dict) -> None:
 
 
 def check_variables(cfg: Config, options: Optional[dict] = None) -> None:
-    """Checks that no variable at the top of a config was set for nothing.
+    """Raises ValueError for a variable at the top of a config that has no effect.
 
-    Args:
-        cfg (Config): Of a file, after :func:`mmorepa.hub.apply_variables`.
-        options (dict, optional): ``--cfg-options``, merged already, to check them
-            instead of the file. Defaults to None.
-
-    Raises:
-        ValueError: If the file, which has a base, or the options set ``data_root``,
-            ``classes``, ``num_classes``, ``max_epochs`` or ``pretrained``, and no
-            setting has the value.
+    That is one of ``data_root``, ``classes``, ``num_classes``, ``max_epochs`` and
+    ``pretrained`` that the file, if it has a base, or ``options`` set, and whose value
+    no setting has. Comes after :func:`mmorepa.hub.apply_variables`.
     """
     leaves = [
         leaf
@@ -123,10 +117,7 @@ def check_variables(cfg: Config, options: Optional[dict] = None) -> None:
 
 
 def _assigned(path: Optional[str]) -> list[str]:
-    """What the file of a child sets and does not use itself.
-
-    One without a base, such as a dump, is whole.
-    """
+    """What the file of a child sets and does not use; one without a base is whole."""
     if path is None or not path.endswith('.py'):
         return []
     tree = ast.parse(Path(path).read_text(encoding='utf-8'))

@@ -133,14 +133,10 @@ def argument_of(dataset: dict, name: str, scope: Optional[str]) -> Any:
 
 
 def check_datasets(cfg: Config, datasets: dict[str, list[dict]]) -> None:
-    """Checks what the folders and annotations of the datasets hold.
+    """Checks what the folders and annotations of the datasets, by phase, hold.
 
     Those of MMPretrain's ``CustomDataset`` that are folders of classes, and those of
     MMDetection's ``CocoDataset``, are looked at; large annotations are not.
-
-    Args:
-        cfg (Config): The config.
-        datasets (dict[str, list[dict]]): By phase.
 
     Raises:
         FileNotFoundError: If a folder or a file is missing.

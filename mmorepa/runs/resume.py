@@ -14,12 +14,7 @@ _STEP = re.compile(r'_(\d+)\.pth$')
 
 
 def read_resumable(path: str) -> dict:
-    """Reads a checkpoint that must hold the whole state of a training.
-
-    Raises:
-        CheckpointError: If it holds weights alone, or see :func:`read_checkpoint`.
-        FileNotFoundError: If there is no such file.
-    """
+    """As :func:`read_checkpoint`, and it must hold the whole state of a training."""
     checkpoint = read_checkpoint(path)
     parts = ('message_hub', 'meta', 'optimizer')
     missing = [part for part in parts if not isinstance(checkpoint.get(part), dict)]
@@ -34,20 +29,13 @@ def read_resumable(path: str) -> dict:
 
 
 def newest_resumable(folder: str) -> tuple[Optional[str], Optional[dict]]:
-    """The last checkpoint of a training that can be read to its end.
+    """Path and content of the last checkpoint of a training that can be read to its
+    end.
 
-    It is the one that ``last_checkpoint`` names, unless that is damaged, or one of a
-    later step was written since: a kill may come between the two files. A warning names
-    those that are left out.
-
-    Args:
-        folder (str): The work folder. It need not exist.
-
-    Returns:
-        tuple[str, dict]: Path and content; None and None without any checkpoint.
-
-    Raises:
-        CheckpointError: If there are, but none can be resumed from.
+    It is the one that ``last_checkpoint`` in the work folder names, unless that is
+    damaged, or one of a later step was written since: a kill may come between the two
+    files. A warning names those that are left out. Without any checkpoint both are
+    None; if none can be resumed from, it raises CheckpointError.
     """
     skipped = ''
     for path in _candidates(Path(folder).resolve()):

@@ -42,13 +42,8 @@ def choose_memory_format(
 ) -> list[nn.Module]:
     """Chooses the order of memory, and returns the modules that have channels last.
 
-    Args:
-        model (nn.Module): Changed in place, unless it is wrapped.
-        channels_last (bool | str): ``'auto'`` takes what was measured to be faster.
-        is_half (bool): True in mixed precision.
-
-    Raises:
-        ValueError: If ``channels_last=True`` comes after a wrapper.
+    ``'auto'`` takes what was measured to be faster; ``is_half`` says that the training
+    is in mixed precision. Wrapped models stay as they are.
     """
     if any(map(is_model_wrapper, model.modules())):
         # What reduces gradients has remembered their order.

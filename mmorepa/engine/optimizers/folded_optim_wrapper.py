@@ -58,12 +58,7 @@ class _FoldedTraining:
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Holds the kernels of a model in the forward pass.
-
-        Args:
-            model (nn.Module): Wrapped or not. Another wrapper than
-                :class:`FoldedDistributedDataParallel` folds online.
-        """
+        """Holds the kernels of a model in the forward pass; some wrappers fold online."""
         if folds_online(model):
             if not self._has_warned:
                 self._has_warned = True
@@ -88,12 +83,7 @@ class _FoldedTraining:
 
     @torch.compiler.disable
     def backward(self, loss: Tensor, **kwargs) -> None:
-        """Passes the gradients on to the branches as well.
-
-        Args:
-            loss (Tensor): The loss.
-            **kwargs: See :meth:`mmengine.optim.OptimWrapper.backward`.
-        """
+        """Passes the gradients on to the branches as well."""
         kernels = list(self._kernels)
         for kernel in kernels:
             kernel.graph.is_deferred = True
