@@ -1,5 +1,6 @@
 """RepVGG networks whose 3×3 branches are re-parameterised further."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Optional, Union
 
@@ -157,15 +158,8 @@ class OREPARepVGG(StagedBackbone):
         deploy: bool = False,
         init_cfg: Union[dict, list[dict], None] = None,
     ) -> None:
-        super().__init__(
-            num_stages,
-            strides,
-            dilations,
-            out_indices,
-            frozen_stages,
-            norm_eval,
-            init_cfg,
-        )
+        stages = num_stages, strides, dilations, out_indices
+        super().__init__(*stages, frozen_stages, norm_eval, init_cfg)
         arch = self._architecture(arch, num_stages)
         self.arch = arch
         options = dict(
@@ -183,23 +177,21 @@ class OREPARepVGG(StagedBackbone):
         ]
         channels = min(base_channels, widths[0])
         self.stem = RepVGGBlock(in_channels, channels, stride=2, **options)
-        position = 1
+        # Every second block of the network is grouped.
+        groups = itertools.cycle([1, arch.get('groups', 1)])
         for i in range(num_stages):
             blocks = []
             for j in range(arch['num_blocks'][i]):
-                blocks.append(
-                    RepVGGBlock(
-                        channels,
-                        widths[i],
-                        stride=strides[i] if j == 0 else 1,
-                        dilation=dilations[i],
-                        # Every second block of the network is grouped.
-                        groups=arch.get('groups', 1) if position % 2 == 0 else 1,
-                        **options,
-                    )
+                block = RepVGGBlock(
+                    channels,
+                    widths[i],
+                    stride=strides[i] if j == 0 else 1,
+                    dilation=dilations[i],
+                    groups=next(groups),
+                    **options,
                 )
+                blocks.append(block)
                 channels = widths[i]
-                position += 1
             self.add_stage(*blocks)
         self.feat_dim = channels
         self.freeze_stages()

@@ -1,9 +1,10 @@
 """ResNets whose convs are re-parameterised."""
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Optional, Union
 
+import torch
 import torch.utils.checkpoint as cp
 from mmcv.cnn import build_activation_layer, build_plugin_layer
 from mmcv.cnn.bricks import DropPath
@@ -106,8 +107,7 @@ class _ResidualBlock(BaseModule):
             deploy=deploy,
         )
         convs = _build_convs(in_channels, *described, block=block, **options)
-        _check_positions(plugins, convs)
-        # The names of what the branch is made of, in order.
+        # What the branch is made of, in order.
         self.path: list[str] = []
         for name, conv in convs.items():
             self._append(name, conv)
@@ -119,6 +119,13 @@ class _ResidualBlock(BaseModule):
                     self._append(
                         *build_plugin_layer(cfg, postfix, in_channels=conv.out_channels)
                     )
+        positions = [f'after_{name}' for name in convs]
+        for plugin in plugins:
+            if plugin['position'] not in positions:
+                raise ValueError(
+                    'the position of a plugin of this block is one of '
+                    f'{", ".join(positions)}, found {plugin["position"]!r}'
+                )
         self.plugin_names = [name for name in self.path if name not in convs]
         self.last_conv_name = list(convs)[-1]
         self.downsample: Optional[nn.Module] = None
@@ -206,16 +213,6 @@ class Bottleneck(_ResidualBlock):
             _Conv(width, 3, strides[1], self.dilation, self.groups),
             _Conv(self.out_channels, 1, has_act=False),
         ]
-
-
-def _check_positions(plugins: Sequence[dict], convs: Collection[str]) -> None:
-    positions = [f'after_{name}' for name in convs]
-    for plugin in plugins:
-        if plugin['position'] not in positions:
-            raise ValueError(
-                f'the position of a plugin of this block is one of '
-                f'{", ".join(positions)}, found {plugin["position"]!r}'
-            )
 
 
 @MODELS.register_module()
@@ -346,15 +343,8 @@ class OREPAResNet(StagedBackbone):
         deploy: bool = False,
         init_cfg: Union[dict, list[dict], None] = None,
     ) -> None:
-        super().__init__(
-            num_stages,
-            strides,
-            dilations,
-            out_indices,
-            frozen_stages,
-            norm_eval,
-            init_cfg,
-        )
+        stages = num_stages, strides, dilations, out_indices
+        super().__init__(*stages, frozen_stages, norm_eval, init_cfg)
         if depth not in self.ARCHITECTURES:
             raise ValueError(
                 f'unknown depth {depth!r} of OREPAResNet; choose one of '
@@ -388,10 +378,8 @@ class OREPAResNet(StagedBackbone):
                 'stem_block_cfg are arguments of a stem_block, of which there is none: '
                 'name it, or use block_cfg'
             )
-        if stem_channels is None:
-            stem_channels = base_channels
         stem_channels = scaled_channels(
-            stem_channels,
+            base_channels if stem_channels is None else stem_channels,
             width_mult,
             f'the stem (base_channels={base_channels} and width_mult={width_mult})',
         )
@@ -405,15 +393,17 @@ class OREPAResNet(StagedBackbone):
             conv = _Conv(stem_channels, 7, 2)
             (self.stem,) = _build_convs(in_channels, conv, **stem_options).values()
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        drop_path_rates = iter(_rising(drop_path_rate, sum(depths)))
+        drop_path_rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
         channels = stem_channels
         for i in range(num_stages):
             grid = multi_grid if i == num_stages - 1 else None
             out_channels = base_channels * 2**i * residual_block.expansion
             blocks = []
-            for j, dilation in enumerate(
-                _block_dilations(depths[i], dilations[i], contract_dilation, grid)
-            ):
+            first = dilations[i]
+            if contract_dilation and first > 1:
+                first //= 2
+            rest = [dilations[i]] * (depths[i] - 1)
+            for j, dilation in enumerate(grid or [first, *rest]):
                 blocks.append(
                     residual_block(
                         channels,
@@ -449,11 +439,6 @@ class OREPAResNet(StagedBackbone):
         super().init_weights()
 
 
-def _rising(last: float, number: int) -> list[float]:
-    """Evenly spaced values from 0 to the last."""
-    return [last * i / (number - 1) for i in range(number)]
-
-
 def _plugins_of_stage(
     plugins: Sequence[dict], stage: int, num_stages: int
 ) -> list[dict]:
@@ -465,26 +450,12 @@ def _plugins_of_stage(
                 'a plugin has cfg, position and, if it is not for every stage, stages; '
                 f'found {", ".join(plugin)}'
             )
-        stages = plugin.get('stages')
-        stages = (True,) * num_stages if stages is None else tuple(stages)
+        stages = plugin.get('stages') or (True,) * num_stages
         if len(stages) != num_stages:
             raise ValueError(
                 f'stages of a plugin is a bool for each of the {num_stages} stages, '
-                f'found {stages}'
+                f'found {tuple(stages)}'
             )
         if stages[stage]:
             chosen.append(plugin)
     return chosen
-
-
-def _block_dilations(
-    depth: int,
-    dilation: int,
-    contract_dilation: bool,
-    multi_grid: Optional[Sequence[int]],
-) -> list[int]:
-    """The dilation of each block of a stage."""
-    if multi_grid is not None:
-        return list(multi_grid)
-    first = dilation // 2 if contract_dilation and dilation > 1 else dilation
-    return [first] + [dilation] * (depth - 1)

@@ -101,7 +101,7 @@ def read_checkpoint(path: str, keep_prefix: bool = False) -> dict:
 # OneDL's runs what is in a file that PyTorch refuses.
 @CheckpointLoader.register_scheme(prefixes='', force=True)
 def load_from_local(filename: str, map_location: Any = 'cpu') -> dict:
-    """As :func:`read_checkpoint`, for MMEngine: the file as it is, on ``map_location``."""
+    """As :func:`read_checkpoint`, for MMEngine: the file as it is, on a device."""
     filename = os.path.expanduser(filename)
     if not os.path.isfile(filename):
         raise FileNotFoundError(f'no checkpoint at {filename!r}')

@@ -180,7 +180,7 @@ def evaluation_phase(cfg: Config) -> str:
 
 @torch.no_grad()
 def evaluate(cfg: Config, model: nn.Module) -> dict[str, float]:
-    """The metrics of the config's evaluator on its validation data, or its test data."""
+    """The metrics of the config's evaluator on validation data, or on test data."""
     phase = evaluation_phase(cfg)
     loader = build_loader(cfg, phase)
     evaluator = Evaluator(cfg[f'{phase}_evaluator'])

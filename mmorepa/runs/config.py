@@ -66,15 +66,7 @@ def read_config(path: str, options: Optional[dict] = None) -> Config:
 
 
 def merge_options(cfg: Config, options: dict) -> None:
-    """Applies ``--cfg-options``.
-
-    Args:
-        cfg (Config): Changed in place.
-        options (dict): Settings by their paths.
-
-    Raises:
-        ValueError: If one has no effect.
-    """
+    """Applies ``--cfg-options`` in place, or raises ValueError if one has no effect."""
     cfg.merge_from_dict(options)
     apply_variables(cfg, options)
     check_variables(cfg, options)
@@ -94,25 +86,21 @@ def check_variables(cfg: Config, options: Optional[dict] = None) -> None:
         for leaf in _leaves(key, node)
     ]
     for name in _assigned(cfg.filename) if options is None else options:
-        value = cfg.get(name)
-        if name not in _SETTINGS or value is None or _occurs(name, value, leaves):
+        value, setting = cfg.get(name), _SETTINGS.get(name)
+        if setting is None or value is None or _occurs(name, value, leaves):
             continue
-        setting = _SETTINGS[name]
         if options is not None:
             raise ValueError(
                 f'--cfg-options {name}={value} has no effect; write '
                 f'--cfg-options {setting}={value}'
             )
         first, *keys = setting.split('.')
-        text = name
-        for key in reversed(keys):
-            text = f'dict({key}={text})'
-        others = ''
+        text = ''.join(f'dict({key}=' for key in keys) + name + ')' * len(keys)
         if first == 'train_dataloader':
-            others = ', and the same for val_dataloader and test_dataloader'
+            text += ', and the same for val_dataloader and test_dataloader'
         raise ValueError(
             f'{name} = {value!r} in {cfg.filename} has no effect, since the base '
-            f'config does not see it; write {first} = {text}{others}'
+            f'config does not see it; write {first} = {text}'
         )
 
 
@@ -121,15 +109,13 @@ def _assigned(path: Optional[str]) -> list[str]:
     if path is None or not path.endswith('.py'):
         return []
     tree = ast.parse(Path(path).read_text(encoding='utf-8'))
-    targets = [t for n in tree.body if isinstance(n, ast.Assign) for t in n.targets]
-    names = [target.id for target in targets if isinstance(target, ast.Name)]
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    assigned = [node.id for node in names if isinstance(node.ctx, ast.Store)]
     # Something may be computed from it.
-    used = {
-        node.id
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
-    }
-    return [name for name in names if name not in used] if '_base_' in names else []
+    used = {node.id for node in names if isinstance(node.ctx, ast.Load)}
+    if '_base_' not in assigned:
+        return []
+    return [name for name in assigned if name not in used]
 
 
 def _leaves(key: str, node: Any) -> Iterator[tuple[str, Any]]:
@@ -245,7 +231,7 @@ def use_tta(cfg: Config) -> None:
 def use_visualization(
     cfg: Config, show: bool, show_dir: Optional[str], interval: int, wait_time: float
 ) -> None:
-    """Turns on the toolbox's hook that draws predictions.
+    """Turns on the toolbox's hook that draws predictions, in windows or as files.
 
     Args:
         cfg (Config): Changed in place.

@@ -93,9 +93,6 @@ def make_runner(cfg: Config, is_verbose: bool = True) -> Runner:
     Args:
         cfg (Config): The complete config.
         is_verbose (bool): Show all of the log on the screen. Defaults to True.
-
-    Returns:
-        Runner: Ready to train or test.
     """
     if 'runner_type' in cfg:
         return RUNNERS.build(cfg)

@@ -314,11 +314,10 @@ class TestSafetensors:
     def test_not_installed(self, tmp_path, monkeypatch):
         path = tmp_path / 'a.safetensors'
         path.write_text('old')
-        monkeypatch.delitem(sys.modules, 'safetensors.torch', raising=False)
-        monkeypatch.setitem(sys.modules, 'safetensors', None)
-        with pytest.raises(CheckpointError, match='pip install safetensors'):
+        monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
+        with pytest.raises(CheckpointError, match='pip install .*safetensors'):
             read_checkpoint(str(path))
-        with pytest.raises(ImportError, match='pip install safetensors'):
+        with pytest.raises(ImportError, match='pip install .*safetensors'):
             write_checkpoint({'a': torch.ones(1)}, path)
         assert path.read_text() == 'old' and os.listdir(tmp_path) == [path.name]
 

@@ -58,7 +58,7 @@ class _FoldedTraining:
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Holds the kernels of a model in the forward pass; some wrappers fold online."""
+        """Holds the kernels in the forward pass; under some wrappers it folds online."""
         if folds_online(model):
             if not self._has_warned:
                 self._has_warned = True
