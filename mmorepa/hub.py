@@ -16,13 +16,10 @@ SCHEME = 'mmorepa::'
 
 
 def list_configs(pattern: str = '*') -> list[str]:
-    """The names of the configs that come with this package.
+    """The names of the configs that come with this package, sorted.
 
     Args:
         pattern (str): With ``*`` for any letters. Defaults to all.
-
-    Returns:
-        list[str]: Sorted, as :func:`get_config` takes them.
 
     Examples:
         >>> mmorepa.list_configs('imagenet/resnet18-*')
@@ -34,14 +31,9 @@ def list_configs(pattern: str = '*') -> list[str]:
 def find_config(name: Union[str, Path]) -> Path:
     """The file of a config.
 
-    Args:
-        name (str | Path): A file; or a config of this package, ``FOLDER/NAME`` or
-            ``NAME``, with or without ``.py`` and ``mmorepa::``; or one of a toolbox,
-            such as ``mmpretrain::NAME``. A file goes first.
-
-    Raises:
-        FileNotFoundError: If there is none. The message has the closest names.
-        TypeError: If ``name`` is neither.
+    It is given by its path, which goes first; by its name in this package,
+    ``FOLDER/NAME`` or ``NAME``, with or without ``.py`` and ``mmorepa::``; or by one in
+    a toolbox, such as ``mmpretrain::NAME``. FileNotFoundError has the closest names.
     """
     if not isinstance(name, (str, Path)):
         raise TypeError(

@@ -37,9 +37,6 @@ def raw_outputs(model: nn.Module, data_batch: Any) -> list[Tensor]:
         model (nn.Module): A model of mmpretrain, mmdet or mmseg, or any MMEngine
             ``BaseModel`` that knows ``mode='tensor'``; wrapped or not.
         data_batch (Any): A batch as the test dataloader yields it.
-
-    Returns:
-        list[Tensor]: Logits, feature maps or the outputs of dense heads.
     """
     if isinstance(_inside_wrappers(model), BaseTTAModel):
         data_batch = _first_augmentation(data_batch)
@@ -140,12 +137,9 @@ def watched_convs(model: nn.Module) -> Iterator[dict[str, float]]:
     Both see the same input, so that what one layer does wrong is not blamed on those
     that come after it.
 
-    Args:
-        model (nn.Module): In eval mode.
-
     Yields:
         dict[str, float]: The largest relative difference by the name of the conv, in
-        the order in which they ran first; filled while the model runs in the block.
+        the order in which they ran first; filled while the model, in eval mode, runs.
     """
     differences: dict[str, float] = {}
 

@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple, Optional, Union
 
-import torch
+import numpy as np
 import torch.utils.checkpoint as cp
 from mmcv.cnn import build_activation_layer, build_plugin_layer
 from mmcv.cnn.bricks import DropPath
@@ -393,7 +393,7 @@ class OREPAResNet(StagedBackbone):
             conv = _Conv(stem_channels, 7, 2)
             (self.stem,) = _build_convs(in_channels, conv, **stem_options).values()
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        drop_path_rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        drop_path_rates = iter(np.linspace(0, drop_path_rate, sum(depths)).tolist())
         channels = stem_channels
         for i in range(num_stages):
             grid = multi_grid if i == num_stages - 1 else None

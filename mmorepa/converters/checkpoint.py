@@ -40,9 +40,7 @@ def allow_mmengine_checkpoints() -> None:
     That is the history of the logged values: MMEngine's ``HistoryBuffer`` with numpy
     arrays, and four of its methods, which pickle writes as calls of ``getattr``.
     PyTorch refuses all of them since 2.6. This allows these classes and, for
-    ``getattr``, a function that serves only the four methods.
-
-    It holds for the whole process, for tools that call ``torch.load`` themselves.
+    ``getattr``, a function that serves only the four methods, in the whole process.
     """
     scalar_types = [np.float64, np.float32, np.int64, np.int32, np.bool_]
     numpy_core = np._core if hasattr(np, '_core') else np.core
@@ -68,19 +66,18 @@ def read_checkpoint(path: str, keep_prefix: bool = False) -> dict:
     """Reads a checkpoint file without running any code in it.
 
     Args:
-        path (str): A file of ``torch.save``: a dict with a ``state_dict``, or a
-            bare state dict. Or a ``.safetensors`` file.
+        path (str): A file of ``torch.save``: a dict with a ``state_dict``, or a bare
+            state dict. Or a ``.safetensors`` file.
         keep_prefix (bool): Whether to keep the ``module.`` that model wrappers put
             before every key. Defaults to False.
 
     Returns:
-        dict: With ``state_dict`` and, where the file has them, ``meta`` and whatever
-        else it holds.
+        dict: With ``state_dict`` and, where the file has them, ``meta`` and others.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If it is damaged, is not a checkpoint, holds more than
-            tensors and plain containers, or NaN, Inf or a negative variance.
+        CheckpointError: If it is damaged, is not a checkpoint, holds more than tensors
+            and plain containers, or NaN, Inf or a negative variance.
     """
     checkpoint = load_from_local(path)
     if 'state_dict' not in checkpoint:
@@ -225,9 +222,8 @@ def _to_json(value: Any) -> Any:
 def load_training_form(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """Loads a training checkpoint strictly into the training form.
 
-    Raises:
-        CheckpointError: If the model has nothing to switch, the checkpoint is deployed
-            already, or keys or shapes do not fit, which are named.
+    It raises CheckpointError if the model has nothing to switch, the checkpoint is
+    deployed already, or keys or shapes do not fit, which are named.
     """
     if not is_switchable(model):
         raise CheckpointError(
@@ -248,9 +244,8 @@ def load_training_form(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
 def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """Loads a checkpoint strictly; a deployed model folds a training form.
 
-    Raises:
-        CheckpointError: If keys, which are named, are missing, not known or of
-            another shape, or the checkpoint is a deployed form and the model is not.
+    It raises CheckpointError if keys, which are named, are missing, not known or of
+    another shape, or the checkpoint is a deployed form and the model is not.
     """
     state = model.state_dict()
     misshapen = {
@@ -305,8 +300,8 @@ def deploy_checkpoint(model: nn.Module, checkpoint: dict) -> dict:
         checkpoint (dict): With ``state_dict`` and, optionally, ``meta``.
 
     Returns:
-        dict: ``meta``, kept and marked as deployed, and ``state_dict``. The state
-        of the optimizer, schedulers and logs is dropped.
+        dict: ``state_dict`` and ``meta``, marked as deployed. The state of the
+        optimizer, schedulers and logs is dropped.
 
     Raises:
         CheckpointError: As :func:`load_training_form`.

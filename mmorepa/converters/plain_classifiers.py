@@ -28,12 +28,8 @@ _WITHOUT_EFFECT = (
 def classifier_entries(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Gives the entries of a classifier the names that they have in mmpretrain.
 
-    Args:
-        state_dict (Mapping[str, Tensor]): That of a classifier of torchvision, timm or
-            mmpretrain, with or without ``module.`` and ``backbone.`` before its keys.
-
-    Returns:
-        dict[str, Tensor]: ``backbone.*`` and ``head.fc.*``.
+    These are ``backbone.*`` and ``head.fc.*``, of a classifier of torchvision, timm or
+    mmpretrain, with or without ``module.`` and ``backbone.`` before its keys.
     """
     entries = {}
     for key, value in state_dict.items():
@@ -120,18 +116,15 @@ def _check_head(model: nn.Module, entries: Mapping[str, Tensor]) -> None:
 def entries_of_twin(
     twin: nn.Module, backbone: StagedBackbone, state_dict: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Gives the entries of a classifier the names that they have in its plain twin.
+    """Gives the entries of a classifier the names that they have in :func:`plain_twin`.
 
     torchvision, timm and mmpretrain have several names for one tensor; they meet in the
-    one that it has here.
+    one that it has here. Those that the twin does not have keep their names.
 
     Args:
         twin (nn.Module): Built of :func:`plain_twin`.
         backbone (StagedBackbone): That of the classifier.
-        state_dict (Mapping[str, Tensor]): See :func:`classifier_entries`.
-
-    Returns:
-        dict[str, Tensor]: Those that the twin does not have keep their names.
+        state_dict (Mapping[str, Tensor]): As of :func:`classifier_entries`.
     """
     entries = classifier_entries(state_dict)
     twins = {ours: key for key, ours in _names(backbone, twin.state_dict()).items()}
@@ -149,16 +142,7 @@ def _names(backbone: StagedBackbone, keys: Collection[str]) -> dict[str, str]:
 def plain_twin(model: Mapping) -> dict:
     """The config of a classifier with mmpretrain's own network as the backbone.
 
-    It shares no code with ours.
-
-    Args:
-        model (Mapping): The config of a classifier with a backbone of ours.
-
-    Returns:
-        dict: Another config.
-
-    Raises:
-        ValueError: If mmpretrain has no such network.
+    It shares no code with ours. ValueError says that mmpretrain has no such network.
     """
     model = copy.deepcopy(ConfigDict(model))
     options = {k: v for k, v in model.backbone.items() if k not in _WITHOUT_EFFECT}

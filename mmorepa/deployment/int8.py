@@ -40,8 +40,7 @@ class LayerLoss(NamedTuple):
     Args:
         name (str): Of the module.
         weight_range (float): The largest weight of the kernel, in magnitude.
-        outlier (float): The largest weight of the widest output channel, as a multiple
-            of the median channel's.
+        outlier (float): That of the widest output channel over the median channel's.
         kernel_snr (float): Power of the kernel over that of its error, in dB, the mean
             over output channels.
         output_snr (float): The same of the layer's output, with the errors of all

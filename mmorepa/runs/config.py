@@ -38,9 +38,6 @@ def read_config(path: str, options: Optional[dict] = None) -> Config:
         path (str): The file, or the name of a config of this package.
         options (dict, optional): ``--cfg-options``. Defaults to None.
 
-    Returns:
-        Config: With the options, and with a model.
-
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not Python, YAML or JSON, or has no model.
@@ -151,11 +148,8 @@ def build_model(cfg: Config) -> nn.Module:
 def use_amp(cfg: Config) -> None:
     """Turns on mixed-precision training; without an accelerator, in bfloat16.
 
-    Args:
-        cfg (Config): Changed in place. Folded wrappers stay folded.
-
-    Raises:
-        ValueError: If the optimizer wrapper is another one than MMEngine's and ours.
+    Folded wrappers stay folded. ValueError says that the wrapper is another one than
+    MMEngine's and ours.
     """
     name = _type_name({'type': 'OptimWrapper', **cfg.optim_wrapper})
     folded = 'Folded' if name.startswith('Folded') else ''
@@ -210,8 +204,7 @@ def _type_name(node: dict) -> str:
 def use_tta(cfg: Config) -> None:
     """Turns on test-time augmentation; by default, classifiers average over flips.
 
-    Raises:
-        ValueError: If the config of another toolbox defines none.
+    ValueError says that the config of another toolbox defines none.
     """
     dataset = innermost(cfg.test_dataloader.dataset)
     if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:

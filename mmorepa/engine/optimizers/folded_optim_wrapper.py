@@ -58,7 +58,7 @@ class _FoldedTraining:
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Holds the kernels in the forward pass; under some wrappers it folds online."""
+        """Holds the kernels in the forward pass; some model wrappers fold online."""
         if folds_online(model):
             if not self._has_warned:
                 self._has_warned = True
@@ -132,17 +132,9 @@ class FoldedOptimWrapper(_FoldedTraining, OptimWrapper):
 
 @OPTIM_WRAPPERS.register_module()
 class FoldedAmpOptimWrapper(_FoldedTraining, AmpOptimWrapper):
-    """Folded training in mixed precision with loss scaling.
-
-    Args:
-        *args, **kwargs: See :class:`mmengine.optim.AmpOptimWrapper`.
-    """
+    """Folded training in mixed precision with loss scaling, as ``AmpOptimWrapper``."""
 
 
 @OPTIM_WRAPPERS.register_module()
 class FoldedBFloat16OptimWrapper(_FoldedTraining, BFloat16OptimWrapper):
-    """Folded training in bfloat16, on the CPU too.
-
-    Args:
-        *args, **kwargs: See :class:`mmengine.optim.OptimWrapper`.
-    """
+    """Folded training in bfloat16, on the CPU too."""
