@@ -38,10 +38,14 @@ def raw_outputs(model: nn.Module, data_batch: Any) -> list[Tensor]:
             ``BaseModel`` that knows ``mode='tensor'``; wrapped or not.
         data_batch (Any): A batch as the test dataloader yields it.
     """
-    if isinstance(_inside_wrappers(model), BaseTTAModel):
-        data_batch = _first_augmentation(data_batch)
+    data_batch = copy.deepcopy(data_batch)
+    if isinstance(_inside_wrappers(model), BaseTTAModel):  # The first augmentation.
+        if isinstance(data_batch, dict):
+            data_batch = {key: value[0] for key, value in data_batch.items()}
+        else:
+            data_batch = [value[0] for value in data_batch]
     model = unwrapped(model)
-    data = model.data_preprocessor(copy.deepcopy(data_batch), False)
+    data = model.data_preprocessor(data_batch, False)
     if isinstance(data, dict):
         return network_outputs(model, **data)
     return network_outputs(model, *data)
@@ -57,12 +61,6 @@ def _inside_wrappers(model: nn.Module) -> nn.Module:
     while is_model_wrapper(model):
         model = model.module
     return model
-
-
-def _first_augmentation(data_batch: Any) -> Any:
-    if isinstance(data_batch, dict):
-        return {key: value[0] for key, value in data_batch.items()}
-    return [value[0] for value in data_batch]
 
 
 @torch.no_grad()
@@ -84,21 +82,15 @@ def network_outputs(model: nn.Module, *args, **kwargs) -> list[Tensor]:
 
 
 def _two_stage_outputs(model: nn.Module, inputs: Tensor) -> list[Tensor]:
-    """Of both stages of a detector. Rounding may swap the ranks of two proposals: the
-    second stage gets fixed boxes.
-    """
+    """The second stage gets fixed boxes, since rounding may swap two proposals."""
     features = model.extract_feat(inputs)
     outputs = [features, model.rpn_head(features)]
     if getattr(model, 'roi_head', None) is not None:
         size = tuple(inputs.shape[-2:])
         boxes = _grid_of_boxes(*size).to(inputs)
-        outputs.append(
-            model.roi_head(
-                features,
-                [InstanceData(bboxes=boxes) for _ in inputs],
-                [BaseDataElement(metainfo=dict(img_shape=size)) for _ in inputs],
-            )
-        )
+        proposals = [InstanceData(bboxes=boxes) for _ in inputs]
+        samples = [BaseDataElement(metainfo=dict(img_shape=size)) for _ in inputs]
+        outputs.append(model.roi_head(features, proposals, samples))
     return list(_tensors(outputs))
 
 
@@ -148,10 +140,8 @@ def watched_convs(model: nn.Module) -> Iterator[dict[str, float]]:
         plain.switch_to_deploy()
         # Not plain(): hooks, this one for instance, came along.
         difference = largest_difference([output], [plain.forward(*inputs)]).relative
-        known = differences.get(name, 0.0)
-        differences[name] = (
-            difference if not difference <= known else known
-        )  # NaN, too.
+        if not difference <= differences.setdefault(name, 0.0):  # NaN, too.
+            differences[name] = difference
 
     handles = [
         module.register_forward_hook(functools.partial(compare, name))
@@ -166,13 +156,10 @@ def watched_convs(model: nn.Module) -> Iterator[dict[str, float]]:
 
 
 def _difference(a: Tensor, b: Tensor) -> tuple[float, float]:
-    if a.numel() == 0:
-        return 0.0, 0.0
-    absolute = (a - b).abs().max()
-    size = a.abs().max()
+    absolute = (a - b).abs().max() if a.numel() else 0
     if absolute == 0:
         return 0.0, 0.0
-    return absolute.item(), (absolute / size).item()
+    return absolute.item(), (absolute / a.abs().max()).item()
 
 
 def _tensors(outputs: Any) -> Iterator[Tensor]:

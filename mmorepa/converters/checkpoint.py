@@ -62,17 +62,16 @@ def allow_mmengine_checkpoints() -> None:
     )
 
 
-def read_checkpoint(path: str, keep_prefix: bool = False) -> dict:
+def read_checkpoint(path: str) -> dict:
     """Reads a checkpoint file without running any code in it.
 
     Args:
         path (str): A file of ``torch.save``: a dict with a ``state_dict``, or a bare
             state dict. Or a ``.safetensors`` file.
-        keep_prefix (bool): Whether to keep the ``module.`` that model wrappers put
-            before every key. Defaults to False.
 
     Returns:
-        dict: With ``state_dict`` and, where the file has them, ``meta`` and others.
+        dict: With ``state_dict``, its keys without the ``module.`` of model wrappers,
+        and, where the file has them, ``meta`` and others.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -85,10 +84,9 @@ def read_checkpoint(path: str, keep_prefix: bool = False) -> dict:
     state = checkpoint['state_dict']
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f'{path!r}: {_NO_STATE}')
-    if not keep_prefix:
-        checkpoint['state_dict'] = {
-            key.removeprefix('module.'): value for key, value in state.items()
-        }
+    checkpoint['state_dict'] = {
+        key.removeprefix('module.'): value for key, value in state.items()
+    }
     if any('_orig_mod.' in key for key in checkpoint['state_dict']):
         raise CheckpointError(f'{path!r}: {COMPILED_KEYS}')
     return checkpoint

@@ -72,14 +72,13 @@ def start_from_plain(model: nn.Module, state_dict: Mapping[str, Tensor]) -> int:
             "init_cfg=dict(type='Pretrained', checkpoint=...)"
         )
     entries = classifier_entries(state_dict)
-    if any('.branches.' in key for key in entries):
+    is_deployed = any(
+        k.endswith(('.stem.bias', '.branch_reparam.bias')) for k in entries
+    )
+    if is_deployed or any('.branches.' in key for key in entries):
         raise CheckpointError(
-            'the checkpoint is a training form already: use it as it is (load_from)'
-        )
-    if any(key.endswith(('.stem.bias', '.branch_reparam.bias')) for key in entries):
-        raise CheckpointError(
-            'the checkpoint is deployed already: it loads as it is into a config with '
-            'deploy=True, and no training form starts from it'
+            f'the checkpoint is {"deployed" if is_deployed else "a training form"} '
+            'already, and not of a plain network: it loads as it is into such a config'
         )
     _check_head(model, entries)
     count = len(list(outermost(model)))

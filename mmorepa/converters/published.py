@@ -249,20 +249,13 @@ def _conv_entries(conv: ReparamConv2d) -> Entries:
 def _fixed_entries(kernel: OREPAKernel, there: str, kind: str) -> Entries:
     """The constants that the published code saves."""
     size, outputs = kernel.kernel_size, kernel.scale.shape[1]
-    shape = kernel.weight_pointwise_kxk_1.shape[:2]
-    fixed = {
-        f'weight_{kind}_avg_avg': (
-            (size, size),
-            partial(torch.full, (size, size), 1 / size**2),
-        ),
-        f'weight_{kind}_prior': (
-            (outputs, size, size),
-            partial(frequency_prior, outputs, size),
-        ),
-        'id_tensor': ((*shape, 1, 1), partial(identity_1x1, *shape)),
-    }
-    for entry, (expected, make) in fixed.items():
-        yield there + entry, _Entry(None, expected, fixed=make)
+    square, eye = (size, size), kernel.weight_pointwise_kxk_1.shape[:2]
+    average = partial(torch.full, square, 1 / size**2)
+    prior = partial(frequency_prior, outputs, size)
+    identity = partial(identity_1x1, *eye)
+    yield f'{there}weight_{kind}_avg_avg', _Entry(None, square, fixed=average)
+    yield f'{there}weight_{kind}_prior', _Entry(None, (outputs, *square), fixed=prior)
+    yield f'{there}id_tensor', _Entry(None, (*eye, 1, 1), fixed=identity)
 
 
 def _deployed_name(conv: ReparamConv2d) -> str:

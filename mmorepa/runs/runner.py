@@ -142,11 +142,12 @@ def _leave_process_group() -> None:
 
 def _replace_sync_bn(node: object) -> bool:
     """Replaces SyncBN by BN in a model config; returns True if there was any."""
-    has_any = isinstance(node, dict) and node.get('type') == 'SyncBN'
-    if has_any:
+    if isinstance(node, (list, tuple)):
+        found = [_replace_sync_bn(value) for value in node]  # In all of them.
+        return any(found)
+    if not isinstance(node, dict):
+        return False
+    is_one = node.get('type') == 'SyncBN'
+    if is_one:
         node['type'] = 'BN'
-    if isinstance(node, dict):
-        node = list(node.values())
-    for value in node if isinstance(node, (list, tuple)) else ():
-        has_any |= _replace_sync_bn(value)  # Every one: any() would stop at the first.
-    return has_any
+    return _replace_sync_bn([*node.values()]) or is_one
