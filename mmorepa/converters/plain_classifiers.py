@@ -72,9 +72,8 @@ def start_from_plain(model: nn.Module, state_dict: Mapping[str, Tensor]) -> int:
             "init_cfg=dict(type='Pretrained', checkpoint=...)"
         )
     entries = classifier_entries(state_dict)
-    is_deployed = any(
-        k.endswith(('.stem.bias', '.branch_reparam.bias')) for k in entries
-    )
+    biases = ('.stem.bias', '.branch_reparam.bias')
+    is_deployed = any(key.endswith(biases) for key in entries)
     if is_deployed or any('.branches.' in key for key in entries):
         raise CheckpointError(
             f'the checkpoint is {"deployed" if is_deployed else "a training form"} '

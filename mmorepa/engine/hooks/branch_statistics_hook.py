@@ -55,7 +55,6 @@ class BranchStatisticsHook(Hook):
         self._before: dict[str, Tensor] = {}
 
     def before_train(self, runner: Runner) -> None:
-        """Raises before the training if there is nothing to measure."""
         if not _kernels(runner):
             raise ValueError(
                 'BranchStatisticsHook has nothing to measure: the model has no '
@@ -66,13 +65,11 @@ class BranchStatisticsHook(Hook):
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None
     ) -> None:
-        """Keeps the folded kernels that the step starts from."""
         if self.every_n_train_iters(runner, self.interval):
             self._before = _kernels(runner)
 
     @master_only
     def after_train_iter(self, runner: Runner, batch_idx: int, **kwargs) -> None:
-        """Measures and writes."""
         if not self.every_n_train_iters(runner, self.interval):
             return
         scalars = {

@@ -31,7 +31,6 @@ class FoldedEvaluationHook(Hook):
     def before_val_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None
     ) -> None:
-        """Opens the block at the first batch."""
         if batch_idx == 0:
             self._scope.close()  # One that an exception left open.
             self._scope.enter_context(folded(runner.model))
@@ -39,16 +38,13 @@ class FoldedEvaluationHook(Hook):
     before_test_iter = before_val_iter
 
     def after_val_epoch(self, runner: Runner, metrics: Any = None) -> None:
-        """Closes the block."""
         self._scope.close()
 
     after_test_epoch = after_val_epoch
 
     def before_train(self, runner: Runner) -> None:
-        """Closes a block that an exception left open, and logs plain starts."""
         self._scope.close()
         log_plain_starts(runner.model)
 
     def before_test(self, runner: Runner) -> None:
-        """Logs plain starts."""
         log_plain_starts(runner.model)

@@ -34,16 +34,13 @@ class ProgressHook(Hook):
         self.progress: Optional[Progress] = None
 
     def before_train(self, runner: Runner) -> None:
-        """Prints what was chosen."""
         if is_main_process():
             print(summary(runner), flush=True)
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Starts the line."""
         self._start(runner.max_iters, runner.iter)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, **kwargs) -> None:
-        """Moves the line."""
         if self.progress is None:
             return
         text = f'iteration {runner.iter + 1}/{runner.max_iters}'
@@ -62,26 +59,21 @@ class ProgressHook(Hook):
             self._stop()  # Makes room for what comes between two epochs.
 
     def before_val(self, runner: Runner) -> None:
-        """Makes room for the results of the validation."""
         self._stop()
 
     def after_val(self, runner: Runner) -> None:
-        """Goes on with the training."""
         self._start(runner.max_iters, runner.iter)
 
     def before_test(self, runner: Runner) -> None:
-        """Starts the line of a test."""
         self._start(len(runner.test_dataloader))
 
     def after_test_iter(self, runner: Runner, batch_idx: int, **kwargs) -> None:
-        """Moves the line."""
         total = len(runner.test_dataloader)
         self._move(batch_idx + 1, f'batch {batch_idx + 1}/{total}')
         if batch_idx + 1 == total:  # Before the metrics.
             self._stop()
 
     def after_run(self, runner: Runner) -> None:
-        """Removes the line."""
         self._stop()
 
     def _start(self, total: int, done: int = 0) -> None:

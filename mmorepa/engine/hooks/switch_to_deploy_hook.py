@@ -51,7 +51,6 @@ class SwitchToDeployHook(Hook):
     def before_test_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None
     ) -> None:
-        """Switches at the first batch."""
         if batch_idx != 0:
             return
         if not is_switchable(runner.model):
@@ -97,7 +96,6 @@ class SwitchToDeployHook(Hook):
 
     @master_only
     def after_train(self, runner: Runner) -> None:
-        """Writes the deployed checkpoint if asked to."""
         if not self.save_after_train:
             return
         last = find_latest_checkpoint(runner.work_dir)
