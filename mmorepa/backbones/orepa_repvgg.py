@@ -39,32 +39,22 @@ class RepVGGBlock(BaseModule):
         self,
         in_channels: int,
         out_channels: int,
-        block: str,
-        stride: int = 1,
         dilation: int = 1,
-        groups: int = 1,
         use_se: bool = False,
-        block_cfg: Optional[dict] = None,
-        norm_cfg: Optional[dict] = None,
         act_cfg: Optional[dict] = None,
         with_cp: bool = False,
-        deploy: bool = False,
+        **options,
     ) -> None:
         super().__init__()
         self.with_cp = with_cp
         self.conv = build_conv(
-            block,
-            in_channels,
-            out_channels,
-            3,
-            stride=stride,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            kernel_size=3,
             padding=dilation,
             dilation=dilation,
-            groups=groups,
             bias=False,
-            block_cfg=block_cfg,
-            norm_cfg=norm_cfg,
-            deploy=deploy,
+            **options,
         )
         self.se = SqueezeExcitation(out_channels) if use_se else None
         self.act = build_activation_layer(act_cfg)

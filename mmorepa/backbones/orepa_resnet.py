@@ -76,12 +76,8 @@ class _ResidualBlock(BaseModule):
         avg_down: bool = False,
         plugins: Sequence[dict] = (),
         drop_path_rate: float = 0.0,
-        block: str = 'orepa',
-        block_cfg: Optional[dict] = None,
-        norm_cfg: Optional[dict] = None,
-        act_cfg: Optional[dict] = None,
         with_cp: bool = False,
-        deploy: bool = False,
+        **options,
     ) -> None:
         super().__init__()
         if style not in ('pytorch', 'caffe'):
@@ -100,13 +96,9 @@ class _ResidualBlock(BaseModule):
         self.with_cp = with_cp
         described = self.describe(out_channels // self.expansion, width_per_group)
         self.mid_channels = described[0].channels
-        options = dict(
-            block_cfg=block_cfg,
-            norm_cfg=norm_cfg or _NORM_CFG,
-            act_cfg=act_cfg or _ACT_CFG,
-            deploy=deploy,
-        )
-        convs = _build_convs(in_channels, *described, block=block, **options)
+        defaults = dict(block='orepa', norm_cfg=_NORM_CFG, act_cfg=_ACT_CFG)
+        options = {**defaults, **options}
+        convs = _build_convs(in_channels, *described, **options)
         # What the branch is made of, in order.
         self.path: list[str] = []
         for name, conv in convs.items():
@@ -132,9 +124,8 @@ class _ResidualBlock(BaseModule):
         if stride != 1 or in_channels != out_channels:
             pools = avg_down and stride != 1
             projection = _Conv(out_channels, 1, 1 if pools else stride, has_act=False)
-            (self.downsample,) = _build_convs(
-                in_channels, projection, block=self.shortcut_block or block, **options
-            ).values()
+            options['block'] = self.shortcut_block or options['block']
+            self.downsample = _build_convs(in_channels, projection, **options)['conv1']
             if pools:
                 pool = nn.AvgPool2d(
                     stride, stride, ceil_mode=True, count_include_pad=False
@@ -143,7 +134,7 @@ class _ResidualBlock(BaseModule):
                     OrderedDict(pool=pool, conv=self.downsample)
                 )
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
-        self.act = build_activation_layer(act_cfg or _ACT_CFG)
+        self.act = build_activation_layer(options['act_cfg'])
 
     def describe(self, channels: int, width_per_group: int) -> list[_Conv]:
         """The convs of a branch of this width (that without groups)."""

@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 from mmengine.config import Config
+from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
 from ..runs import innermost
@@ -152,10 +153,8 @@ def preprocessing(
           three.
         - ``classes``; ``config``, its name; ``mmorepa_version``.
     """
-    preprocessor = {
-        **(cfg.get('data_preprocessor') or {}),
-        **(cfg.model.get('data_preprocessor') or {}),
-    }
+    preprocessor = dict(cfg.get('data_preprocessor') or {})
+    preprocessor.update(cfg.model.get('data_preprocessor') or {})
     # Images are read as BGR.
     swaps = [preprocessor.get(name) for name in ('to_rgb', 'bgr_to_rgb', 'rgb_to_bgr')]
     kinds = {1: 'grey', 3: 'RGB' if any(swaps) else 'BGR'}
@@ -173,28 +172,19 @@ def preprocessing(
 def _geometry(cfg: Config) -> dict:
     """The size of the images, as the pipeline of the test makes it."""
     dataset = innermost((cfg.get('test_dataloader') or {}).get('dataset') or {})
-    steps = {
-        str(step['type']).rpartition('.')[-1]: step
-        for step in dataset.get('pipeline') or ()
-    }
-    edge, resize, crop = (
-        steps.get(name) for name in ('ResizeEdge', 'Resize', 'CenterCrop')
-    )
+    pipeline = dataset.get('pipeline') or ()
+    steps = {str(step['type']).rpartition('.')[-1]: step for step in pipeline}
+    names = ('ResizeEdge', 'Resize', 'CenterCrop')
+    edge, resize, crop = (steps.get(name) for name in names)
     size = None
     if edge and edge.get('edge', 'short') == 'short':
         size = edge['scale']
     elif resize and resize.get('scale'):
-        size = _height_width(resize['scale'], is_reversed=True)
+        size = list(to_2tuple(resize['scale']))[::-1]
     resize = edge or resize or {}
     return dict(
         resize=size,
         keep_ratio=bool(resize.get('keep_ratio')),
         interpolation=_INTERPOLATIONS[resize.get('interpolation', 'bilinear')],
-        crop=crop and _height_width(crop['crop_size']),
+        crop=crop and list(to_2tuple(crop['crop_size'])),
     )
-
-
-def _height_width(size: Any, is_reversed: bool = False) -> list[int]:
-    if isinstance(size, int):
-        return [size, size]
-    return list(size)[::-1] if is_reversed else list(size)

@@ -18,18 +18,14 @@ from ...layers import MultiBranchConv2d, ReparamConv2d, outermost
 class BranchStatisticsHook(Hook):
     """Writes what the branches of each layer do to every backend of the visualizer.
 
-    By the layer's name in the network; the factors of a deep linear conv are layers
-    ``NAME.1``, ``NAME.2``, …, with one step of all:
+    The factors of a deep linear conv are layers ``NAME.1``, ``NAME.2``, …, with one
+    step of all. Only the main process writes, and the training stays as it is.
 
-    - ``branch_share/LAYER/BRANCH``: what the branch puts into the folded kernel, see
-      :attr:`mmorepa.analysis.Share.size`
+    - ``branch_share/LAYER/BRANCH``: see :attr:`mmorepa.analysis.Share.size`
     - ``branch_scale/LAYER/BRANCH``: root mean square of its scaling vector, or of
       ``γ/√(σ²+ε)`` of its BatchNorm
-    - ``kernel_step/LAYER``: how far this step of the optimizer moved the folded kernel,
-      relative to it, see :func:`mmorepa.analysis.relative_step`; plain convs have it,
-      too
-
-    The training stays as it is. Only the main process writes.
+    - ``kernel_step/LAYER``: :func:`mmorepa.analysis.relative_step` of the folded kernel
+      in this step of the optimizer, also of plain convs
 
     Args:
         interval (int): Steps between two measurements; with gradient accumulation, a
