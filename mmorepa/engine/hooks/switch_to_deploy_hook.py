@@ -9,12 +9,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner, find_latest_checkpoint
 from torch import nn
 
-from ...analysis import (
-    largest_difference,
-    raw_outputs,
-    unwrapped,
-    watched_convs,
-)
+from ...analysis import largest_difference, raw_outputs, unwrapped, watched_convs
 from ...converters import deploy_checkpoint, read_checkpoint, write_checkpoint
 from ...layers import is_switchable, switch_to_deploy
 

@@ -10,11 +10,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ...functional import compiled
-from ...layers import (
-    faster_in_channels_last,
-    outermost,
-    set_channels_last,
-)
+from ...layers import faster_in_channels_last, outermost, set_channels_last
 from ...layers.exchange import has_branches
 from .bfloat16_optim_wrapper import BFloat16OptimWrapper
 from .folded_optim_wrapper import (

@@ -13,12 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ...backbones import StagedBackbone
-from ...layers import (
-    DeepLinearKernel,
-    OREPAKernel,
-    OREPAPointwiseKernel,
-    ReparamConv2d,
-)
+from ...layers import DeepLinearKernel, OREPAKernel, OREPAPointwiseKernel, ReparamConv2d
 from ...utils.tables import format_table
 from .bfloat16_optim_wrapper import BFloat16OptimWrapper
 from .choices import FOLDED, choose_memory_format, log_choices, wrapper_class
