@@ -35,11 +35,6 @@ def find_config(name: Union[str, Path]) -> Path:
     ``FOLDER/NAME`` or ``NAME``, with or without ``.py`` and ``mmorepa::``; or by one in
     a toolbox, such as ``mmpretrain::NAME``. FileNotFoundError has the closest names.
     """
-    if not isinstance(name, (str, Path)):
-        raise TypeError(
-            f'a config is given by its name or its path, found {name!r}; '
-            'mmorepa.list_configs() has the names'
-        )
     name = str(name)
     if '::' not in name and os.path.isfile(name):
         return Path(name)
@@ -87,7 +82,8 @@ def get_config(name: Union[str, Path], options: Optional[dict] = None) -> Config
     """A config of this package, or one of your own.
 
     Args:
-        name (str | Path): As of :func:`find_config`.
+        name (str | Path): A file; or a config of this package, ``FOLDER/NAME`` or
+            ``NAME``; or one of a toolbox, such as ``mmpretrain::NAME``.
         options (dict, optional): Settings that override it, as ``--cfg-options``.
             Defaults to None.
 
@@ -96,7 +92,6 @@ def get_config(name: Union[str, Path], options: Optional[dict] = None) -> Config
 
     Raises:
         FileNotFoundError: If there is none. The message has the closest names.
-        TypeError: If ``name`` is neither a name nor a path.
 
     Examples:
         >>> cfg = mmorepa.get_config('imagenet/resnet50-orepa_4xb64_in1k')

@@ -139,7 +139,7 @@ def _layers_of(
             if isinstance(factor, BranchKernel)
         ]
     if not isinstance(branches, BranchKernel):
-        return [BranchKernels(name, {'kernel': conv.equivalent_kernel_bias()[0]}, {})]
+        return []
     layer = _sum_of_branches(name, branches, dtype)
     if not is_fusible(conv.norm):
         return [layer]

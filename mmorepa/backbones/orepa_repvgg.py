@@ -96,30 +96,18 @@ class OREPARepVGG(StagedBackbone):
     ``y = ReLU(BN(OREPA 3×3 (x)) + BN(conv 1×1 (x)) [+ BN(x)])`` in every block, the
     stem included; deployed, each block is one 3×3 conv with bias and a ReLU.
 
+    All arguments that are not listed are those of :class:`OREPAResNet`.
+
     Args:
         arch (str | dict): A0, A1, A2, B0, B1, B1g2, B1g4, B2, B2g2, B2g4, B3, B3g2,
-            B3g4 or D2se; or a dict with ``num_blocks`` and ``widths`` (multipliers
-            of 64, 128, 256, 512 channels), one each for every stage, and optionally
+            B3g4 or D2se; or a dict with ``num_blocks`` and ``widths`` (multipliers of
+            64, 128, 256, 512 channels), one each for every stage, and optionally
             ``groups`` (of every second block) and ``use_se``.
         block (str): ``'orepa'``, ``'repvgg'``, or a key of
             :data:`mmorepa.layers.BLOCKS`. Defaults to ``'orepa'``.
-        block_cfg (dict, optional): As for :class:`OREPAResNet`.
-        in_channels (int): Channels of the image. Defaults to 3.
-        base_channels (int): Channels of the first stage at width one.
-            Defaults to 64.
-        num_stages (int): Stages to build, 1 to 4. Defaults to 4.
-        strides (Sequence[int]): Stride of the first block of each stage.
-            Defaults to (2, 2, 2, 2).
-        dilations (Sequence[int]): Dilation of each stage. Defaults to (1, 1, 1, 1).
-        out_indices (Sequence[int]): Stages whose output is returned.
-            Defaults to (0, 1, 2, 3).
-        frozen_stages (int): As for :class:`OREPAResNet`. Defaults to -1.
-        norm_cfg (dict): Defaults to ``dict(type='BN', requires_grad=True)``.
-        norm_eval (bool): As for :class:`OREPAResNet`. Defaults to False.
-        act_cfg (dict): Defaults to ``dict(type='ReLU', inplace=True)``.
-        with_cp (bool): As for :class:`OREPAResNet`. Defaults to False.
-        deploy (bool): Builds the deployed form. Defaults to False.
-        init_cfg (dict | list[dict], optional): As for :class:`OREPAResNet`.
+        base_channels (int): Of the first stage at width one. Defaults to 64.
+        strides (Sequence[int]): Of the first block of each stage. Defaults to (2, 2, 2,
+            2).
 
     Raises:
         ValueError: If an argument has no meaning for this network.
@@ -195,15 +183,15 @@ class OREPARepVGG(StagedBackbone):
                     f'{", ".join(cls.ARCHITECTURES)}, or give a dict'
                 )
             return cls.ARCHITECTURES[arch]
-        if not isinstance(arch, dict):
-            raise ValueError(f'arch is a name or a dict, found {arch!r}')
+        known = {'num_blocks', 'widths', 'groups', 'use_se'}
+        if not isinstance(arch, dict) or not arch.keys() <= known:
+            raise ValueError(
+                f'arch is a name or a dict of {", ".join(sorted(known))}, found {arch}'
+            )
         for key in ('num_blocks', 'widths'):
             if len(arch.get(key, ())) < num_stages:
                 raise ValueError(
                     f'arch needs {key!r}, a value for each of the {num_stages} '
                     f'stages, found {arch}'
                 )
-        unknown = set(arch) - {'num_blocks', 'widths', 'groups', 'use_se'}
-        if unknown:
-            raise ValueError(f'arch has no entry {", ".join(sorted(unknown))}')
         return dict(arch)

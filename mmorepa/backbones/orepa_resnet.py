@@ -210,10 +210,10 @@ class Bottleneck(_ResidualBlock):
 class OREPAResNet(StagedBackbone):
     """ResNet and ResNeXt of OREPA convs, or of any other block type.
 
-    With ``block='orepa'`` all 3×3 convs, the 1×1 convs of bottlenecks and the
-    7×7 stem (in its deep linear form) are OREPA convs, as in the paper's networks;
-    the projection shortcut of basic blocks is plain. Each conv holds its
-    BatchNorm, so that the deployed network is plain convs with bias, and ReLUs.
+    With ``block='orepa'`` all 3×3 convs, the 1×1 convs of bottlenecks and the 7×7 stem
+    (in its deep linear form) are OREPA convs, as in the paper's networks; the
+    projection shortcut of basic blocks is plain. Each conv holds its BatchNorm, so that
+    the deployed network is plain convs with bias, and ReLUs.
 
     Arguments are called as in the toolboxes. Some defaults are not theirs:
     ``zero_init_residual`` is True in mmpretrain, mmdet and mmseg, ``norm_eval`` True in
@@ -223,61 +223,56 @@ class OREPAResNet(StagedBackbone):
 
     Args:
         depth (int): 18, 34, 50, 101 or 152.
-        block (str): Block type, a name in :data:`mmorepa.layers.BLOCKS`: ``'orepa'``,
-            ``'dbb'`` or ``'plain'``, the plain ResNet. Defaults to ``'orepa'``.
+        block (str): A name in :data:`mmorepa.layers.BLOCKS`: ``'orepa'``, ``'dbb'`` or
+            ``'plain'``, the plain ResNet. Defaults to ``'orepa'``.
         block_cfg (dict, optional): Arguments of the block type's convs, such as
             ``branches`` or ``single_init``. Defaults to None.
-        stem_block (str, optional): Block type of the stem alone:
-            ``block='plain', stem_block='orepa'`` is a plain ResNet with a deep linear
-            stem. Defaults to None, as ``block``.
+        stem_block (str, optional): Block type of the stem alone: ``block='plain',
+            stem_block='orepa'`` is a plain ResNet with a deep linear stem. Defaults to
+            None, as ``block``.
         stem_block_cfg (dict, optional): As ``block_cfg``, for a ``stem_block``.
             Defaults to None.
         in_channels (int): Channels of the image. Defaults to 3.
-        stem_channels (int, optional): Width of the stem. Defaults to None,
-            ``base_channels``.
-        base_channels (int): Width of the first stage, before expansion.
-            Defaults to 64.
-        width_mult (float): Multiplies every width, those of stem and stages; 1.5
-            and 2 give the paper's wide ResNet-18. Defaults to 1.0.
+        stem_channels (int, optional): Defaults to None, ``base_channels``.
+        base_channels (int): Of the first stage, before expansion. Defaults to 64.
+        width_mult (float): Multiplies every width; 1.5 and 2 give the paper's wide
+            ResNet-18. Defaults to 1.0.
         groups (int): Groups of the bottlenecks' 3×3 conv. Defaults to 1.
         width_per_group (int): Channels of a group where ``base_channels`` is 64;
             ``groups=32, width_per_group=4`` gives ResNeXt 32×4d. Defaults to 64.
         num_stages (int): Stages to build, 1 to 4. Defaults to 4.
-        strides (Sequence[int]): Stride of the first block of each stage.
-            Defaults to (1, 2, 2, 2).
-        dilations (Sequence[int]): Dilation of each stage. Defaults to (1, 1, 1, 1).
-        contract_dilation (bool): Whether the first block of a dilated stage has
-            half its dilation. Defaults to False.
-        multi_grid (Sequence[int], optional): Dilation of each block of the last
-            stage. Defaults to None.
-        out_indices (Sequence[int]): Stages whose output is returned.
-            Defaults to (0, 1, 2, 3).
+        strides (Sequence[int]): Of the first block of each stage. Defaults to (1, 2, 2,
+            2).
+        dilations (Sequence[int]): Of each stage. Defaults to (1, 1, 1, 1).
+        contract_dilation (bool): The first block of a dilated stage has half its
+            dilation. Defaults to False.
+        multi_grid (Sequence[int], optional): Dilation of each block of the last stage.
+            Defaults to None.
+        out_indices (Sequence[int]): Stages to return. Defaults to (0, 1, 2, 3).
         style (str): ``'pytorch'`` for the stride of a bottleneck on the 3×3 conv,
             ``'caffe'`` for that on the first 1×1 conv, which checkpoints of caffe and
             detectron need. Defaults to ``'pytorch'``.
-        deep_stem (bool): Three 3×3 convs of the block type in place of the 7×7 one,
-            the first two of half the width (ResNet-C, ResNet-D). Defaults to False.
-        avg_down (bool): Shortcuts with a stride pool by averaging, and project by a
-            1×1 conv without a stride (ResNet-D). Defaults to False.
-        frozen_stages (int): 0 freezes the stem, n the stages up to the n-th as
-            well: no gradient and BatchNorm in eval mode. Defaults to -1, nothing.
+        deep_stem (bool): Three 3×3 convs of the block type in place of the 7×7 one, the
+            first two of half the width (ResNet-C, ResNet-D). Defaults to False.
+        avg_down (bool): Shortcuts with a stride pool by averaging, and project by a 1×1
+            conv without a stride (ResNet-D). Defaults to False.
+        frozen_stages (int): 0 freezes the stem, n the stages up to the n-th as well: no
+            gradient and BatchNorm in eval mode. Defaults to -1, nothing.
         norm_cfg (dict): Defaults to ``dict(type='BN', requires_grad=True)``.
-        norm_eval (bool): Whether BatchNorm stays in eval mode while training.
-            Defaults to False.
+        norm_eval (bool): BatchNorm stays in eval mode. Defaults to False.
         act_cfg (dict): Defaults to ``dict(type='ReLU', inplace=True)``.
         plugins (Sequence[dict], optional): As for mmdet's ResNet: ``cfg`` of the layer,
-            ``position`` (``'after_conv1'``, ``'after_conv2'``, …) and optionally
-            ``stages``, a bool for each. They stay in the deployed form.
-            Defaults to None.
-        drop_path_rate (float): Stochastic depth: the probability that a sample goes
-            without the branch of the last block while training; it grows linearly
-            from 0 in the first. Defaults to 0.
-        with_cp (bool): Saves memory by computing each block again in the backward
-            pass. Defaults to False.
-        zero_init_residual (bool): Whether the last BatchNorm of each block starts
-            at zero. Defaults to False.
-        deploy (bool): Builds the deployed form. Checkpoints of the training form
-            are folded as they are loaded. Defaults to False.
+            ``position`` (``'after_conv1'``, …) and optionally ``stages``, a bool for
+            each. They stay in the deployed form. Defaults to None.
+        drop_path_rate (float): The probability that a sample goes without the branch of
+            the last block while training; it grows linearly from 0 in the first.
+            Defaults to 0.
+        with_cp (bool): Saves memory by computing each block again in the backward pass.
+            Defaults to False.
+        zero_init_residual (bool): The last BatchNorm of each block starts at zero.
+            Defaults to False.
+        deploy (bool): Builds the deployed form. Checkpoints of the training form are
+            folded as they are loaded. Defaults to False.
         init_cfg (dict | list[dict], optional): ``dict(type='Pretrained',
             checkpoint=...)`` loads the checkpoint of a backbone or of a whole model,
             also of a plain ResNet (torchvision, timm, OpenMMLab). Defaults to None,

@@ -85,13 +85,12 @@ def name_of(backbone: Mapping) -> str:
 
 
 def _stage_depths(state_dict: Mapping[str, Tensor]) -> tuple[int, ...]:
-    depths: dict[int, int] = {}
+    blocks: dict[str, set[str]] = {}
     for key in state_dict:
-        match = re.match(r'stage([1-4])\.(\d+)\.', key)
+        match = re.match(r'(stage[1-4])\.(\d+)\.', key)
         if match:
-            stage, block = map(int, match.groups())
-            depths[stage] = max(depths.get(stage, 0), block + 1)
-    return tuple(depths[stage] for stage in sorted(depths))
+            blocks.setdefault(match[1], set()).add(match[2])
+    return tuple(len(blocks[stage]) for stage in sorted(blocks))
 
 
 def _resnet(state_dict: Mapping[str, Tensor], depths: tuple[int, ...]) -> dict:
