@@ -53,12 +53,11 @@ def find_config(name: Union[str, Path]) -> Path:
     close = difflib.get_close_matches(wanted, _names(folder), cutoff=0.7)
     for stem in difflib.get_close_matches(wanted, stems):
         close += stems[stem]
-    where = f'{str(folder)!r} has the others'
-    if package == 'mmorepa':
-        where = 'mmorepa.list_configs() has the names'
+    advice = f'{str(folder)!r} has the others'
+    if close:
+        advice = f'close are: {", ".join(dict.fromkeys(close[:4]))}'
     raise FileNotFoundError(
-        f'no config at {name!r}, nor one of that name in {package}; '
-        + (f'close are: {", ".join(dict.fromkeys(close[:4]))}' if close else where)
+        f'no config at {name!r}, nor one of that name in {package}; {advice}'
     )
 
 

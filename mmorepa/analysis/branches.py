@@ -60,12 +60,11 @@ class Share(NamedTuple):
 def branch_kernels(
     model: nn.Module, dtype: torch.dtype = torch.float64
 ) -> list[BranchKernels]:
-    """The branches of every re-parameterised layer of a model, in the order of the
-    network.
+    """The branches of every re-parameterised layer of a model, in order.
 
     Args:
-        model (nn.Module): In training form. What is deployed or has a single branch
-            is left out.
+        model (nn.Module): In training form. What is deployed or has a single branch is
+            left out.
         dtype (torch.dtype): What OREPA's branches are computed in; those with a
             BatchNorm each are always in float64. Defaults to float64.
     """

@@ -59,17 +59,13 @@ def start_from_plain(model: nn.Module, state_dict: Mapping[str, Tensor]) -> int:
         ValueError: If the model is another kind of model.
     """
     backbone = getattr(model, 'backbone', None)
-    if not isinstance(backbone, StagedBackbone):
+    head = getattr(getattr(model, 'head', None), 'fc', None)
+    if not isinstance(backbone, StagedBackbone) or not isinstance(head, nn.Linear):
         raise ValueError(
-            'the config needs an OREPAResNet or OREPARepVGG as its backbone, found '
-            f'{type(backbone).__name__}; others load plain checkpoints as they are '
+            'the config needs an OREPAResNet or OREPARepVGG as its backbone and a linear '
+            f'head (LinearClsHead), found {type(backbone).__name__} and '
+            f'{type(head).__name__}; other models load plain checkpoints as they are '
             '(load_from, init_cfg)'
-        )
-    if not isinstance(getattr(getattr(model, 'head', None), 'fc', None), nn.Linear):
-        raise ValueError(
-            'the config needs a classifier with a linear head (LinearClsHead); other '
-            'models start their backbone by '
-            "init_cfg=dict(type='Pretrained', checkpoint=...)"
         )
     entries = classifier_entries(state_dict)
     biases = ('.stem.bias', '.branch_reparam.bias')

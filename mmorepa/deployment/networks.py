@@ -13,8 +13,7 @@ Outputs = dict[str, Union[Tensor, list[Tensor]]]
 
 
 def named_outputs(model: nn.Module, images: Tensor) -> Outputs:
-    """What a network computes of normalised images (N, C, H, W), before
-    post-processing.
+    """What a network computes of normalised images (N, C, H, W), not post-processed.
 
     ``logits`` of a classifier or a segmenter; ``scores``, ``boxes`` and maybe more
     maps, by level, of a dense detector; of a two-stage detector the first stage's, and

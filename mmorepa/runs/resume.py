@@ -29,8 +29,7 @@ def read_resumable(path: str) -> dict:
 
 
 def newest_resumable(folder: str) -> tuple[Optional[str], Optional[dict]]:
-    """Path and content of the last checkpoint of a training that can be read to its
-    end.
+    """Path and content of the last checkpoint of a training that can be read.
 
     It is the one that ``last_checkpoint`` in the work folder names, unless that is
     damaged, or one of a later step was written since: a kill may come between the two

@@ -101,8 +101,8 @@ def _identity(path: PathLike) -> object:
 
 
 def root() -> Path:
-    """The folder of ``configs``, ``tools`` and ``model-index.yml``, cloned or
-    installed.
+    """The folder of ``configs``, ``tools`` and ``model-index.yml``: in a clone, its
+    top.
     """
     installed = _PACKAGE / '.mim'
     return installed if installed.is_dir() else _PACKAGE.parent

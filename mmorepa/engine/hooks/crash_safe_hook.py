@@ -23,14 +23,14 @@ class CrashSafeHook(Hook):
     - Checkpoints are written under another name and renamed when whole, and outdated
       ones are removed after that; the ``CheckpointHook`` alone removes them before.
     - Every random number, the workers' too, is a function of the seed, the rank and
-      the iteration: losses are those of a training without interruption.
+      the iteration.
     - A checkpoint that was saved before its validation is validated first, or the best
       score would be lost.
     - An iteration-based loop with an ``InfiniteSampler`` resumes at its batch without
       loading those before, as MMEngine 0.10 does.
 
-    ``tools/train.py`` adds this hook. Lost are gradients that were accumulated for a
-    step, and caches of transforms (mmdet's ``CachedMosaic``).
+    Lost are gradients that were accumulated for a step, and caches of transforms
+    (mmdet's ``CachedMosaic``).
 
     Examples:
         >>> custom_hooks = [dict(type='CrashSafeHook')]

@@ -155,16 +155,9 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 f'paramwise_cfg has no option {", ".join(sorted(unknown))}; it knows '
                 f'{", ".join(sorted(known))}'
             )
-        keys = self.paramwise_cfg.get('stem_keys')
-        if isinstance(keys, str):  # Or else its letters would be the names.
-            raise ValueError(f'stem_keys is a list of names, found {keys!r}')
 
     def _multiply(
-        self,
-        singles: list[dict],
-        option: str,
-        setting: str,
-        chosen: list[nn.Parameter],
+        self, singles: list[dict], option: str, setting: str, chosen: list[nn.Parameter]
     ) -> None:
         base = self.base_lr if setting == 'lr' else self.base_wd
         if base is None:
@@ -181,16 +174,14 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     def _log_groups(self, groups: list[dict], module: nn.Module) -> None:
         names = {param: name for name, param in module.named_parameters()}
-        rows = [
-            (
-                names[group['params'][0]],
-                f'{len(group["params"])}',
-                f'{sum(p.numel() for p in group["params"]):,}',
-                f'{group.get("lr", self.base_lr)}',
-                f'{group.get("weight_decay", self.base_wd)}',
-            )
-            for group in groups
-        ]
+        rows = []
+        for group in groups:
+            tensors = group['params']
+            entries = sum(tensor.numel() for tensor in tensors)
+            lr = group.get('lr', self.base_lr)
+            decay = group.get('weight_decay', self.base_wd)
+            first = names[tensors[0]]
+            rows.append((first, f'{len(tensors)}', f'{entries:,}', f'{lr}', f'{decay}'))
         frozen = sum(not param.requires_grad for param in module.parameters())
         headers = ('group, by its first', 'tensors', 'parameters', 'lr', 'weight decay')
         MMLogger.get_current_instance().info(

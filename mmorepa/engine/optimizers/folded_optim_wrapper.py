@@ -22,11 +22,11 @@ class _FoldedTraining:
     """A mixin that adds folded training to an optimizer wrapper.
 
     The fold does not depend on the data. So forward and backward passes run on the
-    folded kernels as ordinary leaf parameters of an ordinary plain network, and after
-    a backward pass their gradients are passed on to the branches:
-    ``dL/dθ = Jᵀ · dL/dW``. This is linear in the gradient, with the same ``J`` on every
-    process, so that the result is that of online folding under gradient accumulation,
-    loss scaling, clipping and data parallelism too.
+    folded kernels as ordinary leaf parameters of a plain network, and after a backward
+    pass their gradients are passed on to the branches: ``dL/dθ = Jᵀ · dL/dW``. This is
+    linear in the gradient, with the same ``J`` on every process, so that the result is
+    that of online folding under gradient accumulation, loss scaling, clipping and data
+    parallelism too.
 
     Args:
         *args, **kwargs: See the base class.
