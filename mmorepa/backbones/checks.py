@@ -29,21 +29,20 @@ def check_is_known(
         for name, module in backbone.named_modules()
         if isinstance(module, (nn.Conv2d, ConvAct2d))
     }
-    if names and not any(
-        name.startswith(f'{conv}.') for name in names for conv in convs
-    ):
+    starts = tuple(f'{name}.' for name in convs)
+    if names and not any(name.startswith(starts) for name in names):
         raise CheckpointError(_unknown(backbone, names))
     # Here and not in the convs, of which each knows of itself alone.
     with_branches = {n.partition('.branches.')[0] for n in names if '.branches.' in n}
-    trained = [conv for name, conv in convs.items() if name in with_branches]
-    for name in convs:
-        if name in with_branches and not isinstance(convs[name], ReparamConv2d):
+    trained = {name: conv for name, conv in convs.items() if name in with_branches}
+    for name, conv in trained.items():
+        if not isinstance(conv, ReparamConv2d):
             raise CheckpointError(
                 f'the checkpoint holds the training form, and {name} became a plain '
                 'conv by mmorepa.switch_to_deploy, which cannot fold it: load before '
                 'that, or into a model that is built with deploy=True'
             )
-    if any(conv.deployed for conv in trained):
+    if any(conv.deployed for conv in trained.values()):
         print_log(
             'The checkpoint holds the training form and the model is deployed: '
             'folding the branches while loading.',
@@ -74,12 +73,9 @@ def check_fits(
     }
     expected = _shapes(backbone)
     for name, module in backbone.named_modules():
-        plugins = [
-            f'{name}.{plugin}.' for plugin in getattr(module, 'plugin_names', ())
-        ]
-        for start in plugins:
-            if not _under(start, entries):
-                _remove(start, expected)
+        for plugin in getattr(module, 'plugin_names', ()):
+            if not _under(f'{name}.{plugin}.', entries):
+                _remove(f'{name}.{plugin}.', expected)
         if isinstance(module, ReparamConv2d):
             _expect_form(module, f'{name}.', expected, entries)
     # Where kernels differ, their names say it all.

@@ -62,8 +62,8 @@ def start_from_plain(model: nn.Module, state_dict: Mapping[str, Tensor]) -> int:
     head = getattr(getattr(model, 'head', None), 'fc', None)
     if not isinstance(backbone, StagedBackbone) or not isinstance(head, nn.Linear):
         raise ValueError(
-            'the config needs an OREPAResNet or OREPARepVGG as its backbone and a linear '
-            f'head (LinearClsHead), found {type(backbone).__name__} and '
+            'the config needs an OREPAResNet or OREPARepVGG as its backbone, and a '
+            f'linear head (LinearClsHead), found {type(backbone).__name__} and '
             f'{type(head).__name__}; other models load plain checkpoints as they are '
             '(load_from, init_cfg)'
         )
