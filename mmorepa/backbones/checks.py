@@ -3,11 +3,12 @@
 import os
 import re
 
+import torch
 from mmcv.cnn import build_norm_layer
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from ..layers import ConvAct2d, ReparamConv2d
+from ..layers import ConvAct2d, OREPAKernel, ReparamConv2d
 from ..utils.errors import COMPILED_KEYS, CheckpointError, describe_misfit
 
 Shapes = dict[str, tuple[int, ...]]
@@ -76,6 +77,13 @@ def check_fits(
         for plugin in getattr(module, 'plugin_names', ()):
             if not _under(f'{name}.{plugin}.', entries):
                 _remove(f'{name}.{plugin}.', expected)
+        if isinstance(module, OREPAKernel):
+            # Earlier versions stored the parameters in another order.
+            for role in module.branch_sum.roles:
+                if f'{name}.{role}' in entries:
+                    former = torch.empty(entries[f'{name}.{role}'], device='meta')
+                    stored = module.branch_sum.from_former(role, former)
+                    entries[f'{name}.{role}'] = tuple(stored.shape)
         if isinstance(module, ReparamConv2d):
             _expect_form(module, f'{name}.', expected, entries)
     # Where kernels differ, their names say it all.

@@ -245,28 +245,19 @@ def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     It raises CheckpointError if keys, which are named, are missing, not known or of
     another shape, or the checkpoint is a deployed form and the model is not.
     """
-    state = model.state_dict()
-    misshapen = {
-        key: tuple(value.shape)
-        for key, value in state_dict.items()
-        if key in state and state[key].shape != value.shape
-    }
-    # Left out, since PyTorch would stop at them, in words that name every one.
-    rest = {k: value for k, value in state_dict.items() if k not in misshapen}
     try:
-        loaded = model.load_state_dict(rest, strict=False)
+        loaded = model.load_state_dict(state_dict, strict=False)
     except CheckpointError:
         raise
-    except RuntimeError as error:  # Entries that have other names in the model.
+    except RuntimeError as error:  # PyTorch has a line for each shape.
         first, *more = str(error).splitlines()[1:] or [str(error)]
         raise CheckpointError(
             f'the checkpoint does not fit the config: {first.strip()}'
             + (f', and {len(more)} more' if more else '')
         ) from error
-    expected = {key: tuple(state[key].shape) for key in misshapen}
     problems = describe_misfit(
-        {**dict.fromkeys(loaded.missing_keys, ()), **expected},
-        {**dict.fromkeys(loaded.unexpected_keys, ()), **misshapen},
+        dict.fromkeys(loaded.missing_keys, ()),
+        dict.fromkeys(loaded.unexpected_keys, ()),
     )
     if problems:
         raise CheckpointError(
