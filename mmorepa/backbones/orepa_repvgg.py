@@ -106,8 +106,7 @@ class OREPARepVGG(StagedBackbone):
         block (str): ``'orepa'``, ``'repvgg'``, or a key of
             :data:`mmorepa.layers.BLOCKS`. Defaults to ``'orepa'``.
         base_channels (int): Of the first stage at width one. Defaults to 64.
-        strides (Sequence[int]): Of the first block of each stage. Defaults to (2, 2, 2,
-            2).
+        strides (Sequence[int]): Of the first blocks. Defaults to (2, 2, 2, 2).
 
     Raises:
         ValueError: If an argument has no meaning for this network.

@@ -241,8 +241,7 @@ class OREPAResNet(StagedBackbone):
         width_per_group (int): Channels of a group where ``base_channels`` is 64;
             ``groups=32, width_per_group=4`` gives ResNeXt 32×4d. Defaults to 64.
         num_stages (int): Stages to build, 1 to 4. Defaults to 4.
-        strides (Sequence[int]): Of the first block of each stage. Defaults to (1, 2, 2,
-            2).
+        strides (Sequence[int]): Of the first blocks. Defaults to (1, 2, 2, 2).
         dilations (Sequence[int]): Of each stage. Defaults to (1, 1, 1, 1).
         contract_dilation (bool): The first block of a dilated stage has half its
             dilation. Defaults to False.
