@@ -78,10 +78,8 @@ def identify(state_dict: Mapping[str, Tensor]) -> dict:
 
 def name_of(backbone: Mapping) -> str:
     """The published name of a backbone config, or 'custom'."""
-    for name, arch in ARCHITECTURES.items():
-        if _full(arch) == _full(backbone):
-            return name
-    return 'custom'
+    names = {_full(arch): name for name, arch in ARCHITECTURES.items()}
+    return names.get(_full(backbone), 'custom')
 
 
 def _stage_depths(state_dict: Mapping[str, Tensor]) -> tuple[int, ...]:
