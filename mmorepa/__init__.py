@@ -2,25 +2,22 @@
 
 Importing this package registers its layers, networks, hooks and optimizer
 constructor with MMEngine, so that ``custom_imports = dict(imports=['mmorepa'])``
-is all that a config needs. It replaces two functions of MMEngine, and allows
-``torch.load`` the class of the logs in MMEngine's checkpoints, without which its tools,
-such as MMPretrain's ``reparameterize_model.py``, cannot read their own files since
-PyTorch 2.6 (see :func:`mmorepa.converters.allow_mmengine_checkpoints`):
+is all that a config needs. Since PyTorch 2.6, MMEngine 0.10 cannot read the checkpoints
+of its own runner: importing this allows ``torch.load`` the class of its logs (see
+:func:`mmorepa.converters.allow_mmengine_checkpoints`). And it replaces two functions of
+MMEngine:
 
 - ``Config._get_cfg_path``, so that ``_base_ = 'mmorepa::FOLDER/NAME.py'`` names a
   config of this package. MMEngine's own table of packages would give the parts of such
   a config the scope of the package, where it looks for ``LinearClsHead`` and the like.
-- The loader of local checkpoints (``init_cfg``, ``load_from``, resuming), by
-  :func:`mmorepa.converters.load_from_local`. Since PyTorch 2.6, MMEngine 0.10 cannot
-  read the checkpoints of its own runner, and OneDL's fork runs the code in them.
+- The loader of local checkpoints (``init_cfg``, ``load_from``, resuming), which checks
+  nothing, and in OneDL's fork runs the code in them.
 
 :func:`register_models` tells MMPretrain's model index of our classifiers.
 """
 
 import os
 import sys
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from .version import __version__
 
@@ -29,9 +26,8 @@ def _is_command() -> bool:
     """True while ``python -m mmorepa`` or ``mmorepa`` starts.
 
     A command runs a tool in a process of its own, and its help should not take the
-    seconds that PyTorch needs. Python imports a package before its ``__main__``, and a
-    config's ``custom_imports`` needs all of it at once: only the command line tells the
-    two apart. ``sys.argv[0]`` is '-m' as long as Python looks for the module to run.
+    seconds that PyTorch needs. ``sys.argv[0]`` is '-m' as long as Python looks for the
+    module to run.
     """
     if os.path.basename(sys.argv[0]) in ('mmorepa', 'mmorepa.exe'):
         return True
@@ -39,15 +35,12 @@ def _is_command() -> bool:
     return sys.argv[0] == '-m' and f'-m{__name__} ' in line
 
 
-if TYPE_CHECKING:
-    from . import analysis
-
 if not _is_command():
     from .utils.requirements import check_requirements
 
     check_requirements()
 
-    from . import backbones, converters, engine, functional, hub, layers
+    from . import analysis, backbones, converters, engine, functional, hub, layers
     from .hub import get_config, list_configs, register_models
     from .layers import (
         add_branches,
@@ -61,13 +54,6 @@ if not _is_command():
 
     hub.register_scheme()
     converters.allow_mmengine_checkpoints()
-
-
-def __getattr__(name: str) -> Any:
-    """Imports ``mmorepa.analysis`` when somebody asks for it: no config needs it."""
-    if name == 'analysis':
-        return import_module('.analysis', __name__)
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 __all__ = [

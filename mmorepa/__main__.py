@@ -65,12 +65,7 @@ def versions() -> str:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Runs a tool in the place of this process.
-
-    Args:
-        argv (Sequence[str], optional): The command and its arguments. Defaults to
-            those of the process.
-    """
+    """Runs a tool in the place of this process, by ``argv`` or the process's own."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ('-h', '--help'):
         print(usage())

@@ -16,13 +16,10 @@ SCHEME = 'mmorepa::'
 
 
 def list_configs(pattern: str = '*') -> list[str]:
-    """The names of the configs that come with this package.
+    """The names of the configs that come with this package, sorted.
 
     Args:
         pattern (str): With ``*`` for any letters. Defaults to all.
-
-    Returns:
-        list[str]: Sorted, as :func:`get_config` takes them.
 
     Examples:
         >>> mmorepa.list_configs('imagenet/resnet18-*')
@@ -34,20 +31,10 @@ def list_configs(pattern: str = '*') -> list[str]:
 def find_config(name: Union[str, Path]) -> Path:
     """The file of a config.
 
-    Args:
-        name (str | Path): A file; or a config of this package, ``FOLDER/NAME`` or
-            ``NAME``, with or without ``.py`` and ``mmorepa::``; or one of a toolbox,
-            such as ``mmpretrain::NAME``. A file goes first.
-
-    Raises:
-        FileNotFoundError: If there is none. The message has the closest names.
-        TypeError: If ``name`` is neither.
+    It is given by its path, which goes first; by its name in this package,
+    ``FOLDER/NAME`` or ``NAME``, with or without ``.py`` and ``mmorepa::``; or by one in
+    a toolbox, such as ``mmpretrain::NAME``. FileNotFoundError has the closest names.
     """
-    if not isinstance(name, (str, Path)):
-        raise TypeError(
-            f'a config is given by its name or its path, found {name!r}; '
-            'mmorepa.list_configs() has the names'
-        )
     name = str(name)
     if '::' not in name and os.path.isfile(name):
         return Path(name)
@@ -66,12 +53,11 @@ def find_config(name: Union[str, Path]) -> Path:
     close = difflib.get_close_matches(wanted, _names(folder), cutoff=0.7)
     for stem in difflib.get_close_matches(wanted, stems):
         close += stems[stem]
-    where = f'{str(folder)!r} has the others'
-    if package == 'mmorepa':
-        where = 'mmorepa.list_configs() has the names'
+    advice = f'{str(folder)!r} has the others'
+    if close:
+        advice = f'close are: {", ".join(dict.fromkeys(close[:4]))}'
     raise FileNotFoundError(
-        f'no config at {name!r}, nor one of that name in {package}; '
-        + (f'close are: {", ".join(dict.fromkeys(close[:4]))}' if close else where)
+        f'no config at {name!r}, nor one of that name in {package}; {advice}'
     )
 
 
@@ -95,7 +81,8 @@ def get_config(name: Union[str, Path], options: Optional[dict] = None) -> Config
     """A config of this package, or one of your own.
 
     Args:
-        name (str | Path): As of :func:`find_config`.
+        name (str | Path): A file; or a config of this package, ``FOLDER/NAME`` or
+            ``NAME``; or one of a toolbox, such as ``mmpretrain::NAME``.
         options (dict, optional): Settings that override it, as ``--cfg-options``.
             Defaults to None.
 
@@ -104,7 +91,6 @@ def get_config(name: Union[str, Path], options: Optional[dict] = None) -> Config
 
     Raises:
         FileNotFoundError: If there is none. The message has the closest names.
-        TypeError: If ``name`` is neither a name nor a path.
 
     Examples:
         >>> cfg = mmorepa.get_config('imagenet/resnet50-orepa_4xb64_in1k')
@@ -124,10 +110,8 @@ def apply_variables(cfg: Config, names: Iterable[str]) -> None:
 
     MMEngine does not hand a child's variable on to what its base made of it. The bases
     for own data have a table ``variables``: for each name, settings and factors.
-
-    Args:
-        cfg (Config): Changed in place; a variable that was handed on is removed.
-        names (Iterable[str]): Those that the file, or the command line, may have set.
+    ``names`` are those that the file, or the command line, may have set; they are
+    removed.
     """
     table = cfg.get('variables') or {}
     for name in [name for name in names if name in table]:

@@ -6,6 +6,8 @@ from helpers import assert_near
 from mmengine.optim import build_optim_wrapper
 from torch import nn
 
+from mmorepa.backbones import OREPAResNet
+from mmorepa.converters import load_strictly
 from mmorepa.layers import OREPAConv2d, OREPAKernel
 
 
@@ -49,6 +51,31 @@ def test_they_load(saved, assign, deploy):
     net = build(deploy)
     net.load_state_dict(saved['state_dict'], assign=assign)
     assert_near(outputs(net, saved['x']), saved['before'])
+
+
+def test_they_load_strictly(saved):
+    """By the tools, too."""
+    net = build()
+    load_strictly(net, saved['state_dict'])
+    assert_near(outputs(net, saved['x']), saved['before'])
+
+
+def test_a_backbone_starts_from_them(tmp_path):
+    net = OREPAResNet(18, base_channels=8)
+    state = net.state_dict()
+    for name, kernel in net.named_modules():
+        if isinstance(kernel, OREPAKernel):
+            for role in kernel.branch_sum.roles.keys() & kernel._parameters.keys():
+                weight = kernel.branch_sum.as_conv(role, state[f'{name}.{role}'])
+                if role == 'weight_pointwise_kxk_2':
+                    weight = weight.permute(0, 2, 3, 1)
+                state[f'{name}.{role}'] = weight.contiguous()
+    torch.save(state, tmp_path / 'former.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'former.pth'))
+    other = OREPAResNet(18, base_channels=8, init_cfg=init_cfg)
+    other.init_weights()
+    for name, value in net.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
 
 
 def test_what_is_loaded_is_saved_in_todays_order(saved):

@@ -48,8 +48,6 @@ RANKS = [
         converters,
         deployment,
         engine,
-        engine.hooks,
-        engine.optimizers,
         functional,
         layers,
         runs,
@@ -102,7 +100,7 @@ def test_import_is_light_and_silent(tmp_path):
         '"matplotlib.pyplot", "torchvision", "torch.utils.cpp_extension"} '
         '& set(sys.modules)))\n'
         'print("OREPAConv2d" in MODELS, "OREPAResNet" in MODELS)\n'
-        'print(sys.meta_path == finders, "mmorepa.analysis" in sys.modules)\n'
+        'print(sys.meta_path == finders)\n'
         'allowed = torch.serialization.get_safe_globals()\n'
         'print(mmengine.logging.HistoryBuffer in allowed, mmorepa.analysis.__name__)'
     )
@@ -117,6 +115,6 @@ def test_import_is_light_and_silent(tmp_path):
     assert done.stdout.splitlines() == [
         '[]',
         'True True',
-        'True False',
+        'True',
         'True mmorepa.analysis',
     ]

@@ -23,12 +23,10 @@ class BranchKernels(NamedTuple):
     Args:
         name (str): The conv's name in its network; a deep linear conv has a layer
             ``NAME.1``, ``NAME.2``, … for each of its factors.
-        kernels (dict[str, Tensor]): By branch, each of shape (O, Ig, k, k), with its
-            scale and its BatchNorms, those after the sum included. They add up to the
-            folded kernel.
-        scales (dict[str, Tensor]): By branch, what its kernel is multiplied by for
-            each output channel, shape (O,): a row of ``scale``, or ``γ/√(σ²+ε)`` of
-            its last BatchNorm.
+        kernels (dict[str, Tensor]): By branch, (O, Ig, k, k), with its scale and all
+            BatchNorms. They add up to the folded kernel.
+        scales (dict[str, Tensor]): By branch, its factor for each output channel, (O,):
+            a row of ``scale``, or ``γ/√(σ²+ε)`` of its last BatchNorm.
     """
 
     name: str
@@ -43,15 +41,15 @@ class BranchKernels(NamedTuple):
 class Share(NamedTuple):
     """What a branch puts into a folded kernel ``K = Σ_b K_b``.
 
-    What follows undoes the scale of an output channel, so that all channels o count
-    the same: each is divided by ``t_o = Σ_b ‖K_b,o‖`` before.
+    What follows undoes the scale of an output channel, so that all channels o count the
+    same: each is divided by ``t_o = Σ_b ‖K_b,o‖`` before. Each of both adds up to 1
+    over the branches of a layer.
 
     Args:
         size (float): The mean of ``‖K_b,o‖ / t_o`` over o: the branch's part of all
-            that is added up, at least 0. Those of a layer add up to 1.
+            that is added up, at least 0.
         projection (float): ``⟨K_b, K⟩ / ⟨K, K⟩`` of the divided kernels: its part of
-            what comes out. Those of a layer add up to 1 as well; a branch that others
-            cancel is near 0 or below.
+            what comes out; a branch that others cancel is near 0 or below.
     """
 
     size: float
@@ -62,16 +60,13 @@ class Share(NamedTuple):
 def branch_kernels(
     model: nn.Module, dtype: torch.dtype = torch.float64
 ) -> list[BranchKernels]:
-    """The branches of every re-parameterised layer of a model.
+    """The branches of every re-parameterised layer of a model, in order.
 
     Args:
-        model (nn.Module): In training form. What is deployed or has a single branch
-            is left out.
+        model (nn.Module): In training form. What is deployed or has a single branch is
+            left out.
         dtype (torch.dtype): What OREPA's branches are computed in; those with a
             BatchNorm each are always in float64. Defaults to float64.
-
-    Returns:
-        list[BranchKernels]: In the order of the network.
     """
     return [
         layer
@@ -83,11 +78,9 @@ def branch_kernels(
 
 
 def cosine_similarities(kernels: Mapping[str, Tensor]) -> Tensor:
-    """``⟨K_a, K_b⟩ / (‖K_a‖ ‖K_b‖)`` for all pairs of branches.
+    """``⟨K_a, K_b⟩ / (‖K_a‖ ‖K_b‖)`` for all pairs of B kernels of one shape.
 
-    Args:
-        kernels (Mapping[str, Tensor]): B kernels of one shape. Each output channel
-            counts the same, see :class:`Share`.
+    Each output channel counts the same, see :class:`Share`.
 
     Returns:
         Tensor: Shape (B, B); NaN where a kernel is zero.
@@ -101,14 +94,7 @@ def cosine_similarities(kernels: Mapping[str, Tensor]) -> Tensor:
 
 
 def shares(kernels: Mapping[str, Tensor]) -> dict[str, Share]:
-    """What each branch puts into the folded kernel.
-
-    Args:
-        kernels (Mapping[str, Tensor]): Kernels of one shape, by branch.
-
-    Returns:
-        dict[str, Share]: By branch; NaN where all kernels are zero.
-    """
+    """What each branch puts into the folded kernel, by branch; NaN if all are zero."""
     rows = [kernel.flatten(1) for kernel in kernels.values()]
     total = sum(rows)
     norms = torch.stack([row.norm(dim=1) for row in rows])
@@ -124,17 +110,11 @@ def shares(kernels: Mapping[str, Tensor]) -> dict[str, Share]:
 
 
 def relative_step(before: Tensor, after: Tensor) -> float:
-    """How far a kernel moved, as a BatchNorm after it sees it.
+    """How far a kernel of shape (O, Ig, k, k) moved, as a BatchNorm after it sees it.
 
     It undoes the scale of each output channel, so that the step of a channel counts
     relative to that channel: the root of the mean of ``‖ΔW_o‖² / ‖W_o‖²`` over them.
-
-    Args:
-        before (Tensor): Shape (O, Ig, k, k).
-        after (Tensor): Of the same shape.
-
-    Returns:
-        float: Channels of zeros are left out; 0 if there are no others.
+    Channels of zeros are left out; it is 0 if there are no others.
     """
     sizes = before.float().square().flatten(1).sum(1)
     moved = (after - before).float().square().flatten(1).sum(1)
@@ -158,7 +138,7 @@ def _layers_of(
             if isinstance(factor, BranchKernel)
         ]
     if not isinstance(branches, BranchKernel):
-        return [BranchKernels(name, {'kernel': conv.equivalent_kernel_bias()[0]}, {})]
+        return []
     layer = _sum_of_branches(name, branches, dtype)
     if not is_fusible(conv.norm):
         return [layer]

@@ -37,14 +37,15 @@ def raw_outputs(model: nn.Module, data_batch: Any) -> list[Tensor]:
         model (nn.Module): A model of mmpretrain, mmdet or mmseg, or any MMEngine
             ``BaseModel`` that knows ``mode='tensor'``; wrapped or not.
         data_batch (Any): A batch as the test dataloader yields it.
-
-    Returns:
-        list[Tensor]: Logits, feature maps or the outputs of dense heads.
     """
-    if isinstance(_inside_wrappers(model), BaseTTAModel):
-        data_batch = _first_augmentation(data_batch)
+    data_batch = copy.deepcopy(data_batch)
+    if isinstance(_inside_wrappers(model), BaseTTAModel):  # The first augmentation.
+        if isinstance(data_batch, dict):
+            data_batch = {key: value[0] for key, value in data_batch.items()}
+        else:
+            data_batch = [value[0] for value in data_batch]
     model = unwrapped(model)
-    data = model.data_preprocessor(copy.deepcopy(data_batch), False)
+    data = model.data_preprocessor(data_batch, False)
     if isinstance(data, dict):
         return network_outputs(model, **data)
     return network_outputs(model, *data)
@@ -60,12 +61,6 @@ def _inside_wrappers(model: nn.Module) -> nn.Module:
     while is_model_wrapper(model):
         model = model.module
     return model
-
-
-def _first_augmentation(data_batch: Any) -> Any:
-    if isinstance(data_batch, dict):
-        return {key: value[0] for key, value in data_batch.items()}
-    return [value[0] for value in data_batch]
 
 
 @torch.no_grad()
@@ -87,23 +82,15 @@ def network_outputs(model: nn.Module, *args, **kwargs) -> list[Tensor]:
 
 
 def _two_stage_outputs(model: nn.Module, inputs: Tensor) -> list[Tensor]:
-    """Outputs of both stages of a detector, the second for fixed boxes.
-
-    Proposals are taken by rank, and rounding may swap two of them: what the ranks
-    are made of is compared, and the second stage sees the same boxes in both forms.
-    """
+    """The second stage gets fixed boxes, since rounding may swap two proposals."""
     features = model.extract_feat(inputs)
     outputs = [features, model.rpn_head(features)]
     if getattr(model, 'roi_head', None) is not None:
         size = tuple(inputs.shape[-2:])
         boxes = _grid_of_boxes(*size).to(inputs)
-        outputs.append(
-            model.roi_head(
-                features,
-                [InstanceData(bboxes=boxes) for _ in inputs],
-                [BaseDataElement(metainfo=dict(img_shape=size)) for _ in inputs],
-            )
-        )
+        proposals = [InstanceData(bboxes=boxes) for _ in inputs]
+        samples = [BaseDataElement(metainfo=dict(img_shape=size)) for _ in inputs]
+        outputs.append(model.roi_head(features, proposals, samples))
     return list(_tensors(outputs))
 
 
@@ -142,12 +129,9 @@ def watched_convs(model: nn.Module) -> Iterator[dict[str, float]]:
     Both see the same input, so that what one layer does wrong is not blamed on those
     that come after it.
 
-    Args:
-        model (nn.Module): In eval mode.
-
     Yields:
         dict[str, float]: The largest relative difference by the name of the conv, in
-        the order in which they ran first; filled while the model runs in the block.
+        the order in which they ran first; filled while the model, in eval mode, runs.
     """
     differences: dict[str, float] = {}
 
@@ -156,10 +140,8 @@ def watched_convs(model: nn.Module) -> Iterator[dict[str, float]]:
         plain.switch_to_deploy()
         # Not plain(): hooks, this one for instance, came along.
         difference = largest_difference([output], [plain.forward(*inputs)]).relative
-        known = differences.get(name, 0.0)
-        differences[name] = (
-            difference if not difference <= known else known
-        )  # NaN, too.
+        if not difference <= differences.setdefault(name, 0.0):  # NaN, too.
+            differences[name] = difference
 
     handles = [
         module.register_forward_hook(functools.partial(compare, name))
@@ -174,13 +156,10 @@ def watched_convs(model: nn.Module) -> Iterator[dict[str, float]]:
 
 
 def _difference(a: Tensor, b: Tensor) -> tuple[float, float]:
-    if a.numel() == 0:
-        return 0.0, 0.0
-    absolute = (a - b).abs().max()
-    size = a.abs().max()
+    absolute = (a - b).abs().max() if a.numel() else 0
     if absolute == 0:
         return 0.0, 0.0
-    return absolute.item(), (absolute / size).item()
+    return absolute.item(), (absolute / a.abs().max()).item()
 
 
 def _tensors(outputs: Any) -> Iterator[Tensor]:

@@ -9,11 +9,7 @@ from .comparison import network_outputs
 
 
 class RawNetwork(nn.Module):
-    """A model as a function of an image batch: see :func:`network_outputs`.
-
-    Args:
-        model (nn.Module): A classifier, detector or segmenter.
-    """
+    """A model as a function of an image batch: see :func:`network_outputs`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -37,15 +33,8 @@ def count_bytes(model: nn.Module) -> int:
 def count_gflops(model: nn.Module, inputs: Tensor) -> float:
     """Multiply-adds of one forward pass in eval mode, in 1e9, as papers count.
 
-    The fold of a training form is not part of it: it is done once for many
-    forward passes.
-
-    Args:
-        model (nn.Module): A classifier, detector or segmenter.
-        inputs (Tensor): Shape (1, C, H, W).
-
-    Returns:
-        float: GFLOPs.
+    ``inputs`` have the shape (1, C, H, W). The fold of a training form is not counted:
+    it is done once for many forward passes.
     """
     analyzer = FlopAnalyzer(RawNetwork(model).eval(), (inputs,))
     # Losses are never called, and additions and pooling are not counted by anyone.

@@ -17,11 +17,7 @@ CALM = 0.8
 
 
 class Clock:
-    """Reads the time of a device, in seconds, and sees whether other programs run.
-
-    Args:
-        device (str): Waited for before the time is read. Defaults to ``'cpu'``.
-    """
+    """Reads the time of a device, in seconds, and sees whether other programs run."""
 
     def __init__(self, device: str = 'cpu') -> None:
         self.is_cuda = torch.device(device).type == 'cuda'
@@ -72,19 +68,11 @@ def in_turn(
     seconds: float = 0.0,
     what: str = '',
 ) -> dict[str, list[T]]:
-    """Calls all functions once in each round, and returns what they returned.
+    """Calls all functions once in each round, and returns what each has returned.
 
-    Every round begins with another one; two rounds before are not counted.
-
-    Args:
-        functions (dict[str, Callable]): Each takes nothing.
-        clock (Clock): It looks around after every round.
-        rounds (int): How many there are at least.
-        seconds (float): How long they go on at least. Defaults to 0.
-        what (str): What is measured, for a line of progress. Defaults to none.
-
-    Returns:
-        dict[str, list]: What each function returned, round by round.
+    There are at least so many rounds, and as many as the seconds allow. Each begins
+    with another function; two rounds before are not counted. The clock looks around
+    after each, and ``what`` names the measurement in a line of progress.
     """
     names = list(functions)
     results: dict[str, list[T]] = {name: [] for name in names}

@@ -1,5 +1,6 @@
 """RepVGG networks whose 3×3 branches are re-parameterised further."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Optional, Union
 
@@ -14,13 +15,7 @@ from .staged_backbone import StagedBackbone, scaled_channels
 
 
 class SqueezeExcitation(nn.Module):
-    """``x · sigmoid(up(relu(down(mean(x)))))`` (Hu et al., CVPR 2018).
-
-    Args:
-        channels (int): C.
-        reduction (int): The hidden layer has C / reduction channels.
-            Defaults to 16.
-    """
+    """``x · sigmoid(up(relu(down(mean(x)))))`` (Hu et al., CVPR 2018)."""
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
@@ -37,46 +32,29 @@ class SqueezeExcitation(nn.Module):
 class RepVGGBlock(BaseModule):
     """A 3×3 conv of several branches, squeeze-excitation if wanted, activation.
 
-    Args:
-        in_channels (int): I.
-        out_channels (int): O.
-        block (str): Block type of the conv.
-        use_se (bool): Add squeeze-excitation, which stays when deployed. Defaults to
-            False.
-
-    All others are those of :class:`OREPARepVGG`, for one block.
+    The arguments are those of :class:`OREPARepVGG`, for one block.
     """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        block: str,
-        stride: int = 1,
         dilation: int = 1,
-        groups: int = 1,
         use_se: bool = False,
-        block_cfg: Optional[dict] = None,
-        norm_cfg: Optional[dict] = None,
         act_cfg: Optional[dict] = None,
         with_cp: bool = False,
-        deploy: bool = False,
+        **options,
     ) -> None:
         super().__init__()
         self.with_cp = with_cp
         self.conv = build_conv(
-            block,
-            in_channels,
-            out_channels,
-            3,
-            stride=stride,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            kernel_size=3,
             padding=dilation,
             dilation=dilation,
-            groups=groups,
             bias=False,
-            block_cfg=block_cfg,
-            norm_cfg=norm_cfg,
-            deploy=deploy,
+            **options,
         )
         self.se = SqueezeExcitation(out_channels) if use_se else None
         self.act = build_activation_layer(act_cfg)
@@ -118,30 +96,17 @@ class OREPARepVGG(StagedBackbone):
     ``y = ReLU(BN(OREPA 3×3 (x)) + BN(conv 1×1 (x)) [+ BN(x)])`` in every block, the
     stem included; deployed, each block is one 3×3 conv with bias and a ReLU.
 
+    All arguments that are not listed are those of :class:`OREPAResNet`.
+
     Args:
         arch (str | dict): A0, A1, A2, B0, B1, B1g2, B1g4, B2, B2g2, B2g4, B3, B3g2,
-            B3g4 or D2se; or a dict with ``num_blocks`` and ``widths`` (multipliers
-            of 64, 128, 256, 512 channels), one each for every stage, and optionally
+            B3g4 or D2se; or a dict with ``num_blocks`` and ``widths`` (multipliers of
+            64, 128, 256, 512 channels), one each for every stage, and optionally
             ``groups`` (of every second block) and ``use_se``.
         block (str): ``'orepa'``, ``'repvgg'``, or a key of
             :data:`mmorepa.layers.BLOCKS`. Defaults to ``'orepa'``.
-        block_cfg (dict, optional): As for :class:`OREPAResNet`.
-        in_channels (int): Channels of the image. Defaults to 3.
-        base_channels (int): Channels of the first stage at width one.
-            Defaults to 64.
-        num_stages (int): Stages to build, 1 to 4. Defaults to 4.
-        strides (Sequence[int]): Stride of the first block of each stage.
-            Defaults to (2, 2, 2, 2).
-        dilations (Sequence[int]): Dilation of each stage. Defaults to (1, 1, 1, 1).
-        out_indices (Sequence[int]): Stages whose output is returned.
-            Defaults to (0, 1, 2, 3).
-        frozen_stages (int): As for :class:`OREPAResNet`. Defaults to -1.
-        norm_cfg (dict): Defaults to ``dict(type='BN', requires_grad=True)``.
-        norm_eval (bool): As for :class:`OREPAResNet`. Defaults to False.
-        act_cfg (dict): Defaults to ``dict(type='ReLU', inplace=True)``.
-        with_cp (bool): As for :class:`OREPAResNet`. Defaults to False.
-        deploy (bool): Builds the deployed form. Defaults to False.
-        init_cfg (dict | list[dict], optional): As for :class:`OREPAResNet`.
+        base_channels (int): Of the first stage at width one. Defaults to 64.
+        strides (Sequence[int]): Of the first blocks. Defaults to (2, 2, 2, 2).
 
     Raises:
         ValueError: If an argument has no meaning for this network.
@@ -170,15 +135,8 @@ class OREPARepVGG(StagedBackbone):
         deploy: bool = False,
         init_cfg: Union[dict, list[dict], None] = None,
     ) -> None:
-        super().__init__(
-            num_stages,
-            strides,
-            dilations,
-            out_indices,
-            frozen_stages,
-            norm_eval,
-            init_cfg,
-        )
+        stages = num_stages, strides, dilations, out_indices
+        super().__init__(*stages, frozen_stages, norm_eval, init_cfg)
         arch = self._architecture(arch, num_stages)
         self.arch = arch
         options = dict(
@@ -196,23 +154,21 @@ class OREPARepVGG(StagedBackbone):
         ]
         channels = min(base_channels, widths[0])
         self.stem = RepVGGBlock(in_channels, channels, stride=2, **options)
-        position = 1
+        # Every second block of the network is grouped.
+        groups = itertools.cycle([1, arch.get('groups', 1)])
         for i in range(num_stages):
             blocks = []
             for j in range(arch['num_blocks'][i]):
-                blocks.append(
-                    RepVGGBlock(
-                        channels,
-                        widths[i],
-                        stride=strides[i] if j == 0 else 1,
-                        dilation=dilations[i],
-                        # Every second block of the network is grouped.
-                        groups=arch.get('groups', 1) if position % 2 == 0 else 1,
-                        **options,
-                    )
+                block = RepVGGBlock(
+                    channels,
+                    widths[i],
+                    stride=strides[i] if j == 0 else 1,
+                    dilation=dilations[i],
+                    groups=next(groups),
+                    **options,
                 )
+                blocks.append(block)
                 channels = widths[i]
-                position += 1
             self.add_stage(*blocks)
         self.feat_dim = channels
         self.freeze_stages()
@@ -226,15 +182,15 @@ class OREPARepVGG(StagedBackbone):
                     f'{", ".join(cls.ARCHITECTURES)}, or give a dict'
                 )
             return cls.ARCHITECTURES[arch]
-        if not isinstance(arch, dict):
-            raise ValueError(f'arch is a name or a dict, found {arch!r}')
+        known = {'num_blocks', 'widths', 'groups', 'use_se'}
+        if not isinstance(arch, dict) or not arch.keys() <= known:
+            raise ValueError(
+                f'arch is a name or a dict of {", ".join(sorted(known))}, found {arch}'
+            )
         for key in ('num_blocks', 'widths'):
             if len(arch.get(key, ())) < num_stages:
                 raise ValueError(
                     f'arch needs {key!r}, a value for each of the {num_stages} '
                     f'stages, found {arch}'
                 )
-        unknown = set(arch) - {'num_blocks', 'widths', 'groups', 'use_se'}
-        if unknown:
-            raise ValueError(f'arch has no entry {", ".join(sorted(unknown))}')
         return dict(arch)

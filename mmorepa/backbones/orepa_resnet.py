@@ -1,9 +1,10 @@
 """ResNets whose convs are re-parameterised."""
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Optional, Union
 
+import numpy as np
 import torch.utils.checkpoint as cp
 from mmcv.cnn import build_activation_layer, build_plugin_layer
 from mmcv.cnn.bricks import DropPath
@@ -54,17 +55,9 @@ def _build_convs(
 class _ResidualBlock(BaseModule):
     """``act(drop_path(branch(x)) + shortcut(x))``; subclasses describe the branch.
 
-    Args:
-        in_channels (int): Channels of the input.
-        out_channels (int): Channels of the output, ``expansion`` times the width of
-            the branch.
-        plugins (Sequence[dict]): Those of this block, with ``cfg`` and ``position``.
-        drop_path_rate (float): Probability that a sample goes without the branch.
-
-    All others are those of :class:`OREPAResNet`, for one block.
-
-    Raises:
-        ValueError: If an argument has no meaning for this block.
+    ``out_channels`` are ``expansion`` times the width of the branch, and ``plugins``
+    those of this block. All other arguments are those of :class:`OREPAResNet`, for one
+    block.
     """
 
     expansion: int
@@ -83,12 +76,8 @@ class _ResidualBlock(BaseModule):
         avg_down: bool = False,
         plugins: Sequence[dict] = (),
         drop_path_rate: float = 0.0,
-        block: str = 'orepa',
-        block_cfg: Optional[dict] = None,
-        norm_cfg: Optional[dict] = None,
-        act_cfg: Optional[dict] = None,
         with_cp: bool = False,
-        deploy: bool = False,
+        **options,
     ) -> None:
         super().__init__()
         if style not in ('pytorch', 'caffe'):
@@ -107,15 +96,10 @@ class _ResidualBlock(BaseModule):
         self.with_cp = with_cp
         described = self.describe(out_channels // self.expansion, width_per_group)
         self.mid_channels = described[0].channels
-        options = dict(
-            block_cfg=block_cfg,
-            norm_cfg=norm_cfg or _NORM_CFG,
-            act_cfg=act_cfg or _ACT_CFG,
-            deploy=deploy,
-        )
-        convs = _build_convs(in_channels, *described, block=block, **options)
-        _check_positions(plugins, convs)
-        # The names of what the branch is made of, in order.
+        defaults = dict(block='orepa', norm_cfg=_NORM_CFG, act_cfg=_ACT_CFG)
+        options = {**defaults, **options}
+        convs = _build_convs(in_channels, *described, **options)
+        # What the branch is made of, in order.
         self.path: list[str] = []
         for name, conv in convs.items():
             self._append(name, conv)
@@ -127,15 +111,21 @@ class _ResidualBlock(BaseModule):
                     self._append(
                         *build_plugin_layer(cfg, postfix, in_channels=conv.out_channels)
                     )
+        positions = [f'after_{name}' for name in convs]
+        for plugin in plugins:
+            if plugin['position'] not in positions:
+                raise ValueError(
+                    'the position of a plugin of this block is one of '
+                    f'{", ".join(positions)}, found {plugin["position"]!r}'
+                )
         self.plugin_names = [name for name in self.path if name not in convs]
         self.last_conv_name = list(convs)[-1]
         self.downsample: Optional[nn.Module] = None
         if stride != 1 or in_channels != out_channels:
             pools = avg_down and stride != 1
             projection = _Conv(out_channels, 1, 1 if pools else stride, has_act=False)
-            (self.downsample,) = _build_convs(
-                in_channels, projection, block=self.shortcut_block or block, **options
-            ).values()
+            options['block'] = self.shortcut_block or options['block']
+            self.downsample = _build_convs(in_channels, projection, **options)['conv1']
             if pools:
                 pool = nn.AvgPool2d(
                     stride, stride, ceil_mode=True, count_include_pad=False
@@ -144,7 +134,7 @@ class _ResidualBlock(BaseModule):
                     OrderedDict(pool=pool, conv=self.downsample)
                 )
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
-        self.act = build_activation_layer(act_cfg or _ACT_CFG)
+        self.act = build_activation_layer(options['act_cfg'])
 
     def describe(self, channels: int, width_per_group: int) -> list[_Conv]:
         """The convs of a branch of this width (that without groups)."""
@@ -216,24 +206,14 @@ class Bottleneck(_ResidualBlock):
         ]
 
 
-def _check_positions(plugins: Sequence[dict], convs: Collection[str]) -> None:
-    positions = [f'after_{name}' for name in convs]
-    for plugin in plugins:
-        if plugin['position'] not in positions:
-            raise ValueError(
-                f'the position of a plugin of this block is one of '
-                f'{", ".join(positions)}, found {plugin["position"]!r}'
-            )
-
-
 @MODELS.register_module()
 class OREPAResNet(StagedBackbone):
     """ResNet and ResNeXt of OREPA convs, or of any other block type.
 
-    With ``block='orepa'`` all 3×3 convs, the 1×1 convs of bottlenecks and the
-    7×7 stem (in its deep linear form) are OREPA convs, as in the paper's networks;
-    the projection shortcut of basic blocks is plain. Each conv holds its
-    BatchNorm, so that the deployed network is plain convs with bias, and ReLUs.
+    With ``block='orepa'`` all 3×3 convs, the 1×1 convs of bottlenecks and the 7×7 stem
+    (in its deep linear form) are OREPA convs, as in the paper's networks; the
+    projection shortcut of basic blocks is plain. Each conv holds its BatchNorm, so that
+    the deployed network is plain convs with bias, and ReLUs.
 
     Arguments are called as in the toolboxes. Some defaults are not theirs:
     ``zero_init_residual`` is True in mmpretrain, mmdet and mmseg, ``norm_eval`` True in
@@ -243,61 +223,55 @@ class OREPAResNet(StagedBackbone):
 
     Args:
         depth (int): 18, 34, 50, 101 or 152.
-        block (str): Block type, a name in :data:`mmorepa.layers.BLOCKS`: ``'orepa'``,
-            ``'dbb'`` or ``'plain'``, the plain ResNet. Defaults to ``'orepa'``.
+        block (str): A name in :data:`mmorepa.layers.BLOCKS`: ``'orepa'``, ``'dbb'`` or
+            ``'plain'``, the plain ResNet. Defaults to ``'orepa'``.
         block_cfg (dict, optional): Arguments of the block type's convs, such as
             ``branches`` or ``single_init``. Defaults to None.
-        stem_block (str, optional): Block type of the stem alone:
-            ``block='plain', stem_block='orepa'`` is a plain ResNet with a deep linear
-            stem. Defaults to None, as ``block``.
+        stem_block (str, optional): Block type of the stem alone: ``block='plain',
+            stem_block='orepa'`` is a plain ResNet with a deep linear stem. Defaults to
+            None, as ``block``.
         stem_block_cfg (dict, optional): As ``block_cfg``, for a ``stem_block``.
             Defaults to None.
         in_channels (int): Channels of the image. Defaults to 3.
-        stem_channels (int, optional): Width of the stem. Defaults to None,
-            ``base_channels``.
-        base_channels (int): Width of the first stage, before expansion.
-            Defaults to 64.
-        width_mult (float): Multiplies every width, those of stem and stages; 1.5
-            and 2 give the paper's wide ResNet-18. Defaults to 1.0.
+        stem_channels (int, optional): Defaults to None, ``base_channels``.
+        base_channels (int): Of the first stage, before expansion. Defaults to 64.
+        width_mult (float): Multiplies every width; 1.5 and 2 give the paper's wide
+            ResNet-18. Defaults to 1.0.
         groups (int): Groups of the bottlenecks' 3×3 conv. Defaults to 1.
         width_per_group (int): Channels of a group where ``base_channels`` is 64;
             ``groups=32, width_per_group=4`` gives ResNeXt 32×4d. Defaults to 64.
         num_stages (int): Stages to build, 1 to 4. Defaults to 4.
-        strides (Sequence[int]): Stride of the first block of each stage.
-            Defaults to (1, 2, 2, 2).
-        dilations (Sequence[int]): Dilation of each stage. Defaults to (1, 1, 1, 1).
-        contract_dilation (bool): Whether the first block of a dilated stage has
-            half its dilation. Defaults to False.
-        multi_grid (Sequence[int], optional): Dilation of each block of the last
-            stage. Defaults to None.
-        out_indices (Sequence[int]): Stages whose output is returned.
-            Defaults to (0, 1, 2, 3).
+        strides (Sequence[int]): Of the first blocks. Defaults to (1, 2, 2, 2).
+        dilations (Sequence[int]): Of each stage. Defaults to (1, 1, 1, 1).
+        contract_dilation (bool): The first block of a dilated stage has half its
+            dilation. Defaults to False.
+        multi_grid (Sequence[int], optional): Dilation of each block of the last stage.
+            Defaults to None.
+        out_indices (Sequence[int]): Stages to return. Defaults to (0, 1, 2, 3).
         style (str): ``'pytorch'`` for the stride of a bottleneck on the 3×3 conv,
             ``'caffe'`` for that on the first 1×1 conv, which checkpoints of caffe and
             detectron need. Defaults to ``'pytorch'``.
-        deep_stem (bool): Three 3×3 convs of the block type in place of the 7×7 one,
-            the first two of half the width (ResNet-C, ResNet-D). Defaults to False.
-        avg_down (bool): Shortcuts with a stride pool by averaging, and project by a
-            1×1 conv without a stride (ResNet-D). Defaults to False.
-        frozen_stages (int): 0 freezes the stem, n the stages up to the n-th as
-            well: no gradient and BatchNorm in eval mode. Defaults to -1, nothing.
+        deep_stem (bool): Three 3×3 convs of the block type in place of the 7×7 one, the
+            first two of half the width (ResNet-C, ResNet-D). Defaults to False.
+        avg_down (bool): Shortcuts with a stride pool by averaging, and project by a 1×1
+            conv without a stride (ResNet-D). Defaults to False.
+        frozen_stages (int): 0 freezes the stem, n the stages up to the n-th as well: no
+            gradient and BatchNorm in eval mode. Defaults to -1, nothing.
         norm_cfg (dict): Defaults to ``dict(type='BN', requires_grad=True)``.
-        norm_eval (bool): Whether BatchNorm stays in eval mode while training.
-            Defaults to False.
+        norm_eval (bool): BatchNorm stays in eval mode. Defaults to False.
         act_cfg (dict): Defaults to ``dict(type='ReLU', inplace=True)``.
         plugins (Sequence[dict], optional): As for mmdet's ResNet: ``cfg`` of the layer,
-            ``position`` (``'after_conv1'``, ``'after_conv2'``, …) and optionally
-            ``stages``, a bool for each. They stay in the deployed form.
-            Defaults to None.
-        drop_path_rate (float): Stochastic depth: the probability that a sample goes
-            without the branch of the last block while training; it grows linearly
-            from 0 in the first. Defaults to 0.
-        with_cp (bool): Saves memory by computing each block again in the backward
-            pass. Defaults to False.
-        zero_init_residual (bool): Whether the last BatchNorm of each block starts
-            at zero. Defaults to False.
-        deploy (bool): Builds the deployed form. Checkpoints of the training form
-            are folded as they are loaded. Defaults to False.
+            ``position`` (``'after_conv1'``, …) and optionally ``stages``, a bool for
+            each. They stay in the deployed form. Defaults to None.
+        drop_path_rate (float): The probability that a sample goes without the branch of
+            the last block while training; it grows linearly from 0 in the first.
+            Defaults to 0.
+        with_cp (bool): Saves memory by computing each block again in the backward pass.
+            Defaults to False.
+        zero_init_residual (bool): The last BatchNorm of each block starts at zero.
+            Defaults to False.
+        deploy (bool): Builds the deployed form. Checkpoints of the training form are
+            folded as they are loaded. Defaults to False.
         init_cfg (dict | list[dict], optional): ``dict(type='Pretrained',
             checkpoint=...)`` loads the checkpoint of a backbone or of a whole model,
             also of a plain ResNet (torchvision, timm, OpenMMLab). Defaults to None,
@@ -354,15 +328,8 @@ class OREPAResNet(StagedBackbone):
         deploy: bool = False,
         init_cfg: Union[dict, list[dict], None] = None,
     ) -> None:
-        super().__init__(
-            num_stages,
-            strides,
-            dilations,
-            out_indices,
-            frozen_stages,
-            norm_eval,
-            init_cfg,
-        )
+        stages = num_stages, strides, dilations, out_indices
+        super().__init__(*stages, frozen_stages, norm_eval, init_cfg)
         if depth not in self.ARCHITECTURES:
             raise ValueError(
                 f'unknown depth {depth!r} of OREPAResNet; choose one of '
@@ -396,10 +363,8 @@ class OREPAResNet(StagedBackbone):
                 'stem_block_cfg are arguments of a stem_block, of which there is none: '
                 'name it, or use block_cfg'
             )
-        if stem_channels is None:
-            stem_channels = base_channels
         stem_channels = scaled_channels(
-            stem_channels,
+            base_channels if stem_channels is None else stem_channels,
             width_mult,
             f'the stem (base_channels={base_channels} and width_mult={width_mult})',
         )
@@ -413,15 +378,17 @@ class OREPAResNet(StagedBackbone):
             conv = _Conv(stem_channels, 7, 2)
             (self.stem,) = _build_convs(in_channels, conv, **stem_options).values()
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        drop_path_rates = iter(_rising(drop_path_rate, sum(depths)))
+        drop_path_rates = iter(np.linspace(0, drop_path_rate, sum(depths)).tolist())
         channels = stem_channels
         for i in range(num_stages):
             grid = multi_grid if i == num_stages - 1 else None
             out_channels = base_channels * 2**i * residual_block.expansion
             blocks = []
-            for j, dilation in enumerate(
-                _block_dilations(depths[i], dilations[i], contract_dilation, grid)
-            ):
+            first = dilations[i]
+            if contract_dilation and first > 1:
+                first //= 2
+            rest = [dilations[i]] * (depths[i] - 1)
+            for j, dilation in enumerate(grid or [first, *rest]):
                 blocks.append(
                     residual_block(
                         channels,
@@ -457,11 +424,6 @@ class OREPAResNet(StagedBackbone):
         super().init_weights()
 
 
-def _rising(last: float, number: int) -> list[float]:
-    """Evenly spaced values from 0 to the last."""
-    return [last * i / (number - 1) for i in range(number)]
-
-
 def _plugins_of_stage(
     plugins: Sequence[dict], stage: int, num_stages: int
 ) -> list[dict]:
@@ -473,26 +435,12 @@ def _plugins_of_stage(
                 'a plugin has cfg, position and, if it is not for every stage, stages; '
                 f'found {", ".join(plugin)}'
             )
-        stages = plugin.get('stages')
-        stages = (True,) * num_stages if stages is None else tuple(stages)
+        stages = plugin.get('stages') or (True,) * num_stages
         if len(stages) != num_stages:
             raise ValueError(
                 f'stages of a plugin is a bool for each of the {num_stages} stages, '
-                f'found {stages}'
+                f'found {tuple(stages)}'
             )
         if stages[stage]:
             chosen.append(plugin)
     return chosen
-
-
-def _block_dilations(
-    depth: int,
-    dilation: int,
-    contract_dilation: bool,
-    multi_grid: Optional[Sequence[int]],
-) -> list[int]:
-    """The dilation of each block of a stage."""
-    if multi_grid is not None:
-        return list(multi_grid)
-    first = dilation // 2 if contract_dilation and dilation > 1 else dilation
-    return [first] + [dilation] * (depth - 1)

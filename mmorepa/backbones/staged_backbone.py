@@ -129,9 +129,9 @@ class StagedBackbone(BaseModule):
         """Initialises as ``init_cfg`` says.
 
         Raises:
-            CheckpointError: If the checkpoint of a ``Pretrained`` ``init_cfg`` is a
-                local file that is not there, is damaged, is not that of this network,
-                or is of another ``style`` by its name.
+            CheckpointError: If the checkpoint of a ``Pretrained`` one is a local file
+                that is not there or damaged, or is not of this network or of this
+                ``style``.
         """
         configs = self.init_cfg or []
         for cfg in [configs] if isinstance(configs, dict) else configs:
@@ -145,11 +145,8 @@ class StagedBackbone(BaseModule):
         """Refuses state dicts that leave a conv at random, or have another one.
 
         PyTorch's ``strict=False`` and MMEngine load what fits, and some load a part of
-        the network in that way.
-
-        Returns:
-            RemovableHandle: Its ``remove()``, or the end of a ``with`` block, allows
-            them again.
+        the network in that way. ``remove()`` of what it returns allows that again, and
+        so does the end of a ``with`` block.
         """
         return self.register_load_state_dict_pre_hook(check_fits)
 
@@ -164,11 +161,7 @@ def _is_fresh(norm: _BatchNorm) -> bool:
 
 
 def scaled_channels(channels: int, factor: float, name: str) -> int:
-    """``channels`` times a width multiplier, rounded down.
-
-    Raises:
-        ValueError: If nothing is left; ``name`` says of what.
-    """
+    """``channels`` times a width multiplier, rounded down; ``name`` says of what."""
     scaled = int(channels * factor)
     if scaled < 1:
         raise ValueError(

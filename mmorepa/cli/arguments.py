@@ -21,10 +21,6 @@ def load_config(args: argparse.Namespace) -> Config:
     Args:
         args (argparse.Namespace): With ``config`` and the flags of
             :func:`.add_common_arguments`. ``--cfg-options`` come last and so win.
-
-    Raises:
-        OutputError: If the runner's copy of the config would overwrite the config.
-        Exception: As :func:`read_config`.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     args.config = str(find_config(args.config))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..backbones import OREPARepVGG, OREPAResNet
-from ..backbones.orepa_resnet import Bottleneck
+from ..backbones.orepa_resnet import BasicBlock, Bottleneck
 from ..utils.errors import CheckpointError
 
 ARCHITECTURES: dict[str, dict] = {
@@ -42,12 +42,12 @@ def backbone_of(arch: str, block: str) -> dict:
     Raises:
         ValueError: If there is no such network.
     """
-    names = {name.lower(): name for name in ARCHITECTURES}
-    if arch.lower() not in names:
+    known = {name.lower(): backbone for name, backbone in ARCHITECTURES.items()}
+    if arch.lower() not in known:
         raise ValueError(
             f'unknown architecture {arch!r}; choose one of {", ".join(ARCHITECTURES)}'
         )
-    return dict(ARCHITECTURES[names[arch.lower()]], block=block)
+    return dict(known[arch.lower()], block=block)
 
 
 def identify(state_dict: Mapping[str, Tensor]) -> dict:
@@ -78,50 +78,44 @@ def identify(state_dict: Mapping[str, Tensor]) -> dict:
 
 def name_of(backbone: Mapping) -> str:
     """The published name of a backbone config, or 'custom'."""
-    for name, arch in ARCHITECTURES.items():
-        if _full(arch) == _full(backbone):
-            return name
-    return 'custom'
+    names = {_full(arch): name for name, arch in ARCHITECTURES.items()}
+    return names.get(_full(backbone), 'custom')
 
 
 def _stage_depths(state_dict: Mapping[str, Tensor]) -> tuple[int, ...]:
-    depths: dict[int, int] = {}
+    blocks: dict[str, set[str]] = {}
     for key in state_dict:
-        match = re.match(r'stage([1-4])\.(\d+)\.', key)
+        match = re.match(r'(stage[1-4])\.(\d+)\.', key)
         if match:
-            stage, block = map(int, match.groups())
-            depths[stage] = max(depths.get(stage, 0), block + 1)
-    return tuple(depths[stage] for stage in sorted(depths))
+            blocks.setdefault(match[1], set()).add(match[2])
+    return tuple(len(blocks[stage]) for stage in sorted(blocks))
 
 
 def _resnet(state_dict: Mapping[str, Tensor], depths: tuple[int, ...]) -> dict:
     is_bottleneck = any('.conv3.' in key for key in state_dict)
-    depth = next(
-        (
-            depth
-            for depth, (block_class, known) in OREPAResNet.ARCHITECTURES.items()
-            if known == depths and (block_class is Bottleneck) == is_bottleneck
-        ),
-        None,
-    )
-    if depth is None:
+    blocks = Bottleneck if is_bottleneck else BasicBlock, depths
+    known = {value: depth for depth, value in OREPAResNet.ARCHITECTURES.items()}
+    if blocks not in known:
         raise CheckpointError(
             f'no ResNet has stages of {depths} '
             f'{"bottlenecks" if is_bottleneck else "basic blocks"}'
         )
     base_channels = _main_kernel(state_dict, 'stage0.conv1').shape[0]
-    backbone = dict(type='OREPAResNet', depth=depth, base_channels=base_channels)
+    backbone = dict(
+        type='OREPAResNet', depth=known[blocks], base_channels=base_channels
+    )
     if is_bottleneck:
         outputs, inputs = _main_kernel(state_dict, 'stage1.0.conv2').shape[:2]
         groups = outputs // inputs
         backbone.update(
             groups=groups, width_per_group=outputs * 64 // (base_channels * groups)
         )
-    markers = {'orepa': 'orepa', 'dbb_': 'dbb'}
-    kinds = (
-        kind for part, kind in markers.items() if any(part in k for k in state_dict)
-    )
-    return dict(backbone, block=next(kinds, 'plain'))
+    block = 'plain'
+    if any('dbb_' in key for key in state_dict):
+        block = 'dbb'
+    if any('orepa' in key for key in state_dict):
+        block = 'orepa'
+    return dict(backbone, block=block)
 
 
 def _repvgg(state_dict: Mapping[str, Tensor], depths: tuple[int, ...]) -> dict:

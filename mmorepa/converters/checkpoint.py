@@ -5,8 +5,6 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,9 +14,10 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
-from ..layers import ReparamConv2d, is_switchable, switch_to_deploy
+from ..layers import is_switchable, outermost, switch_to_deploy
 from ..utils.errors import COMPILED_KEYS, CheckpointError, describe_misfit
 from ..utils.files import PathLike, atomic_write
+from ..utils.requirements import require
 from ..utils.weights import describe_damage
 from ..version import __version__
 
@@ -35,66 +34,49 @@ def _history_statistic(owner: Any, name: str) -> Any:
     )
 
 
-def _history_globals() -> list:
-    scalar_types = [np.float64, np.float32, np.int64, np.int32, np.bool_]
-    numpy_core = np._core if hasattr(np, '_core') else np.core
-    return [
-        HistoryBuffer,
-        (_history_statistic, 'builtins.getattr'),
-        # Both names: numpy 2 moved the module, and files name either.
-        (numpy_core.multiarray._reconstruct, 'numpy.core.multiarray._reconstruct'),
-        (numpy_core.multiarray._reconstruct, 'numpy._core.multiarray._reconstruct'),
-        (numpy_core.multiarray.scalar, 'numpy.core.multiarray.scalar'),
-        (numpy_core.multiarray.scalar, 'numpy._core.multiarray.scalar'),
-        np.ndarray,
-        np.dtype,
-        *{type(np.dtype(scalar)) for scalar in scalar_types},
-    ]
-
-
 def allow_mmengine_checkpoints() -> None:
     """Lets ``torch.load(weights_only=True)`` read what MMEngine's runner saves.
 
     That is the history of the logged values: MMEngine's ``HistoryBuffer`` with numpy
     arrays, and four of its methods, which pickle writes as calls of ``getattr``.
     PyTorch refuses all of them since 2.6. This allows these classes and, for
-    ``getattr``, a function that serves only the four methods.
-
-    It holds for the whole process, for tools that call ``torch.load`` themselves; this
-    package's reader does not need it.
+    ``getattr``, a function that serves only the four methods, in the whole process.
     """
-    torch.serialization.add_safe_globals(_history_globals())
+    scalar_types = [np.float64, np.float32, np.int64, np.int32, np.bool_]
+    numpy_core = np._core if hasattr(np, '_core') else np.core
+    functions = [
+        (getattr(numpy_core.multiarray, name), f'numpy.{core}.multiarray.{name}')
+        for name in ('_reconstruct', 'scalar')
+        # Both names: numpy 2 moved the module, and files name either.
+        for core in ('core', '_core')
+    ]
+    torch.serialization.add_safe_globals(
+        [
+            HistoryBuffer,
+            (_history_statistic, 'builtins.getattr'),
+            *functions,
+            np.ndarray,
+            np.dtype,
+            *{type(np.dtype(scalar)) for scalar in scalar_types},
+        ]
+    )
 
 
-@contextmanager
-def _history_allowed() -> Iterator[None]:
-    """As :func:`allow_mmengine_checkpoints`, for one read."""
-    before = torch.serialization.get_safe_globals()
-    try:
-        with torch.serialization.safe_globals(_history_globals()):
-            yield
-    finally:
-        # The end of such a scope removes what was allowed before it, too.
-        torch.serialization.add_safe_globals(before)
-
-
-def read_checkpoint(path: str, keep_prefix: bool = False) -> dict:
+def read_checkpoint(path: str) -> dict:
     """Reads a checkpoint file without running any code in it.
 
     Args:
-        path (str): A file of ``torch.save``: a dict with a ``state_dict``, or a
-            bare state dict. Or a ``.safetensors`` file.
-        keep_prefix (bool): Whether to keep the ``module.`` that model wrappers put
-            before every key. Defaults to False.
+        path (str): A file of ``torch.save``: a dict with a ``state_dict``, or a bare
+            state dict. Or a ``.safetensors`` file.
 
     Returns:
-        dict: With ``state_dict`` and, where the file has them, ``meta`` and whatever
-        else it holds.
+        dict: With ``state_dict``, its keys without the ``module.`` of model wrappers,
+        and, where the file has them, ``meta`` and others.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If it is damaged, is not a checkpoint, holds more than
-            tensors and plain containers, or NaN, Inf or a negative variance.
+        CheckpointError: If it is damaged, is not a checkpoint, holds more than tensors
+            and plain containers, or NaN, Inf or a negative variance.
     """
     checkpoint = load_from_local(path)
     if 'state_dict' not in checkpoint:
@@ -102,10 +84,9 @@ def read_checkpoint(path: str, keep_prefix: bool = False) -> dict:
     state = checkpoint['state_dict']
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f'{path!r}: {_NO_STATE}')
-    if not keep_prefix:
-        checkpoint['state_dict'] = {
-            key.removeprefix('module.'): value for key, value in state.items()
-        }
+    checkpoint['state_dict'] = {
+        key.removeprefix('module.'): value for key, value in state.items()
+    }
     if any('_orig_mod.' in key for key in checkpoint['state_dict']):
         raise CheckpointError(f'{path!r}: {COMPILED_KEYS}')
     return checkpoint
@@ -115,19 +96,7 @@ def read_checkpoint(path: str, keep_prefix: bool = False) -> dict:
 # OneDL's runs what is in a file that PyTorch refuses.
 @CheckpointLoader.register_scheme(prefixes='', force=True)
 def load_from_local(filename: str, map_location: Any = 'cpu') -> dict:
-    """Reads a checkpoint file that is safe and complete, and refuses others.
-
-    Args:
-        filename (str): The file.
-        map_location (Any): As that of :func:`torch.load`. Defaults to ``'cpu'``.
-
-    Returns:
-        dict: Tensors and plain containers.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        CheckpointError: As :func:`read_checkpoint`.
-    """
+    """As :func:`read_checkpoint`, for MMEngine: the file as it is, on a device."""
     filename = os.path.expanduser(filename)
     if not os.path.isfile(filename):
         raise FileNotFoundError(f'no checkpoint at {filename!r}')
@@ -137,8 +106,9 @@ def load_from_local(filename: str, map_location: Any = 'cpu') -> dict:
         else:
             if zipfile.is_zipfile(filename):
                 _check_archive(filename)
-            with _history_allowed():
-                checkpoint = torch.load(filename, map_location, weights_only=True)
+            # Again: the end of a scope of OneDL's forbids what was allowed before it.
+            allow_mmengine_checkpoints()
+            checkpoint = torch.load(filename, map_location, weights_only=True)
         problem = _problem(checkpoint, os.path.getsize(filename))
     # A damaged file can make the unpickler fail in any way, also without a message.
     except Exception as error:
@@ -228,24 +198,11 @@ def write_checkpoint(checkpoint: dict, path: PathLike) -> None:
             raise
 
 
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            'files of safetensors need that package: pip install safetensors'
-        ) from error
-    return safetensors
-
-
 def _read_safetensors(path: str) -> dict:
-    with _safetensors().safe_open(path, 'pt') as file:
+    with require('safetensors.torch').safe_open(path, 'pt') as file:
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         meta = (file.metadata() or {}).get('meta')
-    checkpoint = {'state_dict': state}
-    if meta is not None:
-        checkpoint['meta'] = json.loads(meta)
-    return checkpoint
+    return {'state_dict': state} | ({} if meta is None else {'meta': json.loads(meta)})
 
 
 def _to_safetensors(checkpoint: dict) -> bytes:
@@ -253,7 +210,7 @@ def _to_safetensors(checkpoint: dict) -> bytes:
     # Each with memory of its own, which is what the format asks for.
     state = {key: value.contiguous().clone() for key, value in state.items()}
     meta = json.dumps(checkpoint.get('meta') or {}, default=_to_json)
-    return _safetensors().torch.save(state, {'format': 'pt', 'meta': meta})
+    return require('safetensors.torch').save(state, {'format': 'pt', 'meta': meta})
 
 
 def _to_json(value: Any) -> Any:
@@ -263,25 +220,21 @@ def _to_json(value: Any) -> Any:
 def load_training_form(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """Loads a training checkpoint strictly into the training form.
 
-    Raises:
-        CheckpointError: If the model has nothing to switch, the checkpoint is deployed
-            already, or keys or shapes do not fit, which are named.
+    It raises CheckpointError if the model has nothing to switch, the checkpoint is
+    deployed already, or keys or shapes do not fit, which are named.
     """
     if not is_switchable(model):
         raise CheckpointError(
             'the model has no re-parameterised conv in training form: does its config '
             'have deploy=True, or no type of mmorepa?'
         )
-    for name, module in model.named_modules():
-        prefix = f'{name}.' if name else ''
-        if (
-            isinstance(module, ReparamConv2d)
-            and f'{prefix}weight' in state_dict
-            and not any(key.startswith(f'{prefix}branches.') for key in state_dict)
-        ):
+    for name, _ in outermost(model):
+        kernel = f'{name}.weight'.lstrip('.')
+        branches = kernel.removesuffix('weight') + 'branches.'
+        if kernel in state_dict and not any(k.startswith(branches) for k in state_dict):
             raise CheckpointError(
-                f"the checkpoint is deployed already: it holds '{prefix}weight', a "
-                'plain kernel, where the training form has branches'
+                f'the checkpoint is deployed already: it holds {kernel!r}, a plain '
+                'kernel, where the training form has branches'
             )
     load_strictly(model, state_dict)
 
@@ -289,32 +242,22 @@ def load_training_form(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
 def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """Loads a checkpoint strictly; a deployed model folds a training form.
 
-    Raises:
-        CheckpointError: If keys, which are named, are missing, not known or of
-            another shape, or the checkpoint is a deployed form and the model is not.
+    It raises CheckpointError if keys, which are named, are missing, not known or of
+    another shape, or the checkpoint is a deployed form and the model is not.
     """
-    state = model.state_dict()
-    misshapen = {
-        key: tuple(value.shape)
-        for key, value in state_dict.items()
-        if key in state and state[key].shape != value.shape
-    }
-    # Left out, since PyTorch would stop at them, in words that name every one.
-    rest = {k: value for k, value in state_dict.items() if k not in misshapen}
     try:
-        loaded = model.load_state_dict(rest, strict=False)
+        loaded = model.load_state_dict(state_dict, strict=False)
     except CheckpointError:
         raise
-    except RuntimeError as error:  # Entries that have other names in the model.
+    except RuntimeError as error:  # PyTorch has a line for each shape.
         first, *more = str(error).splitlines()[1:] or [str(error)]
         raise CheckpointError(
             f'the checkpoint does not fit the config: {first.strip()}'
             + (f', and {len(more)} more' if more else '')
         ) from error
-    expected = {key: tuple(state[key].shape) for key in misshapen}
     problems = describe_misfit(
-        {**dict.fromkeys(loaded.missing_keys, ()), **expected},
-        {**dict.fromkeys(loaded.unexpected_keys, ()), **misshapen},
+        dict.fromkeys(loaded.missing_keys, ()),
+        dict.fromkeys(loaded.unexpected_keys, ()),
     )
     if problems:
         raise CheckpointError(
@@ -346,8 +289,8 @@ def deploy_checkpoint(model: nn.Module, checkpoint: dict) -> dict:
         checkpoint (dict): With ``state_dict`` and, optionally, ``meta``.
 
     Returns:
-        dict: ``meta``, kept and marked as deployed, and ``state_dict``. The state
-        of the optimizer, schedulers and logs is dropped.
+        dict: ``state_dict`` and ``meta``, marked as deployed. The state of the
+        optimizer, schedulers and logs is dropped.
 
     Raises:
         CheckpointError: As :func:`load_training_form`.

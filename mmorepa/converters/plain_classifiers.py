@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from mmengine.config import ConfigDict
 from torch import Tensor, nn
@@ -12,18 +13,23 @@ from ..layers import outermost
 from ..utils.errors import CheckpointError, describe_misfit
 from .plain import plain_names
 
-_HEAD = ('head.fc.weight', 'head.fc.bias')
+# Arguments that mmpretrain's networks have under the same names,
+_SHARED = (
+    *('depth', 'in_channels', 'strides', 'dilations', 'out_indices', 'norm_cfg'),
+    *('style', 'deep_stem', 'avg_down'),
+)
+# and those without effect on the outputs in eval mode.
+_WITHOUT_EFFECT = (
+    *('block', 'block_cfg', 'stem_block', 'stem_block_cfg', 'deploy', 'init_cfg'),
+    *('frozen_stages', 'norm_eval', 'with_cp', 'zero_init_residual', 'drop_path_rate'),
+)
 
 
 def classifier_entries(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Gives the entries of a classifier the names that they have in mmpretrain.
 
-    Args:
-        state_dict (Mapping[str, Tensor]): That of a classifier of torchvision, timm or
-            mmpretrain, with or without ``module.`` and ``backbone.`` before its keys.
-
-    Returns:
-        dict[str, Tensor]: ``backbone.*`` and ``head.fc.*``.
+    These are ``backbone.*`` and ``head.fc.*``, of a classifier of torchvision, timm or
+    mmpretrain, with or without ``module.`` and ``backbone.`` before its keys.
     """
     entries = {}
     for key, value in state_dict.items():
@@ -53,37 +59,32 @@ def start_from_plain(model: nn.Module, state_dict: Mapping[str, Tensor]) -> int:
         ValueError: If the model is another kind of model.
     """
     backbone = getattr(model, 'backbone', None)
-    if not isinstance(backbone, StagedBackbone):
+    head = getattr(getattr(model, 'head', None), 'fc', None)
+    if not isinstance(backbone, StagedBackbone) or not isinstance(head, nn.Linear):
         raise ValueError(
-            'the config needs an OREPAResNet or OREPARepVGG as its backbone, found '
-            f'{type(backbone).__name__}; others load plain checkpoints as they are '
+            'the config needs an OREPAResNet or OREPARepVGG as its backbone, and a '
+            f'linear head (LinearClsHead), found {type(backbone).__name__} and '
+            f'{type(head).__name__}; other models load plain checkpoints as they are '
             '(load_from, init_cfg)'
         )
-    if not isinstance(getattr(getattr(model, 'head', None), 'fc', None), nn.Linear):
-        raise ValueError(
-            'the config needs a classifier with a linear head (LinearClsHead); other '
-            'models start their backbone by '
-            "init_cfg=dict(type='Pretrained', checkpoint=...)"
-        )
     entries = classifier_entries(state_dict)
-    if any('.branches.' in key for key in entries):
+    biases = ('.stem.bias', '.branch_reparam.bias')
+    is_deployed = any(key.endswith(biases) for key in entries)
+    if is_deployed or any('.branches.' in key for key in entries):
         raise CheckpointError(
-            'the checkpoint is a training form already: use it as it is (load_from)'
-        )
-    if any(key.endswith(('.stem.bias', '.branch_reparam.bias')) for key in entries):
-        raise CheckpointError(
-            'the checkpoint is deployed already: it loads as it is into a config with '
-            'deploy=True, and no training form starts from it'
+            f'the checkpoint is {"deployed" if is_deployed else "a training form"} '
+            'already, and not of a plain network: it loads as it is into such a config'
         )
     _check_head(model, entries)
-    convs = list(outermost(model))
-    # Not load_strictly(): the backbone has words of its own for another network.
+    count = len(list(outermost(model)))
     loaded = model.load_state_dict(entries, strict=False)
-    keys = loaded.missing_keys, loaded.unexpected_keys
-    problems = describe_misfit(*(dict.fromkeys(names, ()) for names in keys))
+    problems = describe_misfit(
+        dict.fromkeys(loaded.missing_keys, ()),
+        dict.fromkeys(loaded.unexpected_keys, ()),
+    )
     if problems:
         raise CheckpointError(f'the checkpoint does not fit the config: {problems}')
-    return len(convs)
+    return count
 
 
 def _check_head(model: nn.Module, entries: Mapping[str, Tensor]) -> None:
@@ -91,108 +92,82 @@ def _check_head(model: nn.Module, entries: Mapping[str, Tensor]) -> None:
         "start the backbone alone, by init_cfg=dict(type='Pretrained', "
         'checkpoint=...), and train a new head'
     )
-    missing = [key for key in _HEAD if key not in entries]
+    keys = ('head.fc.weight', 'head.fc.bias')
+    missing = [key for key in keys if key not in entries]
     if missing:
         raise CheckpointError(
-            f'the checkpoint has no classifier ({", ".join(missing)}, or fc.*, '
-            f'missing): {instead}'
+            f'the checkpoint has no classifier ({", ".join(missing)} missing): '
+            f'{instead}'
         )
-    theirs, ours = entries[_HEAD[0]].shape, model.head.fc.weight.shape
-    # Of other features, it is another network's: the backbone has the words for that.
-    if theirs[1:] == ours[1:] and theirs != ours:
+    classes, ours = len(entries[keys[0]]), model.head.fc.out_features
+    if classes != ours:
         raise CheckpointError(
-            f'the classifier is for {theirs[0]} classes, and that of the config for '
-            f'{ours[0]}: set model.head.num_classes={theirs[0]}, or {instead}'
+            f'the classifier is for {classes} classes, and that of the config for '
+            f'{ours}: set model.head.num_classes={classes}, or {instead}'
         )
 
 
 def entries_of_twin(
     twin: nn.Module, backbone: StagedBackbone, state_dict: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Gives the entries of a classifier the names that they have in its plain twin.
+    """Gives the entries of a classifier the names that they have in :func:`plain_twin`.
 
     torchvision, timm and mmpretrain have several names for one tensor; they meet in the
-    one that it has here.
+    one that it has here. Those that the twin does not have keep their names.
 
     Args:
         twin (nn.Module): Built of :func:`plain_twin`.
         backbone (StagedBackbone): That of the classifier.
-        state_dict (Mapping[str, Tensor]): See :func:`classifier_entries`.
-
-    Returns:
-        dict[str, Tensor]: Those that the twin does not have keep their names.
+        state_dict (Mapping[str, Tensor]): As of :func:`classifier_entries`.
     """
-
-    def our_names(keys: Collection[str]) -> dict[str, str]:
-        """By their keys."""
-        names = [key[len(start) :] for key in keys if key.startswith(start)]
-        ours = plain_names(backbone, names)
-        return {start + name: ours.get(name, name) for name in names}
-
-    start = 'backbone.'
     entries = classifier_entries(state_dict)
-    twins = {ours: key for key, ours in our_names(twin.state_dict()).items()}
-    names = {key: twins.get(ours, key) for key, ours in our_names(entries).items()}
-    return {names.get(key, key): value for key, value in entries.items()}
+    twins = {ours: key for key, ours in _names(backbone, twin.state_dict()).items()}
+    names = _names(backbone, entries)
+    return {twins.get(names[key], key): value for key, value in entries.items()}
+
+
+def _names(backbone: StagedBackbone, keys: Collection[str]) -> dict[str, str]:
+    """Our names of the entries of a classifier, by their keys."""
+    theirs = {key: key.removeprefix('backbone.') for key in keys}
+    ours = plain_names(backbone, theirs.values())
+    return {key: ours.get(name, name) for key, name in theirs.items()}
 
 
 def plain_twin(model: Mapping) -> dict:
     """The config of a classifier with mmpretrain's own network as the backbone.
 
-    It shares no code with ours.
-
-    Args:
-        model (Mapping): The config of a classifier with a backbone of ours.
-
-    Returns:
-        dict: Another config.
-
-    Raises:
-        ValueError: If mmpretrain has no such network.
+    It shares no code with ours. ValueError says that mmpretrain has no such network.
     """
     model = copy.deepcopy(ConfigDict(model))
-    kind, backbone = model.backbone.type, dict(model.backbone)
-    unknown = {name for name in backbone if name not in _SHARED and backbone[name]}
-    translate = _resnet if kind == OREPAResNet.__name__ else _repvgg
-    twin, translated = translate(backbone)
-    unknown -= {*_WITHOUT_EFFECT, *translated}
+    options = {k: v for k, v in model.backbone.items() if k not in _WITHOUT_EFFECT}
+    is_resnet = options.pop('type') == OREPAResNet.__name__
+    stages = options.pop('num_stages', 4)
+    shared = {name: options.pop(name) for name in _SHARED if name in options}
+    twin = (_resnet if is_resnet else _repvgg)(options, stages)
+    unknown = sorted(name for name, value in options.items() if value)
     if unknown:
         raise ValueError(
-            f'mmpretrain has no plain network with {", ".join(sorted(unknown))} '
+            f'mmpretrain has no plain network with {", ".join(unknown)} '
             '(backbone of the config), to verify the outputs against'
         )
-    twin.update((name, backbone[name]) for name in _SHARED if name in backbone)
-    stages = backbone.get('num_stages', 4)
-    twin.setdefault('out_indices', tuple(range(stages)))
-    for name in ('strides', 'dilations'):
-        if name in twin:
-            twin[name] = twin[name][:stages]
-    model.backbone = twin
+    for name in shared.keys() & {'strides', 'dilations'}:
+        shared[name] = shared[name][:stages]
+    model.backbone = {'out_indices': tuple(range(stages)), **twin, **shared}
     return model
 
 
-_SHARED = (
-    *('depth', 'in_channels', 'strides', 'dilations', 'out_indices', 'norm_cfg'),
-    *('style', 'deep_stem', 'avg_down'),
-)
-# On the outputs in eval mode.
-_WITHOUT_EFFECT = (
-    *('type', 'block', 'block_cfg', 'stem_block', 'stem_block_cfg', 'deploy'),
-    *('init_cfg', 'frozen_stages'),
-    *('norm_eval', 'with_cp', 'zero_init_residual', 'drop_path_rate'),
-)
-
-
-def _resnet(backbone: Mapping) -> tuple[dict, tuple[str, ...]]:
-    """Type and widths in mmpretrain, and the names of the arguments they are from."""
-    mult, base = backbone.get('width_mult', 1), backbone.get('base_channels', 64)
-    stem = int((backbone.get('stem_channels') or base) * mult)
+def _resnet(options: dict[str, Any], stages: int) -> dict:
+    """Type and widths in mmpretrain; takes what they are made of out of ``options``."""
+    mult, base = options.pop('width_mult', 1), options.pop('base_channels', 64)
+    stem = int((options.pop('stem_channels', None) or base) * mult)
     base = int(base * mult)
-    groups = backbone.get('groups', 1)
-    width = base * backbone.get('width_per_group', 64) // 64
+    groups = options.pop('groups', 1)
+    width = base * options.pop('width_per_group', 64) // 64
+    if (options.get('act_cfg') or {}).get('type', 'ReLU') == 'ReLU':
+        options.pop('act_cfg', None)
     twin = dict(
         type='mmpretrain.ResNet',
-        num_stages=backbone.get('num_stages', 4),
+        num_stages=stages,
         stem_channels=stem,
         base_channels=base,
     )
@@ -200,30 +175,25 @@ def _resnet(backbone: Mapping) -> tuple[dict, tuple[str, ...]]:
         twin.update(type='mmpretrain.ResNeXt', groups=groups, width_per_group=width)
     elif width != base:  # Wide networks: the same outputs of a broader bottleneck.
         twin.update(base_channels=width, expansion=4 * base // width)
-    names = ('num_stages', 'stem_channels', 'base_channels', 'width_mult')
-    names += ('groups', 'width_per_group')
-    if (backbone.get('act_cfg') or {}).get('type', 'ReLU') == 'ReLU':
-        names += ('act_cfg',)
-    return twin, names
+    return twin
 
 
-def _repvgg(backbone: Mapping) -> tuple[dict, tuple[str, ...]]:
-    arch = backbone['arch']
+def _repvgg(options: dict[str, Any], stages: int) -> dict:
+    """As :func:`_resnet`."""
+    arch, base = options.pop('arch'), options.pop('base_channels', 64)
     arch = OREPARepVGG.ARCHITECTURES[arch] if isinstance(arch, str) else arch
-    base, groups = backbone.get('base_channels', 64), arch.get('groups', 1)
-    stages = backbone.get('num_stages', 4)
-    every_second = range(2, sum(arch['num_blocks'][:stages]) + 1, 2)
+    depths = arch['num_blocks'][:stages]
+    every_second = range(2, sum(depths) + 1, 2)
     twin = dict(
         type='mmpretrain.RepVGG',
         arch=dict(
-            num_blocks=arch['num_blocks'][:stages],
+            num_blocks=depths,
             width_factor=arch['widths'][:stages],
             stem_channels=base,
-            group_layer_map=dict.fromkeys(every_second, groups),
+            group_layer_map=dict.fromkeys(every_second, arch.get('groups', 1)),
             se_cfg=dict(ratio=16, divisor=1) if arch.get('use_se') else None,
         ),
         base_channels=base,
     )
-    if backbone.get('act_cfg'):
-        twin['act_cfg'] = backbone['act_cfg']
-    return twin, ('num_stages', 'arch', 'base_channels', 'act_cfg')
+    act_cfg = options.pop('act_cfg', None)
+    return dict(twin, act_cfg=act_cfg) if act_cfg else twin

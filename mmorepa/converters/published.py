@@ -31,19 +31,20 @@ from ..version import __version__
 from .architectures import identify, name_of
 
 
-class _Pair(NamedTuple):
-    """An entry of our layout, and the same entry of the published one.
+class _Entry(NamedTuple):
+    """What an entry of the published layout becomes.
 
     ``ours`` is None for entries that the published code saves though they are fixed;
-    ``fixed`` makes them. ``to_ours`` reorders rows or dimensions; ``as_conv`` gives an
-    entry of ours the shape of theirs.
+    ``fixed`` makes them.
     """
 
-    theirs: str
     ours: Optional[str]
-    fixed: Optional[Callable[[], Tensor]] = None
+    shape: tuple[int, ...]
     to_ours: Callable[[Tensor], Tensor] = lambda x: x
-    as_conv: Callable[[Tensor], Tensor] = lambda x: x
+    fixed: Optional[Callable[[], Tensor]] = None
+
+
+Entries = Iterator[tuple[str, _Entry]]
 
 
 def from_published(
@@ -70,19 +71,21 @@ def from_published(
     )
     if backbone is None:
         backbone = identify(theirs)
-    deployed = _is_deployed(theirs)
-    network = _build(backbone, deployed)
-    pairs = list(_pairs(network, set(theirs)))
-    for key in [p.theirs for p in pairs if _has_unused_row(network, p)]:
-        if key in theirs and theirs[key].shape[:1] == (6,):
-            # Neither used nor initialised by the published code.
-            theirs[key] = theirs[key][:5]
-    _check(pairs, theirs, _own_shapes(network, theirs))
-
+    deployed = not any(key.endswith('running_mean') for key in theirs)
+    # Only names and shapes are asked of it: no memory, no time, no random numbers.
+    with torch.device('meta'):
+        network = MODELS.build(dict(backbone, deploy=deployed))
+    entries = dict(_entries(network, theirs))
+    for key, value in theirs.items():
+        conv = key.removesuffix('.rbr_dense.vector')
+        if f'{conv}.rbr_identity.weight' in theirs and value.shape[:1] == (6,):
+            # The last row is neither used nor initialised by the published code.
+            theirs[key] = value[:5]
+    _check(entries, theirs)
     ours = {
-        pair.ours: pair.to_ours(theirs[pair.theirs]).clone()
-        for pair in pairs
-        if pair.ours is not None
+        entry.ours: entry.to_ours(theirs[key]).clone()
+        for key, entry in entries.items()
+        if entry.ours is not None
     }
     meta = dict(
         mmorepa_version=__version__,
@@ -91,24 +94,6 @@ def from_published(
         deployed=deployed,
     )
     return dict(meta=meta, state_dict=ours)
-
-
-def _build(backbone: dict, deployed: bool) -> nn.Module:
-    # Only names and shapes are asked of it: no memory, no time, no random numbers.
-    with torch.device('meta'):
-        return MODELS.build(dict(backbone, deploy=deployed))
-
-
-def _is_deployed(theirs: Mapping[str, Tensor]) -> bool:
-    return not any(key.endswith('running_mean') for key in theirs)
-
-
-def _has_unused_row(network: nn.Module, pair: _Pair) -> bool:
-    """Whether a scaling vector has one row more than the kernel has branches."""
-    if not pair.theirs.endswith('rbr_dense.vector'):
-        return False
-    name, _, _ = pair.ours.removeprefix('backbone.').partition('.branches.')
-    return 'identity' in network.get_submodule(name).branches
 
 
 # Spellings of one entry in different versions of the published code.
@@ -131,46 +116,19 @@ def _canonical(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     return canonical
 
 
-def _own_shapes(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, tuple]:
-    shapes = {f'backbone.{k}': tuple(v.shape) for k, v in network.state_dict().items()}
-    for key in _head(state)[:1]:
-        # The number of classes is the checkpoint's affair.
-        classes = tuple(state[key].shape[:1])
-        shapes['head.fc.weight'] = (*classes, network.feat_dim)
-        shapes['head.fc.bias'] = classes
-    return shapes
-
-
-def _head(state: Mapping[str, Tensor]) -> list[str]:
-    """The keys of the classifier that exist, in either layout."""
-    return [
-        f'{layer}.{entry}'
-        for entry in ('weight', 'bias')
-        for layer in ('linear', 'head.fc')
-        if f'{layer}.{entry}' in state
-    ]
-
-
-def _check(
-    pairs: list[_Pair], theirs: Mapping[str, Tensor], shapes: dict[str, tuple]
-) -> None:
-    expected, wrong = {}, []
-    for pair in pairs:
-        key, fixed = pair.theirs, None if pair.fixed is None else pair.fixed()
-        if fixed is None:
-            like = pair.as_conv(torch.empty(shapes[pair.ours], device='meta'))
-        else:
-            like = fixed
-        expected[key] = tuple(like.shape)
-        if fixed is None or key not in theirs or theirs[key].shape != fixed.shape:
-            continue
-        value = theirs[key]
-        if not torch.allclose(
-            value.double(), fixed.to(value.dtype).double(), atol=1e-5
-        ):
-            wrong.append(key)
+def _check(entries: Mapping[str, _Entry], theirs: Mapping[str, Tensor]) -> None:
+    expected = {key: entry.shape for key, entry in entries.items()}
+    found = {key: tuple(value.shape) for key, value in theirs.items()}
+    wrong = []
+    for key, entry in entries.items():
+        if entry.fixed is not None and found.get(key) == entry.shape:
+            value, fixed = theirs[key], entry.fixed()
+            # Rounded as the checkpoint is.
+            fixed = fixed.to(value.dtype).double()
+            if not torch.allclose(value.double(), fixed, atol=1e-5):
+                wrong.append(key)
     problems = (
-        describe_misfit(expected, {k: tuple(v.shape) for k, v in theirs.items()}, None),
+        describe_misfit(expected, found, None),
         name_keys('fixed in the published code, with other values', wrong, None),
     )
     if any(problems):
@@ -179,26 +137,29 @@ def _check(
         )
 
 
-def _pairs(network: nn.Module, present: set[str]) -> Iterator[_Pair]:
-    """All pairs of our backbone; of optional entries those whose keys are present."""
+def _entries(network: nn.Module, theirs: Mapping[str, Tensor]) -> Entries:
+    """All entries of our backbone, and those of a classifier if there is one."""
     for name, conv in outermost(network):
-        there, here = _published_name(name), f'backbone.{name}.'
-        for pair in _conv_pairs(conv):
-            theirs = f'{there}.{pair.theirs}'
-            if theirs.endswith(_OPTIONAL) and theirs not in present:
+        for key, entry in _conv_entries(conv):
+            key = f'{_published_name(name)}.{key}'
+            # Some versions of the published code save it.
+            if key.endswith('idconv1.id_tensor') and key not in theirs:
                 continue
-            ours = None if pair.ours is None else here + pair.ours
-            yield pair._replace(theirs=theirs, ours=ours)
-    for name in network.state_dict():
+            if entry.ours is not None:
+                entry = entry._replace(ours=f'backbone.{name}.{entry.ours}')
+            yield key, entry
+    for name, value in network.state_dict().items():
         if '.se.' in name:
-            yield _Pair(_published_name(name), f'backbone.{name}')
-    if present & {'linear.weight', 'linear.bias'}:
-        for entry in ('weight', 'bias'):
-            yield _Pair(f'linear.{entry}', f'head.fc.{entry}')
-
-
-# Saved by some versions of the published code.
-_OPTIONAL = 'dbb_1x1_kxk.idconv1.id_tensor'
+            yield _published_name(name), _Entry(f'backbone.{name}', tuple(value.shape))
+    head = [
+        theirs[f'linear.{n}'] for n in ('weight', 'bias') if f'linear.{n}' in theirs
+    ]
+    if head:
+        # The number of classes is the checkpoint's affair.
+        classes = tuple(head[0].shape[:1])
+        shape = (*classes, network.feat_dim)
+        yield 'linear.weight', _Entry('head.fc.weight', shape)
+        yield 'linear.bias', _Entry('head.fc.bias', classes)
 
 
 def _published_name(name: str) -> str:
@@ -253,47 +214,48 @@ _ENTRIES = {
 }
 
 
-def _conv_pairs(conv: ReparamConv2d) -> Iterator[_Pair]:
+def _conv_entries(conv: ReparamConv2d) -> Entries:
     kinds = [kind for kind in _PREFIXES if isinstance(conv, kind)]
     if not kinds:
         raise CheckpointError(
             f'the published code has no layout for {type(conv).__name__}'
         )
-    prefixes = (
-        {'': f'{_deployed_name(conv)}.'} if conv.deployed else _PREFIXES[kinds[0]]
-    )
-    kind = 'or1x1' if conv.kernel_size[0] == 1 else 'orepa'
-    kind = 'rbr' if isinstance(conv, RepVGGConv2d) else kind
-    for key in conv.state_dict():
+    prefixes = _PREFIXES[kinds[0]]
+    if conv.deployed:
+        prefixes = {'': f'{_deployed_name(conv)}.'}
+    is_rbr = isinstance(conv, RepVGGConv2d)
+    kind = 'rbr' if is_rbr else 'or1x1' if conv.kernel_size[0] == 1 else 'orepa'
+    for key, value in conv.state_dict().items():
         here = next(prefix for prefix in prefixes if key.startswith(prefix))
         path, dot, entry = (prefixes[here] + key.removeprefix(here)).rpartition('.')
-        there = path + dot
-        pair = _Pair(there + _ENTRIES.get(entry, entry).format(kind), key)
+        there = path + dot + _ENTRIES.get(entry, entry).format(kind)
         kernel = conv.get_submodule(key.rpartition('.')[0])
         if isinstance(kernel, OREPAKernel):
-            pair = pair._replace(
-                to_ours=partial(_to_ours, kernel.branch_sum, entry),
-                as_conv=partial(kernel.branch_sum.as_conv, entry),
-            )
-        yield pair
+            value = kernel.branch_sum.as_conv(entry, value)
+            to_ours = partial(_to_ours, kernel.branch_sum, entry)
+            yield there, _Entry(key, tuple(value.shape), to_ours)
+        else:
+            yield there, _Entry(key, tuple(value.shape))
         if entry == 'scale' and isinstance(kernel, OREPAKernel):
-            yield from _fixed_pairs(kernel, there, kind)
+            yield from _fixed_entries(kernel, path + dot, kind)
     if isinstance(conv, DBBConv2d) and not conv.deployed:
-        channels, inputs = conv.in_channels, conv.in_channels // conv.groups
-        yield _Pair(_OPTIONAL, None, lambda: identity_1x1(channels, inputs))
+        shape = conv.in_channels, conv.in_channels // conv.groups
+        yield (
+            'dbb_1x1_kxk.idconv1.id_tensor',
+            _Entry(None, (*shape, 1, 1), fixed=partial(identity_1x1, *shape)),
+        )
 
 
-def _fixed_pairs(kernel: OREPAKernel, there: str, kind: str) -> Iterator[_Pair]:
+def _fixed_entries(kernel: OREPAKernel, there: str, kind: str) -> Entries:
     """The constants that the published code saves."""
     size, outputs = kernel.kernel_size, kernel.scale.shape[1]
-    hidden, inputs = kernel.weight_pointwise_kxk_1.shape[:2]
-    fixed = {
-        f'weight_{kind}_avg_avg': lambda: torch.full((size, size), 1 / size**2),
-        f'weight_{kind}_prior': lambda: frequency_prior(outputs, size),
-        'id_tensor': lambda: identity_1x1(hidden, inputs),
-    }
-    for entry, make in fixed.items():
-        yield _Pair(there + entry, None, make)
+    square, eye = (size, size), kernel.weight_pointwise_kxk_1.shape[:2]
+    average = partial(torch.full, square, 1 / size**2)
+    prior = partial(frequency_prior, outputs, size)
+    identity = partial(identity_1x1, *eye)
+    yield f'{there}weight_{kind}_avg_avg', _Entry(None, square, fixed=average)
+    yield f'{there}weight_{kind}_prior', _Entry(None, (outputs, *square), fixed=prior)
+    yield f'{there}id_tensor', _Entry(None, (*eye, 1, 1), fixed=identity)
 
 
 def _deployed_name(conv: ReparamConv2d) -> str:
@@ -312,6 +274,5 @@ def _deployed_name(conv: ReparamConv2d) -> str:
 def _to_ours(spec: BranchSum, name: str, weight: Tensor) -> Tensor:
     if name == 'weight_separable':
         # The published code interleaves the groups in the rows of this one.
-        rows = weight.unflatten(0, (-1, spec.groups))
-        weight = rows.transpose(0, 1).flatten(0, 1)
+        weight = weight.unflatten(0, (-1, spec.groups)).transpose(0, 1).flatten(0, 1)
     return spec.as_stored(name, weight)

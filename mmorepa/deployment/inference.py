@@ -35,7 +35,6 @@ def build_inferencer(
         documents it. One process can have those of one toolbox.
 
     Raises:
-        FileNotFoundError: If there is no such config or checkpoint.
         CheckpointError: If the checkpoint is damaged, or does not fit the config.
         ValueError: If ``default_scope`` is none of the three toolboxes.
 

@@ -28,12 +28,8 @@ def image_shape(
 ) -> tuple[int, int, int]:
     """Channels, height and width of an image as a network sees it.
 
-    Args:
-        model (nn.Module): With the preprocessor of its toolbox.
-        batch (dict, optional): Of the test data. Without one, the channels are those
-            of the first conv.
-        size (Sequence[int], optional): Height and width. Defaults to those of the
-            batch, or 224 and 224.
+    Without a ``size`` (height, width), these are those of the batch, or 224 and 224.
+    Without a batch, the channels are those of the first conv.
     """
     if batch is not None:
         inputs = model.data_preprocessor(copy.deepcopy(batch), False)['inputs']

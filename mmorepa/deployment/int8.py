@@ -5,8 +5,8 @@ import io
 import itertools
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -16,7 +16,7 @@ from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 from torch import Tensor, nn
 
-from ..runs import build_loader
+from ..runs import build_loader, innermost
 from ..utils.files import PathLike
 from .networks import require
 from .onnx_files import INPUT
@@ -40,8 +40,7 @@ class LayerLoss(NamedTuple):
     Args:
         name (str): Of the module.
         weight_range (float): The largest weight of the kernel, in magnitude.
-        outlier (float): The largest weight of the widest output channel, as a multiple
-            of the median channel's.
+        outlier (float): That of the widest output channel over the median channel's.
         kernel_snr (float): Power of the kernel over that of its error, in dB, the mean
             over output channels.
         output_snr (float): The same of the layer's output, with the errors of all
@@ -58,40 +57,30 @@ class LayerLoss(NamedTuple):
 def calibration_images(cfg: Config, model: nn.Module, number: int) -> list[Tensor]:
     """Training images in the pipeline of the test: augmented ones have other ranges.
 
-    Args:
-        cfg (Config): With training data.
-        model (nn.Module): With the preprocessor of its toolbox.
-        number (int): Of images.
-
-    Returns:
-        list[Tensor]: Batches of one image, in the same order each time.
-
-    Raises:
-        FileNotFoundError: If the training data are missing.
+    They come one by one, normalised, in the same order each time.
     """
     cfg = copy.deepcopy(cfg)
-    if cfg.get('train_dataloader') is None:
+    loader = cfg.get('train_dataloader')
+    if loader is None:
         raise ValueError('the config has no train_dataloader to calibrate with')
     if cfg.get('test_dataloader') is not None:
-        pipeline = _unwrapped(cfg.test_dataloader.dataset).get('pipeline')
+        pipeline = innermost(cfg.test_dataloader.dataset).get('pipeline')
         if pipeline:
-            dataset = _unwrapped(cfg.train_dataloader.dataset, pipeline)
-            cfg.train_dataloader.dataset = dataset
-    cfg.train_dataloader.batch_size = 1
+            loader.dataset = _with_pipeline(loader.dataset, pipeline)
+    loader.batch_size = 1
     # Batches by shape, as detectors have them, would wait for a second image.
-    cfg.train_dataloader.pop('batch_sampler', None)
+    loader.pop('batch_sampler', None)
     batches = itertools.islice(build_loader(cfg, 'train'), number)
     return [model.data_preprocessor(batch, False)['inputs'] for batch in batches]
 
 
-def _unwrapped(dataset: dict, pipeline: Optional[list] = None) -> dict:
+def _with_pipeline(dataset: dict, pipeline: list) -> dict:
     """The datasets that read files, without those around that repeat or mix images."""
-    while isinstance(dataset.get('dataset'), dict):
-        dataset = dataset['dataset']
+    dataset = innermost(dataset)
     if 'datasets' in dataset:
-        parts = [_unwrapped(part, pipeline) for part in dataset['datasets']]
+        parts = [_with_pipeline(part, pipeline) for part in dataset['datasets']]
         dataset['datasets'] = parts
-    elif pipeline and 'pipeline' in dataset:
+    elif 'pipeline' in dataset:
         dataset['pipeline'] = pipeline
     return dataset
 
@@ -99,25 +88,27 @@ def _unwrapped(dataset: dict, pipeline: Optional[list] = None) -> dict:
 def prepare(source: PathLike, target: PathLike, equalized: bool = False) -> int:
     """Makes an exported file ready for quantization: shapes, and BatchNorms folded.
 
-    Returns:
-        int: The pairs of convs that were equalized, see :func:`equalize`.
+    It returns the number of pairs of convs that were equalized, see :func:`equalize`.
     """
     onnx = require('onnx')
     shapes = require('onnxruntime.quantization.shape_inference')
     shapes.quant_pre_process(str(source), str(target), skip_symbolic_shape=True)
+    _keep_metadata(source, target)
+    if not equalized:
+        return 0
     model = onnx.load(str(target))
-    pairs = equalize(model) if equalized else 0
-    _save_with_metadata(model, source, target)
+    pairs = equalize(model)
+    onnx.save(model, str(target))
     return pairs
 
 
-def _save_with_metadata(model: Any, source: PathLike, target: PathLike) -> None:
-    """Saves a model with the metadata of the file that it was made from."""
+def _keep_metadata(source: PathLike, target: PathLike) -> None:
+    """Gives a file the metadata of that which ONNX Runtime has made it from."""
     onnx = require('onnx')
+    model = onnx.load(str(target))
     known = {entry.key for entry in model.metadata_props}
-    for entry in onnx.load(str(source)).metadata_props:
-        if entry.key not in known:
-            model.metadata_props.append(entry)
+    metadata = onnx.load(str(source)).metadata_props
+    model.metadata_props.extend(entry for entry in metadata if entry.key not in known)
     onnx.save(model, str(target))
 
 
@@ -161,29 +152,22 @@ def quantize_onnx(
             calibrate_method=getattr(ort.CalibrationMethod, method),
             extra_options=options,
         )
-    _save_with_metadata(require('onnx').load(str(target)), source, target)
+    _keep_metadata(source, target)
 
 
 def _reader(images: Sequence[Tensor]) -> Any:
-    ort = require('onnxruntime.quantization')
+    batches = iter(images)
 
-    class Reader(ort.CalibrationDataReader):
-        def __init__(self) -> None:
-            self.rest = iter(images)
-
+    class Reader(require('onnxruntime.quantization').CalibrationDataReader):
         def get_next(self) -> Optional[dict[str, np.ndarray]]:
-            batch = next(self.rest, None)
+            batch = next(batches, None)
             return None if batch is None else {INPUT: batch.cpu().numpy()}
 
     return Reader()
 
 
 def evaluation_phase(cfg: Config) -> str:
-    """``'val'``, or ``'test'`` for a config without validation.
-
-    Raises:
-        ValueError: If the config has neither, with data and an evaluator.
-    """
+    """``'val'``, or ``'test'`` for a config without validation data and evaluator."""
     for phase in ('val', 'test'):
         if cfg.get(f'{phase}_dataloader') and cfg.get(f'{phase}_evaluator'):
             return phase
@@ -195,12 +179,7 @@ def evaluation_phase(cfg: Config) -> str:
 
 @torch.no_grad()
 def evaluate(cfg: Config, model: nn.Module) -> dict[str, float]:
-    """The metrics of the config's evaluator on its validation data, or its test data.
-
-    Raises:
-        FileNotFoundError: If the data are missing.
-        ValueError: If the config has neither.
-    """
+    """The metrics of the config's evaluator on validation data, or on test data."""
     phase = evaluation_phase(cfg)
     loader = build_loader(cfg, phase)
     evaluator = Evaluator(cfg[f'{phase}_evaluator'])
@@ -220,23 +199,18 @@ def layer_losses(
 ) -> list[LayerLoss]:
     """What INT8 costs each conv and each linear layer, in the order of the file.
 
-    Args:
-        source (str | Path): The file that was quantized.
-        quantized (str | Path): The quantized file.
-        images (Sequence[Tensor]): Batches of one image; all outputs of all layers for
-            them are kept in memory.
-        modules (Sequence[str]): Names of the model's modules, since a file may lack the
-            first part of one. Defaults to none.
-
-    Returns:
-        list[LayerLoss]: One for each layer with a quantized kernel; where a layer runs
-        several times, as on the levels of a pyramid, its worst output counts.
+    Where a layer runs several times, as on the levels of a pyramid, its worst output
+    counts. Batches hold one image each; all outputs of all layers are kept in memory.
+    ``modules`` are the names of the model's, since a file may lack the first part of
+    one.
     """
-    onnx = require('onnx')
     debug = require('onnxruntime.quantization.qdq_loss_debug')
-    graph = onnx.load(str(source)).graph
-    with _no_errors_logged():
+    graph = require('onnx').load(str(source)).graph
+    logging.disable(logging.ERROR)  # A word on every bias that several layers share.
+    try:
         weights = debug.create_weight_matching(str(source), str(quantized))
+    finally:
+        logging.disable(logging.NOTSET)
     outputs = debug.create_activation_matching(
         *(_activations(path, images) for path in (quantized, source))
     )
@@ -245,8 +219,11 @@ def layer_losses(
         match = weights.get(node.input[1]) if node.op_type in _CONVS else None
         if match is None:
             continue
-        axis = 0 if node.op_type == 'Conv' or _transposes(node) else 1
-        kernel = np.moveaxis(match['float'], axis, 0)
+        is_turned = node.op_type == 'Gemm' and not _attribute(node, 'transB', 0)
+        kernel, dequantized = (
+            np.moveaxis(match[form], 1 if is_turned else 0, 0)
+            for form in ('float', 'dequantized')
+        )
         channels = np.abs(kernel.reshape(len(kernel), -1)).max(axis=1)
         output = outputs.get(_output_of(graph, node), {})
         output_snr = float('nan')
@@ -256,7 +233,7 @@ def layer_losses(
             _layer_name(node, modules),
             float(channels.max()),
             float(channels.max() / max(np.median(channels), 1e-12)),
-            _snr([kernel], [np.moveaxis(match['dequantized'], axis, 0)], len(kernel)),
+            _snr([kernel], [dequantized], len(kernel)),
             output_snr,
         )
         known = losses.get(node.input[1])
@@ -283,16 +260,6 @@ def _snr(
     return float(np.mean(10 * np.log10(power[alive] / noise[alive])))
 
 
-@contextmanager
-def _no_errors_logged() -> Iterator[None]:
-    """Without ONNX Runtime's word on every bias that several layers share."""
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
 def _activations(path: PathLike, images: Sequence[Tensor]) -> dict:
     debug = require('onnxruntime.quantization.qdq_loss_debug')
     with tempfile.TemporaryDirectory() as folder:
@@ -301,8 +268,8 @@ def _activations(path: PathLike, images: Sequence[Tensor]) -> dict:
         return debug.collect_activations(augmented, _reader(images))
 
 
-def _transposes(node: Any) -> bool:
-    return any(a.name == 'transB' and a.i for a in node.attribute)
+def _attribute(node: Any, name: str, default: int) -> int:
+    return next((a.i for a in node.attribute if a.name == name), default)
 
 
 def _users(graph: Any, name: str) -> list:
@@ -337,24 +304,17 @@ def equalize(model: Any, sweeps: int = 20) -> int:
 
     Cross-layer equalization: as ``ReLU(s·x) = s·ReLU(x)`` for ``s > 0``, channel c of
     the first conv is divided by ``s_c = √(r1_c / r2_c)``, and the kernel that takes it
-    multiplied by it, where r is the largest weight of that channel in either conv.
-
-    Args:
-        model (onnx.ModelProto): Changed in place; it computes the same up to rounding.
-        sweeps (int): Passes over all pairs: a conv may belong to two. Defaults to 20.
-
-    Returns:
-        int: The number of pairs.
+    multiplied by it, where r is the largest weight of that channel in either conv. A
+    conv may belong to two pairs, so it passes over all of them several times. It
+    returns their number, and changes the model in place.
     """
     numpy_helper = require('onnx').numpy_helper
-    graph = model.graph
-    stored = {tensor.name: tensor for tensor in graph.initializer}
-    pairs = [pair for pair in _pairs(graph) if set(_tensors_of(pair)) <= set(stored)]
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
     values = {
-        name: numpy_helper.to_array(stored[name]).astype(np.float64)
-        for pair in pairs
-        for name in _tensors_of(pair)
+        name: numpy_helper.to_array(tensor).astype(np.float64)
+        for name, tensor in stored.items()
     }
+    pairs = list(_pairs(model.graph, stored.keys()))
     for _ in range(sweeps):
         for first, second in pairs:
             one, other = values[first.input[1]], values[second.input[1]]
@@ -368,8 +328,8 @@ def equalize(model: Any, sweeps: int = 20) -> int:
             for bias in first.input[2:]:
                 values[bias] = values[bias] / scale
             values[second.input[1]] = other * scale[:, None, None]
-    for name, value in values.items():
-        tensor = numpy_helper.from_array(value.astype(np.float32), name)
+    for name in {name for pair in pairs for name in _tensors_of(pair)}:
+        tensor = numpy_helper.from_array(values[name].astype(np.float32), name)
         stored[name].CopyFrom(tensor)
     return len(pairs)
 
@@ -379,24 +339,22 @@ def _tensors_of(pair: tuple) -> list[str]:
     return [*first.input[1:], second.input[1]]
 
 
-def _pairs(graph: Any) -> Iterator[tuple]:
+def _pairs(graph: Any, stored: Collection[str]) -> Iterator[tuple]:
     """Convs with nothing but a ReLU between them, and kernels of their own."""
     outputs = {output.name for output in graph.output}
     for first in graph.node:
-        if first.op_type != 'Conv':
+        relu = _only_user(graph, first, 'Relu', outputs)
+        second = relu and _only_user(graph, relu, 'Conv', outputs)
+        if first.op_type != 'Conv' or second is None:
             continue
-        chain = [first]
-        for kind in ('Relu', 'Conv'):
-            name = chain[-1].output[0]
-            users = _users(graph, name)
-            if name in outputs or [node.op_type for node in users] != [kind]:
-                break
-            chain.append(users[0])
-        else:
-            second = chain[-1]
-            groups = [a.i for a in second.attribute if a.name == 'group']
-            shared = [
-                n for n in _tensors_of((first, second)) if len(_users(graph, n)) > 1
-            ]
-            if groups in ([], [1]) and not shared:
-                yield first, second
+        tensors = _tensors_of((first, second))
+        is_own = all(n in stored and len(_users(graph, n)) == 1 for n in tensors)
+        if is_own and _attribute(second, 'group', 1) == 1:
+            yield first, second
+
+
+def _only_user(graph: Any, node: Any, kind: str, outputs: set[str]) -> Optional[Any]:
+    """What takes the output of a node, if that is one node of this kind alone."""
+    users = _users(graph, node.output[0])
+    is_one = node.output[0] not in outputs and [u.op_type for u in users] == [kind]
+    return users[0] if is_one else None

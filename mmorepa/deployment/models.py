@@ -18,10 +18,8 @@ def deployed_config(cfg: Config) -> Config:
     """The config that builds the deployed form of a model.
 
     Backbones of this package and every ``conv_cfg`` of its convs get ``deploy=True``;
-    ``Reparameterized`` modules become the modules that they were made from.
-
-    Raises:
-        ValueError: If convs of this package are built without a config of theirs.
+    ``Reparameterized`` modules become the modules that they were made from. ValueError
+    says that convs of this package are built without a config of theirs.
     """
     cfg = copy.deepcopy(cfg)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
@@ -55,11 +53,8 @@ def _deployed(node: Any) -> Any:
 def load_deployed(cfg: Config, checkpoint: dict) -> nn.Module:
     """The deployed model of a config with a checkpoint, both of either form.
 
-    Returns:
-        nn.Module: In eval mode on the CPU.
-
-    Raises:
-        CheckpointError: If the checkpoint does not fit.
+    It is in eval mode on the CPU. CheckpointError says that the checkpoint does not
+    fit.
     """
     state = checkpoint['state_dict']
     model = build_model(copy.deepcopy(cfg))
@@ -75,9 +70,7 @@ def load_deployed(cfg: Config, checkpoint: dict) -> nn.Module:
 def loaded_by_config(cfg: Config, state_dict: dict) -> tuple[Config, nn.Module]:
     """The config of the deployed form, and its model with these deployed weights.
 
-    Raises:
-        ValueError: As :func:`deployed_config`, or if the weights do not fit what the
-            config builds.
+    ValueError is as of :func:`deployed_config`, or says that the weights do not fit.
     """
     deployed = deployed_config(cfg)
     model = build_model(copy.deepcopy(deployed))

@@ -1,48 +1,23 @@
 """Networks as functions of normalised images, and in the place of a model's own."""
 
-import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Union
 
+from mmengine.utils import is_seq_of
 from torch import Tensor, nn
+
+from ..utils.requirements import require as require
 
 Outputs = dict[str, Union[Tensor, list[Tensor]]]
 
 
-def require(name: str) -> ModuleType:
-    """Imports an optional module, such as ``'onnxruntime.quantization'``.
-
-    Raises:
-        ImportError: If it is missing; the message says how to install it.
-    """
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        missing = error.name or name
-        package = missing.partition('.')[0]
-        # A package that is there without it is too old.
-        options = '' if missing == package else '--upgrade '
-        raise ImportError(
-            f'this needs {missing}, which is missing: pip install {options}{package}'
-        ) from error
-
-
 def named_outputs(model: nn.Module, images: Tensor) -> Outputs:
-    """What a network computes of images, before any post-processing.
+    """What a network computes of normalised images (N, C, H, W), not post-processed.
 
-    Args:
-        model (nn.Module): A classifier, segmenter or detector of the toolboxes.
-        images (Tensor): Shape (N, C, H, W), normalised.
-
-    Returns:
-        dict[str, Tensor | list[Tensor]]: ``logits`` of a classifier or a segmenter;
-        ``scores``, ``boxes`` and maybe more maps, by level, of a dense detector; of a
-        two-stage detector the first stage's, and the ``features`` for the second.
-
-    Raises:
-        ValueError: If the outputs are none of these.
+    ``logits`` of a classifier or a segmenter; ``scores``, ``boxes`` and maybe more
+    maps, by level, of a dense detector; of a two-stage detector the first stage's, and
+    the ``features`` for the second. Raises ValueError for outputs of another kind.
     """
     rpn_head = getattr(model, 'rpn_head', None)
     if hasattr(rpn_head, 'prior_generator'):
@@ -54,20 +29,14 @@ def named_outputs(model: nn.Module, images: Tensor) -> Outputs:
     outputs = model(images, mode='tensor')
     if isinstance(outputs, Tensor):
         return dict(logits=outputs)
-    if _all(outputs, Tensor):
+    if is_seq_of(outputs, Tensor):
         return dict(features=list(outputs))
-    if _all(outputs, (list, tuple)) and all(_all(maps, Tensor) for maps in outputs):
+    if is_seq_of(outputs, Sequence) and all(is_seq_of(m, Tensor) for m in outputs):
         names = ['scores', 'boxes', *(f'maps{i}' for i in range(2, len(outputs)))]
         return {name: list(maps) for name, maps in zip(names, outputs)}
     raise ValueError(
         f"the outputs of {type(model).__name__} for mode='tensor' are neither a tensor "
         'nor lists of maps'
-    )
-
-
-def _all(values: object, kind: Union[type, tuple[type, ...]]) -> bool:
-    return isinstance(values, (list, tuple)) and all(
-        isinstance(value, kind) for value in values
     )
 
 
@@ -83,11 +52,7 @@ def flatten(outputs: Outputs) -> dict[str, Tensor]:
 
 
 class DeployedNetwork(nn.Module):
-    """A model as a function of normalised images, for any exporter.
-
-    Args:
-        model (nn.Module): Deployed, in eval mode: see :func:`load_deployed`.
-    """
+    """A deployed model in eval mode as a function of images, for any exporter."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -121,11 +86,7 @@ class Network:
         raise NotImplementedError
 
     def __call__(self, images: Tensor) -> list[Tensor]:
-        """Maps (N, C, H, W) to the outputs, in the order of the names.
-
-        Raises:
-            ValueError: If the images have another size than the file's, or are larger.
-        """
+        """Maps (N, C, H, W) to the outputs, in the order of the names."""
         if self.pads:
             images = padded(images, self.size)
         size = tuple(images.shape[-2:])
@@ -150,20 +111,11 @@ class Network:
 
 @contextmanager
 def network_from(model: nn.Module, network: Network) -> Iterator[nn.Module]:
-    """Lets a model predict from what another network computes.
+    """Lets a model predict from what another network, an export of it, computes.
 
     Pre- and post-processing stay the model's, and so does the second stage of a
-    two-stage detector.
-
-    Args:
-        model (nn.Module): A classifier, segmenter or detector in eval mode.
-        network (Network): Of its export.
-
-    Yields:
-        nn.Module: The model.
-
-    Raises:
-        ValueError: If the model has no head that takes the outputs.
+    two-stage detector. Raises ValueError if the model has no head that takes the
+    outputs.
     """
     names = ('rpn_head', 'bbox_head', 'decode_head', 'head')
     heads = [getattr(model, name, None) for name in names]

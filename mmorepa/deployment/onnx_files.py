@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 from mmengine.config import Config
+from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
 from ..runs import innermost
@@ -98,21 +99,15 @@ def export_onnx(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporters' advice to their developers."""
-    loggers = [logging.getLogger(name) for name in ('torch.onnx', 'onnxscript')]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    # By it, PyTorch prints the whole graph where it cannot write it.
+    graph_log = mock.patch.object(torch._C, '_jit_onnx_log', lambda *args: None)
+    logging.disable(logging.WARNING)
     try:
-        with (
-            warnings.catch_warnings(),
-            # By it, PyTorch prints the whole graph where it cannot write it.
-            mock.patch.object(torch._C, '_jit_onnx_log', lambda *args: None),
-        ):
+        with warnings.catch_warnings(), graph_log:
             warnings.simplefilter('ignore')
             yield
     finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
+        logging.disable(logging.NOTSET)
 
 
 def inference_session(model: Union[str, bytes]) -> Any:
@@ -128,12 +123,7 @@ def inference_session(model: Union[str, bytes]) -> Any:
 
 
 class OnnxNetwork(Network):
-    """An ONNX file as a function, run by ONNX Runtime on the CPU.
-
-    Args:
-        path (str | Path): A file of :func:`export_onnx`, quantized or not.
-        pads (bool): Pad smaller images, as those of detectors are. Defaults to False.
-    """
+    """A file of :func:`export_onnx` as a function, run by ONNX Runtime on the CPU."""
 
     def __init__(self, path: PathLike, pads: bool = False) -> None:
         self.session = inference_session(str(path))
@@ -151,11 +141,6 @@ def preprocessing(
 ) -> dict:
     """How images become what a network takes, for the metadata of a file.
 
-    Args:
-        cfg (Config): Of a classifier, segmenter or detector.
-        channels (int): Of the images. Defaults to 3.
-        classes (Sequence[str], optional): Their names. Defaults to None.
-
     Returns:
         dict: By name, for JSON.
 
@@ -168,10 +153,8 @@ def preprocessing(
           three.
         - ``classes``; ``config``, its name; ``mmorepa_version``.
     """
-    preprocessor = {
-        **(cfg.get('data_preprocessor') or {}),
-        **(cfg.model.get('data_preprocessor') or {}),
-    }
+    preprocessor = dict(cfg.get('data_preprocessor') or {})
+    preprocessor.update(cfg.model.get('data_preprocessor') or {})
     # Images are read as BGR.
     swaps = [preprocessor.get(name) for name in ('to_rgb', 'bgr_to_rgb', 'rgb_to_bgr')]
     kinds = {1: 'grey', 3: 'RGB' if any(swaps) else 'BGR'}
@@ -189,28 +172,19 @@ def preprocessing(
 def _geometry(cfg: Config) -> dict:
     """The size of the images, as the pipeline of the test makes it."""
     dataset = innermost((cfg.get('test_dataloader') or {}).get('dataset') or {})
-    steps = {
-        str(step['type']).rpartition('.')[-1]: step
-        for step in dataset.get('pipeline') or ()
-    }
-    edge, resize, crop = (
-        steps.get(name) for name in ('ResizeEdge', 'Resize', 'CenterCrop')
-    )
+    pipeline = dataset.get('pipeline') or ()
+    steps = {str(step['type']).rpartition('.')[-1]: step for step in pipeline}
+    names = ('ResizeEdge', 'Resize', 'CenterCrop')
+    edge, resize, crop = (steps.get(name) for name in names)
     size = None
     if edge and edge.get('edge', 'short') == 'short':
         size = edge['scale']
     elif resize and resize.get('scale'):
-        size = _height_width(resize['scale'], is_reversed=True)
+        size = list(to_2tuple(resize['scale']))[::-1]
     resize = edge or resize or {}
     return dict(
         resize=size,
         keep_ratio=bool(resize.get('keep_ratio')),
         interpolation=_INTERPOLATIONS[resize.get('interpolation', 'bilinear')],
-        crop=crop and _height_width(crop['crop_size']),
+        crop=crop and list(to_2tuple(crop['crop_size'])),
     )
-
-
-def _height_width(size: Any, is_reversed: bool = False) -> list[int]:
-    if isinstance(size, int):
-        return [size, size]
-    return list(size)[::-1] if is_reversed else list(size)

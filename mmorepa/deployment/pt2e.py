@@ -11,9 +11,7 @@ from .networks import DeployedNetwork, Network, flatten, named_outputs, require
 def export_program(model: nn.Module, image: Tensor) -> torch.export.ExportedProgram:
     """A deployed model in eval mode as a program, for batches of any length.
 
-    Args:
-        model (nn.Module): Deployed, in eval mode.
-        image (Tensor): Shape (1, C, H, W), of the size that the program takes.
+    The image, of shape (1, C, H, W), has the size that the program takes.
     """
     return _export(DeployedNetwork(model).eval(), image)
 
@@ -38,16 +36,11 @@ def quantize_program(
         images (Sequence[Tensor]): Batches of real images, for the ranges of the
             activations.
         reduce_range (bool): Whether activations have 7 bits, for x86 without VNNI.
-            Defaults to False.
 
     Returns:
         torch.export.ExportedProgram: It computes in float what INT8 gives;
         ``torch.compile`` with ``freezing`` makes INT8 of it, once
         ``torchao.quantization.pt2e.quantizer.x86_inductor_quantizer`` is imported.
-
-    Raises:
-        ImportError: If torchao is missing.
-        ValueError: If torchao cannot quantize this network.
     """
     pt2e = require('torchao.quantization.pt2e.quantize_pt2e')
     x86 = require('torchao.quantization.pt2e.quantizer.x86_inductor_quantizer')
@@ -81,13 +74,10 @@ def _drop_unused_tensors(network: torch.fx.GraphModule) -> None:
 
 
 class ProgramNetwork(Network):
-    """A program as a function.
+    """A program as a function, quantized or not.
 
-    Args:
-        program (torch.export.ExportedProgram): Quantized or not.
-        model (nn.Module): What it was made of.
-        image (Tensor): Shape (1, C, H, W), of the size that the program takes.
-        pads (bool): Pad smaller images, as those of detectors are. Defaults to False.
+    ``image``, of shape (1, C, H, W), has the size that the program takes, and ``model``
+    is what it was made of.
     """
 
     def __init__(

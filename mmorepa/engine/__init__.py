@@ -1,20 +1,18 @@
 """Extensions of MMEngine's runner: hooks, optimizer wrappers, set-up."""
 
 from .distributed import FoldedDistributedDataParallel
-from .hooks import (
-    BranchStatisticsHook,
-    CrashSafeHook,
-    EquivalentKernelDecayHook,
-    FoldedEvaluationHook,
-    ProgressHook,
-    SwitchToDeployHook,
-)
-from .optimizers import (
-    BFloat16OptimWrapper,
+from .hooks.branch_statistics_hook import BranchStatisticsHook
+from .hooks.crash_safe_hook import CrashSafeHook
+from .hooks.equivalent_kernel_decay_hook import EquivalentKernelDecayHook
+from .hooks.folded_evaluation_hook import FoldedEvaluationHook
+from .hooks.progress_hook import ProgressHook
+from .hooks.switch_to_deploy_hook import SwitchToDeployHook
+from .optimizers.bfloat16_optim_wrapper import BFloat16OptimWrapper
+from .optimizers.constructor import OREPAOptimWrapperConstructor
+from .optimizers.folded_optim_wrapper import (
     FoldedAmpOptimWrapper,
     FoldedBFloat16OptimWrapper,
     FoldedOptimWrapper,
-    OREPAOptimWrapperConstructor,
 )
 
 __all__ = [

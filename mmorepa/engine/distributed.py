@@ -19,8 +19,7 @@ class FoldedDistributedDataParallel(MMDistributedDataParallel):
     Args:
         module (nn.Module): The model.
         *args, **kwargs: See :class:`mmengine.model.MMDistributedDataParallel`. With
-            ``find_unused_parameters=True``, convs that are trained now may be frozen
-            and unfrozen later.
+            ``find_unused_parameters=True``, convs may be frozen and unfrozen later.
 
     Examples:
         >>> model_wrapper_cfg = dict(type='FoldedDistributedDataParallel')

@@ -10,24 +10,13 @@ import torch
 
 
 def seed_of(*key: int) -> int:
-    """A seed for each key, unrelated to those of its neighbours.
-
-    Args:
-        *key (int): Non-negative, for example the seed of the run and an iteration.
-
-    Returns:
-        int: Less than 2³².
-    """
+    """A seed below 2³² for each key, unrelated to those of its neighbours."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds the generators of Python, NumPy and PyTorch's CPU, then puts them back.
-
-    Args:
-        seed (int): Less than 2³².
-    """
+    """Seeds the generators of Python, NumPy and PyTorch's CPU, then puts them back."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed)

@@ -38,9 +38,6 @@ def read_config(path: str, options: Optional[dict] = None) -> Config:
         path (str): The file, or the name of a config of this package.
         options (dict, optional): ``--cfg-options``. Defaults to None.
 
-    Returns:
-        Config: With the options, and with a model.
-
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not Python, YAML or JSON, or has no model.
@@ -66,32 +63,18 @@ def read_config(path: str, options: Optional[dict] = None) -> Config:
 
 
 def merge_options(cfg: Config, options: dict) -> None:
-    """Applies ``--cfg-options``.
-
-    Args:
-        cfg (Config): Changed in place.
-        options (dict): Settings by their paths.
-
-    Raises:
-        ValueError: If one has no effect.
-    """
+    """Applies ``--cfg-options`` in place, or raises ValueError if one has no effect."""
     cfg.merge_from_dict(options)
     apply_variables(cfg, options)
     check_variables(cfg, options)
 
 
 def check_variables(cfg: Config, options: Optional[dict] = None) -> None:
-    """Checks that no variable at the top of a config was set for nothing.
+    """Raises ValueError for a variable at the top of a config that has no effect.
 
-    Args:
-        cfg (Config): Of a file, after :func:`mmorepa.hub.apply_variables`.
-        options (dict, optional): ``--cfg-options``, merged already, to check them
-            instead of the file. Defaults to None.
-
-    Raises:
-        ValueError: If the file, which has a base, or the options set ``data_root``,
-            ``classes``, ``num_classes``, ``max_epochs`` or ``pretrained``, and no
-            setting has the value.
+    That is one of ``data_root``, ``classes``, ``num_classes``, ``max_epochs`` and
+    ``pretrained`` that the file, if it has a base, or ``options`` set, and whose value
+    no setting has. Comes after :func:`mmorepa.hub.apply_variables`.
     """
     leaves = [
         leaf
@@ -100,45 +83,36 @@ def check_variables(cfg: Config, options: Optional[dict] = None) -> None:
         for leaf in _leaves(key, node)
     ]
     for name in _assigned(cfg.filename) if options is None else options:
-        value = cfg.get(name)
-        if name not in _SETTINGS or value is None or _occurs(name, value, leaves):
+        value, setting = cfg.get(name), _SETTINGS.get(name)
+        if setting is None or value is None or _occurs(name, value, leaves):
             continue
-        setting = _SETTINGS[name]
         if options is not None:
             raise ValueError(
                 f'--cfg-options {name}={value} has no effect; write '
                 f'--cfg-options {setting}={value}'
             )
         first, *keys = setting.split('.')
-        text = name
-        for key in reversed(keys):
-            text = f'dict({key}={text})'
-        others = ''
+        text = ''.join(f'dict({key}=' for key in keys) + name + ')' * len(keys)
         if first == 'train_dataloader':
-            others = ', and the same for val_dataloader and test_dataloader'
+            text += ', and the same for val_dataloader and test_dataloader'
         raise ValueError(
             f'{name} = {value!r} in {cfg.filename} has no effect, since the base '
-            f'config does not see it; write {first} = {text}{others}'
+            f'config does not see it; write {first} = {text}'
         )
 
 
 def _assigned(path: Optional[str]) -> list[str]:
-    """What the file of a child sets and does not use itself.
-
-    One without a base, such as a dump, is whole.
-    """
+    """What the file of a child sets and does not use; one without a base is whole."""
     if path is None or not path.endswith('.py'):
         return []
     tree = ast.parse(Path(path).read_text(encoding='utf-8'))
-    targets = [t for n in tree.body if isinstance(n, ast.Assign) for t in n.targets]
-    names = [target.id for target in targets if isinstance(target, ast.Name)]
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    assigned = [node.id for node in names if isinstance(node.ctx, ast.Store)]
     # Something may be computed from it.
-    used = {
-        node.id
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
-    }
-    return [name for name in names if name not in used] if '_base_' in names else []
+    used = {node.id for node in names if isinstance(node.ctx, ast.Load)}
+    if '_base_' not in assigned:
+        return []
+    return [name for name in assigned if name not in used]
 
 
 def _leaves(key: str, node: Any) -> Iterator[tuple[str, Any]]:
@@ -174,11 +148,8 @@ def build_model(cfg: Config) -> nn.Module:
 def use_amp(cfg: Config) -> None:
     """Turns on mixed-precision training; without an accelerator, in bfloat16.
 
-    Args:
-        cfg (Config): Changed in place. Folded wrappers stay folded.
-
-    Raises:
-        ValueError: If the optimizer wrapper is another one than MMEngine's and ours.
+    Folded wrappers stay folded. ValueError says that the wrapper is another one than
+    MMEngine's and ours.
     """
     name = _type_name({'type': 'OptimWrapper', **cfg.optim_wrapper})
     folded = 'Folded' if name.startswith('Folded') else ''
@@ -233,8 +204,7 @@ def _type_name(node: dict) -> str:
 def use_tta(cfg: Config) -> None:
     """Turns on test-time augmentation; by default, classifiers average over flips.
 
-    Raises:
-        ValueError: If the config of another toolbox defines none.
+    ValueError says that the config of another toolbox defines none.
     """
     dataset = innermost(cfg.test_dataloader.dataset)
     if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
@@ -254,7 +224,7 @@ def use_tta(cfg: Config) -> None:
 def use_visualization(
     cfg: Config, show: bool, show_dir: Optional[str], interval: int, wait_time: float
 ) -> None:
-    """Turns on the toolbox's hook that draws predictions.
+    """Turns on the toolbox's hook that draws predictions, in windows or as files.
 
     Args:
         cfg (Config): Changed in place.

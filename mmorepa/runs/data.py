@@ -36,7 +36,7 @@ def build_loader(cfg: Config, phase: str) -> DataLoader:
 
     Raises:
         FileNotFoundError: If data are missing, also those that could be downloaded.
-        ValueError: If the config has none, or see :func:`check_data_folders`.
+        ValueError: If the config has none, or as :func:`check_data_folders`.
     """
     if cfg.get(f'{phase}_dataloader') is None:
         raise ValueError(f'the config has no {phase}_dataloader')
@@ -84,30 +84,65 @@ def name_broken_images() -> None:
 def check_data_folders(cfg: Config, phases: tuple[str, ...]) -> None:
     """Checks that the data of these phases are there, or will be downloaded.
 
+    Of MMPretrain's ``CustomDataset`` with a folder for each class, and MMDetection's
+    ``CocoDataset``, it also looks at the classes; not in large annotations.
+
     Args:
         cfg (Config): Its ``data_preparation``, if any, is the advice of the error.
         phases (tuple[str, ...]): Out of ``'train'``, ``'val'`` and ``'test'``.
 
     Raises:
-        FileNotFoundError: If the ``data_root`` of a dataset is missing.
-        ValueError: See :func:`check_datasets`.
+        FileNotFoundError: If a folder or a file of a dataset is missing.
+        ValueError: If the classes are not those of the model, or of the other phases,
+            or one has no image to train with.
     """
-    datasets = {
-        phase: list(_datasets(cfg.get(f'{phase}_dataloader'))) for phase in phases
-    }
-    for nodes in datasets.values():
-        for dataset in nodes:
-            root = dataset.get('data_root')
-            if root and '://' not in root and not os.path.isdir(root):
-                advice = cfg.get('data_preparation')
-                scope = cfg.get('default_scope')
-                if advice is None and argument_of(dataset, 'download', scope):
-                    continue
-                raise FileNotFoundError(
-                    f'the data folder {root!r} is missing; '
-                    f'{advice or "set data_root to where it is"}'
-                )
-    check_datasets(cfg, datasets)
+    classes: dict[str, tuple[str, ...]] = {}
+    trained: set[str] = set()
+    folder = ''
+    for phase in phases:
+        for dataset in _datasets(cfg.get(f'{phase}_dataloader')):
+            kind = str(dataset.get('type')).rpartition('.')[-1]
+            is_folder = not dataset.get('ann_file') and dataset.get('with_label', True)
+            if not _is_to_check(cfg, dataset):
+                continue
+            if kind == 'CocoDataset':
+                classes[phase] = _check_coco(cfg, dataset)
+            elif kind == 'CustomDataset' and is_folder:
+                folder, classes[phase] = _read_folder(cfg, dataset)
+                if phase == 'train':
+                    trained |= _with_images(cfg, dataset, folder, classes[phase])
+        # Those to validate or to test with may be meant: the names have to be the same
+        # for all phases.
+        empty = [name for name in classes.get(phase, ()) if name not in trained]
+        if phase == 'train' and folder and empty:
+            raise ValueError(
+                f'no images in these folders of {folder!r}: {_some(empty)}; each is a '
+                'class, and has to have some, or to be removed'
+            )
+    # Before their number: no number would be right for both. The order counts, too.
+    if len({*classes.values()}) > 1:
+        texts = (f'{_some(names)} for {phase}' for phase, names in classes.items())
+        raise ValueError(f'the phases have different classes: {"; ".join(texts)}')
+    if folder and isinstance(cfg.model, dict):
+        number = (cfg.model.get('head') or {}).get('num_classes')
+        (names,) = {*classes.values()}
+        _check_number(number, names, folder, 'model.head')
+
+
+def _is_to_check(cfg: Config, dataset: dict) -> bool:
+    """False for data that are not on this machine, and need not be."""
+    root = dataset.get('data_root') or ''
+    if not root or os.path.isdir(root):
+        return True
+    if '://' in root:
+        return False
+    advice = cfg.get('data_preparation')
+    if advice is None and argument_of(dataset, 'download', cfg.get('default_scope')):
+        return False
+    raise FileNotFoundError(
+        f'the data folder {root!r} is missing; '
+        f'{advice or "set data_root to where it is"}'
+    )
 
 
 def _datasets(node: object) -> Iterator[dict]:
@@ -132,55 +167,6 @@ def argument_of(dataset: dict, name: str, scope: Optional[str]) -> Any:
     return None if known is None else dataset.get(name, known.default)
 
 
-def check_datasets(cfg: Config, datasets: dict[str, list[dict]]) -> None:
-    """Checks what the folders and annotations of the datasets hold.
-
-    Those of MMPretrain's ``CustomDataset`` that are folders of classes, and those of
-    MMDetection's ``CocoDataset``, are looked at; large annotations are not.
-
-    Args:
-        cfg (Config): The config.
-        datasets (dict[str, list[dict]]): By phase.
-
-    Raises:
-        FileNotFoundError: If a folder or a file is missing.
-        ValueError: If the classes are not those of the model, or of the other phases,
-            or one has no image to train with.
-    """
-    folders, classes_of = {}, {}
-    trained: set[str] = set()
-    for phase, nodes in datasets.items():
-        for node in nodes:
-            kind = str(node.get('type')).rpartition('.')[-1]
-            if '://' in str(node.get('data_root')):
-                continue
-            if kind == 'CustomDataset' and not node.get('ann_file'):
-                if node.get('with_label', True):
-                    folders[phase] = _read_folder(cfg, node)
-                    classes_of[phase] = folders[phase][1]
-                    if phase == 'train':
-                        trained |= _with_images(cfg, node, *folders[phase])
-            elif kind == 'CocoDataset':
-                classes_of[phase] = _check_coco(cfg, node)
-    # First, since a folder may be there by accident. One without images to validate or
-    # test with may be meant: the names have to be the same for all phases.
-    if 'train' in folders:
-        folder, classes = folders['train']
-        empty = [name for name in classes if name not in trained]
-        if empty:
-            raise ValueError(
-                f'no images in these folders of {folder!r}: {_some(empty)}; each is a '
-                'class, and has to have some, or to be removed'
-            )
-    # Before their number: no number would be right for both. The order counts, too.
-    if len({*classes_of.values()}) > 1:
-        texts = (f'{_some(names)} for {key}' for key, names in classes_of.items())
-        raise ValueError(f'the phases have different classes: {"; ".join(texts)}')
-    for folder, classes in folders.values():
-        head = (cfg.model.get('head') or {}) if isinstance(cfg.model, dict) else {}
-        _check_number(head.get('num_classes'), classes, folder, 'model.head')
-
-
 def _read_folder(cfg: Config, dataset: dict) -> tuple[str, tuple[str, ...]]:
     """The folder of a dataset, and the classes in it."""
     prefix = dataset.get('data_prefix') or ''
@@ -200,16 +186,13 @@ def _with_images(
     """The classes whose folders hold what the dataset takes for an image."""
     endings = argument_of(dataset, 'extensions', cfg.get('default_scope'))
     endings = tuple(end.lower() for end in endings or ('',))
-    return {
-        name
-        for name in classes
-        if any(
-            path.lower().endswith(endings)
-            for path in list_dir_or_file(
-                os.path.join(folder, name), list_dir=False, recursive=True
-            )
-        )
-    }
+    found = set()
+    for name in classes:
+        path = os.path.join(folder, name)
+        files = list_dir_or_file(path, list_dir=False, recursive=True)
+        if any(file.lower().endswith(endings) for file in files):
+            found.add(name)
+    return found
 
 
 def _check_coco(cfg: Config, dataset: dict) -> tuple[str, ...]:

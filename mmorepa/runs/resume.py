@@ -14,12 +14,7 @@ _STEP = re.compile(r'_(\d+)\.pth$')
 
 
 def read_resumable(path: str) -> dict:
-    """Reads a checkpoint that must hold the whole state of a training.
-
-    Raises:
-        CheckpointError: If it holds weights alone, or see :func:`read_checkpoint`.
-        FileNotFoundError: If there is no such file.
-    """
+    """As :func:`read_checkpoint`, and it must hold the whole state of a training."""
     checkpoint = read_checkpoint(path)
     parts = ('message_hub', 'meta', 'optimizer')
     missing = [part for part in parts if not isinstance(checkpoint.get(part), dict)]
@@ -34,20 +29,12 @@ def read_resumable(path: str) -> dict:
 
 
 def newest_resumable(folder: str) -> tuple[Optional[str], Optional[dict]]:
-    """The last checkpoint of a training that can be read to its end.
+    """Path and content of the last checkpoint of a training that can be read.
 
-    It is the one that ``last_checkpoint`` names, unless that is damaged, or one of a
-    later step was written since: a kill may come between the two files. A warning names
-    those that are left out.
-
-    Args:
-        folder (str): The work folder. It need not exist.
-
-    Returns:
-        tuple[str, dict]: Path and content; None and None without any checkpoint.
-
-    Raises:
-        CheckpointError: If there are, but none can be resumed from.
+    It is the one that ``last_checkpoint`` in the work folder names, unless that is
+    damaged, or one of a later step was written since: a kill may come between the two
+    files. A warning names those that are left out. Without any checkpoint both are
+    None; if none can be resumed from, it raises CheckpointError.
     """
     skipped = ''
     for path in _candidates(Path(folder).resolve()):
@@ -72,30 +59,34 @@ def newest_resumable(folder: str) -> tuple[Optional[str], Optional[dict]]:
 
 def _candidates(folder: Path) -> list[Path]:
     """Checkpoints, in the order in which to try them."""
-    pointer, named = folder / 'last_checkpoint', None
-    if pointer.is_file():
-        # A crash of the machine may leave zeros.
-        text = pointer.read_text(errors='replace').strip('\0 \n')
-        named = Path(text).resolve() if text else None
-    if named and (folder / named.name).exists():
-        named = folder / named.name  # The folder may have been moved, or copied.
+    named = _named(folder)
     paths = {
         path
         for place in {folder, named.parent if named else folder}
         for path in place.glob('*.pth')
         if _STEP.search(path.name) and not path.name.startswith(('best_', '.'))
     }
-    if named:
-        paths.add(named)
+    paths = sorted(paths, key=_age, reverse=True)
+    if named is None:
+        return paths
     # Neither time nor step alone tells: files of an earlier training in this folder may
     # be of later steps, and copies are as old as their copying.
-    time, step = _age(named) if named else (0, 0)
+    time, step = _age(named)
+    later = [p for p in paths if _age(p)[0] >= time and _age(p)[1] > step]
+    return [*dict.fromkeys([*later, named, *paths])]
 
-    def order(path: Path) -> tuple:
-        later = _age(path)[0] >= time and _age(path)[1] > step
-        return bool(named) and later, path == named, *_age(path)
 
-    return sorted(paths, key=order, reverse=True)
+def _named(folder: Path) -> Optional[Path]:
+    """The checkpoint that ``last_checkpoint`` names."""
+    pointer = folder / 'last_checkpoint'
+    if not pointer.is_file():
+        return None
+    # A crash of the machine may leave zeros.
+    text = pointer.read_text(errors='replace').strip('\0 \n')
+    named = Path(text).resolve() if text else None
+    if named and (folder / named.name).exists():
+        return folder / named.name  # The folder may have been moved, or copied.
+    return named
 
 
 def _age(path: Path) -> tuple[int, int]:

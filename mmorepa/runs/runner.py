@@ -61,12 +61,8 @@ def find_start(cfg: Config) -> Optional[dict]:
 def set_up_distributed_cpu(cfg: Config) -> None:
     """Sets up a distributed run on CPUs; where MMEngine can, it is left to MMEngine.
 
-    Args:
-        cfg (Config): With a ``launcher``. Changed in place: the processes talk by gloo,
-            and SyncBN becomes BN.
-
-    Raises:
-        ValueError: If the launcher has not set the rank of this process.
+    The processes talk by gloo, and SyncBN becomes BN. ValueError says that the launcher
+    has not set the rank of this process.
     """
     if cfg.launcher == 'none' or has_accelerator():
         return
@@ -88,15 +84,7 @@ def set_up_distributed_cpu(cfg: Config) -> None:
 
 
 def make_runner(cfg: Config, is_verbose: bool = True) -> Runner:
-    """Builds the runner of a config.
-
-    Args:
-        cfg (Config): The complete config.
-        is_verbose (bool): Show all of the log on the screen. Defaults to True.
-
-    Returns:
-        Runner: Ready to train or test.
-    """
+    """Builds the runner of a config; the screen shows all of its log, or little."""
     if 'runner_type' in cfg:
         return RUNNERS.build(cfg)
     return (Runner if is_verbose else _ShortRunner).from_cfg(cfg)
@@ -109,9 +97,6 @@ def check_start(runner: Runner, checkpoint: Optional[dict]) -> None:
         runner (Runner): Before it trains or tests.
         checkpoint (dict, optional): What it will load. None stands for a ``load_from``
             that starts the backbone, which is checked when the runner loads it.
-
-    Raises:
-        CheckpointError: If the checkpoint does not fit the model.
     """
     if not isinstance(runner.model, nn.Module):  # A FlexibleRunner builds it later.
         return
@@ -157,11 +142,12 @@ def _leave_process_group() -> None:
 
 def _replace_sync_bn(node: object) -> bool:
     """Replaces SyncBN by BN in a model config; returns True if there was any."""
-    has_any = isinstance(node, dict) and node.get('type') == 'SyncBN'
-    if has_any:
+    if isinstance(node, (list, tuple)):
+        found = [_replace_sync_bn(value) for value in node]  # In all of them.
+        return any(found)
+    if not isinstance(node, dict):
+        return False
+    is_one = node.get('type') == 'SyncBN'
+    if is_one:
         node['type'] = 'BN'
-    if isinstance(node, dict):
-        node = list(node.values())
-    for value in node if isinstance(node, (list, tuple)) else ():
-        has_any |= _replace_sync_bn(value)  # Every one: any() would stop at the first.
-    return has_any
+    return _replace_sync_bn([*node.values()]) or is_one

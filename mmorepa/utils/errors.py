@@ -26,10 +26,7 @@ class OutputError(OSError):
 def name_keys(what: str, keys: Collection[str], most: Optional[int] = 4) -> str:
     """A text for an error: '3 keys WHAT: a, b, c and 5 more', or '' without keys.
 
-    Args:
-        what (str): What is wrong with them.
-        keys (Collection[str]): The keys.
-        most (int, optional): How many are named; None names all. Defaults to 4.
+    At most so many are named; None names all.
     """
     if not keys:
         return ''
@@ -47,10 +44,7 @@ def describe_misfit(
 ) -> str:
     """A text for an error: which entries of a state dict do not fit a model.
 
-    Args:
-        expected (Mapping[str, tuple[int, ...]]): Shapes by the keys of the model.
-        actual (Mapping[str, tuple[int, ...]]): Shapes by the keys of the state dict.
-        most (int, optional): As for :func:`name_keys`. Defaults to 4.
+    Both map keys to shapes; ``most`` is as for :func:`name_keys`.
     """
     misshapen = [
         f'{key} {actual[key]}, not {shape}'

@@ -19,16 +19,9 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 def atomic_write(path: PathLike) -> Iterator[Path]:
     """Gives the name to write to, which becomes ``path`` when all is written.
 
-    Args:
-        path (str | Path): The file to write, new or not; its folder is made if need
-            be. A symbolic link stays, and what it points to is written. After an
-            error it is as before.
-
-    Yields:
-        Path: A name beside it, with the same suffix.
-
-    Raises:
-        OutputError: If it cannot be written, or see :func:`check_outputs`.
+    The folder is made if need be. A symbolic link stays, and what it points to is
+    written. After an error, the file is as before. Raises OutputError if it cannot be
+    written, or as :func:`check_outputs`.
 
     Examples:
         >>> with atomic_write('figures.json') as file:
@@ -65,12 +58,7 @@ def write_json(content: object, path: Optional[PathLike]) -> None:
 def check_outputs(
     outputs: Iterable[Optional[PathLike]], inputs: Iterable[Optional[PathLike]] = ()
 ) -> None:
-    """Checks that writing these files destroys nothing else.
-
-    Args:
-        outputs (Iterable[str | Path | None]): The files to write; None is none.
-        inputs (Iterable[str | Path | None]): The files that are read. Defaults to
-            none.
+    """Checks that writing these files destroys nothing else; None is no file.
 
     Raises:
         OutputError: If an output is a folder or a device, cannot be reached, is
@@ -113,10 +101,8 @@ def _identity(path: PathLike) -> object:
 
 
 def root() -> Path:
-    """The folder of ``configs``, ``tools`` and ``model-index.yml``.
-
-    Returns:
-        Path: ``.mim`` in the installed package; the top of a clone.
+    """The folder of ``configs``, ``tools`` and ``model-index.yml``: in a clone, its
+    top.
     """
     installed = _PACKAGE / '.mim'
     return installed if installed.is_dir() else _PACKAGE.parent

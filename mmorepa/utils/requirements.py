@@ -3,34 +3,27 @@
 import platform
 import warnings
 from importlib import import_module
-from typing import NamedTuple
-
-
-class _Requirement(NamedTuple):
-    module: str
-    versions: str
-    tested: str
-    advice: str
-
+from types import ModuleType
 
 _EITHER = (
     'install it with `pip install {}` (OpenMMLab) or `pip install {}` (OneDL), the '
     'same family as your other packages'
 )
-_REQUIREMENTS = (
-    _Requirement(
-        *('mmengine', '>=0.10.0,<1.0.0', '>=0.10.7,<=0.10.12'),
+# By module: the versions that work, those that were tested, and how to install one.
+_REQUIREMENTS = {
+    'mmengine': (
+        '>=0.10.0,<1.0.0',
+        '>=0.10.7,<=0.10.12',
         _EITHER.format('mmengine==0.10.7', 'onedl-mmengine==0.10.12'),
     ),
-    _Requirement(
-        *('mmcv', '>=2.0.0,<3.0.0', '>=2.1.0,<=2.3.6'),
+    'mmcv': (
+        '>=2.0.0,<3.0.0',
+        '>=2.1.0,<=2.3.6',
         _EITHER.format('mmcv==2.1.0', 'onedl-mmcv==2.3.6'),
     ),
     # The first that takes a name along with what a checkpoint may call by it.
-    _Requirement(
-        'torch', '>=2.6', '>=2.6,<2.15', 'install it as https://pytorch.org says'
-    ),
-)
+    'torch': ('>=2.6', '>=2.6,<2.15', 'install it as https://pytorch.org says'),
+}
 _TESTED_PYTHON = '>=3.10,<3.14'
 
 
@@ -40,25 +33,25 @@ def check_requirements() -> None:
     Raises:
         ImportError: If one is missing or does not fit, with what to install.
     """
-    installed = {'Python': platform.python_version()}
-    for name, versions, _, advice in _REQUIREMENTS:
+    found = {'Python': (platform.python_version(), _TESTED_PYTHON)}
+    for name, (versions, tested, advice) in _REQUIREMENTS.items():
         try:
-            installed[name] = import_module(name).__version__
+            version = import_module(name).__version__
         except ModuleNotFoundError as error:
             if error.name != name:
                 raise
             raise ImportError(
                 f'mmorepa needs {name}, which is missing; {advice}'
             ) from error
-        if not _fits(installed[name], versions):
+        if not _fits(version, versions):
             raise ImportError(
-                f'mmorepa needs {name}{versions}, found {installed[name]}; {advice}'
+                f'mmorepa needs {name}{versions}, found {version}; {advice}'
             )
-    tested = {'Python': _TESTED_PYTHON, **{r.module: r.tested for r in _REQUIREMENTS}}
+        found[name] = version, tested
     untested = [
-        f'{name} {version} (tested: {tested[name]})'
-        for name, version in installed.items()
-        if not _fits(version, tested[name])
+        f'{name} {version} (tested: {tested})'
+        for name, (version, tested) in found.items()
+        if not _fits(version, tested)
     ]
     if untested:
         warnings.warn(
@@ -72,3 +65,21 @@ def _fits(version: str, bounds: str) -> bool:
 
     # A local part, as in 2.14.1+cpu, would make it later than 2.14.1.
     return SpecifierSet(bounds).contains(version.split('+')[0], prereleases=True)
+
+
+def require(name: str) -> ModuleType:
+    """Imports an optional module, such as ``'onnxruntime.quantization'``.
+
+    Raises:
+        ImportError: If it is missing; the message says how to install it.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or name
+        package = missing.partition('.')[0]
+        # A package that is there without it is too old.
+        options = '' if missing == package else '--upgrade '
+        raise ImportError(
+            f'this needs {missing}, which is missing: pip install {options}{package}'
+        ) from error

@@ -17,14 +17,9 @@ _warned: Optional[list] = None
 
 
 def describe_damage(key: str, value: Tensor) -> str:
-    """Says in words what is wrong with an entry of a state dict.
+    """What is wrong with an entry of a state dict, to go on after its key; or ''.
 
-    Args:
-        key (str): Its key, which tells weights and variances.
-        value (Tensor): Its value, of any shape.
-
-    Returns:
-        str: Words that go on after the key, empty if nothing is wrong.
+    The key tells weights and variances.
     """
     if value.layout is not torch.strided or value.is_quantized or value.is_meta:
         return 'is sparse, quantised or without values'
@@ -46,12 +41,9 @@ def describe_damage(key: str, value: Tensor) -> str:
 def warn_of_flaws(
     state_dict: Mapping[str, Tensor], prefix: str, error_msgs: list[str]
 ) -> None:
-    """Warns once per load of NaN, Inf or a negative variance.
+    """Warns once per load of NaN, Inf or a negative variance under a prefix.
 
-    Args:
-        state_dict (Mapping[str, Tensor]): What is loaded.
-        prefix (str): Only of keys that start with it.
-        error_msgs (list[str]): The list that all modules of one load are given.
+    All modules of one load are given the same ``error_msgs``.
     """
     global _warned
     if _warned is error_msgs:

@@ -168,8 +168,11 @@ def test_gradients_and_checkpointing():
             dict(arch=dict(SLIM, num_blocks=(1, 2))),
             "arch needs 'num_blocks'.* 4 stages",
         ),
-        (dict(arch=dict(SLIM, group=2)), 'arch has no entry group'),
-        (dict(arch=3), 'arch is a name or a dict, found 3'),
+        (
+            dict(arch=dict(SLIM, group=2)),
+            'dict of groups, num_blocks, .*found',
+        ),
+        (dict(arch=3), 'arch is a name or a dict of .*, found 3'),
         (dict(block='dbbb'), "unknown block 'dbbb'; choose one of"),
         (dict(base_channels=1), 'stage 1 needs at least one channel'),
     ],

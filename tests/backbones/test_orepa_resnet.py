@@ -414,7 +414,7 @@ def test_a_line_for_each_load_that_folds(log):
     ('options', 'words'),
     [
         (dict(depth=34), 'keys missing: .*layer1.2.conv1'),
-        (dict(depth=50), 'of another shape: .*layer1'),
+        (dict(depth=50), 'keys missing: .*layer1.0.conv3'),
         (dict(num_stages=2, out_indices=(1,)), ''),
         (dict(base_channels=16), r'of another shape: .*\(.*, not \(.*\)'),
         (dict(block='dbb'), 'keys left over|keys missing|of another shape'),

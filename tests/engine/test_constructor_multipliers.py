@@ -281,10 +281,6 @@ class TestErrors:
                 'stem_keys names backbone.conv9, which is no module',
             ),
             (
-                dict(stem_lr_mult=0.1, stem_keys='backbone.stem'),
-                "stem_keys is a list of names, found 'backbone.stem'",
-            ),
-            (
                 dict(stem_lr_mul=0.1),
                 'paramwise_cfg has no option stem_lr_mul; it knows .*stem_lr_mult',
             ),

@@ -70,7 +70,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     check_outputs([args.out], [args.source])
     backbone = None if args.arch is None else backbone_of(args.arch, args.block)
-    checkpoint = read_checkpoint(args.source, keep_prefix=True)
+    checkpoint = read_checkpoint(args.source)
     result = translate(checkpoint, backbone, args.backbone_only)
     write_checkpoint(result, args.out)
     meta = result['meta']

@@ -1,16 +1,16 @@
 """What the branches do while they train, for TensorBoard and its like."""
 
 import math
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from torch import Tensor, nn
+from torch import Tensor
 
+from ...analysis import branch_kernels, relative_step, shares, unwrapped
 from ...layers import MultiBranchConv2d, ReparamConv2d, outermost
 
 
@@ -18,18 +18,14 @@ from ...layers import MultiBranchConv2d, ReparamConv2d, outermost
 class BranchStatisticsHook(Hook):
     """Writes what the branches of each layer do to every backend of the visualizer.
 
-    By the layer's name in the network; the factors of a deep linear conv are layers
-    ``NAME.1``, ``NAME.2``, …, with one step of all:
+    The factors of a deep linear conv are layers ``NAME.1``, ``NAME.2``, …, with one
+    step of all. Only the main process writes, and the training stays as it is.
 
-    - ``branch_share/LAYER/BRANCH``: what the branch puts into the folded kernel, see
-      :attr:`mmorepa.analysis.Share.size`
+    - ``branch_share/LAYER/BRANCH``: see :attr:`mmorepa.analysis.Share.size`
     - ``branch_scale/LAYER/BRANCH``: root mean square of its scaling vector, or of
       ``γ/√(σ²+ε)`` of its BatchNorm
-    - ``kernel_step/LAYER``: how far this step of the optimizer moved the folded kernel,
-      relative to it, see :func:`mmorepa.analysis.relative_step`; plain convs have it,
-      too
-
-    The training stays as it is. Only the main process writes.
+    - ``kernel_step/LAYER``: :func:`mmorepa.analysis.relative_step` of the folded kernel
+      in this step of the optimizer, also of plain convs
 
     Args:
         interval (int): Steps between two measurements; with gradient accumulation, a
@@ -55,8 +51,7 @@ class BranchStatisticsHook(Hook):
         self._before: dict[str, Tensor] = {}
 
     def before_train(self, runner: Runner) -> None:
-        """Raises before the training if there is nothing to measure."""
-        if not _kernels(_unwrapped(runner)):
+        if not _kernels(runner):
             raise ValueError(
                 'BranchStatisticsHook has nothing to measure: the model has no '
                 're-parameterised conv in training form'
@@ -66,31 +61,19 @@ class BranchStatisticsHook(Hook):
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None
     ) -> None:
-        """Keeps the folded kernels that the step starts from."""
         if self.every_n_train_iters(runner, self.interval):
-            self._before = _kernels(_unwrapped(runner))
+            self._before = _kernels(runner)
 
     @master_only
-    def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: Any = None,
-        outputs: Optional[dict] = None,
-    ) -> None:
-        """Measures and writes."""
+    def after_train_iter(self, runner: Runner, batch_idx: int, **kwargs) -> None:
         if not self.every_n_train_iters(runner, self.interval):
             return
-        # Not at the top: a training without this hook needs nothing of it.
-        from ...analysis import branch_kernels, relative_step, shares
-
-        model, before = _unwrapped(runner), self._before
-        self._before = {}
         scalars = {
-            f'kernel_step/{name}': relative_step(before[name], kernel)
-            for name, kernel in _kernels(model).items()
+            f'kernel_step/{name}': relative_step(self._before[name], kernel)
+            for name, kernel in _kernels(runner).items()
         }
-        for layer in branch_kernels(model, torch.float32):
+        self._before = {}
+        for layer in branch_kernels(unwrapped(runner.model), torch.float32):
             for branch, share in shares(layer.kernels).items():
                 scale = layer.scales[branch].square().mean().sqrt().item()
                 scalars[f'branch_share/{layer.name}/{branch}'] = share.size
@@ -101,16 +84,12 @@ class BranchStatisticsHook(Hook):
         runner.visualizer.add_scalars(finite, step=runner.iter + 1)
 
 
-def _unwrapped(runner: Runner) -> nn.Module:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
-
-
 @torch.no_grad()
-def _kernels(model: nn.Module) -> dict[str, Tensor]:
+def _kernels(runner: Runner) -> dict[str, Tensor]:
     """Copies of the folded kernels, by name."""
     return {
         name: _kernel(conv).clone()
-        for name, conv in outermost(model)
+        for name, conv in outermost(unwrapped(runner.model))
         if not conv.deployed
     }
 

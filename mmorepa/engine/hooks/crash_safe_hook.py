@@ -23,14 +23,14 @@ class CrashSafeHook(Hook):
     - Checkpoints are written under another name and renamed when whole, and outdated
       ones are removed after that; the ``CheckpointHook`` alone removes them before.
     - Every random number, the workers' too, is a function of the seed, the rank and
-      the iteration: losses are those of a training without interruption.
+      the iteration.
     - A checkpoint that was saved before its validation is validated first, or the best
       score would be lost.
     - An iteration-based loop with an ``InfiniteSampler`` resumes at its batch without
       loading those before, as MMEngine 0.10 does.
 
-    ``tools/train.py`` adds this hook. Lost are gradients that were accumulated for a
-    step, and caches of transforms (mmdet's ``CachedMosaic``).
+    Lost are gradients that were accumulated for a step, and caches of transforms
+    (mmdet's ``CachedMosaic``).
 
     Examples:
         >>> custom_hooks = [dict(type='CrashSafeHook')]
@@ -170,12 +170,7 @@ class _PostponedRemovals:
 
 
 class _Advanced:
-    """MMEngine's endless iterator over a sampler that is advanced already.
-
-    Args:
-        iterator (Any): MMEngine's.
-        steps (int): How many the sampler leaves out.
-    """
+    """MMEngine's endless iterator, of a sampler that has left out ``steps`` batches."""
 
     def __init__(self, iterator: Any, steps: int) -> None:
         self.iterator = iterator

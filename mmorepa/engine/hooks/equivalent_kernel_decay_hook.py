@@ -3,11 +3,11 @@
 from typing import Any, Optional
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
+from ...analysis import unwrapped
 from ...layers import ReparamConv2d, outermost
 
 
@@ -16,16 +16,13 @@ class EquivalentKernelDecayHook(Hook):
     """Adds ``½ · weight_decay · Σ ‖K‖²`` over the equivalent kernels to the losses.
 
     It generalises RepVGG's "custom L2" to every block, see
-    :meth:`mmorepa.layers.ReparamConv2d.regularized_kernel`; for a plain conv, its
-    gradient is that of SGD's own weight decay. The term is logged as
-    ``loss_kernel_decay``. It is meant to keep the kernels narrow for quantisation, and
-    **did not help** INT8 in the trainings of docs/int8.md: no network lost less by more
-    than noise, and with 0.01, trainings of deep linear stems diverged, since the fold
-    amplifies the gradient there.
+    :meth:`mmorepa.layers.ReparamConv2d.regularized_kernel`, and is logged as
+    ``loss_kernel_decay``. It is meant to keep kernels narrow for quantisation, and
+    **did not help** INT8 in the trainings of docs/int8.md; with 0.01, trainings of deep
+    linear stems diverged.
 
-    Take the branches out of the optimizer's weight decay, or they decay twice:
-    ``branch_decay_mult=0.`` of
-    :class:`mmorepa.engine.OREPAOptimWrapperConstructor` does it.
+    ``branch_decay_mult=0.`` of :class:`mmorepa.engine.OREPAOptimWrapperConstructor`
+    takes the branches out of the optimizer's weight decay, or they decay twice.
 
     Args:
         weight_decay (float): The coefficient. Defaults to 1e-4.
@@ -47,7 +44,7 @@ class EquivalentKernelDecayHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Adds the term to the model's losses."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner.model)
         if not _trained_convs(model):
             raise ValueError(
                 'EquivalentKernelDecayHook has no effect: the model has no '

@@ -1,6 +1,7 @@
 """Validation and testing at the speed of the deployed form."""
 
-from typing import Any, Optional
+from contextlib import ExitStack
+from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -25,35 +26,25 @@ class FoldedEvaluationHook(Hook):
     priority = 'LOWEST'
 
     def __init__(self) -> None:
-        self._scope: Optional[Any] = None
+        self._scope = ExitStack()
 
     def before_val_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None
     ) -> None:
-        """Opens the block at the first batch."""
         if batch_idx == 0:
-            self._close()  # One that an exception left open.
-            self._scope = folded(runner.model)
-            self._scope.__enter__()
+            self._scope.close()  # One that an exception left open.
+            self._scope.enter_context(folded(runner.model))
 
     before_test_iter = before_val_iter
 
     def after_val_epoch(self, runner: Runner, metrics: Any = None) -> None:
-        """Closes the block."""
-        self._close()
+        self._scope.close()
 
     after_test_epoch = after_val_epoch
 
     def before_train(self, runner: Runner) -> None:
-        """Closes a block that an exception left open, and logs plain starts."""
-        self._close()
+        self._scope.close()
         log_plain_starts(runner.model)
 
     def before_test(self, runner: Runner) -> None:
-        """Logs plain starts."""
         log_plain_starts(runner.model)
-
-    def _close(self) -> None:
-        if self._scope is not None:
-            self._scope.__exit__(None, None, None)
-            self._scope = None

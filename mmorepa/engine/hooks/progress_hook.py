@@ -2,7 +2,7 @@
 
 import atexit
 import sys
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from mmengine.dist import is_main_process
@@ -12,6 +12,8 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ...analysis import unwrapped
+from ...analysis.complexity import count_parameters
 from ...utils.tables import counted
 
 
@@ -32,22 +34,13 @@ class ProgressHook(Hook):
         self.progress: Optional[Progress] = None
 
     def before_train(self, runner: Runner) -> None:
-        """Prints what was chosen."""
         if is_main_process():
             print(summary(runner), flush=True)
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Starts the line."""
         self._start(runner.max_iters, runner.iter)
 
-    def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: Any = None,
-        outputs: Any = None,
-    ) -> None:
-        """Moves the line."""
+    def after_train_iter(self, runner: Runner, batch_idx: int, **kwargs) -> None:
         if self.progress is None:
             return
         text = f'iteration {runner.iter + 1}/{runner.max_iters}'
@@ -66,32 +59,21 @@ class ProgressHook(Hook):
             self._stop()  # Makes room for what comes between two epochs.
 
     def before_val(self, runner: Runner) -> None:
-        """Makes room for the results of the validation."""
         self._stop()
 
     def after_val(self, runner: Runner) -> None:
-        """Goes on with the training."""
         self._start(runner.max_iters, runner.iter)
 
     def before_test(self, runner: Runner) -> None:
-        """Starts the line of a test."""
         self._start(len(runner.test_dataloader))
 
-    def after_test_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: Any = None,
-        outputs: Any = None,
-    ) -> None:
-        """Moves the line."""
+    def after_test_iter(self, runner: Runner, batch_idx: int, **kwargs) -> None:
         total = len(runner.test_dataloader)
         self._move(batch_idx + 1, f'batch {batch_idx + 1}/{total}')
         if batch_idx + 1 == total:  # Before the metrics.
             self._stop()
 
     def after_run(self, runner: Runner) -> None:
-        """Removes the line."""
         self._stop()
 
     def _start(self, total: int, done: int = 0) -> None:
@@ -112,9 +94,8 @@ class ProgressHook(Hook):
 
     def _move(self, done: int, text: str) -> None:
         if self.progress is not None:
-            self.progress.update(
-                self.progress.task_ids[0], completed=done, description=text
-            )
+            task = self.progress.task_ids[0]
+            self.progress.update(task, completed=done, description=text)
 
     def _stop(self) -> None:
         if self.progress is not None:
@@ -129,37 +110,35 @@ def _counts_epochs(runner: Runner) -> bool:
 
 def summary(runner: Runner) -> str:
     """What a training was asked for: lines of two columns."""
-    cfg, model = runner.cfg, runner.model
-    model = getattr(model, 'module', model)
-    backbone = getattr(model, 'backbone', None)
-    number = sum(param.numel() for param in model.parameters())
-    data = runner.train_dataloader.dataset
-    images = counted(len(data), 'image')
-    classes = (getattr(data, 'metainfo', None) or {}).get('classes')
+    cfg, model = runner.cfg, unwrapped(runner.model)
+    loader = runner.train_dataloader
+    backbone = type(getattr(model, 'backbone', None)).__name__
+    number = count_parameters(model) / 1e6
+    images = counted(len(loader.dataset), 'image')
+    classes = (getattr(loader.dataset, 'metainfo', None) or {}).get('classes')
     if classes:
         images += f', {len(classes)} class{"es" if len(classes) > 1 else ""}'
     length = counted(runner.max_iters, 'iteration')
     if _counts_epochs(runner):
-        steps = counted(len(runner.train_dataloader), 'step')
+        steps = counted(len(loader), 'step')
         length = f'{counted(runner.max_epochs, "epoch")} of {steps}'
-    rate = (cfg.get('optim_wrapper', {}).get('optimizer') or {}).get('lr')
     network = cfg.get('model', {}).get('backbone') or {}
-    start = network.get('init_cfg') or {}
-    weights = cfg.get('load_from') or start.get('checkpoint')
-    device = next(model.parameters()).device
-    threads = f', {counted(torch.get_num_threads(), "thread")}'
+    weights = cfg.get('load_from') or (network.get('init_cfg') or {}).get('checkpoint')
+    optimizer = cfg.get('optim_wrapper', {}).get('optimizer') or {}
+    device = str(next(model.parameters()).device)
+    if device == 'cpu':
+        device += f', {counted(torch.get_num_threads(), "thread")}'
     rows = {
         'config': cfg.filename,
-        'model': f'{type(model).__name__}, {type(backbone).__name__}, '
-        f'{number / 1e6:.3g} million weights',
+        'model': f'{type(model).__name__}, {backbone}, {number:.3g} million weights',
         'block': network.get('block'),
         'starts from': weights or 'random weights',
         'training data': images,
         'validation data': runner.val_loop
         and counted(len(runner.val_loop.dataloader.dataset), 'image'),
-        'length': f'{length}, {runner.train_dataloader.batch_size} images each',
-        'learning rate': rate,
-        'device': f'{device}{threads if device.type == "cpu" else ""}',
+        'length': f'{length}, {loader.batch_size} images each',
+        'learning rate': optimizer.get('lr'),
+        'device': device,
         'work folder': runner.work_dir,
         'everything else': f'{runner.log_dir}/{runner.timestamp}.log',
     }

@@ -3,12 +3,13 @@
 import os
 from typing import Any, Optional
 
-import torch
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner, find_latest_checkpoint
+from torch import nn
 
+from ...analysis import largest_difference, raw_outputs, unwrapped, watched_convs
 from ...converters import deploy_checkpoint, read_checkpoint, write_checkpoint
 from ...layers import is_switchable, switch_to_deploy
 
@@ -45,7 +46,6 @@ class SwitchToDeployHook(Hook):
     def before_test_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None
     ) -> None:
-        """Switches at the first batch."""
         if batch_idx != 0:
             return
         if not is_switchable(runner.model):
@@ -54,23 +54,14 @@ class SwitchToDeployHook(Hook):
                 're-parameterised conv.'
             )
             return
-        # Not at the top: a training needs nothing of it.
-        from ... import analysis
-
-        compare = self.tolerance is not None
-        if compare:
-            with analysis.watched_convs(analysis.unwrapped(runner.model)) as layers:
-                before = analysis.raw_outputs(runner.model, data_batch)
-        switch_to_deploy(runner.model)
-        for hook in runner.hooks:
-            ema_model = getattr(hook, 'ema_model', None)
-            if isinstance(ema_model, torch.nn.Module):
-                switch_to_deploy(ema_model)
-        if not compare:
+        if self.tolerance is None:
+            self._switch(runner)
             runner.logger.info('Switched the model to its deployed form.')
             return
-        after = analysis.raw_outputs(runner.model, data_batch)
-        difference = analysis.largest_difference(before, after)
+        with watched_convs(unwrapped(runner.model)) as layers:
+            before = raw_outputs(runner.model, data_batch)
+        self._switch(runner)
+        difference = largest_difference(before, raw_outputs(runner.model, data_batch))
         runner.logger.info(
             'Switched the model to its deployed form; largest difference of the '
             f'outputs for the first batch: {difference}.'
@@ -84,6 +75,13 @@ class SwitchToDeployHook(Hook):
                 "precision or running variances near zero, raise the hook's tolerance"
             )
 
+    def _switch(self, runner: Runner) -> None:
+        switch_to_deploy(runner.model)
+        for hook in runner.hooks:
+            ema_model = getattr(hook, 'ema_model', None)
+            if isinstance(ema_model, nn.Module):
+                switch_to_deploy(ema_model)
+
     def _blame(self, layers: dict[str, float]) -> str:
         """The first conv that differs from its plain form by itself."""
         for name, difference in layers.items():
@@ -93,7 +91,6 @@ class SwitchToDeployHook(Hook):
 
     @master_only
     def after_train(self, runner: Runner) -> None:
-        """Writes the deployed checkpoint if asked to."""
         if not self.save_after_train:
             return
         last = find_latest_checkpoint(runner.work_dir)

@@ -10,19 +10,14 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ...functional import compiled
-from ...layers import (
-    ReparamConv2d,
-    faster_in_channels_last,
-    outermost,
-    set_channels_last,
-)
+from ...layers import faster_in_channels_last, outermost, set_channels_last
 from ...layers.exchange import has_branches
-from ..distributed import FoldedDistributedDataParallel
 from .bfloat16_optim_wrapper import BFloat16OptimWrapper
 from .folded_optim_wrapper import (
     FoldedAmpOptimWrapper,
     FoldedBFloat16OptimWrapper,
     FoldedOptimWrapper,
+    folds_online,
 )
 
 FOLDED = {
@@ -30,12 +25,6 @@ FOLDED = {
     AmpOptimWrapper: FoldedAmpOptimWrapper,
     BFloat16OptimWrapper: FoldedBFloat16OptimWrapper,
 }
-
-
-def count_kernels(model: nn.Module) -> int:
-    """The number of kernels that can be folded outside of the graph."""
-    convs = (m for m in model.modules() if isinstance(m, ReparamConv2d))
-    return sum(conv.is_held_in_training for conv in convs)
 
 
 def wrapper_class(cfg: dict) -> Any:
@@ -49,13 +38,8 @@ def choose_memory_format(
 ) -> list[nn.Module]:
     """Chooses the order of memory, and returns the modules that have channels last.
 
-    Args:
-        model (nn.Module): Changed in place, unless it is wrapped.
-        channels_last (bool | str): ``'auto'`` takes what was measured to be faster.
-        is_half (bool): True in mixed precision.
-
-    Raises:
-        ValueError: If ``channels_last=True`` comes after a wrapper.
+    ``'auto'`` takes what was measured to be faster; ``is_half`` says that the training
+    is in mixed precision. Wrapped models stay as they are.
     """
     if any(map(is_model_wrapper, model.modules())):
         # What reduces gradients has remembered their order.
@@ -85,24 +69,22 @@ def log_choices(
         mode = 'no kernels to fold'
     elif not isinstance(wrapper, tuple(FOLDED.values())):
         mode = f'{kernels} kernels folded online, at every forward pass'
-    elif is_model_wrapper(model) and not isinstance(
-        model, FoldedDistributedDataParallel
-    ):
+    elif folds_online(model):
         mode = f'{kernels} kernels folded online, because of {type(model).__name__}'
     device = next(model.parameters()).device.type
     folds = 'compiled for this CPU' if compiled.is_available() else 'not compiled'
     if device != 'cpu':
         folds = f'as operations on {device}'
     update = 'fused' if wrapper.optimizer.defaults.get('fused') else 'not fused'
-    convs = [conv for _, conv in outermost(model, _ConvNd)]
-    num_reparameterized = sum(has_branches(conv) for conv in convs)
-    num_renormalized = sum(getattr(conv, 'has_second_norm', False) for conv in convs)
     names = ', '.join(type(part).__name__ for part in parts) or 'nothing'
+    convs = [conv for _, conv in outermost(model, _ConvNd)]
+    reparameterized = sum(has_branches(conv) for conv in convs)
+    renormalized = sum(getattr(conv, 'has_second_norm', False) for conv in convs)
     norms = ''
-    if num_renormalized:
-        norms = f'; the norms of {num_renormalized} are followed by another one'
+    if renormalized:
+        norms = f'; the norms of {renormalized} are followed by another one'
     logger = MMLogger.get_current_instance()
-    if not num_reparameterized and any(getattr(c, 'deployed', False) for c in convs):
+    if not reparameterized and any(getattr(c, 'deployed', False) for c in convs):
         logger.warning(
             f'{type(model).__name__} trains in its deployed form, without '
             'branches: build it without deploy=True to train it re-parameterised'
@@ -110,6 +92,6 @@ def log_choices(
     logger.info(
         f'{type(wrapper).__name__}: {mode} (folds {folds}; '
         f'{type(wrapper.optimizer).__name__} {update}; channels last in '
-        f'{names}); {num_reparameterized} convs of the model are re-parameterised, '
-        f'{len(convs) - num_reparameterized} are not{norms}'
+        f'{names}); {reparameterized} convs of the model are re-parameterised, '
+        f'{len(convs) - reparameterized} are not{norms}'
     )

@@ -2,8 +2,6 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Optional, Union
 
 from mmengine.logging import MMLogger
@@ -15,21 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ...backbones import StagedBackbone
-from ...layers import (
-    DeepLinearKernel,
-    OREPAKernel,
-    OREPAPointwiseKernel,
-    ReparamConv2d,
-)
+from ...layers import DeepLinearKernel, OREPAKernel, OREPAPointwiseKernel, ReparamConv2d
 from ...utils.tables import format_table
 from .bfloat16_optim_wrapper import BFloat16OptimWrapper
-from .choices import (
-    FOLDED,
-    choose_memory_format,
-    count_kernels,
-    log_choices,
-    wrapper_class,
-)
+from .choices import FOLDED, choose_memory_format, log_choices, wrapper_class
 from .fused_update import match_memory_when_loaded, start_momentum, with_fused_update
 
 _NORMS = (_BatchNorm, _InstanceNorm, GroupNorm, LayerNorm)
@@ -89,10 +76,10 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     ) -> None:
         optim_wrapper_cfg = dict(optim_wrapper_cfg)
         self.folded = optim_wrapper_cfg.pop('folded', True)
-        if self.folded not in (True, False):
-            raise ValueError(f'folded is True or False, found {self.folded!r}')
         self.channels_last = optim_wrapper_cfg.pop('channels_last', 'auto')
         self.capture = optim_wrapper_cfg.pop('capture', False)
+        if self.folded not in (True, False):
+            raise ValueError(f'folded is True or False, found {self.folded!r}')
         if self.channels_last not in (True, False, 'auto'):
             raise ValueError(
                 f"channels_last is True, False or 'auto', found {self.channels_last!r}"
@@ -112,16 +99,16 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Builds the optimizer and its wrapper for a model, wrapped or not."""
         self.optimizer_cfg = with_fused_update(self.optimizer_cfg, model)
-        kernels = count_kernels(model)
+        kernels = sum(
+            isinstance(module, ReparamConv2d) and module.is_held_in_training
+            for module in model.modules()
+        )
+        kind = wrapper_class(self.optim_wrapper_cfg)
         if self.folded and kernels:
-            kind = wrapper_class(self.optim_wrapper_cfg)
             kind = FOLDED.get(kind, kind)
             if kind in FOLDED.values():
                 self.optim_wrapper_cfg.update(type=kind, capture=self.capture)
-        is_half = issubclass(
-            wrapper_class(self.optim_wrapper_cfg) or object,
-            (AmpOptimWrapper, BFloat16OptimWrapper),
-        )
+        is_half = issubclass(kind or object, (AmpOptimWrapper, BFloat16OptimWrapper))
         parts = choose_memory_format(model, self.channels_last, is_half)
         wrapper = super().__call__(model)
         start_momentum(wrapper.optimizer)
@@ -141,8 +128,13 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             super().add_params(params, module, prefix, is_dcn_module)
             return
         singles: list[dict] = []
-        with _no_line_per_tensor():
+        logger = MMLogger.get_current_instance()
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # The table has what it logs of every tensor.
+        try:
             super().add_params(singles, module)
+        finally:
+            logger.setLevel(level)
         _check_is_unique(singles, module)
         for option, (setting, choose) in _MULTIPLIERS.items():
             if option in self.paramwise_cfg:
@@ -163,61 +155,39 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 f'paramwise_cfg has no option {", ".join(sorted(unknown))}; it knows '
                 f'{", ".join(sorted(known))}'
             )
-        keys = self.paramwise_cfg.get('stem_keys')
-        if isinstance(keys, str):  # Or else its letters would be the names.
-            raise ValueError(f'stem_keys is a list of names, found {keys!r}')
 
     def _multiply(
-        self,
-        singles: list[dict],
-        option: str,
-        setting: str,
-        chosen: list[nn.Parameter],
+        self, singles: list[dict], option: str, setting: str, chosen: list[nn.Parameter]
     ) -> None:
         base = self.base_lr if setting == 'lr' else self.base_wd
         if base is None:
             raise ValueError(f'{option} needs {setting!r} in the optimizer config')
-        identities = {id(param) for param in chosen}
-        matches = [s for s in singles if id(s['params'][0]) in identities]
+        factor, parameters = self.paramwise_cfg[option], set(chosen)
+        matches = [s for s in singles if s['params'][0] in parameters]
         if not matches:
             reason = 'the model has nothing that it is meant for'
             if chosen:
                 reason = 'all that it is meant for is frozen (frozen_stages)'
-            value = self.paramwise_cfg[option]
-            raise ValueError(f'{option}={value} has no effect: {reason}')
+            raise ValueError(f'{option}={factor} has no effect: {reason}')
         for single in matches:
-            single[setting] = single.get(setting, base) * self.paramwise_cfg[option]
+            single[setting] = single.get(setting, base) * factor
 
     def _log_groups(self, groups: list[dict], module: nn.Module) -> None:
-        names = {id(param): name for name, param in module.named_parameters()}
-        rows = [
-            (
-                names[id(group['params'][0])],
-                f'{len(group["params"])}',
-                f'{sum(p.numel() for p in group["params"]):,}',
-                f'{group.get("lr", self.base_lr)}',
-                f'{group.get("weight_decay", self.base_wd)}',
-            )
-            for group in groups
-        ]
+        names = {param: name for name, param in module.named_parameters()}
+        rows = []
+        for group in groups:
+            tensors = group['params']
+            entries = sum(tensor.numel() for tensor in tensors)
+            lr = group.get('lr', self.base_lr)
+            decay = group.get('weight_decay', self.base_wd)
+            first = names[tensors[0]]
+            rows.append((first, f'{len(tensors)}', f'{entries:,}', f'{lr}', f'{decay}'))
         frozen = sum(not param.requires_grad for param in module.parameters())
         headers = ('group, by its first', 'tensors', 'parameters', 'lr', 'weight decay')
         MMLogger.get_current_instance().info(
             f'Parameter groups ({frozen} tensors are frozen and in none):\n'
             f'{format_table(headers, rows)}'
         )
-
-
-@contextmanager
-def _no_line_per_tensor() -> Iterator[None]:
-    """Keeps MMEngine from logging every tensor: the table has all of them."""
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _merge(singles: list[dict]) -> list[dict]:
@@ -249,8 +219,9 @@ def _norm_biases(module: nn.Module, options: dict) -> list[nn.Parameter]:
 
 def _stems(module: nn.Module, options: dict) -> Optional[list[nn.Parameter]]:
     """The parameters of the stems; None if no stem is deep linear."""
+    modules = dict(module.named_modules())
+    backbones = [m for m in modules.values() if isinstance(m, StagedBackbone)]
     if 'stem_keys' in options:
-        modules = dict(module.named_modules())
         missing = [key for key in options['stem_keys'] if key not in modules]
         if missing:
             raise ValueError(
@@ -258,13 +229,8 @@ def _stems(module: nn.Module, options: dict) -> Optional[list[nn.Parameter]]:
             )
         stems = [modules[key] for key in options['stem_keys']]
     else:
-        every = [m.stem for m in module.modules() if isinstance(m, StagedBackbone)]
-        stems = [
-            stem
-            for stem in every
-            if any(isinstance(part, DeepLinearKernel) for part in stem.modules())
-        ]
-        if every and not stems:
+        stems = [backbone.stem for backbone in backbones if _is_deep_linear(backbone)]
+        if backbones and not stems:
             # Or a config would train its plain twin, block='plain', at another rate.
             MMLogger.get_current_instance().info(
                 f'stem_lr_mult={options["stem_lr_mult"]} is not applied: the stem is '
@@ -272,6 +238,10 @@ def _stems(module: nn.Module, options: dict) -> Optional[list[nn.Parameter]]:
             )
             return None
     return [param for stem in stems for param in stem.parameters()]
+
+
+def _is_deep_linear(backbone: StagedBackbone) -> bool:
+    return any(isinstance(part, DeepLinearKernel) for part in backbone.stem.modules())
 
 
 def _scales(module: nn.Module, options: dict) -> list[nn.Parameter]:

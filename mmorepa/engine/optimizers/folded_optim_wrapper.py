@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Optional, Union
+from typing import Union
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -22,11 +22,11 @@ class _FoldedTraining:
     """A mixin that adds folded training to an optimizer wrapper.
 
     The fold does not depend on the data. So forward and backward passes run on the
-    folded kernels as ordinary leaf parameters of an ordinary plain network, and after
-    a backward pass their gradients are passed on to the branches:
-    ``dL/dθ = Jᵀ · dL/dW``. This is linear in the gradient, with the same ``J`` on every
-    process, so that the result is that of online folding under gradient accumulation,
-    loss scaling, clipping and data parallelism too.
+    folded kernels as ordinary leaf parameters of a plain network, and after a backward
+    pass their gradients are passed on to the branches: ``dL/dθ = Jᵀ · dL/dW``. This is
+    linear in the gradient, with the same ``J`` on every process, so that the result is
+    that of online folding under gradient accumulation, loss scaling, clipping and data
+    parallelism too.
 
     Args:
         *args, **kwargs: See the base class.
@@ -40,15 +40,8 @@ class _FoldedTraining:
         if capture not in (False, True, 'compiled'):
             raise ValueError(f"capture is True, False or 'compiled', found {capture!r}")
         self._capture = capture
-        self._is_told = False
-        self._start()
-
-    def _start(self) -> None:
-        self._recorded: WeakKeyDictionary[nn.Module, RecordedFolds] = (
-            WeakKeyDictionary()
-        )
-        # Those that a loss may still lead to.
-        self._kernels: WeakSet[KernelLeaf] = WeakSet()
+        self._has_warned = False
+        self.__setstate__({})
 
     def __getstate__(self) -> dict:
         # Passes and recordings are of the original's model.
@@ -57,45 +50,40 @@ class _FoldedTraining:
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
-        self._start()
+        self._recorded: WeakKeyDictionary[nn.Module, RecordedFolds] = (
+            WeakKeyDictionary()
+        )
+        # Those that a loss may still lead to.
+        self._kernels: WeakSet[KernelLeaf] = WeakSet()
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Holds the kernels of a model in the forward pass.
-
-        Args:
-            model (nn.Module): Wrapped or not. Another wrapper than
-                :class:`FoldedDistributedDataParallel` folds online.
-        """
-        if is_model_wrapper(model) and not isinstance(
-            model, FoldedDistributedDataParallel
-        ):
-            self._tell_once(model)
+        """Holds the kernels in the forward pass; some model wrappers fold online."""
+        if folds_online(model):
+            if not self._has_warned:
+                self._has_warned = True
+                print_log(
+                    f'{type(model).__name__} trains with online folding. With '
+                    "model_wrapper_cfg=dict(type='FoldedDistributedDataParallel') it "
+                    'would train folded, and reduce the gradients of a plain network',
+                    logger='current',
+                    level=logging.WARNING,
+                )
             with super().optim_context(model):
                 yield
             return
-        recorded = self._recorded_folds(model)
+        recorded = self._recorded.get(model)
+        if recorded is None and self._capture:
+            recorded = RecordedFolds(is_compiled=self._capture == 'compiled')
+            self._recorded[model] = recorded
         # In this order: the context of the base class turns autocast on.
         with super().optim_context(model), held(model, recorded) as kernels:
             self._kernels.update(kernels)
             yield
 
-    def _recorded_folds(self, model: nn.Module) -> Optional[RecordedFolds]:
-        if not self._capture:
-            return None
-        if model not in self._recorded:
-            is_compiled = self._capture == 'compiled'
-            self._recorded[model] = RecordedFolds(is_compiled=is_compiled)
-        return self._recorded[model]
-
     @torch.compiler.disable
     def backward(self, loss: Tensor, **kwargs) -> None:
-        """Passes the gradients on to the branches as well.
-
-        Args:
-            loss (Tensor): The loss.
-            **kwargs: See :meth:`mmengine.optim.OptimWrapper.backward`.
-        """
+        """Passes the gradients on to the branches as well."""
         kernels = list(self._kernels)
         for kernel in kernels:
             kernel.graph.is_deferred = True
@@ -119,16 +107,12 @@ class _FoldedTraining:
         for kernel in self._kernels:
             kernel.leaf.grad = None
 
-    def _tell_once(self, model: nn.Module) -> None:
-        if not self._is_told:
-            self._is_told = True
-            print_log(
-                f'{type(model).__name__} trains with online folding. With '
-                "model_wrapper_cfg=dict(type='FoldedDistributedDataParallel') it would "
-                'train folded, and reduce the gradients of a plain network',
-                logger='current',
-                level=logging.WARNING,
-            )
+
+def folds_online(model: nn.Module) -> bool:
+    """Whether a wrapper keeps a model from folded training."""
+    return is_model_wrapper(model) and not isinstance(
+        model, FoldedDistributedDataParallel
+    )
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -148,17 +132,9 @@ class FoldedOptimWrapper(_FoldedTraining, OptimWrapper):
 
 @OPTIM_WRAPPERS.register_module()
 class FoldedAmpOptimWrapper(_FoldedTraining, AmpOptimWrapper):
-    """Folded training in mixed precision with loss scaling.
-
-    Args:
-        *args, **kwargs: See :class:`mmengine.optim.AmpOptimWrapper`.
-    """
+    """Folded training in mixed precision with loss scaling, as ``AmpOptimWrapper``."""
 
 
 @OPTIM_WRAPPERS.register_module()
 class FoldedBFloat16OptimWrapper(_FoldedTraining, BFloat16OptimWrapper):
-    """Folded training in bfloat16, on the CPU too.
-
-    Args:
-        *args, **kwargs: See :class:`mmengine.optim.OptimWrapper`.
-    """
+    """Folded training in bfloat16, on the CPU too."""

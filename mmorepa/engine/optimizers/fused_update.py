@@ -13,12 +13,7 @@ from ...layers import OREPAKernel
 def with_fused_update(optimizer_cfg: dict, model: nn.Module) -> dict:
     """The config of an optimizer, with ``fused=True`` where PyTorch takes that.
 
-    Args:
-        optimizer_cfg (dict): One that says ``fused`` or ``foreach`` stays as it is.
-        model (nn.Module): Whose parameters are updated.
-
-    Returns:
-        dict: A new config, or the same one.
+    One that says ``fused`` or ``foreach`` stays as it is.
     """
     options = dict(optimizer_cfg)
     kind = options.pop('type')
@@ -43,9 +38,6 @@ def start_momentum(optimizer: Optimizer) -> None:
     It fails unless all parameters of a group have a buffer, or none has, as where one
     had no gradient before. A buffer of zeros is the same start: ``0.9 * 0 + g`` is
     ``g``.
-
-    Args:
-        optimizer (Optimizer): Before its first step.
     """
     for group in optimizer.param_groups:
         is_safe = group.get('momentum') and not group.get('dampening')
@@ -59,10 +51,6 @@ def match_memory_when_loaded(optimizer: Optimizer, model: nn.Module) -> None:
 
     A fused update takes both for memory of one order, and checkpoints bring another
     one: that of an earlier version, or of a model without channels last.
-
-    Args:
-        optimizer (Optimizer): Of the parameters of the model.
-        model (nn.Module): The model.
     """
     optimizer.register_load_state_dict_post_hook(partial(_match_memory, model))
 
