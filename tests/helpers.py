@@ -98,6 +98,18 @@ def counted_folds(conv: nn.Module):
         hook.remove()
 
 
+def settings_by_name(model: nn.Module, wrapper) -> dict[str, tuple[float, float]]:
+    """(learning rate, weight decay) of every parameter that is optimised."""
+    names = {id(param): name for name, param in model.named_parameters()}
+    found = {}
+    for group in wrapper.optimizer.param_groups:
+        for param in group['params']:
+            name = names[id(param)]
+            assert name not in found, f'{name} is in two groups'
+            found[name] = group['lr'], group['weight_decay']
+    return found
+
+
 def import_models(package: str):
     """Imports the models of an OpenMMLab package, or skips the test.
 

@@ -70,14 +70,6 @@ def test_what_has_one_branch_or_none_is_left_out():
     assert [layer.name for layer in branch_kernels(network)] == ['4']
 
 
-def test_names_of_a_branch_within_a_branch():
-    (layer,) = branch_kernels(OREPARepVGGConv2d(4, 4, 3, padding=1, bias=False))
-    assert [*layer.kernels] == [
-        'origin', 'average', 'frequency', 'pointwise_kxk', 'depthwise_separable',
-        'pointwise', 'identity',
-    ]  # fmt: skip
-
-
 def test_cosines(float64):
     first, other = torch.randn(2, 4, 3, 3, 3)
     other -= (

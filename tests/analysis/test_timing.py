@@ -40,13 +40,6 @@ def test_every_round_has_all_and_begins_with_another(machine):
     assert results == dict(a=[7, 12, 14], b=[8, 10, 15], c=[9, 11, 13])
 
 
-def test_progress(machine, capsys):
-    in_turn(dict(a=list), Clock(), rounds=2)
-    assert not capsys.readouterr().err
-    in_turn(dict(a=list), Clock(), rounds=2, what='steps')
-    assert 'steps: round 2 of 2' in capsys.readouterr().err
-
-
 def test_slow_moments_do_not_move_the_least(machine):
     calls = []
 
@@ -83,11 +76,3 @@ def test_a_busy_machine(machine, share, monkeypatch):
     warning = busy_warning(core_share)
     assert bool(warning) == (share < 0.8)
     assert not warning or f'{share:.0%} of the time' in warning
-
-
-def test_clocks_of_this_machine():
-    clock = Clock()
-    for _ in range(3):
-        clock.look_around()
-    assert 0 < clock.core_share <= 1
-    assert clock.seconds(list) >= 0

@@ -5,7 +5,6 @@ import pytest
 import torch
 import torchvision
 from helpers import assert_near, assert_same_gradients, deployed_twin, trained_like
-from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -14,7 +13,6 @@ from mmorepa import is_switchable, switch_to_deploy
 from mmorepa.backbones import OREPAResNet
 from mmorepa.layers import (
     BLOCKS,
-    OREPAConv2d,
     OREPADeepLinearKernel,
     OREPAKernel,
     OREPAPointwiseKernel,
@@ -131,15 +129,6 @@ def test_resnext_and_wide(name, options):
     assert_same_convs(ours, on_meta(getattr(torchvision.models, name)))
 
 
-@pytest.mark.parametrize(('depth', 'width_mult'), [(18, 0.5), (50, 2)])
-def test_width_mult(depth, width_mult):
-    base = on_meta(lambda: tiny(depth))
-    wide = on_meta(lambda: tiny(depth, width_mult=width_mult))
-    assert wide.feat_dim == width_mult * base.feat_dim
-    for name, conv in convs(wide).items():
-        assert conv.out_channels == width_mult * convs(base)[name].out_channels
-
-
 @pytest.mark.parametrize('depth', [18, 50])
 def test_kernels_by_place(depth):
     """Only the projection of basic blocks is plain, as in the paper's networks."""
@@ -160,21 +149,6 @@ def test_every_conv_has_its_norm_and_the_right_activations():
             assert isinstance(conv.norm, nn.BatchNorm2d) and conv.bias is None
             # The sum is activated in place of its two terms.
             assert (conv.act is None) == name.endswith((last, 'downsample')), name
-
-
-def test_output_shapes():
-    x = image(64)
-    with torch.no_grad():
-        for depth, expansion in [(18, 1), (50, 4)]:
-            net = tiny(depth, block='plain').eval()
-            shapes = [tuple(y.shape) for y in net(x)]
-            assert shapes == [
-                (2, 8 * expansion * 2**i, 16 // 2**i, 16 // 2**i) for i in range(4)
-            ]
-            assert net.feat_dim == 64 * expansion
-        # A stage that shrinks the map and keeps the channels projects as well.
-        net = tiny(18, block='plain', strides=(2, 1, 2, 1)).eval()
-        assert [y.shape[-1] for y in net(x)] == [8, 8, 4, 4]
 
 
 @pytest.mark.parametrize(
@@ -257,14 +231,6 @@ def test_frozen_stages(frozen_stages, deploy):
             assert moved != name.startswith(frozen), name
 
 
-def test_frozen_stages_stay_frozen_after_the_switch():
-    net = deployed_twin(tiny(frozen_stages=1)).train()
-    names = {name for name, p in net.named_parameters() if not p.requires_grad}
-    assert names == {
-        n for n, _ in net.named_parameters() if n.startswith(('stem.', 'layer1'))
-    }
-
-
 def test_norm_eval():
     net = tiny(norm_eval=True).train()
     assert net.training and net.stem.training
@@ -328,11 +294,6 @@ def test_zero_init_residual(block, depth, last):
     tiny(depth, zero_init_residual=True, deploy=True, **options).init_weights()
 
 
-def test_norm_without_gradient():
-    net = tiny(norm_cfg=dict(type='BN', requires_grad=False))
-    assert not any(n.weight.requires_grad for n in batch_norms(net).values())
-
-
 # Pretrained weights
 
 
@@ -393,23 +354,6 @@ def test_training_form_into_plain_convs():
     switched.load_state_dict(tiny(deploy=True).state_dict())
 
 
-def test_a_line_for_each_load_that_folds(log):
-    state, deployed = tiny().state_dict(), tiny(deploy=True)
-    for model in (deployed, nn.ModuleDict({'backbone': deployed})):
-        prefix = '' if model is deployed else 'backbone.'
-        named = {prefix + key: value for key, value in state.items()}
-        model.load_state_dict(named)
-        load_state_dict(model, named)  # MMEngine's.
-        assert log == 2 * [
-            'The checkpoint holds the training form and the model is deployed: '
-            'folding the branches while loading.'
-        ]
-        log.clear()
-    deployed.load_state_dict(deployed.state_dict())
-    tiny().load_state_dict(state)
-    assert not log
-
-
 @pytest.mark.parametrize(
     ('options', 'words'),
     [
@@ -461,10 +405,3 @@ def test_pretrained_of_another_network(checkpoints, options, words):
 def test_bad_input(options, message):
     with pytest.raises(ValueError, match=message):
         on_meta(lambda: tiny(**options))
-
-
-def test_default_scope_does_not_matter():
-    for scope in ('mmpretrain', 'mmengine'):
-        with DefaultScope.overwrite_default_scope(scope):
-            net = MODELS.build(dict(type='OREPAResNet', depth=18, base_channels=8))
-            assert isinstance(net.stem, OREPAConv2d)

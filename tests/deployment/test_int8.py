@@ -248,13 +248,6 @@ def test_calibration_images_are_not_augmented(folder, around):
     assert values == ([1, 2] if 'concat' in around else [1])
 
 
-def test_calibration_images_without_test_data(folder):
-    cfg = Config(dict(train_dataloader=loader(folder(1, CROP))))
-    cfg.merge_from_dict(dict(default_scope='mmpretrain', model={}))
-    (image,) = calibration_images(cfg, Unscaled(), 5)
-    assert image.shape == (1, 3, 2, 2)
-
-
 def test_evaluation_phase():
     test = dict(test_dataloader=dict(a=1), test_evaluator=dict(a=1))
     assert evaluation_phase(Config(test)) == 'test'

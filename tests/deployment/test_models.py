@@ -4,12 +4,11 @@ import pytest
 import torch
 from helpers import assert_near, import_models, trained_like
 from mmengine.config import Config
-from mmengine.registry import MODELS
 from torch import nn
 
 from mmorepa import is_switchable
 from mmorepa.analysis import network_outputs
-from mmorepa.deployment import deployed_config, load_deployed, loaded_by_config
+from mmorepa.deployment import load_deployed, loaded_by_config
 from mmorepa.layers import switch_to_deploy
 from mmorepa.runs import build_model
 from mmorepa.utils.errors import CheckpointError
@@ -23,18 +22,6 @@ BACKBONES = dict(
     conv_cfg=dict(STOCK, conv_cfg=dict(type='OREPAConv2d')),
     reparameterized=dict(type='Reparameterized', module=STOCK),
 )
-
-
-def test_timm_deploys_ours():
-    utils = pytest.importorskip('timm.utils')
-    backbone = MODELS.build(BACKBONES['ours'])
-    model = trained_like(backbone).eval()
-    image = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        expected = switch_to_deploy(copy.deepcopy(model))(image)[0]
-        found = utils.reparameterize_model(model)
-        assert not is_switchable(found) and is_switchable(model)
-        assert torch.equal(found(image)[0], expected)
 
 
 @pytest.fixture(autouse=True)
@@ -83,13 +70,6 @@ def test_every_form_in_every_config(name):
         assert_near(network_outputs(model, image), expected)
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert len(convs) == 20
-
-
-def test_plain_network():
-    cfg = classifier(STOCK)
-    state = build_model(copy.deepcopy(cfg)).state_dict()
-    assert deployed_config(cfg).model == cfg.model
-    assert not is_switchable(load_deployed(cfg, dict(state_dict=state)))
 
 
 def test_blocks_that_leave_a_bias_have_no_config():

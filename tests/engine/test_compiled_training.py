@@ -11,9 +11,11 @@ from torch.utils.data import Dataset
 
 from mmorepa.engine import FoldedOptimWrapper
 
-EPOCHS, STEPS, CONVS = 3, 3, 20
-PLAIN = dict(type='ResNet', depth=18, stem_channels=8, base_channels=8)
-OREPA = dict(type='OREPAResNet', depth=18, base_channels=8, out_indices=(3,))
+EPOCHS, STEPS, CONVS = 3, 3, 5
+SMALL = dict(depth=18, base_channels=8, num_stages=1, out_indices=(0,))
+SMALL.update(strides=(1,), dilations=(1,))
+PLAIN = dict(type='ResNet', stem_channels=8, **SMALL)
+OREPA = dict(type='OREPAResNet', **SMALL)
 
 
 class Images(Dataset):
@@ -48,7 +50,7 @@ def train(folder, backbone, compiled):
             data_preprocessor=dict(mean=[127.0] * 3, std=[60.0] * 3, num_classes=4),
             backbone=backbone,
             neck=dict(type='GlobalAveragePooling'),
-            head=dict(type='LinearClsHead', num_classes=4, in_channels=64),
+            head=dict(type='LinearClsHead', num_classes=4, in_channels=8),
         )
     )
     losses = Losses()

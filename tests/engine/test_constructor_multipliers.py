@@ -1,10 +1,9 @@
 """What the multipliers reach, parameter by parameter, and what they leave."""
 
-import copy
 from pathlib import Path
 
 import pytest
-from helpers import import_models
+from helpers import import_models, settings_by_name
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
@@ -12,34 +11,24 @@ from mmengine.utils import import_modules_from_strings
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmorepa import switch_to_deploy
 from mmorepa.layers import OREPAConv2d
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'imagenet'
-LR, DECAY = 0.1, 1e-4
 RECIPE = dict(
     norm_decay_mult=0.0, bias_decay_mult=0.0, bias_lr_mult=2.0, norm_bias_lr_mult=2.0
 )
 
 
-def settings(model, optimizer=None, **paramwise):
-    """(learning rate, weight decay) by the name of every parameter."""
-    optimizer = optimizer or dict(type='SGD', lr=LR, momentum=0.9, weight_decay=DECAY)
+def settings(model, **paramwise):
     wrapper = build_optim_wrapper(
         model,
         dict(
-            optimizer=optimizer,
+            optimizer=dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=1e-4),
             constructor='OREPAOptimWrapperConstructor',
             paramwise_cfg=paramwise,
         ),
     )
-    names = {id(param): name for name, param in model.named_parameters()}
-    found = {}
-    for group in wrapper.optimizer.param_groups:
-        for param in group['params']:
-            assert names[id(param)] not in found
-            found[names[id(param)]] = group['lr'], group['weight_decay']
-    return found
+    return settings_by_name(model, wrapper)
 
 
 def classifier(name, **backbone):
@@ -221,27 +210,6 @@ def test_stem_that_is_named(built):
     assert slow == {n for n, _ in model.named_parameters() if n.startswith(prefixes)}
 
 
-def test_module_of_a_wrapper(built):
-    model = copy.deepcopy(built('repvgg'))
-    wrapped = nn.DataParallel(model)
-    inner = settings(model, stem_lr_mult=0.1)
-    wrapper = build_optim_wrapper(
-        wrapped,
-        dict(
-            optimizer=dict(type='SGD', lr=LR),
-            constructor='OREPAOptimWrapperConstructor',
-            paramwise_cfg=dict(stem_lr_mult=0.1),
-        ),
-    )
-    rates = {
-        id(param): group['lr']
-        for group in wrapper.optimizer.param_groups
-        for param in group['params']
-    }
-    for name, param in model.named_parameters():
-        assert rates[id(param)] == inner[name][0]
-
-
 class TestErrors:
     @pytest.mark.parametrize('option', MULTIPLIERS)
     def test_nothing_that_fits(self, option):
@@ -295,13 +263,15 @@ class TestErrors:
         with pytest.raises(ValueError, match=words):
             settings(built('resnet50'), **options)
 
-    def test_deployed(self):
-        model = switch_to_deploy(nn.Sequential(OREPAConv2d(4, 4, 3)))
-        with pytest.raises(ValueError, match='branch_decay_mult=0.0 has no effect'):
-            settings(model, branch_decay_mult=0.0)
-
     @pytest.mark.parametrize('option', ['scale_decay_mult', 'branch_decay_mult'])
     def test_decay_that_is_not_set(self, option):
         model = nn.Sequential(OREPAConv2d(4, 4, 3))
         with pytest.raises(ValueError, match=f"{option} needs 'weight_decay' in the"):
-            settings(model, dict(type='SGD', lr=LR), **{option: 0.0})
+            build_optim_wrapper(
+                model,
+                dict(
+                    optimizer=dict(type='SGD', lr=0.1),
+                    constructor='OREPAOptimWrapperConstructor',
+                    paramwise_cfg={option: 0.0},
+                ),
+            )

@@ -8,7 +8,6 @@ from mmengine.optim import OptimWrapper, build_optim_wrapper
 from runners import BackboneClassifier
 from torch import nn
 
-import mmorepa
 from mmorepa.layers import OREPAConv2d, ReparamConv2d, backward_to_branches, held
 
 SLIM = dict(type='OREPAResNet', depth=18, base_channels=8)
@@ -180,43 +179,6 @@ def test_resumes_from_the_other_mode():
     assert_same_states(online, resumed, 1e-8)
 
 
-def test_evaluation_between_steps_sees_new_weights():
-    model = build(SLIM)
-    wrapper = wrap(model, 'FoldedOptimWrapper')
-    train(model, wrapper)
-    model.eval()
-    image = batches(1)[0]['inputs']
-    with torch.no_grad():
-        before = model(image)
-        for param in model.parameters():
-            param.data.mul_(0.9)  # As an EMA hook swaps its averages in.
-        after = model(image)
-        expected = mmorepa.switch_to_deploy(copy.deepcopy(model))(image)
-    assert not torch.allclose(before, after)
-    torch.testing.assert_close(after, expected)
-
-
-def test_the_model_is_an_ordinary_one_outside_of_the_step():
-    model = build(SLIM)
-    names = [name for name, _ in model.named_parameters()]
-    train(model, wrap(model, 'FoldedOptimWrapper'))
-    assert [name for name, _ in model.named_parameters()] == names
-    loss = model(**batches(1)[0], mode='loss')['loss']
-    loss.backward()
-    assert all(param.grad is not None for param in model.parameters())
-
-
-def test_folds_once_per_forward_pass(monkeypatch):
-    model = build(SLIM)
-    wrapper = wrap(model, 'FoldedOptimWrapper', accumulative_counts=2)
-    conv, counted = model.backbone.layer1[0].conv1, []
-    kernel = conv.folded_kernel
-    monkeypatch.setattr(conv, 'folded_kernel', lambda: counted.append(0) or kernel())
-    for number, data in enumerate(batches(4)):
-        assert len(counted) == number
-        model.train_step(data, wrapper)
-
-
 def test_activations_saved_are_those_of_the_plain_network():
     def saved_bytes(model: nn.Module, wrapper) -> int:
         stored = {}
@@ -244,17 +206,6 @@ def test_activations_saved_are_those_of_the_plain_network():
     assert saved_bytes(orepa, wrap(orepa, 'FoldedOptimWrapper')) == saved_bytes(
         plain, wrap(plain, 'OptimWrapper')
     )
-
-
-def test_bfloat16():
-    model = build(SLIM).float()
-    wrapper = wrap(model, 'FoldedBFloat16OptimWrapper')
-    data = batches(1)[0]
-    data['inputs'] = data['inputs'].float()
-    before = copy.deepcopy(model)
-    assert torch.isfinite(model.train_step(data, wrapper)['loss'])
-    conv, old = model.backbone.layer1[0].conv1, before.backbone.layer1[0].conv1
-    assert not torch.equal(conv.branches.scale, old.branches.scale)
 
 
 def test_conv_that_is_compiled():

@@ -145,15 +145,6 @@ def test_frozen_and_half():
         assert one.requires_grad == other.requires_grad
 
 
-def test_takes_no_random_numbers():
-    plain = model()
-    torch.manual_seed(0)
-    expected = torch.rand(1)
-    torch.manual_seed(0)
-    add_branches(plain)
-    assert torch.equal(torch.rand(1), expected)
-
-
 def test_in_a_config(tmp_path):
     """One line for models that take no conv_cfg; plain weights are loaded later."""
     cfg = dict(

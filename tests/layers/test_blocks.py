@@ -29,23 +29,6 @@ def test_unknown_block(block):
         build_conv(block, 4, 6, 3)
 
 
-def test_plain_conv_serves_its_parameter():
-    conv = PlainConv2d(4, 6, 3)
-    assert conv.kernel() is conv.branches.weight
-    conv.switch_to_deploy()
-    assert conv.kernel() is conv.weight
-
-
-@pytest.fixture
-def registries():
-    """As they were before, after the test."""
-    before = [(registry, dict(registry._module_dict)) for registry in (BLOCKS, MODELS)]
-    yield
-    for registry, modules in before:
-        registry._module_dict.clear()
-        registry._module_dict.update(modules)
-
-
 def test_a_block_type_of_ones_own(registries):
     class Sum(nn.Module):
         def __init__(self, *shape):

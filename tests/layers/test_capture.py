@@ -57,14 +57,6 @@ def recorders(monkeypatch):
     return made
 
 
-@pytest.fixture
-def log(monkeypatch):
-    """The lines that are logged."""
-    lines = []
-    monkeypatch.setattr(capture, 'print_log', lambda line, **_: lines.append(line))
-    return lines
-
-
 def network(dtype=torch.float64):
     torch.manual_seed(0)
     layers = [
@@ -204,16 +196,7 @@ def test_trains_as_without(recorders, between, options, times):
         assert torch.allclose(value, expected, rtol=1e-9, atol=1e-12), name
 
 
-@pytest.fixture
-def gloo(tmp_path):
-    torch.distributed.init_process_group(
-        'gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
-
-
-def test_data_parallel(recorders, gloo):
+def test_data_parallel(recorders, one_process):
     """The leaves stay from step to step, and no_sync makes them wait."""
     states = []
     for capture_ in (False, True):

@@ -220,15 +220,6 @@ def test_single_init_is_the_plain_conv():
     assert torch.equal(conv.kernel(), conv.branches.weight_origin)
 
 
-def test_training_form_has_no_kernel():
-    conv = DBBConv2d(4, 6, 3, padding=1)
-    with pytest.raises(TypeError, match='no kernel while it trains'):
-        conv.kernel()
-    assert conv.equivalent_kernel_bias()[0].shape == (6, 4, 3, 3)
-    conv.switch_to_deploy()
-    assert conv.kernel() is conv.weight
-
-
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize(
     ('options', 'message'),
@@ -261,10 +252,15 @@ def test_bad_input(kind, options, message):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_deployed_checkpoint_into_training_form(kind):
-    state = deployed_twin(make(kind, 4, 4, 3)).state_dict()
-    with pytest.raises(RuntimeError, match=f'{kind.__name__} cannot .* deployed'):
-        kind(4, 4, 3, padding=1, bias=False).load_state_dict(state)
+def test_kernel_and_deployed_checkpoints(kind):
+    """The training form has no kernel, and takes no deployed one."""
+    conv = make(kind, 4, 4, 3)
+    with pytest.raises(TypeError, match='no kernel'):
+        conv.kernel()
+    deployed = deployed_twin(conv)
+    assert deployed.kernel() is deployed.weight
+    with pytest.raises(RuntimeError, match='deployed'):
+        conv.load_state_dict(deployed.state_dict())
 
 
 def test_a_block_of_ones_own():

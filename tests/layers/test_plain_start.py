@@ -284,17 +284,6 @@ def test_what_has_no_start(conv, state, message):
         module.load_state_dict({f'0.{name}': value for name, value in state.items()})
 
 
-def test_bad_arguments():
-    conv = OREPAConv2d(4, 6, 3)
-    with pytest.raises(ValueError, match=r'the kernel is of \(6, 4, 1, 1\), not'):
-        conv.start_from(torch.ones(6, 4, 1, 1))
-    with pytest.raises(ValueError, match=r'the bias is of \(4,\), not \(6,\)'):
-        conv.start_from(torch.ones(6, 4, 3, 3), torch.ones(4))
-    conv.switch_to_deploy()
-    with pytest.raises(ValueError, match='the conv is deployed'):
-        conv.start_from(torch.ones(6, 4, 3, 3))
-
-
 def test_bias_before_the_norm():
     """That of a conv with BatchNorms in its branches is added after them."""
     plain = nn.Conv2d(4, 6, 3, padding=1)
@@ -433,16 +422,6 @@ def test_random_rules_where_there_is_no_exact_start(channels, options, rule):
     assert row_power(conv.weight) == pytest.approx(row_power(plain.weight), rel=0.4)
     with torch.no_grad(), pytest.raises(ValueError):
         conv.weight.copy_(plain.weight)
-
-
-@pytest.mark.parametrize('size', [1, 3, 5, 7])
-def test_fresh_convs_without_a_norm(size):
-    """They start as plain convs do."""
-    options = dict(padding=size // 2)
-    conv = OREPAConv2d(24, 48, size, **options)
-    plain = plain_of(conv)
-    assert row_power(conv.weight) == pytest.approx(row_power(plain.weight), rel=0.2)
-    assert conv.bias.std().item() == pytest.approx(plain.bias.std().item(), rel=0.5)
 
 
 class Head(BaseModule):

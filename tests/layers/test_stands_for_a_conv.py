@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import assert_near, import_models, trained_like
 from mmcv.cnn import ConvModule, fuse_conv_bn
 from mmengine.model import (
@@ -20,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from torch.nn.utils import parametrizations, prune, spectral_norm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mmorepa import switch_to_deploy
@@ -32,24 +31,6 @@ DEPLOYED = dict(type='OREPAConv2d', deploy=True)
 
 def training_form(kind=OREPAConv2d, **kwargs):
     return trained_like(kind(4, 6, 3, padding=1, **kwargs))
-
-
-def test_readers_get_the_fold_with_its_gradient():
-    conv = training_form()
-    assert_near(conv.weight.detach(), conv.kernel().detach())
-    direction = torch.randn(6, 4, 3, 3)
-    found = []
-    for kernel in (conv.weight, conv.kernel()):
-        loss = F.conv2d(torch.ones(1, 4, 3, 3), kernel * direction).sum()
-        found.append(torch.autograd.grad(loss, list(conv.branches.parameters())))
-    assert_near(*found)
-    # Parts, copies and results are tensors like any other.
-    assert type(conv.weight.clone()) is type(conv.weight.detach()) is torch.Tensor
-    plain = nn.Conv2d(4, 6, 3, padding=1, bias=False)
-    with torch.no_grad():
-        plain.weight.copy_(conv.weight)
-    assert_near(plain.weight, conv.kernel())
-    nn.Parameter(conv.weight.detach()).data.zero_()
 
 
 @pytest.mark.parametrize(
@@ -73,21 +54,6 @@ def test_writers_are_told_what_to_do(write):
         assert torch.equal(value, expected[name])
     with torch.no_grad():
         write(switch_to_deploy(conv))
-
-
-@pytest.mark.parametrize(
-    'wrap',
-    [
-        weight_norm,
-        spectral_norm,
-        parametrizations.weight_norm,
-        parametrizations.spectral_norm,
-    ],
-)
-def test_wrappers_of_a_parameter_do_not_find_one(wrap):
-    conv = training_form()
-    with pytest.raises((KeyError, ValueError), match='weight'):
-        wrap(conv)
 
 
 def pruned(branches):

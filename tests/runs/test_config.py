@@ -1,5 +1,3 @@
-import importlib
-
 import pytest
 import torch
 from helpers import counted_folds, import_models
@@ -45,24 +43,6 @@ class TestAmp:
         cfg = self.config(type=kind)
         use_amp(cfg)
         assert cfg.to_dict() == self.config(type=kind).to_dict()
-
-    @pytest.mark.parametrize(
-        'name, module',
-        [('OptimWrapper', 'mmengine.optim'), ('FoldedOptimWrapper', 'mmorepa.engine')],
-    )
-    def test_class(self, tmp_path, name, module):
-        """As configs that import what they name hold it."""
-        path = tmp_path / 'lazy.py'
-        path.write_text(
-            f'from {module} import {name}\n'
-            f'optim_wrapper = dict(type={name}, optimizer=dict(type="SGD", lr=0.1))\n'
-        )
-        cfg = Config.fromfile(path)
-        assert cfg.optim_wrapper.type is getattr(importlib.import_module(module), name)
-        use_amp(cfg)
-        expected = self.config(type=name)
-        use_amp(expected)
-        assert cfg.optim_wrapper.type == expected.optim_wrapper.type
 
     def test_other_wrapper(self):
         with pytest.raises(ValueError, match="found 'ApexOptimWrapper'"):
@@ -127,11 +107,6 @@ class TestTTA:
         )
         assert cfg.test_dataloader.dataset.dataset.pipeline == own
 
-    @pytest.mark.parametrize('options', [{}, dict(tta_model=dict(type='Mine'))])
-    def test_missing(self, options):
-        with pytest.raises(ValueError, match='--tta needs tta_model and tta_pipeline'):
-            use_tta(self.config('mmseg', **options))
-
 
 class TestVisualization:
     def config(self, scope, hook):
@@ -184,11 +159,6 @@ class TestVisualization:
         cfg = self.config('mmseg', dict(type='SegVisualizationHook'))
         with pytest.raises(ValueError, match='--show needs a display'):
             use_visualization(cfg, True, None, 1, 2)
-
-    @pytest.mark.parametrize('hooks', [{}, dict(default_hooks={})])
-    def test_missing(self, hooks):
-        with pytest.raises(ValueError, match='need a visualization hook'):
-            use_visualization(Config(hooks), False, 'shown', 1, 2)
 
 
 class TestAddHook:

@@ -60,14 +60,6 @@ class TestDataFolders:
         with pytest.raises(FileNotFoundError):
             self.check(('test',), test_dataloader=loader)
 
-    def test_advice(self):
-        with pytest.raises(FileNotFoundError, match='is missing; set data_root'):
-            self.check(train_dataloader=dict(dataset=self.NONE))
-        with pytest.raises(FileNotFoundError, match='is missing; run: it$'):
-            self.check(
-                train_dataloader=dict(dataset=self.NONE), data_preparation='run: it'
-            )
-
 
 @pytest.fixture
 def folder(tmp_path):
@@ -92,13 +84,6 @@ class TestFolder:
         self.check(folder, 'test')
         (tmp_path / 'train' / 'notes.txt').touch()
         self.check(folder)
-
-    def test_missing_root(self, folder):
-        folder.val_dataloader.dataset.data_root = 'nowhere'
-        with pytest.raises(
-            FileNotFoundError, match="'nowhere' is missing; set data_ro"
-        ):
-            self.check(folder)
 
     def test_missing_split(self, folder, tmp_path):
         (tmp_path / 'val').rename(tmp_path / 'valid')
@@ -134,11 +119,6 @@ class TestFolder:
             image.rename(image.with_name(left)) if left else image.unlink()
         words = "no images in these folders of '.*train': daisy, tulip; each is a class"
         with pytest.raises(ValueError, match=words):
-            self.check(folder)
-
-    def test_no_images_with_these_extensions(self, folder):
-        folder.train_dataloader.dataset.extensions = ['.PNG']
-        with pytest.raises(ValueError, match="train': daisy, rose, tulip; each"):
             self.check(folder)
 
     def test_images_of_a_class_in_one_of_two_datasets(self, folder, tmp_path):
@@ -222,11 +202,5 @@ class TestCoco:
         import_models('mmdet')
         del coco.train_dataloader.dataset['metainfo']
         words = 'person, bicycle, .*…: no such class in .*, which has cat, dog, bird'
-        with pytest.raises(ValueError, match=words):
-            check_data_folders(coco, ('train',))
-
-    def test_number(self, coco):
-        coco.model.roi_head.bbox_head.num_classes = 80
-        words = 'set model.roi_head.bbox_head.num_classes=3'
         with pytest.raises(ValueError, match=words):
             check_data_folders(coco, ('train',))

@@ -33,15 +33,6 @@ def test_without_effect(tmp_path, line):
         read_config(child(tmp_path / 'own.py', line))
 
 
-def test_classes_without_effect(tmp_path):
-    train = "train_dataloader = dict(dataset=dict(metainfo=dict(classes=('cat',))))"
-    path = child(tmp_path / 'own.py', f"classes = ('dog',)\n{train}", COCO)
-    with pytest.raises(ValueError, match='classes = .*dog.* has no effect'):
-        read_config(path)
-    child(tmp_path / 'own.py', f"classes = ['cat']\n{train}", COCO)
-    read_config(path)
-
-
 def test_with_effect(tmp_path):
     lines = """
 data_root = 'data/flowers'
@@ -63,12 +54,6 @@ train_cfg = dict(max_epochs=max_epochs)
     cfg.data_root = 'elsewhere'
     cfg.dump(tmp_path / 'whole.py')
     read_config(str(tmp_path / 'whole.py'))
-
-
-def test_computed_from(tmp_path):
-    lines = 'num_classes = 2\nmodel = dict(head=dict(num_classes=num_classes + 1))'
-    cfg = read_config(child(tmp_path / 'own.py', lines))
-    assert cfg.model.head.num_classes == 3
 
 
 def test_options_without_effect():
@@ -98,8 +83,3 @@ def test_the_best_is_kept():
     for name in list_configs('custom/*'):
         hook = read_config(name).default_hooks.checkpoint
         assert (hook.save_best, hook.max_keep_ckpts) == ('auto', 3)
-
-
-def test_none_of_our_configs():
-    for name in list_configs():
-        read_config(name)

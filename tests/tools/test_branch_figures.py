@@ -82,16 +82,6 @@ def test_shares(tmp_path, capsys, block):
     assert 'Means over the layers' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('name', [SIMILARITY, SHARES])
-def test_no_branches(tmp_path, name):
-    config, checkpoint = network(tmp_path, 'orepa')
-    options = ['--cfg-options', 'model.backbone.block=plain']
-    line = [config, checkpoint, '--out', tmp_path / 'a.png', *options]
-    with pytest.raises(SystemExit, match='^error: '):
-        run_here(name, *line)
-    assert not (tmp_path / 'a.png').exists()
-
-
 def test_scaling_experiment(tmp_path, capsys):
     """Alike without scaling, whatever is learned; apart with it."""
     pytest.importorskip('sklearn')

@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from tool_runs import TOOLS, run_apart, run_here
+from tool_runs import TOOLS, run_apart
 
 STOP_AT_TORCH = """
 import os, runpy, sys
@@ -52,14 +52,3 @@ def test_tools_do_not_look_for_cuda():
     )
     run = run_apart(sys.executable, '-c', code, *(TOOLS / name for name in NAMES))
     assert run.stdout.split() == ['False'], run.stderr
-
-
-@pytest.mark.slow
-def test_measures(capsys):
-    options = ['--settings', 'PASSIVE', '--busy', 0, 1, '--steps', 2, '--rounds', 1]
-    times = run_here('benchmarks/busy_machine.py', *options, '--threads', 1)
-    assert list(times) == [('PASSIVE', 0), ('PASSIVE', 1)]
-    assert all(len(found) == 2 and min(found) > 0 for found in times.values())
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0].split() == ['1', 'threads', '0', 'busy', '1', 'busy']
-    assert printed[1].startswith('PASSIVE')

@@ -114,15 +114,6 @@ class TestExport:
         with pytest.raises(SystemExit, match='pip install onnxruntime'):
             run_here(name, config, checkpoint, tmp_path / 'a.onnx')
 
-    def test_segmenter(self, tmp_path):
-        import_models('mmseg')
-        name = 'deeplabv3plus_r18-slim-orepa-d8_1xb8-2500_digits'
-        config = ROOT / f'configs/digits/{name}.py'
-        path, out = tmp_path / 'a.pth', tmp_path / 'a.onnx'
-        random_checkpoint(config, path)
-        run_here(EXPORT, config, path, out, '--shape', '64', '64')
-        assert out.is_file()
-
 
 class TestQuantize:
     FEW = ('--cfg-options', 'val_dataloader.dataset.indices=16')
@@ -203,22 +194,3 @@ class TestQuantize:
         found = run_here(*line)
         assert out.is_file() and 'coco/bbox_mAP' in found['metrics']['INT8']
         assert 'calibrated with 1 image,' in capsys.readouterr().out
-
-    @pytest.mark.parametrize(
-        ('words', 'flags'),
-        [
-            ("'/none' is missing", ['train_dataloader.dataset.data_root=/none']),
-            ('no data to test', ['val_evaluator=None', 'test_evaluator=None']),
-        ],
-    )
-    def test_without_the_data(self, config, checkpoint, tmp_path, words, flags):
-        line = [config, checkpoint, tmp_path / 'a.onnx', '--cfg-options', *flags]
-        with pytest.raises(SystemExit, match=f'^error: .*{words}'):
-            run_here(QUANTIZE, *line)
-        assert not list(tmp_path.iterdir())
-
-    def test_images_of_another_size(self, config, checkpoint, tmp_path):
-        out = tmp_path / 'a.onnx'
-        with pytest.raises(SystemExit, match='64x64, found 32x32'):
-            run_here(QUANTIZE, config, checkpoint, out, '--shape', '64', '64')
-        assert not list(tmp_path.iterdir())

@@ -30,12 +30,6 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_syntax_of_a_base(folder):
-    (folder / 'base.py').write_text('x = 1\nmodel = dict(\n')
-    (folder / 'child.py').write_text("_base_ = 'base.py'\n")
-    assert "base.py', line 2: '(' was never closed" in answer(FLOPS, 'child.py')
-
-
 @pytest.mark.parametrize(
     ('model', 'words'),
     [

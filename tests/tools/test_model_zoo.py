@@ -7,8 +7,6 @@ import yaml
 from helpers import import_models
 from tool_runs import ROOT, run_here, tool
 
-import mmorepa
-
 TOOL = 'analysis_tools/model_zoo.py'
 CONFIGS = sorted((ROOT / 'configs' / 'imagenet').glob('*.py'))
 METAFILE = ROOT / 'configs' / 'imagenet' / 'metafile.yml'
@@ -56,21 +54,6 @@ class TestDocument:
         assert figure(row[1 + form]) == pytest.approx(params, abs=0.011)
         assert figure(row[2 + form]) == pytest.approx(gflops, rel=0.01)
 
-    def test_forms(self):
-        """Deployed, all blocks of one network are the same; branches come on top."""
-        table = rows()
-        for name, row in table.items():
-            base = re.sub('-(orepa|dbb|orepa-stem)$', '', name)
-            assert row[3:6] == table[base][3:6]
-            megabytes = figure(row[5])
-            assert megabytes == pytest.approx(4 * figure(row[3]), rel=0.005)
-            if base != name and not name.endswith('-stem'):
-                assert figure(row[1]) > 1.5 * figure(table[base][1])
-            if '-orepa' in name:
-                assert figure(row[2]) == figure(table[base][2])
-            if name.endswith('-dbb'):
-                assert figure(row[2]) > 1.5 * figure(table[base][2])
-
 
 @pytest.mark.parametrize('name', ['resnet18-orepa', 'resnet18-dbb', 'repvgg-a0-orepa'])
 def test_figures_are_those_of_the_models(name, metafile):
@@ -105,37 +88,8 @@ class TestMetafile:
             assert (whole.metadata.epochs, whole.metadata.batch_size) == (120, 256)
             assert whole.paper['URL'] == 'https://arxiv.org/abs/2204.00826'
 
-    def test_model_hub(self):
-        """By name in mmpretrain, beside its own models."""
-        import_models('mmpretrain')
-        from mmpretrain.apis import ModelHub, get_model
-
-        mmorepa.register_models()
-        ModelHub.get('resnet18_8xb32_in1k')
-        for path in CONFIGS:
-            found = ModelHub.get(path.stem)
-            assert found.config.filename == str(path)
-        model = get_model('repvgg-a0_4xb64_in1k')
-        assert type(model.backbone).__name__ == 'OREPARepVGG'
-        assert model._metainfo.name == 'repvgg-a0_4xb64_in1k'
-
 
 class TestTool:
-    def test_only(self, capsys):
-        """Prints the rows of the document, and writes nothing."""
-        import_models('mmpretrain')
-        before = DOCUMENT.stat().st_mtime_ns, METAFILE.stat().st_mtime_ns
-        run_here(TOOL, '--only', 'repvgg-a0')
-        *_, line = capsys.readouterr().out.splitlines()
-        assert line in DOCUMENT.read_text().splitlines()
-        assert line.startswith('| [repvgg-a0](../configs/imagenet/repvgg-a0_4xb64')
-        assert (DOCUMENT.stat().st_mtime_ns, METAFILE.stat().st_mtime_ns) == before
-
-    def test_unknown_name(self):
-        with pytest.raises(SystemExit) as caught:
-            run_here(TOOL, '--only', 'resnet18', 'resnet19', 'vgg')
-        assert caught.value.code == 'error: no config of the name resnet19, vgg'
-
     def test_writes_what_is_committed(self, tmp_path, monkeypatch):
         """To the letter, with the figures that are there: all configs, in order."""
         module, models = tool(TOOL), yaml.safe_load(METAFILE.read_text())['Models']

@@ -2,12 +2,7 @@ import json
 
 import mmcv
 import pytest
-from helpers import import_models, trained_like
-from tool_runs import ROOT, run_here, tool
-
-from mmorepa.analysis import largest_difference
-from mmorepa.converters import write_checkpoint
-from mmorepa.runs import build_model, read_config
+from tool_runs import run_here, tool
 
 TOOL = 'analysis_tools/quickstart_summary.py'
 SECONDS = ('--seconds', 90, '--training-seconds', 60, '--plain-training-seconds', 40)
@@ -110,38 +105,6 @@ def test_figures(work_dir, capsys):
     assert not list(work_dir.glob('.*'))
 
 
-def test_busy_machine(work_dir, monkeypatch, capsys):
-    monkeypatch.setattr(tool(TOOL), 'time_forms', lambda *_: ([1, 1, 1], 0.5))
-    summarize(work_dir)
-    assert 'had a core for 50% of the time' in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_forms_are_timed_together(tmp_path, monkeypatch):
-    """Training form, deployed form and plain twin, with the weights that were saved."""
-    calls = []
-    monkeypatch.setattr(tool(TOOL), 'least_seconds', lambda f: calls.extend(f))
-    import_models('mmpretrain')
-    switch = 'model_converters/switch_to_deploy.py'
-    monkeypatch.setattr(tool(switch), 'least_seconds', lambda f: ([0] * len(f), 1.0))
-    for folder, name in (
-        (tmp_path, 'resnet18-slim-orepa_1xb64_digits'),
-        (tmp_path / 'plain', 'resnet18-slim_1xb64_digits'),
-    ):
-        config = folder / 'config.py'
-        folder.mkdir(exist_ok=True)
-        base = str(ROOT / f'configs/digits/{name}.py')
-        config.write_text(f'_base_ = {base!r}\ntest_dataloader = None\n')
-        model = trained_like(build_model(read_config(str(config))))
-        write_checkpoint(dict(state_dict=model.state_dict()), folder / 'epoch_1.pth')
-        run_here(switch, config, folder / 'epoch_1.pth', folder / 'deploy.pth')
-    checkpoint = str(tmp_path / 'epoch_1.pth')
-    tool(TOOL).time_forms(tmp_path, str(tmp_path / 'config.py'), checkpoint)
-    training, deployed, plain = ([*f()] for f in calls)
-    assert largest_difference(training, deployed).relative < 1e-4
-    assert largest_difference(deployed, plain).relative > 1e-2
-
-
 @pytest.mark.parametrize(
     'name', ['test.json', 'switch.json', 'train', 'plain/test.json']
 )
@@ -151,17 +114,3 @@ def test_something_is_missing(work_dir, name):
         summarize(work_dir)
     assert not (work_dir / 'summary.json').exists()
     assert not (work_dir / 'curves.png').exists()
-
-
-def test_branches(work_dir, capsys):
-    """Drawn where the training has watched them."""
-    summarize(work_dir)
-    assert not (work_dir / 'branches.png').exists()
-    assert 'branches.png' not in capsys.readouterr().out
-    path = work_dir / 'train/20260102_000000/vis_data/scalars.json'
-    statistics = {'branch_share/stem.1/origin': 0.5, 'kernel_step/stem': 1e-2}
-    statistics.update({'kernel_step/conv': 1e-3, 'step': 3})
-    path.write_text(f'{path.read_text()}\n{json.dumps(statistics)}')
-    summarize(work_dir)
-    assert (mmcv.imread(str(work_dir / 'branches.png')) < 200).mean() > 0.005
-    assert str(work_dir / 'branches.png') in capsys.readouterr().out

@@ -120,29 +120,6 @@ def test_merge(tmp_path, capsys):
     assert '1 rows are new' in printed and '1 others have other values' in printed
 
 
-def test_files_of_no_study(tmp_path):
-    path = tmp_path / 'results.csv'
-    for text, words in (
-        ('', 'cannot be read'),
-        ('name,seed,other\na,0,1\n', 'not those of this study'),
-        ('name,seed,value\na,0,1\nb,0,1,2\n', 'cannot be read'),
-        ('name,seed,value\na,0,1\nb,0,1', 'is not whole'),
-    ):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=words):
-            studies.Results(path, KEY, VALUES)
-    path.write_text('name,seed,value\n', encoding='utf-16')
-    with pytest.raises(ValueError, match='cannot be read'):
-        studies.Results(path, KEY, VALUES)
-
-
-def test_tables():
-    rows = [{'': 'a', 'x': '1'}, {'': 'b', 'x': '2'}]
-    table = '|  | x |\n| --- | --: |\n| a | 1 |\n| b | 2 |'
-    assert studies.markdown_table(rows) == table
-    assert studies.markdown_table([]) == ''
-
-
 class TestTrain:
     @pytest.fixture(autouse=True)
     def _mmpretrain(self):

@@ -67,24 +67,6 @@ def test_report(result):
     assert ('had a core for' in text) == (figures['core_share'] < CALM)
 
 
-def test_arguments(capsys):
-    parse = tool(NAME).parse_args
-    assert [size for _, size in parse([]).runs] == [16, 8]
-    assert parse(['a.py', 'b.py', '--batch-size', '4']).runs == [
-        ('a.py', 4),
-        ('b.py', 4),
-    ]
-    with pytest.raises(SystemExit):
-        parse(['a.py', '--batch-size', '4', '8'])
-    assert 'one for each of the 1 configs' in capsys.readouterr().err
-
-
-def test_other_configs():
-    options = [CONFIG.replace('-orepa', ''), '--rounds', '1']
-    with pytest.raises(SystemExit, match="block='orepa'"):
-        tool(NAME).main(options)
-
-
 @pytest.mark.parametrize(
     'kernel',
     [

@@ -1,4 +1,4 @@
-from mmorepa.utils.tables import counted, format_table
+from mmorepa.utils.tables import format_table
 
 
 def test_table():
@@ -8,12 +8,6 @@ def test_table():
         'training form       1,234    0.5',
         'deployed                7  12.25',
     ]
-
-
-def test_long_rows_are_not_cut():
-    name = 'backbone.layer1.0.conv1.' * 6
-    text = format_table(('name', 'n'), [(name, '1')])
-    assert text.splitlines()[1] == f'{name}  1'
 
 
 def test_texts_are_not_markup():
@@ -27,9 +21,3 @@ def test_terminal_does_not_matter(monkeypatch):
     monkeypatch.setenv('COLUMNS', '20')
     monkeypatch.setenv('FORCE_COLOR', '1')
     assert format_table(('name', 'n'), [('x' * 100, '1')]) == expected
-
-
-def test_numbers_with_nouns():
-    assert [counted(number, 'image') for number in (0, 1, 2)] == [
-        *('0 images', '1 image', '2 images')
-    ]
