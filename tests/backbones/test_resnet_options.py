@@ -230,22 +230,15 @@ def test_style_by_the_name_of_the_checkpoint(style, checkpoint, message):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (dict(style='tensorflow'), "style is 'pytorch' or 'caffe', found 'tensorflow'"),
-        (dict(drop_path_rate=1), 'a probability below 1, found 1'),
-        (dict(drop_path_rate=-0.1), 'a probability below 1, found -0.1'),
-        (dict(stem_channels=0), 'the stem .* found 0 times 1.0'),
-        (dict(C, stem_channels=1), 'a deep stem .* found 1 times 0.5'),
-        (dict(block_cfg=dict(inner_mult=0.1)), 'inner_mult=0.1 leaves no inner'),
-        (dict(plugins=[dict(cfg=CONTEXT)]), 'has cfg, position .* found cfg'),
-        (
-            dict(plugins=[dict(cfg=CONTEXT, position='after_conv3')]),
-            "one of after_conv1, after_conv2, found 'after_conv3'",
-        ),
-        (
-            dict(plugins=[dict(PLUGINS[0], stages=(True, False))]),
-            r'each of the 4 stages, found \(True, False\)',
-        ),
-        (dict(plugins=[PLUGINS[0]] * 2), 'one context_block: give each plugin'),
+        (dict(style='tensorflow'), 'style'),
+        (dict(drop_path_rate=1), 'probability'),
+        (dict(stem_channels=0), 'the stem'),
+        (dict(C, stem_channels=1), 'deep stem'),
+        (dict(block_cfg=dict(inner_mult=0.1)), 'inner_mult=0.1'),
+        (dict(plugins=[dict(cfg=CONTEXT)]), 'position'),
+        (dict(plugins=[dict(cfg=CONTEXT, position='after_conv3')]), 'after_conv3'),
+        (dict(plugins=[dict(PLUGINS[0], stages=(True, False))]), '4 stages'),
+        (dict(plugins=[PLUGINS[0]] * 2), 'context_block'),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else '',
 )

@@ -348,14 +348,9 @@ class TestDeploy:
         del state['head.bias']
         state['head.extra'] = torch.ones(1)
         state['head.weight'] = torch.ones(7, 8)
-        with pytest.raises(CheckpointError) as info:
+        words = 'head.bias.*head.extra.*head.weight'
+        with pytest.raises(CheckpointError, match=words):
             deploy_checkpoint(TinyClassifier(), {'state_dict': state})
-        assert str(info.value) == (
-            'the checkpoint does not fit the config: '
-            '1 key missing: head.bias; '
-            '1 key left over: head.extra; '
-            '1 key of another shape: head.weight (7, 8), not (4, 8)'
-        )
 
     def test_other_modules_that_are_named_branches(self):
         """As in HRNet, where convs are found under ``branches``."""

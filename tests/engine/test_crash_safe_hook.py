@@ -182,14 +182,6 @@ class TestLosses:
         )
         assert len([text for text in texts if 'cannot be set back' in text]) == 1
 
-    def test_trained_twice(self, tmp_path):
-        runner = trained(tmp_path, train_cfg=dict(by_epoch=True, max_epochs=1))
-        runner.train_loop._epoch = runner.train_loop._iter = 0
-        runner.train()
-        assert not isinstance(
-            runner.train_dataloader.batch_sampler.batches, SeededBatches
-        )
-
 
 class TestSeeding:
     def test_puts_the_generators_back(self):

@@ -45,11 +45,6 @@ def test_says_what_was_chosen(tmp_path, capsys):
     assert 'Hooks will be executed' in log and 'System environment' in log
 
 
-def test_verbose(tmp_path, capsys):
-    build_runner(config(tmp_path), ('train', 'val')).train()
-    assert 'Hooks will be executed' in capsys.readouterr().out
-
-
 @pytest.mark.parametrize('by_epoch', [True, False])
 def test_one_line_moves(by_epoch, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv('FORCE_COLOR', '1')

@@ -161,6 +161,12 @@ def nothing(model, wrapper, step):
     pass
 
 
+def assert_same(one, other, rtol=1e-9, atol=1e-12):
+    pairs = zip(one.state_dict().items(), other.state_dict().values())
+    for (name, value), expected in pairs:
+        assert torch.allclose(value, expected, rtol=rtol, atol=atol), name
+
+
 def train(model, wrapper, between=nothing, steps=6):
     for step in range(steps):
         wrapper.update_params(loss_of(model, wrapper, step))
@@ -191,14 +197,12 @@ def test_trains_as_without(recorders, between, options, times):
     train(recorded, wrapped(recorded, **options), between)
     (recorder,) = recorders
     assert recorder.recorded == 2 * times and recorder.replayed > 6
-    pairs = zip(plain.state_dict().items(), recorded.state_dict().values())
-    for (name, expected), value in pairs:
-        assert torch.allclose(value, expected, rtol=1e-9, atol=1e-12), name
+    assert_same(recorded, plain)
 
 
 def test_data_parallel(recorders, one_process):
     """The leaves stay from step to step, and no_sync makes them wait."""
-    states = []
+    models = []
     for capture_ in (False, True):
         model = FoldedDistributedDataParallel(network()[1:2])
         wrapper = wrapped(model, capture_, accumulative_counts=2)
@@ -207,10 +211,9 @@ def test_data_parallel(recorders, one_process):
             with wrapper.optim_context(model):
                 loss = model(images).square().mean()
             wrapper.update_params(loss)
-        states.append(model.state_dict())
+        models.append(model)
     assert recorders[0].recorded == 2
-    for one, other in zip(*(state.values() for state in states)):
-        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+    assert_same(*models)
 
 
 def test_by_the_constructor(recorders):
@@ -251,8 +254,7 @@ def test_losses_of_several_passes(recorders):
         wrapper.backward(loss, retain_graph=True)
         wrapper.backward(loss)
         wrapper.step()
-    for one, other in zip(plain.parameters(), recorded.parameters()):
-        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+    assert_same(recorded, plain)
 
 
 def test_a_loss_of_former_numbers_is_refused(recorders):
@@ -351,8 +353,7 @@ def test_half_precision(recorders, dtype):
         kind = 'FoldedBFloat16OptimWrapper'
         train(model, wrapped(model, capture_, kind=kind), steps=2)
     assert found == [dtype, dtype]
-    for one, other in zip(plain.parameters(), recorded.parameters()):
-        assert torch.allclose(one, other, rtol=0.02, atol=0.002)
+    assert_same(recorded, plain, rtol=0.02, atol=0.002)
 
 
 def test_it_says_why_not(log, recorders):
@@ -417,8 +418,7 @@ def test_compiled(recorders):
                 loss = model(torch.full((1, 4, 3, 3), 1.0 + step).double()).mean()
             wrapper.update_params(loss)
     assert recorders[0].recorded == 2
-    for one, other in zip(plain.parameters(), recorded.parameters()):
-        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+    assert_same(recorded, plain)
 
 
 def test_a_recording_is_told_apart(recorders):

@@ -203,14 +203,9 @@ class TestOptions:
             assert_rows(scale, [1.0] + [0.0] * (len(scale) - 1))
 
     def test_scales_over_single_init(self):
-        conv = OREPAConv2d(
-            8,
-            8,
-            3,
-            bias=False,
-            single_init=True,
-            initial_scales=dict(average=0.5, origin=0.75),
-        )
+        scales = dict(average=0.5, origin=0.75)
+        options = dict(bias=False, single_init=True, initial_scales=scales)
+        conv = OREPAConv2d(8, 8, 3, **options)
         assert_rows(conv.branches.scale, [0.75, 0.5, 0, 0, 0, 0])
 
 

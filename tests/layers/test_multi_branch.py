@@ -222,33 +222,21 @@ def test_single_init_is_the_plain_conv():
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize(
-    ('options', 'message'),
+    ('options', 'words'),
     [
-        (dict(padding=0), r'dilation \* 1 = 1 here; found padding=\(0, 0\)'),
-        (
-            dict(padding=1, dilation=2),
-            r'= 2 here; found padding=\(1, 1\), dilation=\(2, 2\)',
-        ),
-        (dict(padding=(1, 2), dilation=(1, 2)), r'found padding=\(1, 2\)'),
-        (dict(padding=1, branches=['orign']), "unknown branch 'orign'; the branches"),
-        (dict(padding=1, branches=[]), 'no branch is left; choose at least one of'),
-        (
-            dict(padding=1, initial_scales=dict(orign=1.0)),
-            "unknown branch 'orign'; the branches",
-        ),
-        (
-            dict(padding=1, norm_cfg=dict(type='BN', track_running_stats=False)),
-            'needs a BatchNorm, which folds, in every branch; found norm_cfg=',
-        ),
-        (
-            dict(padding=1, norm_cfg=dict(type='GN', num_groups=2)),
-            'needs a BatchNorm, which folds, in every branch; found norm_cfg=',
-        ),
+        (dict(padding=0), r'padding=\(0, 0\)'),
+        (dict(dilation=2), r'dilation=\(2, 2\)'),
+        (dict(padding=(1, 2), dilation=(1, 2)), r'padding=\(1, 2\)'),
+        (dict(branches=['orign']), 'orign'),
+        (dict(branches=[]), 'no branch'),
+        (dict(initial_scales=dict(orign=1.0)), 'orign'),
+        (dict(norm_cfg=dict(type='BN', track_running_stats=False)), 'BatchNorm'),
+        (dict(norm_cfg=dict(type='GN', num_groups=2)), 'BatchNorm'),
     ],
 )
-def test_bad_input(kind, options, message):
-    with pytest.raises(ValueError, match=message):
-        kind(4, 4, 3, **options)
+def test_bad_input(kind, options, words):
+    with pytest.raises(ValueError, match=words):
+        kind(4, 4, 3, **{'padding': 1, **options})
 
 
 @pytest.mark.parametrize('kind', KINDS)

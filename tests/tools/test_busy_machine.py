@@ -29,14 +29,19 @@ NAMES = (
 )
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_policy_is_set_before_torch_is_loaded(name, monkeypatch):
+@pytest.mark.parametrize(
+    ('name', 'variables', 'expected'),
+    [
+        *((name, {}, '1000') for name in NAMES),
+        ('train.py', dict(GOMP_SPINCOUNT='7'), '7'),
+        ('train.py', dict(OMP_WAIT_POLICY='ACTIVE'), 'None'),
+    ],
+)
+def test_policy_is_set_before_torch_is_loaded(name, variables, expected, monkeypatch):
     for variable in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'):
         monkeypatch.delenv(variable, raising=False)
     line = sys.executable, '-c', STOP_AT_TORCH, TOOLS / name
-    assert run_apart(*line).stdout.split() == ['1000']
-    assert run_apart(*line, GOMP_SPINCOUNT='7').stdout.split() == ['7']
-    assert run_apart(*line, OMP_WAIT_POLICY='ACTIVE').stdout.split() == ['None']
+    assert run_apart(*line, **variables).stdout.split() == [expected]
 
 
 @pytest.mark.slow

@@ -162,26 +162,3 @@ class TestErrors:
         with pytest.raises(SystemExit, match='^error: .*not written by this tool'):
             convert(tmp_path)
         assert contents(tmp_path) == before
-
-    def break_off(self, monkeypatch, failure):
-        """Makes the 1,500th image fail."""
-        write, calls = mmcv.imwrite, []
-
-        def imwrite(*args):
-            calls.append(args)
-            return failure() if len(calls) == 1500 else write(*args)
-
-        monkeypatch.setattr(tool(TOOL).mmcv, 'imwrite', imwrite)
-        return calls
-
-    def test_older_data_stay(self, tmp_path, monkeypatch):
-        convert(tmp_path)
-        before = contents(tmp_path)
-
-        def interrupt():
-            raise KeyboardInterrupt
-
-        self.break_off(monkeypatch, interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            convert(tmp_path)
-        assert contents(tmp_path) == before

@@ -1,6 +1,3 @@
-import sys
-from pathlib import Path
-
 import matplotlib.image
 import pandas as pd
 import pytest
@@ -10,7 +7,6 @@ from mmengine.config import Config
 from tool_runs import run_here, tool
 
 TOOL = 'benchmarks/plain_start.py'
-SWEEP = 'benchmarks/stem_lr_sweep.py'
 
 
 @pytest.fixture
@@ -38,8 +34,7 @@ def toy(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_from_end_to_end(toy, tmp_path, capsys):
     out = tmp_path / 'out'
-    line = (TOOL, '--tasks', 'classifier', '--seeds', 1, '--out', out)
-    run_here(*line)
+    run_here(TOOL, '--tasks', 'classifier', '--seeds', 1, '--out', out)
     rows = pd.read_csv(out / 'results.csv')
     assert [*rows.name] == ['pretrained plain', 'pretrained OREPA', *toy.ARMS]
     assert {*rows.seed} == {0} and {*rows.epochs} == {'1+1'}
@@ -64,18 +59,6 @@ def test_from_end_to_end(toy, tmp_path, capsys):
         assert cfg.randomness.seed == 0
         assert cfg.param_scheduler == plain.param_scheduler
         assert cfg.optim_wrapper.optimizer == plain.optim_wrapper.optimizer
-
-    # Of a study that was stopped, what is missing is trained, and no more. The row was
-    # written before its pretraining was lost.
-    text = (out / 'results.csv').read_text()
-    (out / 'results.csv').write_text(''.join(text.splitlines(keepends=True)[:-1]))
-    (runs / 'pretraining-orepa-0/last_checkpoint').unlink()
-    before = (runs / 'quiet-0/last_checkpoint').stat().st_mtime
-    run_here(*line)
-    assert '1 of 5 jobs to do.' in capsys.readouterr().out
-    assert (runs / 'quiet-0/last_checkpoint').stat().st_mtime == before
-    # The same seed gives the same network.
-    assert pd.read_csv(out / 'results.csv').value.tolist() == rows.value.tolist()
 
 
 def test_report(toy, tmp_path):
@@ -105,39 +88,3 @@ def test_bad_input(toy, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match='error: the data folder .*nowhere'):
         run_here(TOOL, '--tasks', 'classifier', '--out', tmp_path / 'new')
     assert not (tmp_path / 'new').exists()
-
-
-def fake(config, options, work_dir, metric):
-    """A training that is better the nearer the multiplier is to 0.5."""
-    multiplier, seed = options[plain_start().STEM_LR_MULT], options['randomness.seed']
-    assert options['model.backbone.block'] == 'orepa'
-    if 'faster-rcnn' in config.name:
-        start = options['model.backbone.init_cfg.checkpoint']
-        assert start.endswith(f'pretraining-orepa-{seed}.pth')
-    value = 0.8 - abs(multiplier - 0.5) / 10 + seed / 100
-    unit = 100 if 'accuracy' in metric else 1
-    return plain_start().Training(value * unit, 12.0, 12.0, None, 'cpu', 1, [])
-
-
-def plain_start():
-    tool(SWEEP)
-    return sys.modules['plain_start']
-
-
-def test_sweep(tmp_path, monkeypatch, capsys):
-    import_models('mmpretrain')
-    monkeypatch.setattr(plain_start(), 'train', fake)
-    monkeypatch.setattr(
-        plain_start(), 'last_checkpoint', lambda path: Path(f'{path}.pth')
-    )
-    monkeypatch.setattr(tool(SWEEP), 'check_data', lambda tasks: None)
-    line = ['--multipliers', 0.5, 1, '--out', tmp_path]
-    run_here(SWEEP, '--seeds', 2, *line)
-    assert '8 of 8 jobs to do.' in capsys.readouterr().out
-    tables = (tmp_path / 'tables.md').read_text()
-    assert '| 0.5 | 80.50 ± 0.71 | +5.00 [+5.00, +5.00] | 2 |' in tables
-    assert matplotlib.image.imread(tmp_path / 'results.png').ndim == 3
-
-    # Goes on with a third seed.
-    run_here(SWEEP, '--seeds', 3, *line, '--tasks', 'detector')
-    assert '2 of 6 jobs to do.' in capsys.readouterr().out

@@ -137,16 +137,6 @@ class TestTrain:
         assert message.startswith(f'a training of {config.name} failed')
         assert 'error: the data folder' in message and '\n' not in message
 
-    def test_options_of_a_recipe(self):
-        """The recipe's schedule with another length, and nothing else of it."""
-        config = ROOT / 'configs/digits/resnet18-slim_1xb64_digits.py'
-        cfg = trainings.merged(config, trainings.epochs_options(3))
-        assert cfg.train_cfg.max_epochs == cfg.train_cfg.val_interval == 3
-        warm_up, cosine = cfg.param_scheduler
-        before = trainings.merged(config, {}).param_scheduler
-        assert warm_up == before[0]
-        assert cosine == dict(before[1], T_max=3, end=3)
-
 
 @pytest.mark.parametrize(
     'study, folder, document',

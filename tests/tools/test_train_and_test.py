@@ -1,16 +1,14 @@
 """From data to a deployed network, and every flag on the way."""
 
 import json
-import pickle
 
 import pytest
 import torch
-from helpers import assert_near, trained_like
+from helpers import assert_near
 from mmengine.config import Config
 from tool_runs import (
     ROOT,
     SWITCH,
-    build_model,
     command,
     run_apart,
     run_here,
@@ -22,7 +20,6 @@ from tool_runs import (
 
 from mmorepa.converters import (
     read_checkpoint,
-    write_checkpoint,
 )
 
 pytestmark = pytest.mark.slow
@@ -153,34 +150,6 @@ class TestDeployment:
         assert metrics_of(config, deployed[0], options=DEPLOY) == expected
         # Folds while loading.
         assert metrics_of(config, checkpoint, options=DEPLOY) == expected
-
-    def test_without_a_config_for_the_deployed_form(self, config, tmp_path, capsys):
-        own = tmp_path / 'own.py'
-        own.write_text(f"""
-_base_ = {str(config)!r}
-
-plain = dict(type='ResNet', depth=18, stem_channels=8, base_channels=8)
-model = dict(
-    backbone=dict(_delete_=True, type='Reparameterized', block='dbb', module=plain)
-)
-""")
-        state = trained_like(build_model(Config.fromfile(own))).state_dict()
-        write_checkpoint(dict(state_dict=state), tmp_path / 'a.pth')
-        run_here(SWITCH, own, tmp_path / 'a.pth', tmp_path / 'b.pth')
-        assert 'and no config' in capsys.readouterr().out
-        assert not (tmp_path / 'b_config.py').exists()
-
-    def test_predictions(self, config, checkpoint, tmp_path):
-        scores = []
-        for flags in ([], ['--deploy']):
-            out = tmp_path / 'out.pkl'
-            line = [config, checkpoint, '--work-dir', tmp_path, '--out', out]
-            run_runner('test.py', *line, *flags)
-            samples = pickle.loads(out.read_bytes())
-            scores.append(torch.stack([s['pred_score'] for s in samples]))
-        assert scores[0].shape == (DIGITS, 10)
-        assert_near(scores[1], scores[0])
-        assert not torch.equal(*scores)
 
     def test_figures(self, checkpoint, deployed):
         figures = json.loads(deployed[1].read_text())
