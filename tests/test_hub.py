@@ -37,11 +37,6 @@ class TestFindConfig:
         with pytest.raises(FileNotFoundError, match=f'close are: .*{NAME}'):
             find_config(name)
 
-    @pytest.mark.parametrize('name', ['', '.', 'none.py', 'mmorepa::', 'imagenet'])
-    def test_none(self, name):
-        with pytest.raises(FileNotFoundError, match='no config at '):
-            find_config(name)
-
     @pytest.mark.parametrize(
         'name', ['resnet/resnet18_8xb16_cifar10.py', 'resnet18_8xb16_cifar10']
     )
@@ -70,11 +65,6 @@ def test_every_config_is_listed_and_read():
     assert list_configs('imagenet/resnet18-orepa_*') == [NAME]
     for name in names:
         assert mmorepa.get_config(name).model
-
-
-def test_options():
-    cfg = mmorepa.get_config(NAME, {'model.backbone.block': 'dbb'})
-    assert cfg.model.backbone.block == 'dbb' and cfg.model.backbone.depth == 18
 
 
 class TestScheme:

@@ -15,7 +15,7 @@ from mmorepa.deployment.int8 import (
     quantize_onnx,
 )
 from mmorepa.deployment.networks import require
-from mmorepa.deployment.onnx_files import INPUT, OnnxNetwork, export_onnx
+from mmorepa.deployment.onnx_files import OnnxNetwork, export_onnx
 
 
 @pytest.fixture(autouse=True)
@@ -160,18 +160,6 @@ def test_channels_without_weights(images, files):
         model.two.weight[:, 2] = 0
     source, _, _, pairs = quantized(model, images, files, equalized=True)
     assert pairs == 1 and error(model, source, images) < 1e-5
-
-
-def test_names(onnx):
-    def name(weight, node='x'):
-        return _layer_name(
-            onnx.helper.make_node('Conv', [INPUT, weight], ['y'], name=node)
-        )
-
-    assert name('model.backbone.stem.conv.weight') == 'backbone.stem'
-    assert name('model.head.fc.weight') == 'head.fc'
-    node = '/model/backbone/layer1/layer1.0/conv1/Conv'
-    assert name('onnx::Conv_12', node) == 'backbone.layer1.0.conv1'
 
 
 def test_names_in_the_head_of_a_segmenter(images, files, onnx):

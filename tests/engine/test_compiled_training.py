@@ -5,7 +5,7 @@ import torch
 from helpers import import_models, trained_like
 from mmengine.hooks import Hook
 from mmengine.registry import MODELS, init_default_scope
-from runners import make_runner
+from runners import colours_loader, make_runner
 from torch import _dynamo
 from torch.utils.data import Dataset
 
@@ -54,13 +54,7 @@ def train(folder, backbone, compiled):
         )
     )
     losses = Losses()
-    loader = dict(
-        batch_size=8,
-        num_workers=0,
-        dataset=Images(),
-        sampler=dict(type='DefaultSampler', shuffle=False),
-        collate_fn=dict(type='pseudo_collate'),
-    )
+    loader = colours_loader(dataset=Images(), collate_fn=dict(type='pseudo_collate'))
     runner = make_runner(
         folder,
         trained_like(model),

@@ -32,6 +32,8 @@ def batches(count: int = 4, size: int = 4) -> list[dict]:
 
 def wrap(model: nn.Module, kind: str, **options):
     cfg = dict(type=kind, optimizer=dict(SGD), **options)
+    if 'constructor' in options:
+        cfg.update(type='OptimWrapper', folded='Folded' in kind)
     wrapper = build_optim_wrapper(model, cfg)
     wrapper.initialize_count_status(model, 0, len(batches()))
     return wrapper
@@ -50,33 +52,37 @@ def assert_same_states(one: nn.Module, other: nn.Module, tolerance=1e-10) -> Non
         )
 
 
-@pytest.mark.parametrize(
-    'options',
-    [
-        dict(),
-        dict(clip_grad=dict(max_norm=0.5)),
-        dict(accumulative_counts=2),
-    ],
-    ids=['plain', 'clipped', 'accumulated'],
-)
-@pytest.mark.parametrize(
-    'backbone',
-    [
+CONSTRUCTOR = dict(constructor='OREPAOptimWrapperConstructor')
+BACKBONES = dict(
+    resnet=SLIM,
+    frozen=dict(SLIM, frozen_stages=1),
+    checkpointed=dict(SLIM, with_cp=True, norm_cfg=dict(type='GN', num_groups=2)),
+    ablated=dict(
         SLIM,
-        dict(SLIM, frozen_stages=1),
-        dict(SLIM, with_cp=True, norm_cfg=dict(type='GN', num_groups=2)),
-        dict(
-            SLIM,
-            depth=50,
-            block_cfg=dict(branches=['origin', 'pointwise_kxk', 'pointwise_pointwise']),
-        ),
-        dict(type='OREPARepVGG', arch='A0', base_channels=8),
-        dict(SLIM, block='dbb'),
-    ],
-    ids=['resnet', 'frozen', 'checkpointed', 'ablated', 'repvgg', 'dbb'],
+        depth=50,
+        block_cfg=dict(branches=['origin', 'pointwise_kxk', 'pointwise_pointwise']),
+    ),
+    grouped=dict(SLIM, depth=50, groups=4),
+    deep_linear=dict(SLIM, block='deep_linear'),
+    repvgg=dict(type='OREPARepVGG', arch='A0', base_channels=8),
+    dbb=dict(SLIM, block='dbb'),
 )
-def test_equals_online_folding(backbone, options):
-    online = build(backbone)
+
+
+@pytest.mark.parametrize(
+    ('name', 'options'),
+    [
+        *((name, {}) for name in BACKBONES),
+        *((name, CONSTRUCTOR) for name in BACKBONES),
+        ('resnet', dict(CONSTRUCTOR, channels_last=True)),
+        ('resnet', dict(clip_grad=dict(max_norm=0.5))),
+        ('resnet', dict(accumulative_counts=2)),
+        ('dbb', dict(accumulative_counts=2)),
+    ],
+    ids=str,
+)
+def test_equals_online_folding(name, options):
+    online = build(BACKBONES[name])
     folded = copy.deepcopy(online)
     start = copy.deepcopy(online)
 
@@ -120,46 +126,6 @@ def test_is_the_default_of_the_constructor(kind, expected):
         assert of(SLIM, folded=False) == unfolded
         assert of(dict(SLIM, block='plain')) == unfolded
         assert of(dict(SLIM, deploy=True)) == unfolded
-
-
-@pytest.mark.parametrize(
-    'backbone',
-    [
-        SLIM,
-        dict(SLIM, block='deep_linear'),
-        dict(SLIM, depth=50, groups=4),
-        dict(type='OREPARepVGG', arch='A0', base_channels=8),
-    ],
-    ids=['resnet', 'deep_linear', 'grouped', 'repvgg'],
-)
-@pytest.mark.parametrize('channels_last', [False, True])
-def test_the_constructors_wrapper_trains_folded(backbone, channels_last):
-    """The same as online, with the optimizer that the constructor chooses."""
-    online = build(backbone)
-    if channels_last:
-        online.to(memory_format=torch.channels_last)
-    folded = copy.deepcopy(online)
-    wrappers = [
-        build_optim_wrapper(
-            model,
-            dict(
-                optimizer=dict(SGD),
-                constructor='OREPAOptimWrapperConstructor',
-                folded=is_folded,
-            ),
-        )
-        for model, is_folded in ((online, False), (folded, True))
-    ]
-    losses = [train(m, w) for m, w in zip((online, folded), wrappers)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-10)
-    assert_same_states(online, folded)
-    with wrappers[1].optim_context(folded):
-        held = [
-            conv.kernel()
-            for conv in folded.modules()
-            if isinstance(conv, ReparamConv2d) and conv.folds_online
-        ]
-        assert held and all(k.is_leaf and k.requires_grad for k in held)
 
 
 def test_resumes_from_the_other_mode():

@@ -7,7 +7,7 @@ import torch
 import torch.multiprocessing as mp
 from helpers import assert_near
 from mmengine.runner import FlexibleRunner
-from runners import Colours, TinyClassifier, make_runner
+from runners import Colours, TinyClassifier, colours_loader, make_runner
 from torch import distributed as dist
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
@@ -22,13 +22,7 @@ EACH_CONV = ModuleWrapPolicy({ReparamConv2d})
 
 
 def options_for(world):
-    loader = dict(
-        batch_size=BATCH // world,
-        num_workers=0,
-        dataset=Colours(IMAGES),
-        sampler=dict(type='DefaultSampler', shuffle=False),
-        collate_fn=dict(type='default_collate'),
-    )
+    loader = colours_loader(batch_size=BATCH // world, dataset=Colours(IMAGES))
     return dict(
         model=TinyClassifier(norm_eval=True),
         train_dataloader=loader,

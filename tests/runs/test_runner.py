@@ -6,7 +6,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.model.wrappers import MMDistributedDataParallel
 from mmengine.utils import digit_version
-from runners import Probe, TinyClassifier, build_runner, colours_loader
+from runners import Probe, TinyClassifier, build_runner, tiny_config
 from torch import distributed
 
 import mmorepa.runs.config as config_module
@@ -18,33 +18,7 @@ from mmorepa.runs import set_up_distributed_cpu
 from mmorepa.utils.errors import CheckpointError, OutputError
 
 
-def tiny_config(tmp_path, **options):
-    """A config of a tiny network, to train on nothing that is on a disk."""
-    loader = colours_loader()
-    base = dict(
-        launcher='none',
-        model=dict(type='TinyClassifier'),
-        work_dir=str(tmp_path),
-        train_dataloader=loader,
-        train_cfg=dict(by_epoch=True, max_epochs=2),
-        test_dataloader=loader,
-        test_cfg=dict(),
-        test_evaluator=dict(type='Logits'),
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.05)),
-        randomness=dict(seed=0),
-        experiment_name=f'config-{tmp_path.name}',
-    )
-    return Config({**base, **options})
-
-
 class TestBuildRunner:
-    @pytest.fixture(autouse=True)
-    def dataset(self, monkeypatch):
-        from mmengine.registry import DATASETS
-        from runners import Colours
-
-        monkeypatch.setitem(DATASETS.module_dict, 'Colours', Colours)
-
     def checkpoint(self, tmp_path, state=None, **content):
         path = str(tmp_path / 'given.pth')
         state = TinyClassifier().state_dict() if state is None else state
@@ -83,7 +57,6 @@ class TestBuildRunner:
         runner.train()
         cfg = tiny_config(tmp_path, resume=True)
         cfg.train_cfg.max_epochs = 3
-        cfg.experiment_name += '-resumed'
         resumed = build_runner(cfg, ('train',))
         resumed.train()
         assert (resumed.epoch, resumed.iter) == (3, 9)
@@ -122,7 +95,6 @@ class TestBuildRunner:
         drawn = build_runner(cfg, ('train',))
         drawn.train()
         cfg = tiny_config(tmp_path, resume=True, randomness=dict(seed=None))
-        cfg.experiment_name += '-resumed'
         assert build_runner(cfg, ('train',)).seed == drawn.seed
         path = str(tmp_path / 'epoch_1.pth')
         cfg = tiny_config(tmp_path, resume=True, load_from=path, randomness=None)
@@ -172,11 +144,7 @@ class TestDistributedWithoutGPU:
         assert model.neck.norm_cfg == dict(type='GN', num_groups=2)
         assert model.backbone.norm_cfg.requires_grad is True
 
-    def test_runs(self, launched, tmp_path, monkeypatch):
-        from mmengine.registry import DATASETS
-        from runners import Colours
-
-        monkeypatch.setitem(DATASETS.module_dict, 'Colours', Colours)
+    def test_runs(self, launched, tmp_path):
         cfg = tiny_config(tmp_path, launcher='pytorch')
         runner = build_runner(cfg, ('train',))
         assert isinstance(runner.model, MMDistributedDataParallel)

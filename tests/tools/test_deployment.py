@@ -7,12 +7,11 @@ import mmcv
 import numpy as np
 import pytest
 import torch
-from helpers import import_models, trained_like
+from helpers import trained_like
 from mmengine.config import Config
 from tool_runs import (
     EXPORT,
     QUANTIZE,
-    ROOT,
     SWITCH,
     build_model,
     run_here,
@@ -176,21 +175,3 @@ class TestQuantize:
         assert torch.int8 in kinds
         with pytest.raises(SystemExit):
             run_here(QUANTIZE, config, checkpoint, out, *flags, '--per-tensor')
-
-    def test_two_stage_detector(self, digits, tmp_path, capsys):
-        import_models('mmdet')
-        name = 'faster-rcnn_r18-slim-orepa_fpn_1xb2-10e_digits'
-        config = ROOT / f'configs/digits/{name}.py'
-        path, out = tmp_path / 'a.pth', tmp_path / 'a.onnx'
-        random_checkpoint(config, path)
-        phases = ('train', 'val', 'test')
-        options = [f'{p}_dataloader.dataset.data_root={digits}/coco/' for p in phases]
-        annotations = f'{digits}/coco/annotations/instances_val2017.json'
-        options += [
-            'val_dataloader.dataset.indices=2',
-            f'val_evaluator.ann_file={annotations}',
-        ]
-        line = [QUANTIZE, config, path, out, '--images', '1', '--cfg-options', *options]
-        found = run_here(*line)
-        assert out.is_file() and 'coco/bbox_mAP' in found['metrics']['INT8']
-        assert 'calibrated with 1 image,' in capsys.readouterr().out

@@ -95,36 +95,25 @@ class TestScenes:
         assert set(used) == {1442, 355} and not used[1442] & used[355]
 
     def test_coco(self, digits):
-        for split, count in (('train', 300), ('val', 80)):
+        for split in ('train', 'val'):
             path = digits / f'coco/annotations/instances_{split}2017.json'
             data = json.loads(path.read_text())
             names = {image['file_name'] for image in data['images']}
-            folder = digits / f'coco/{split}2017'
-            assert names == {path.name for path in folder.iterdir()}
-            assert len(names) == len({i['id'] for i in data['images']}) == count
+            assert names == {p.name for p in (digits / f'coco/{split}2017').iterdir()}
+            assert len(names) == len({image['id'] for image in data['images']})
             assert [c['name'] for c in data['categories']] == list('0123456789')
-            ids = [annotation['id'] for annotation in data['annotations']]
-            assert ids == list(range(len(ids)))
-            boxes = {image['id']: 0 for image in data['images']}
             for annotation in data['annotations']:
                 x, y, width, height = annotation['bbox']
                 assert 0 <= x < x + width <= 192 and 0 <= y < y + height <= 128
                 assert annotation['area'] == width * height
-                assert annotation['category_id'] in range(10)
-                boxes[annotation['image_id']] += 1
-            assert set(boxes.values()) <= {1, 2, 3, 4}
 
     def test_cityscapes(self, digits):
         root = digits / 'cityscapes'
-        for split, count in (('train', 300), ('val', 80)):
-            images = sorted((root / 'leftImg8bit' / split).glob('*/*_leftImg8bit.png'))
-            labels = sorted(
-                (root / 'gtFine' / split).glob('*/*_gtFine_labelTrainIds.png')
-            )
-            assert len(images) == count
-            assert [
-                p.name.replace('leftImg8bit', 'gtFine_labelTrainIds') for p in images
-            ] == [p.name for p in labels]
+        for split in ('train', 'val'):
+            images = {p.name for p in (root / 'leftImg8bit' / split).glob('*/*.png')}
+            labels = sorted((root / 'gtFine' / split).glob('*/*_labelTrainIds.png'))
+            name = 'gtFine_labelTrainIds'
+            assert images == {p.name.replace(name, 'leftImg8bit') for p in labels}
             for path in labels[::40]:
                 mask = mmcv.imread(str(path), flag='unchanged')
                 assert mask.shape == (128, 192) and mask.dtype == np.uint8

@@ -1,7 +1,6 @@
 """Mistakes of newcomers: one line says what was wrong and what to do."""
 
 import shutil
-from urllib.error import URLError
 
 import pytest
 import torch
@@ -46,25 +45,6 @@ def test_misspelt_type(model, words, folder):
         f'model = dict(backbone=dict({model}))\n'
     )
     assert words in answer(FLOPS, 'mine.py', '--shape', '32')
-
-
-@pytest.mark.slow
-def test_no_connection(config, folder, monkeypatch):
-    """What was wanted, where it belongs, and the setting that names it."""
-
-    def refuse(*args, **kwargs):
-        raise URLError('no network')
-
-    monkeypatch.setattr('torch.hub.urlopen', refuse)
-    monkeypatch.setenv('TORCH_HOME', str(folder))
-    options = [
-        'model.backbone.init_cfg.type=Pretrained',
-        'model.backbone.init_cfg.checkpoint=torchvision://resnet18',
-    ]
-    text = answer('train.py', config, '--work-dir', folder / 'w', options=options)
-    assert 'https://download.pytorch.org/models/resnet18' in text
-    assert f'put it at {str(folder / "hub")!r}'[:-1] in text
-    assert 'init_cfg=dict(checkpoint=...)' in text
 
 
 @pytest.mark.slow

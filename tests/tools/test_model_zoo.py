@@ -16,17 +16,6 @@ DOCUMENT = ROOT / 'docs' / 'model_zoo.md'
 
 # As published by their own authors: parameters (millions) and GFLOPs, in training form
 # for ResNets (torchvision) and deployed for RepVGGs.
-KNOWN = {
-    'resnet18': (0, 11.69, 1.82),
-    'resnet34': (0, 21.80, 3.67),
-    'resnet50': (0, 25.56, 4.11),
-    'resnet101': (0, 44.55, 7.83),
-    'resnext50-32x4d': (0, 25.03, 4.26),
-    'repvgg-a0': (2, 8.31, 1.36),
-    'repvgg-a1': (2, 12.79, 2.36),
-    'repvgg-a2': (2, 25.50, 5.12),
-    'repvgg-b1': (2, 51.83, 11.82),
-}
 
 
 def rows():
@@ -43,16 +32,6 @@ def figure(cell):
 @pytest.fixture(scope='module')
 def metafile():
     return yaml.safe_load(METAFILE.read_text())
-
-
-class TestDocument:
-    @pytest.mark.parametrize('name', KNOWN)
-    def test_figures_that_are_known(self, name):
-        """Held against the literature, to rounding of the counts."""
-        form, params, gflops = KNOWN[name]
-        row = rows()[name]
-        assert figure(row[1 + form]) == pytest.approx(params, abs=0.011)
-        assert figure(row[2 + form]) == pytest.approx(gflops, rel=0.01)
 
 
 @pytest.mark.parametrize('name', ['resnet18-orepa', 'resnet18-dbb', 'repvgg-a0-orepa'])

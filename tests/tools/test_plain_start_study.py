@@ -59,32 +59,3 @@ def test_from_end_to_end(toy, tmp_path, capsys):
         assert cfg.randomness.seed == 0
         assert cfg.param_scheduler == plain.param_scheduler
         assert cfg.optim_wrapper.optimizer == plain.optim_wrapper.optimizer
-
-
-def test_report(toy, tmp_path):
-    """Means, deviations and differences within seeds, of the rows that are there."""
-    results = toy.studies.Results(tmp_path / 'results.csv', toy.KEY, toy.VALUES)
-    table = dict(plain=(80.0, 82.0), quiet=(81.0, 85.0), balanced=(84.0,))
-    for name, values in table.items():
-        for seed, value in enumerate(values):
-            for epochs, extra in (('1+1', 0), ('9+9', 50)):  # Of another schedule.
-                row = dict(task='classifier', name=name, seed=str(seed), epochs=epochs)
-                results.add({**row, 'value': str(value + extra), 'seconds': '1'})
-    run_here(TOOL, '--out', tmp_path, '--report-only')
-    assert (tmp_path / 'tables.md').read_text().splitlines()[4:] == [
-        '| plain | 81.00 ± 1.41 |  |  | 2 |',
-        '| OREPA, quiet start | 83.00 ± 2.83 | +2.00 [-10.71, +14.71] |  | 2 |',
-        '| OREPA, balanced start | 84.00 | +4.00 | +3.00 | 1 |',
-    ]
-
-
-def test_bad_input(toy, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match='error: no rows in .* without --report-only'):
-        run_here(TOOL, '--out', tmp_path / 'new', '--report-only')
-    task = toy.TASKS['classifier']
-    nowhere = {'train_dataloader.dataset.data_root': str(tmp_path / 'nowhere')}
-    options = (task.options[0], {**task.options[1], **nowhere})
-    monkeypatch.setitem(toy.TASKS, 'classifier', task._replace(options=options))
-    with pytest.raises(SystemExit, match='error: the data folder .*nowhere'):
-        run_here(TOOL, '--tasks', 'classifier', '--out', tmp_path / 'new')
-    assert not (tmp_path / 'new').exists()

@@ -245,36 +245,6 @@ class TestOtherTools:
             records(trained)[1][-1]['accuracy/top1'], abs=CLOSE
         )
 
-    def test_of_a_stock_resnet(self, config, metrics_of, tmp_path):
-        """mmpretrain's own ResNet, trained with OREPA convs, and deployed."""
-        own = tmp_path / 'stock.py'
-        own.write_text(f"""
-_base_ = {str(config)!r}
-
-model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='ResNet',
-        depth=18,
-        stem_channels=8,
-        base_channels=8,
-        conv_cfg=dict(type='OREPAConv2d'),
-    )
-)
-""")
-        options = ['train_cfg.max_epochs=2']
-        run_runner('train.py', own, '--work-dir', tmp_path / 'a', options=options)
-        checkpoint = tmp_path / 'a' / 'epoch_2.pth'
-        losses = [r['loss'] for r in records(tmp_path / 'a')[0]]
-        assert losses[-1] < 0.9 * losses[0]
-        expected = pytest.approx(metrics_of(own, checkpoint), abs=CLOSE)
-        assert metrics_of(own, checkpoint, '--deploy') == expected
-        out = tmp_path / 'deployed.pth'
-        figures = run_here(SWITCH, own, checkpoint, out)
-        assert figures['deployed']['params'] < figures['training_form']['params'] / 2
-        plain = ['model.backbone.conv_cfg.type=Conv2d']
-        assert metrics_of(own, out, options=plain) == expected
-
 
 @pytest.mark.parametrize('name', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh'])
 def test_usage(name):
