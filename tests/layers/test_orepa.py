@@ -13,11 +13,7 @@ from helpers import (
     trained_like,
 )
 
-from mmorepa.layers import (
-    DeepLinearConv2d,
-    OREPAConv2d,
-    OREPAKernel,
-)
+from mmorepa.layers import DeepLinearConv2d, OREPAConv2d, OREPAKernel
 
 
 def run_branches(kernel, x, groups):

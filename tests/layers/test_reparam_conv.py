@@ -61,18 +61,14 @@ def test_deployed_equals_training_form(kind, in_channels, out_channels, k, optio
         assert twin.weight.dtype == dtype
         assert_near(twin(x), in_dtype(x), tolerance)
 
-    foldable = options.get('norm_cfg', {}).get('type') == 'BN' and options[
-        'norm_cfg'
-    ].get('track_running_stats', True)
-    with_bias = options.get('bias', True) or foldable
-    norm_stays = 'norm_cfg' in options and not foldable
-    names = set(plain.state_dict())
-    expected = {'weight', 'bias'} if with_bias else {'weight'}
-    if norm_stays:
-        expected |= {f'norm.{name}' for name in conv.norm.state_dict()}
+    norm = options.get('norm_cfg', {})
+    folds = norm.get('type') == 'BN' and norm.get('track_running_stats', True)
+    names = {'weight', 'bias'} if options.get('bias', True) or folds else {'weight'}
+    if norm and not folds:
+        names |= {f'norm.{name}' for name in conv.norm.state_dict()}
     if conv.act is not None:
-        expected |= {f'act.{name}' for name in conv.act.state_dict()}
-    assert names == expected
+        names |= {f'act.{name}' for name in conv.act.state_dict()}
+    assert set(plain.state_dict()) == names
 
     built = kind(in_channels, out_channels, k, deploy=True, **options)
     assert {n: v.shape for n, v in built.state_dict().items()} == {

@@ -6,10 +6,7 @@ import pytest
 import torch
 from helpers import assert_near, import_models, trained_like
 from mmcv.cnn import ConvModule, fuse_conv_bn
-from mmengine.model import (
-    MMFullyShardedDataParallel,
-    normal_init,
-)
+from mmengine.model import MMFullyShardedDataParallel, normal_init
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch import distributed, multiprocessing, nn

@@ -3,21 +3,9 @@
 import json
 import sys
 
-import mmcv
-import numpy as np
 import pytest
 import torch
-from helpers import trained_like
-from mmengine.config import Config
-from tool_runs import (
-    EXPORT,
-    QUANTIZE,
-    SWITCH,
-    build_model,
-    run_here,
-    run_runner,
-    skip_timing,
-)
+from tool_runs import EXPORT, QUANTIZE, SWITCH, run_here, run_runner, skip_timing
 
 from mmorepa.converters import read_checkpoint, write_checkpoint
 
@@ -48,29 +36,8 @@ def expected(config, checkpoint, tmp_path_factory):
     ]
 
 
-def accuracy(path, digits):
-    """Of a file on the test images, in percent, without anything of OpenMMLab."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path))
-    right = []
-    for file in sorted(digits.glob('val/*/*.png'))[::3]:
-        image = mmcv.imresize(mmcv.imread(file), (32, 32), interpolation='bicubic')
-        image = ((image.astype(np.float32) - 77) / 95)[..., ::-1].transpose(2, 0, 1)
-        (logits,) = session.run(None, {'images': image[None]})
-        right.append(logits.argmax() == int(file.parent.name))
-    return 100 * sum(right) / len(right)
-
-
-def random_checkpoint(config, path):
-    model = trained_like(build_model(Config.fromfile(config)))
-    write_checkpoint(dict(state_dict=model.state_dict()), path)
-
-
 class TestExport:
-    def test_both_forms_of_a_checkpoint(
-        self, config, checkpoint, expected, digits, tmp_path, capsys
-    ):
+    def test_both_forms_of_a_checkpoint(self, config, checkpoint, tmp_path, capsys):
         deployed = tmp_path / 'deployed.pth'
         assert run_here(SWITCH, config, checkpoint, deployed)['core_share'] == 0.3
         assert 'had a core for 30%' in capsys.readouterr().out
@@ -90,7 +57,6 @@ class TestExport:
             assert found['outputs'] == ['logits']
             size = found['forms']['ONNX Runtime']['megabytes']
             assert size == pytest.approx(out.stat().st_size / 1e6)
-        assert accuracy(out, digits) == pytest.approx(expected, abs=0.9)
 
     def test_dynamo(self, config, checkpoint, tmp_path):
         pytest.importorskip('onnxscript')
@@ -117,9 +83,7 @@ class TestExport:
 class TestQuantize:
     FEW = ('--cfg-options', 'val_dataloader.dataset.indices=16')
 
-    def test_accuracy_and_layers(
-        self, config, checkpoint, expected, digits, tmp_path, capsys
-    ):
+    def test_accuracy_and_layers(self, config, checkpoint, expected, tmp_path, capsys):
         out, figures = tmp_path / 'a.onnx', tmp_path / 'a.json'
         flags = ['--images', '64', '--json', figures, '--worst', '3']
         found = run_here(QUANTIZE, config, checkpoint, out, *flags)
@@ -130,9 +94,6 @@ class TestQuantize:
         assert metrics['float32'] == pytest.approx(expected, abs=0.9)
         # A network of eight channels, four epochs old, has many close calls.
         assert metrics['INT8'] == pytest.approx(metrics['float32'], abs=8)
-        # Pixels that are normalised by another formula, in the last bit, are rounded to
-        # other steps: as far off as INT8 itself.
-        assert accuracy(out, digits) == pytest.approx(metrics['INT8'], abs=8)
         names = [layer['name'] for layer in found['layers']]
         assert names[0] == 'backbone.stem' and names[-1] == 'head.fc'
         for layer in found['layers']:

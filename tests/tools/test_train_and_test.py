@@ -18,9 +18,7 @@ from tool_runs import (
     skip_timing,
 )
 
-from mmorepa.converters import (
-    read_checkpoint,
-)
+from mmorepa.converters import read_checkpoint
 
 pytestmark = pytest.mark.slow
 
