@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from helpers import assert_near, deployed_twin, import_models, trained_like
+from helpers import (
+    assert_near,
+    assert_same_gradients,
+    deployed_twin,
+    import_models,
+    trained_like,
+)
 from mmcv.cnn.bricks import DropPath
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
@@ -132,6 +138,19 @@ def test_drop_path_drops_samples():
     assert 0 < kept.sum() < 16
     assert_near(y[kept], (x + 2 * branch)[kept].relu())
     assert_near(y[~kept], x[~kept].relu())
+
+
+def test_with_cp_drops_the_same_samples():
+    options = dict(drop_path_rate=0.6)
+    net = trained_like(tiny(**options)).train()
+    twin = tiny(with_cp=True, **options).train()
+    twin.load_state_dict(net.state_dict())
+    x, results = image(), []
+    for model in (net, twin):
+        torch.manual_seed(1)
+        sum(level.square().mean() for level in model(x)).backward()
+        results.append({name: p.grad for name, p in model.named_parameters()})
+    assert_same_gradients(results[1], results[0], 1e-4)
 
 
 # Plugins

@@ -172,6 +172,13 @@ def test_says_how_it_trains(log, model, options, expected):
     assert 'SGD fused' in log[-1]
 
 
+def test_online_contradicts_a_folded_wrapper():
+    cfg = dict(type='FoldedOptimWrapper', optimizer=dict(type='SGD', lr=0.1))
+    cfg.update(constructor='OREPAOptimWrapperConstructor', folded=False)
+    with pytest.raises(ValueError, match='contradicts'):
+        build_optim_wrapper(OREPAConv2d(3, 4, 3), cfg)
+
+
 @pytest.mark.parametrize(('norm_cfg', 'count'), [(None, 0), (dict(type='BN'), 1)])
 def test_says_where_norms_follow_norms(log, norm_cfg, count):
     conv_cfg = dict(type='DBBConv2d')

@@ -127,6 +127,20 @@ def test_operators_of_mmcv(kind):
     assert not model.operator._forward_pre_hooks
 
 
+def test_by_keyword_and_inherited():
+    ops = pytest.importorskip('mmcv.ops')
+
+    class Own(ops.RoIAlign):
+        pass
+
+    x = torch.randn(1, 4, 12, 12).contiguous(memory_format=torch.channels_last)
+    boxes = torch.tensor([[0, 1.0, 1, 9, 9]])
+    for align in (ops.RoIAlign((3, 3), 1.0), Own((3, 3), 1.0)):
+        expected = align(x.contiguous(), boxes)
+        set_channels_last(align)
+        assert_near(align(input=x, rois=boxes), expected)
+
+
 def test_outputs_of_every_kind():
     """A list, a dict, a named tuple: maps in them are contiguous."""
     Maps = namedtuple('Maps', 'one other')
@@ -259,6 +273,16 @@ class TestChoice:
         )
         net = OREPAResNet(50, 'orepa', base_channels=8, plugins=[plugin])
         assert faster_in_channels_last(net) == []
+
+    def test_modules_of_others(self):
+        """What is written in a script, or in a resnet.py of somebody."""
+
+        class ResNet(nn.Sequential):
+            pass
+
+        for name in ('__main__', 'package.resnet'):
+            ResNet.__module__ = name
+            assert faster_in_channels_last(ResNet(OREPAConv2d(3, 4, 3))) == []
 
     @pytest.mark.parametrize('channels_last', [True, False])
     def test_forced(self, channels_last, log):

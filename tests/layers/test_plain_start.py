@@ -422,6 +422,16 @@ def test_random_rules_where_there_is_no_exact_start(channels, options, rule):
         conv.weight.copy_(plain.weight)
 
 
+@pytest.mark.parametrize('size', [1, 3, 5, 7])
+def test_fresh_convs_without_a_norm(size):
+    """They start as plain convs do."""
+    options = dict(padding=size // 2)
+    conv = OREPAConv2d(24, 48, size, **options)
+    plain = plain_of(conv)
+    assert row_power(conv.weight) == pytest.approx(row_power(plain.weight), rel=0.2)
+    assert conv.bias.std().item() == pytest.approx(plain.bias.std().item(), rel=0.5)
+
+
 # Writing to the weight
 
 

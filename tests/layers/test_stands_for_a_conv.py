@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import assert_near, import_models, trained_like
 from mmcv.cnn import ConvModule, fuse_conv_bn
 from mmengine.model import MMFullyShardedDataParallel, normal_init
@@ -28,6 +29,24 @@ DEPLOYED = dict(type='OREPAConv2d', deploy=True)
 
 def training_form(kind=OREPAConv2d, **kwargs):
     return trained_like(kind(4, 6, 3, padding=1, **kwargs))
+
+
+def test_readers_get_the_fold_with_its_gradient():
+    conv = training_form()
+    assert_near(conv.weight.detach(), conv.kernel().detach())
+    direction = torch.randn(6, 4, 3, 3)
+    found = []
+    for kernel in (conv.weight, conv.kernel()):
+        loss = F.conv2d(torch.ones(1, 4, 3, 3), kernel * direction).sum()
+        found.append(torch.autograd.grad(loss, list(conv.branches.parameters())))
+    assert_near(*found)
+    # Parts, copies and results are tensors like any other.
+    assert type(conv.weight.clone()) is type(conv.weight.detach()) is torch.Tensor
+    plain = nn.Conv2d(4, 6, 3, padding=1, bias=False)
+    with torch.no_grad():
+        plain.weight.copy_(conv.weight)
+    assert_near(plain.weight, conv.kernel())
+    nn.Parameter(conv.weight.detach()).data.zero_()
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,15 @@ def test_without_effect(tmp_path, line):
         read_config(child(tmp_path / 'own.py', line))
 
 
+def test_classes_without_effect(tmp_path):
+    train = "train_dataloader = dict(dataset=dict(metainfo=dict(classes=('cat',))))"
+    path = child(tmp_path / 'own.py', f"classes = ('dog',)\n{train}", COCO)
+    with pytest.raises(ValueError, match='classes = .*dog.* has no effect'):
+        read_config(path)
+    child(tmp_path / 'own.py', f"classes = ['cat']\n{train}", COCO)
+    read_config(path)
+
+
 def test_with_effect(tmp_path):
     lines = """
 data_root = 'data/flowers'

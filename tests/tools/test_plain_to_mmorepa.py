@@ -209,6 +209,12 @@ BAD = {
 }
 
 
+def test_caffe_by_name(files):
+    paths = files(torchvision_names(resnet18()), name='resnet18_Caffe-788b.pth')
+    assert 'caffe-style' in fails(*paths)
+    assert not paths[2].parent.exists()
+
+
 @pytest.mark.parametrize('name', BAD)
 def test_bad_input(files, name):
     make, backbone, words = BAD[name]

@@ -170,6 +170,12 @@ class TestDeployment:
         assert set(figures['differences']) == {'random input'}
         assert (tmp_path / 'a.pth').is_file()
 
+    def test_tolerance(self, config, checkpoint, tmp_path):
+        line = [config, checkpoint, tmp_path / 'a.pth', '--tolerance', '1e-12']
+        with pytest.raises(SystemExit, match='^error: the deployed form differs'):
+            run_here(SWITCH, *line)
+        assert not list(tmp_path.iterdir())
+
     def test_augmentation_amp_and_images(
         self, config, checkpoint, metrics_of, tmp_path
     ):
