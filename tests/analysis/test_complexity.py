@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 import torchvision
-from helpers import import_models
+from helpers import classifier_cfg, import_models
 from mmengine.registry import MODELS, DefaultScope
 
 from mmorepa import switch_to_deploy
@@ -12,19 +12,10 @@ from mmorepa.analysis.complexity import count_bytes, count_gflops, count_paramet
 
 def classifier(**backbone):
     import_models('mmpretrain')
+    channels = 8 * backbone.get('base_channels', 64)
+    backbone.update(type='OREPAResNet', out_indices=(3,))
     with DefaultScope.overwrite_default_scope('mmpretrain'):
-        return MODELS.build(
-            dict(
-                type='ImageClassifier',
-                backbone=dict(type='OREPAResNet', out_indices=(3,), **backbone),
-                neck=dict(type='GlobalAveragePooling'),
-                head=dict(
-                    type='LinearClsHead',
-                    num_classes=1000,
-                    in_channels=8 * backbone.get('base_channels', 64),
-                ),
-            )
-        )
+        return MODELS.build(classifier_cfg(backbone, channels, 1000))
 
 
 def test_resnet18():

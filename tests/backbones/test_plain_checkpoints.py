@@ -5,7 +5,7 @@ from functools import lru_cache
 import pytest
 import torch
 import torchvision
-from helpers import assert_near, import_models, trained_like
+from helpers import assert_near, import_models, last_map, trained_like
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from torch import nn
@@ -25,15 +25,6 @@ RESNETS = {
 
 def torchvision_net(name):
     return trained_like(getattr(torchvision.models, name)()).eval()
-
-
-def features(net, x):
-    """The last map of a ResNet of torchvision."""
-    found = []
-    handle = net.layer4.register_forward_hook(lambda *args: found.append(args[2]))
-    net(x)
-    handle.remove()
-    return found[0]
 
 
 def mm_net(kind, **options):
@@ -88,7 +79,7 @@ def check_start(net, state, x, expected):
 def torchvision_source(name):
     plain, x = torchvision_net(name).double(), image(torch.float64)
     with torch.no_grad():
-        return plain.state_dict(), x, features(plain, x)
+        return plain.state_dict(), x, last_map(plain, x)
 
 
 def slow_if(condition, *values):

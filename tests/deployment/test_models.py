@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_near, import_models, trained_like
+from helpers import assert_near, classifier_cfg, import_models, trained_like
 from mmengine.config import Config
 from torch import nn
 
@@ -30,17 +30,8 @@ def mmpretrain():
 
 
 def classifier(backbone):
-    return Config(
-        dict(
-            default_scope='mmpretrain',
-            model=dict(
-                type='ImageClassifier',
-                backbone=backbone,
-                neck=dict(type='GlobalAveragePooling'),
-                head=dict(type='LinearClsHead', num_classes=3, in_channels=64),
-            ),
-        )
-    )
+    model = classifier_cfg(backbone, 64, 3)
+    return Config(dict(default_scope='mmpretrain', model=model))
 
 
 def both_forms(cfg):

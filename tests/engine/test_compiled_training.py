@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import import_models, trained_like
+from helpers import classifier_cfg, import_models, trained_like
 from mmengine.hooks import Hook
 from mmengine.registry import MODELS, init_default_scope
 from runners import colours_loader, make_runner
@@ -44,15 +44,9 @@ def train(folder, backbone, compiled):
     """The losses of a training with validation in between, and the wrapper's class."""
     import_models('mmpretrain')
     init_default_scope('mmpretrain')
-    model = MODELS.build(
-        dict(
-            type='ImageClassifier',
-            data_preprocessor=dict(mean=[127.0] * 3, std=[60.0] * 3, num_classes=4),
-            backbone=backbone,
-            neck=dict(type='GlobalAveragePooling'),
-            head=dict(type='LinearClsHead', num_classes=4, in_channels=8),
-        )
-    )
+    preprocessor = dict(mean=[127.0] * 3, std=[60.0] * 3, num_classes=4)
+    cfg = classifier_cfg(backbone, 8, 4, data_preprocessor=preprocessor)
+    model = MODELS.build(cfg)
     losses = Losses()
     loader = colours_loader(dataset=Images(), collate_fn=dict(type='pseudo_collate'))
     runner = make_runner(

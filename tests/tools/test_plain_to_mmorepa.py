@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import assert_near, import_models, trained_like
+from helpers import assert_near, classifier_cfg, import_models, trained_like
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from tool_runs import build_model, run_here
@@ -48,18 +48,8 @@ def torchvision_names(plain):
 
 def classifier(backbone, features, classes=7):
     """One of mmpretrain alone."""
-    return trained_like(
-        MODELS.build(
-            dict(
-                type='mmpretrain.ImageClassifier',
-                backbone=backbone,
-                neck=dict(type='GlobalAveragePooling'),
-                head=dict(
-                    type='LinearClsHead', num_classes=classes, in_channels=features
-                ),
-            )
-        )
-    ).eval()
+    cfg = classifier_cfg(backbone, features, classes)
+    return trained_like(MODELS.build(cfg)).eval()
 
 
 def resnet18(classes=7, **options):
