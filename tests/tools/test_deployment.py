@@ -120,19 +120,3 @@ class TestQuantize:
         assert found['equalized_pairs'] == 8  # One in each block.
         text = capsys.readouterr().out
         assert 'one scale a kernel, calibrated with 16 images' in text
-
-    def test_torchao(self, config, checkpoint, tmp_path, capsys):
-        pytest.importorskip('torchao')
-        out = tmp_path / 'a.pt2'
-        flags = ['--backend', 'torchao', '--images', '16']
-        found = run_here(QUANTIZE, config, checkpoint, out, *flags, *self.FEW)
-        # Nothing was timed.
-        assert 'had a core' not in capsys.readouterr().out
-        metrics = {k: v['accuracy/top1'] for k, v in found['metrics'].items()}
-        assert metrics['INT8'] == pytest.approx(metrics['float32'], abs=13)
-        assert found['latency_ms'] == {} and found['layers'] == []
-        assert found['megabytes']['INT8'] == pytest.approx(out.stat().st_size / 1e6)
-        kinds = {tensor.dtype for tensor in torch.export.load(out).state_dict.values()}
-        assert torch.int8 in kinds
-        with pytest.raises(SystemExit):
-            run_here(QUANTIZE, config, checkpoint, out, *flags, '--per-tensor')

@@ -5,7 +5,7 @@ import re
 import pytest
 import yaml
 from helpers import import_models
-from tool_runs import ROOT, run_here, tool
+from tool_runs import ROOT, tool
 
 TOOL = 'analysis_tools/model_zoo.py'
 CONFIGS = sorted((ROOT / 'configs' / 'imagenet').glob('*.py'))
@@ -66,27 +66,3 @@ class TestMetafile:
             whole = model.full_model  # with what its collection says
             assert (whole.metadata.epochs, whole.metadata.batch_size) == (120, 256)
             assert whole.paper['URL'] == 'https://arxiv.org/abs/2204.00826'
-
-
-class TestTool:
-    def test_writes_what_is_committed(self, tmp_path, monkeypatch):
-        """To the letter, with the figures that are there: all configs, in order."""
-        module, models = tool(TOOL), yaml.safe_load(METAFILE.read_text())['Models']
-        entries = iter(zip(rows().items(), models))
-
-        def measured(path):
-            (name, row), model = next(entries)
-            data = model['Metadata']
-            found = dict(params=figure(row[1]) * 1e6, gflops=figure(row[2]))
-            found['deployed_params'] = data['Parameters']
-            found['deployed_gflops'] = data['FLOPs'] / 1e9
-            found['deployed_megabytes'] = figure(row[5])
-            config = path.relative_to(ROOT).as_posix()
-            return dict(name=name, config=config, **found)
-
-        monkeypatch.setattr(module, 'measure', measured)
-        for path, name in ((DOCUMENT, 'DOCUMENT'), (METAFILE, 'METAFILE')):
-            monkeypatch.setattr(module, name, tmp_path / path.name)
-        run_here(TOOL)
-        for path in (DOCUMENT, METAFILE):
-            assert (tmp_path / path.name).read_text() == path.read_text()

@@ -1,7 +1,6 @@
 import math
 import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -97,27 +96,6 @@ class TestJobs:
         # It sees what the other one wrote.
         studies.run_jobs(jobs('a', 'b'), second)
         assert [*second.rows.name] == ['b', 'a']
-
-
-def test_merge(tmp_path, capsys):
-    def file(name, *rows):
-        results = studies.Results(tmp_path / name / 'results.csv', KEY, VALUES)
-        results.add(*(dict(zip((*KEY, *VALUES), row)) for row in rows))
-        return results
-
-    ours = file('a', ('x', '0', '1'))
-    other = file('b', ('x', '0', '2'), ('y', '0', '3'), ('y', '0', '3'))
-    before = ours.path.read_text()
-    with pytest.raises(FileNotFoundError, match="no results at 'gone.csv'"):
-        ours.merge(other.path, Path('gone.csv'))
-    assert ours.path.read_text() == before
-    ours.merge(other.path)
-    assert [*ours.rows.itertuples(index=False, name=None)] == [
-        ('x', '0', '1'),
-        ('y', '0', '3'),
-    ]
-    printed = capsys.readouterr().out
-    assert '1 rows are new' in printed and '1 others have other values' in printed
 
 
 class TestTrain:

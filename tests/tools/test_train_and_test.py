@@ -106,9 +106,8 @@ class TestTraining:
         expected = records(trained)[0][-ITERATIONS:]
         for key in ('iter', 'lr', 'loss'):
             assert [r[key] for r in training] == [r[key] for r in expected]
-        assert_near_states(
-            weights(tmp_path / checkpoint.name), weights(checkpoint), 1e-6
-        )
+        found = weights(tmp_path / checkpoint.name)
+        assert_near_states(found, weights(checkpoint), 1e-6)
 
     def test_flags(self, config, tmp_path):
         flags = ['--amp', '--no-validate', '--auto-scale-lr']
