@@ -40,6 +40,13 @@ def test_every_round_has_all_and_begins_with_another(machine):
     assert results == dict(a=[7, 12, 14], b=[8, 10, 15], c=[9, 11, 13])
 
 
+def test_progress(machine, capsys):
+    in_turn(dict(a=list), Clock(), rounds=2)
+    assert not capsys.readouterr().err
+    in_turn(dict(a=list), Clock(), rounds=2, what='steps')
+    assert 'steps: round 2 of 2' in capsys.readouterr().err
+
+
 def test_slow_moments_do_not_move_the_least(machine):
     calls = []
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from mmorepa import is_switchable, switch_to_deploy
 from mmorepa.backbones import OREPAResNet
-from mmorepa.backbones.orepa_resnet import BasicBlock
+from mmorepa.backbones.orepa_resnet import BasicBlock, Bottleneck
 from mmorepa.layers import OREPAConv2d, PlainConv2d
 from mmorepa.utils.errors import CheckpointError
 
@@ -243,3 +243,8 @@ def test_style_by_the_name_of_the_checkpoint(style, checkpoint, message):
 def test_bad_input(options, message):
     with pytest.raises(ValueError, match=message):
         tiny(**options)
+
+
+def test_channels_that_the_expansion_does_not_divide():
+    with pytest.raises(ValueError, match='a multiple of the expansion, 4, found 66'):
+        Bottleneck(64, 66)

@@ -335,6 +335,10 @@ class TestDeploy:
         ):
             deploy_checkpoint(TinyClassifier(), {'state_dict': state})
 
+    def test_deployed_model(self):
+        with pytest.raises(CheckpointError, match='no re-parameterised conv'):
+            deploy_checkpoint(TinyClassifier(deploy=True), {'state_dict': {}})
+
     def test_other_keys(self):
         state = TinyClassifier().state_dict()
         del state['head.bias']

@@ -8,7 +8,7 @@ from torch import nn
 
 from mmorepa import is_switchable
 from mmorepa.analysis import network_outputs
-from mmorepa.deployment import load_deployed, loaded_by_config
+from mmorepa.deployment import deployed_config, load_deployed, loaded_by_config
 from mmorepa.layers import switch_to_deploy
 from mmorepa.runs import build_model
 from mmorepa.utils.errors import CheckpointError
@@ -61,6 +61,13 @@ def test_every_form_in_every_config(name):
         assert_near(network_outputs(model, image), expected)
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert len(convs) == 20
+
+
+def test_plain_network():
+    cfg = classifier(STOCK)
+    state = build_model(copy.deepcopy(cfg)).state_dict()
+    assert deployed_config(cfg).model == cfg.model
+    assert not is_switchable(load_deployed(cfg, dict(state_dict=state)))
 
 
 def test_blocks_that_leave_a_bias_have_no_config():

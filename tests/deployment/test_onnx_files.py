@@ -229,3 +229,10 @@ class TestErrors:
 
         with pytest.raises(ValueError, match='outputs of Other'):
             named_outputs(Other(), images)
+
+    def test_model_without_a_head(self):
+        with (
+            pytest.raises(ValueError, match='Identity has none of'),
+            network_from(nn.Identity(), None),
+        ):
+            pass

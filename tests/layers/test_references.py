@@ -62,6 +62,13 @@ def test_plain_containers(kind):
     assert_near(model(x), expected)
 
 
+def test_plain_attribute():
+    model = Holder(lambda a, b: [a, b])
+    vars(model)['first'] = model.a
+    assert add_branches(model).first is model.a
+    assert switch_to_deploy(model).first is model.a
+
+
 class Runner:
     def __init__(self, conv):
         self.conv = conv

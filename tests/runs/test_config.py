@@ -107,6 +107,11 @@ class TestTTA:
         )
         assert cfg.test_dataloader.dataset.dataset.pipeline == own
 
+    @pytest.mark.parametrize('options', [{}, dict(tta_model=dict(type='Mine'))])
+    def test_missing(self, options):
+        with pytest.raises(ValueError, match='--tta needs tta_model and tta_pipeline'):
+            use_tta(self.config('mmseg', **options))
+
 
 class TestVisualization:
     def config(self, scope, hook):
@@ -152,6 +157,11 @@ class TestVisualization:
         cfg = self.config('mmseg', dict(type='SegVisualizationHook'))
         with pytest.raises(ValueError, match='--show needs a display'):
             use_visualization(cfg, True, None, 1, 2)
+
+    @pytest.mark.parametrize('hooks', [{}, dict(default_hooks={})])
+    def test_missing(self, hooks):
+        with pytest.raises(ValueError, match='need a visualization hook'):
+            use_visualization(Config(hooks), False, 'shown', 1, 2)
 
 
 class TestAddHook:

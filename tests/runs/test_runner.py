@@ -102,6 +102,17 @@ class TestBuildRunner:
         cfg = tiny_config(tmp_path, resume=True, randomness=dict(seed=7))
         assert build_runner(cfg, ('train',)).seed == 7
 
+    def test_runner_type(self, tmp_path, monkeypatch):
+        from mmengine.registry import RUNNERS
+        from mmengine.runner import Runner
+
+        class Special(Runner):
+            pass
+
+        monkeypatch.setitem(RUNNERS.module_dict, 'Special', Special)
+        runner = build_runner(tiny_config(tmp_path, runner_type='Special'), ('train',))
+        assert type(runner) is Special
+
 
 @pytest.fixture
 def launched(monkeypatch, tmp_path):

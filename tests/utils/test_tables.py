@@ -1,4 +1,4 @@
-from mmorepa.utils.tables import format_table
+from mmorepa.utils.tables import counted, format_table
 
 
 def test_table():
@@ -21,3 +21,9 @@ def test_terminal_does_not_matter(monkeypatch):
     monkeypatch.setenv('COLUMNS', '20')
     monkeypatch.setenv('FORCE_COLOR', '1')
     assert format_table(('name', 'n'), [('x' * 100, '1')]) == expected
+
+
+def test_numbers_with_nouns():
+    assert [counted(number, 'image') for number in (0, 1, 2)] == [
+        *('0 images', '1 image', '2 images')
+    ]
