@@ -47,17 +47,35 @@ def on_meta(build):
 # What is built
 
 
-@pytest.mark.parametrize('depth', [18, 34, 50, 101, 152])
-def test_convs_are_those_of_torchvision(depth):
-    ours = on_meta(lambda: OREPAResNet(depth))
-    theirs = on_meta(getattr(torchvision.models, f'resnet{depth}'))
-    assert_same_convs(ours, theirs)
+def geometry(net, kind):
+    """Of every conv, by its name."""
+    names = ('in_channels', 'out_channels', 'kernel_size', 'stride', 'padding')
+    names += ('dilation', 'groups')
+    return {
+        re.sub('^conv1$', 'stem', key.replace('downsample.0', 'downsample')): [
+            getattr(conv, name) for name in names
+        ]
+        for key, conv in net.named_modules()
+        if isinstance(conv, kind)
+    }
 
 
 @pytest.mark.parametrize(
-    ('stem', 'deep_stem'),
-    [('orepa', False), ('dbb', True)],
+    ('name', 'options'),
+    [
+        *((f'resnet{depth}', dict(depth=depth)) for depth in (18, 34, 50, 101, 152)),
+        ('resnext50_32x4d', dict(depth=50, groups=32, width_per_group=4)),
+        ('resnext101_32x8d', dict(depth=101, groups=32, width_per_group=8)),
+        ('wide_resnet50_2', dict(depth=50, width_per_group=128)),
+    ],
 )
+def test_convs_are_those_of_torchvision(name, options):
+    ours = on_meta(lambda: OREPAResNet(**options))
+    theirs = on_meta(getattr(torchvision.models, name))
+    assert geometry(ours, ReparamConv2d) == geometry(theirs, nn.Conv2d)
+
+
+@pytest.mark.parametrize(('stem', 'deep_stem'), [('orepa', False), ('dbb', True)])
 def test_block_of_the_stem(stem, deep_stem):
     """The rest is plain, and so is the deployed form."""
     net = tiny(block='plain', stem_block=stem, deep_stem=deep_stem)
@@ -90,43 +108,6 @@ def test_plain_checkpoint_starts_a_network_with_such_a_stem():
     x = image(64)
     with torch.no_grad():
         assert_near(net(x)[0].flatten(1), plain(x), 1e-4)
-
-
-def assert_same_convs(ours, theirs):
-    """Compares the geometry of every conv with that of a stock ResNet."""
-
-    def geometry(conv):
-        return (
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-        )
-
-    expected = {
-        re.sub('^conv1$', 'stem', name.replace('downsample.0', 'downsample')): geometry(
-            module
-        )
-        for name, module in theirs.named_modules()
-        if isinstance(module, nn.Conv2d)
-    }
-    assert {name: geometry(conv) for name, conv in convs(ours).items()} == expected
-
-
-@pytest.mark.parametrize(
-    ('name', 'options'),
-    [
-        ('resnext50_32x4d', dict(depth=50, groups=32, width_per_group=4)),
-        ('resnext101_32x8d', dict(depth=101, groups=32, width_per_group=8)),
-        ('wide_resnet50_2', dict(depth=50, width_per_group=128)),
-    ],
-)
-def test_resnext_and_wide(name, options):
-    ours = on_meta(lambda: OREPAResNet(**options))
-    assert_same_convs(ours, on_meta(getattr(torchvision.models, name)))
 
 
 @pytest.mark.parametrize('depth', [18, 50])
@@ -288,27 +269,24 @@ def test_zero_init_residual(block, depth, last):
 
 @pytest.fixture
 def checkpoints(tmp_path):
-    """A backbone's and a whole model's checkpoint, and the net that they hold."""
+    """A network, and files with its backbone, a whole model and its deployed form."""
     net = trained_like(tiny()).eval()
     state = net.state_dict()
-    paths = dict(backbone=tmp_path / 'backbone.pth', model=tmp_path / 'model.pth')
-    torch.save(dict(state_dict=state), paths['backbone'])
     whole = {f'backbone.{name}': value for name, value in state.items()}
-    torch.save(
-        dict(state_dict={**whole, 'head.fc.bias': torch.zeros(2)}), paths['model']
-    )
-    deployed = tmp_path / 'deployed.pth'
-    torch.save(deployed_twin(net).state_dict(), deployed)
-    return net, {k: str(v) for k, v in {**paths, 'deployed': deployed}.items()}
+    whole['head.fc.bias'] = torch.zeros(2)
+    states = dict(backbone=state, model=whole, deployed=deployed_twin(net).state_dict())
+    for name, content in states.items():
+        torch.save(dict(state_dict=content), tmp_path / f'{name}.pth')
+    return net, {name: str(tmp_path / f'{name}.pth') for name in states}
 
 
-@pytest.mark.parametrize('deploy', [False, True])
 @pytest.mark.parametrize(
-    ('name', 'prefix'),
+    ('name', 'prefix', 'deploy'),
     [
-        ('backbone', {}),
-        ('model', dict(prefix='backbone.')),
-        ('model', {}),
+        *(('backbone', {}, deploy) for deploy in (False, True)),
+        *(('model', dict(prefix='backbone.'), deploy) for deploy in (False, True)),
+        *(('model', {}, deploy) for deploy in (False, True)),
+        ('deployed', {}, True),
     ],
 )
 def test_pretrained(checkpoints, name, prefix, deploy):
@@ -322,15 +300,9 @@ def test_pretrained(checkpoints, name, prefix, deploy):
         assert_near(other(x), net(x), 1e-4)
 
 
-def test_pretrained_deployed(checkpoints):
-    net, paths = checkpoints
-    init_cfg = dict(type='Pretrained', checkpoint=paths['deployed'])
-    other = tiny(deploy=True, init_cfg=init_cfg).eval()
-    other.init_weights()
-    x = image()
-    with torch.no_grad():
-        assert_near(other(x), net(x), 1e-4)
-    with pytest.raises(RuntimeError, match="'stem.weight': it .* deployed"):
+def test_pretrained_of_a_deployed_network(checkpoints):
+    init_cfg = dict(type='Pretrained', checkpoint=checkpoints[1]['deployed'])
+    with pytest.raises(RuntimeError, match='deployed'):
         tiny(init_cfg=init_cfg).init_weights()
 
 

@@ -2,8 +2,6 @@
 
 import copy
 import io
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -46,23 +44,6 @@ def test_programs_are_refused(kind):
         assert_near(program(x), model(x))
         with pytest.raises(RuntimeError, match='before it is traced or exported'):
             switch_to_deploy(program)
-
-
-JIT = """
-import torch
-from torch import nn
-from mmorepa.layers import DBBConv2d, OREPAConv2d
-model = nn.Sequential(OREPAConv2d(3, 8, 3), OREPAConv2d(8, 8, 7), OREPAConv2d(8, 8, 1))
-model.append(DBBConv2d(8, 8, 3, padding=1)).eval()
-torch.jit.trace(model, torch.randn(1, 3, 16, 16))
-"""
-
-
-def test_jit_trace_of_a_new_process():
-    """Its check runs the model twice, and takes constants that were made inside."""
-    command = [sys.executable, '-W', 'error::torch.jit.TracerWarning', '-c', JIT]
-    found = subprocess.run(command, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
 
 
 @pytest.mark.parametrize('kind', KINDS)
