@@ -8,7 +8,10 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import pytest
 import torch
 from mmengine.logging import MMLogger
-from mmengine.registry import DefaultScope
+from mmengine.registry import MODELS, DefaultScope
+from torch import distributed
+
+from mmorepa.layers import BLOCKS
 
 
 def pytest_configure():
@@ -42,15 +45,38 @@ def float64():
 
 
 @pytest.fixture
-def log():
-    """What MMEngine's logger is told."""
+def log(monkeypatch):
+    """What MMEngine's loggers are told."""
+    texts, handle = [], MMLogger.callHandlers
 
-    class Handler(logging.Handler):
-        def emit(self, record):
+    def call_handlers(logger, record):
+        if record.levelno >= logging.INFO:
             texts.append(record.getMessage())
+        handle(logger, record)
 
-    texts = []
-    logger, handler = MMLogger.get_current_instance(), Handler(logging.INFO)
-    logger.addHandler(handler)
-    yield texts
-    logger.removeHandler(handler)
+    monkeypatch.setattr(MMLogger, 'callHandlers', call_handlers)
+    return texts
+
+
+@pytest.fixture
+def registries():
+    """Models and blocks are registered as before, after the test."""
+    before = [(registry, dict(registry._module_dict)) for registry in (BLOCKS, MODELS)]
+    yield
+    for registry, modules in before:
+        registry._module_dict.clear()
+        registry._module_dict.update(modules)
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """A process group of this process alone."""
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    # MMEngine would set these, for the tests that follow, too.
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    monkeypatch.setenv('MKL_NUM_THREADS', '1')
+    distributed.init_process_group(
+        'gloo', store=distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    distributed.destroy_process_group()

@@ -66,6 +66,16 @@ def assert_near(actual, expected, tolerance: float = 1e-5) -> None:
     assert error <= tolerance, f'relative error {error:.1e}, allowed {tolerance:.0e}'
 
 
+def assert_near_states(actual: dict, expected: dict, tolerance: float) -> None:
+    """Compares what learns of two state dicts, and has the rest equal."""
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        if value.is_floating_point() and value.any():
+            assert_near(actual[key], value, tolerance)
+        else:
+            assert torch.equal(actual[key], value), key
+
+
 def gradients(output: torch.Tensor, module: nn.Module) -> dict[str, torch.Tensor]:
     """Gradients of a fixed random projection of ``output``, by parameter."""
     generator = torch.Generator().manual_seed(1)
@@ -85,6 +95,29 @@ def assert_same_gradients(actual, expected, tolerance: float = 1e-5) -> None:
             raise AssertionError(f'gradient of {name}: {error}') from None
 
 
+def assert_checkpointed(net, twin, conv, x) -> None:
+    """Equal gradients, though the twin computes its ``conv`` again for them."""
+    twin.load_state_dict(net.state_dict())
+    calls, results = [], []
+    conv.register_forward_hook(lambda *_: calls.append(1))
+    for model in (net, twin):
+        torch.manual_seed(1)  # For what is dropped.
+        sum(y.square().mean() for y in model(x)).backward()
+        results.append({name: p.grad for name, p in model.named_parameters()})
+    assert len(calls) == 2, 'it was not computed again'
+    assert_same_gradients(results[1], results[0], 1e-4)
+
+
+@torch.no_grad()
+def last_map(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The output of ``layer4``, also in a network of another package."""
+    found = []
+    handle = net.layer4.register_forward_hook(lambda *args: found.append(args[2]))
+    net(x)
+    handle.remove()
+    return found[0]
+
+
 @contextmanager
 def counted_folds(conv: nn.Module):
     """The dtypes of the kernels that ``conv`` computes from its branches."""
@@ -96,6 +129,29 @@ def counted_folds(conv: nn.Module):
         yield calls
     finally:
         hook.remove()
+
+
+def settings_by_name(model: nn.Module, wrapper) -> dict[str, tuple[float, float]]:
+    """(learning rate, weight decay) of every parameter that is optimised."""
+    names = {id(param): name for name, param in model.named_parameters()}
+    found = {}
+    for group in wrapper.optimizer.param_groups:
+        for param in group['params']:
+            name = names[id(param)]
+            assert name not in found, f'{name} is in two groups'
+            found[name] = group['lr'], group['weight_decay']
+    return found
+
+
+def classifier_cfg(backbone: dict, channels: int, classes: int, **options) -> dict:
+    """The config of a classifier of mmpretrain."""
+    return dict(
+        type='ImageClassifier',
+        backbone=backbone,
+        neck=dict(type='GlobalAveragePooling'),
+        head=dict(type='LinearClsHead', num_classes=classes, in_channels=channels),
+        **options,
+    )
 
 
 def import_models(package: str):

@@ -4,6 +4,7 @@ import copy
 import itertools
 
 import torch
+from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel, BaseTTAModel
@@ -144,27 +145,24 @@ class Probe(Hook):
             setattr(self, name, lambda runner, *_, f=function, **__: f(runner))
 
 
-def colours_loader():
-    """The config of a dataloader of :class:`Colours`."""
+def colours_loader(**options):
+    """The config of a dataloader of :class:`Colours`, or of another dataset."""
     return dict(
-        batch_size=8,
-        num_workers=0,
-        dataset=dict(type='Colours', size=24),
-        sampler=dict(type='DefaultSampler', shuffle=False),
-        collate_fn=dict(type='default_collate'),
+        dict(
+            batch_size=8,
+            num_workers=0,
+            dataset=dict(type='Colours', size=24),
+            sampler=dict(type='DefaultSampler', shuffle=False),
+            collate_fn=dict(type='default_collate'),
+        ),
+        **options,
     )
 
 
 def make_runner(work_dir, model=None, kind=Runner, **options):
     """A runner of a :class:`TinyClassifier`; ``options`` are the Runner's own."""
     torch.manual_seed(0)
-    loader = dict(
-        batch_size=8,
-        num_workers=0,
-        dataset=Colours(24),
-        sampler=dict(type='DefaultSampler', shuffle=False),
-        collate_fn=dict(type='default_collate'),
-    )
+    loader = colours_loader(dataset=Colours(24))
     arguments = dict(
         model=TinyClassifier() if model is None else model,
         work_dir=str(work_dir),
@@ -186,6 +184,25 @@ def make_runner(work_dir, model=None, kind=Runner, **options):
     )
     arguments.update(options)
     return kind(**arguments)
+
+
+def tiny_config(work_dir, **options):
+    """A config of a tiny network, to train on nothing that is on a disk."""
+    loader = colours_loader()
+    base = dict(
+        launcher='none',
+        model=dict(type='TinyClassifier'),
+        work_dir=str(work_dir),
+        train_dataloader=loader,
+        train_cfg=dict(by_epoch=True, max_epochs=2),
+        test_dataloader=loader,
+        test_cfg=dict(),
+        test_evaluator=dict(type='Logits'),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.05)),
+        randomness=dict(seed=0),
+        experiment_name=f'config-{next(_numbers)}',
+    )
+    return Config({**base, **options})
 
 
 def build_runner(cfg, phases, is_verbose=True):

@@ -16,27 +16,19 @@ def saved():
     return torch.load('tests/goldens/former_order.pt', weights_only=True)
 
 
+BN = dict(type='BN')
+CONVS = [
+    ((3, 8, 7), dict(padding=3, bias=False, norm_cfg=BN, act_cfg=dict(type='ReLU'))),
+    ((8, 8, 3), dict(padding=1, groups=2, bias=False, norm_cfg=BN)),
+    ((8, 6, 5), dict(padding=2)),
+    ((6, 3, 3), dict(padding=1)),
+    ((3, 4, 1), dict()),
+]
+
+
 def build(deploy=False):
     return nn.Sequential(
-        OREPAConv2d(
-            *(3, 8, 7),
-            padding=3,
-            bias=False,
-            norm_cfg=dict(type='BN'),
-            act_cfg=dict(type='ReLU'),
-            deploy=deploy,
-        ),
-        OREPAConv2d(
-            *(8, 8, 3),
-            padding=1,
-            groups=2,
-            bias=False,
-            norm_cfg=dict(type='BN'),
-            deploy=deploy,
-        ),
-        OREPAConv2d(8, 6, 5, padding=2, deploy=deploy),
-        OREPAConv2d(6, 3, 3, padding=1, deploy=deploy),
-        OREPAConv2d(3, 4, 1, deploy=deploy),
+        *(OREPAConv2d(*shape, deploy=deploy, **options) for shape, options in CONVS)
     )
 
 

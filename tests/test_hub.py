@@ -29,19 +29,11 @@ class TestFindConfig:
         assert find_config(f'{NAME}.py').resolve() == own
         assert find_config(f'mmorepa::{NAME}.py') != own
 
-    def test_pieces(self):
-        assert find_config('_base_/default_runtime.py').is_file()
-
     @pytest.mark.parametrize(
         'name', ['imagenet/resnet18-orepa_4xb64', 'resnet18-orepa', 'resnet18_orepa']
     )
     def test_close_names(self, name):
         with pytest.raises(FileNotFoundError, match=f'close are: .*{NAME}'):
-            find_config(name)
-
-    @pytest.mark.parametrize('name', ['', '.', 'none.py', 'mmorepa::', 'imagenet'])
-    def test_none(self, name):
-        with pytest.raises(FileNotFoundError, match='no config at '):
             find_config(name)
 
     @pytest.mark.parametrize(
@@ -68,11 +60,6 @@ def test_every_config_is_listed_and_read():
         assert mmorepa.get_config(name).model
 
 
-def test_options():
-    cfg = mmorepa.get_config(NAME, {'model.backbone.block': 'dbb'})
-    assert cfg.model.backbone.block == 'dbb' and cfg.model.backbone.depth == 18
-
-
 class TestScheme:
     def test_base(self, tmp_path):
         path = tmp_path / 'own.py'
@@ -82,12 +69,6 @@ class TestScheme:
         assert cfg.work_dir == 'mine'
         # Types are looked for in the scope of the config, which is mmpretrain.
         assert '_scope_' not in cfg.pretty_text
-
-    def test_base_that_is_missing(self, tmp_path):
-        path = tmp_path / 'own.py'
-        path.write_text("_base_ = 'mmorepa::imagenet/resnet18-orepa.py'\n")
-        with pytest.raises(FileNotFoundError, match=f'close are: .*{NAME}'):
-            Config.fromfile(path)
 
     def test_other_packages_are_left_to_mmengine(self, tmp_path):
         pytest.importorskip('mmdet')
@@ -113,10 +94,6 @@ def test_models_of_mmpretrain():
 
 
 class TestCommands:
-    def test_tools_are_there(self):
-        for path in COMMANDS.values():
-            assert (root() / 'tools' / path).is_file()
-
     @pytest.mark.parametrize('line', [[], ['--help'], ['-h']])
     def test_help(self, capsys, line):
         main(line)
@@ -143,20 +120,15 @@ class TestCommands:
             main(['export-onnx'])
 
     def test_takes_the_place_of_the_process(self, monkeypatch):
-        calls = []
+        calls, environments = [], []
         monkeypatch.setenv('PYTHONPATH', 'theirs')
-        environments = []
 
-        def execve(path, line, env):
-            calls.append((path, line))
-            environments.append(env)
-
-        def call(line, env):
-            calls.append(line)
-            environments.append(env)
+        def call(*words, env=None):
+            calls.append(words[0])
+            environments.append(env or words[-1])
             return 3
 
-        monkeypatch.setattr(os, 'execve', execve)
+        monkeypatch.setattr(os, 'execve', call)
         # What is left where exec does not replace the process.
         monkeypatch.setattr(subprocess, 'call', call)
         before = dict(os.environ)
@@ -164,8 +136,7 @@ class TestCommands:
             main(['deploy', 'a', '--json', 'b'])
         assert error.value.code == 3
         tool = root() / 'tools/model_converters/switch_to_deploy.py'
-        line = [sys.executable, str(tool), 'a', '--json', 'b']
-        assert calls == ([(line[0], line)] if os.name == 'posix' else []) + [line]
+        assert calls[-1] == [sys.executable, str(tool), 'a', '--json', 'b']
         # Modules beside a config are found, as by any ``python -m``.
         for env in environments:
             assert env['PYTHONPATH'] == os.pathsep.join([os.getcwd(), 'theirs'])

@@ -8,17 +8,6 @@ from pathlib import Path
 import pytest
 
 import mmorepa
-from mmorepa import (
-    analysis,
-    backbones,
-    cli,
-    converters,
-    deployment,
-    engine,
-    functional,
-    layers,
-    runs,
-)
 
 ROOT = Path(__file__).parents[1]
 # Rooms of one rank import nothing of each other, and those that are not named here
@@ -36,28 +25,6 @@ RANKS = [
     {'__init__'},
     {'__main__'},
 ]
-
-
-@pytest.mark.parametrize(
-    'module',
-    [
-        mmorepa,
-        analysis,
-        backbones,
-        cli,
-        converters,
-        deployment,
-        engine,
-        functional,
-        layers,
-        runs,
-    ],
-)
-def test_exports(module):
-    assert module.__doc__
-    assert len(set(module.__all__)) == len(module.__all__)
-    for name in module.__all__:
-        assert getattr(module, name) is not None
 
 
 def imported_rooms(path):

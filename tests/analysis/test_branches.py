@@ -4,12 +4,7 @@ import pytest
 import torch
 from helpers import assert_near, deployed_twin, trained_like
 
-from mmorepa.analysis import (
-    branch_kernels,
-    cosine_similarities,
-    relative_step,
-    shares,
-)
+from mmorepa.analysis import branch_kernels, cosine_similarities, relative_step, shares
 from mmorepa.layers import (
     DBBConv2d,
     OREPAConv2d,
@@ -68,14 +63,6 @@ def test_what_has_one_branch_or_none_is_left_out():
         OREPAConv2d(4, 4, 3),
     )
     assert [layer.name for layer in branch_kernels(network)] == ['4']
-
-
-def test_names_of_a_branch_within_a_branch():
-    (layer,) = branch_kernels(OREPARepVGGConv2d(4, 4, 3, padding=1, bias=False))
-    assert [*layer.kernels] == [
-        'origin', 'average', 'frequency', 'pointwise_kxk', 'depthwise_separable',
-        'pointwise', 'identity',
-    ]  # fmt: skip
 
 
 def test_cosines(float64):

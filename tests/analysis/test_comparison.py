@@ -3,12 +3,12 @@ import math
 
 import pytest
 import torch
-from helpers import assert_near, import_models, trained_like
+from helpers import assert_near, trained_like
 from mmengine.model import BaseDataPreprocessor, BaseModel
 from runners import Colours, TinyClassifier, TinyTTA
 from torch import nn
 
-from mmorepa.analysis import largest_difference, network_outputs, raw_outputs, unwrapped
+from mmorepa.analysis import largest_difference, raw_outputs, unwrapped
 
 NAN, INF = math.nan, math.inf
 
@@ -109,28 +109,6 @@ class TestRawOutputs:
             (found,) = raw_outputs(wrap(TinyTTA(model)), batch)
             assert_near(found, expected)
         assert unwrapped(wrap(TinyTTA(model))) is model
-
-    def test_preprocesses(self):
-        import_models('mmpretrain')
-        from mmengine.registry import MODELS, DefaultScope
-
-        with DefaultScope.overwrite_default_scope('mmpretrain'):
-            model = MODELS.build(
-                dict(
-                    type='ImageClassifier',
-                    backbone=dict(
-                        type='OREPAResNet', depth=18, base_channels=4, out_indices=(3,)
-                    ),
-                    neck=dict(type='GlobalAveragePooling'),
-                    head=dict(type='LinearClsHead', num_classes=3, in_channels=32),
-                    data_preprocessor=dict(mean=[100.0] * 3, std=[50.0] * 3),
-                )
-            ).eval()
-        images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
-        (found,) = raw_outputs(model, dict(inputs=images))
-        assert found.shape == (2, 3)
-        (expected,) = network_outputs(model, (images.float() - 100) / 50)
-        assert_near(found, expected)
 
 
 class InPlace(BaseDataPreprocessor):

@@ -83,11 +83,3 @@ def test_a_busy_machine(machine, share, monkeypatch):
     warning = busy_warning(core_share)
     assert bool(warning) == (share < 0.8)
     assert not warning or f'{share:.0%} of the time' in warning
-
-
-def test_clocks_of_this_machine():
-    clock = Clock()
-    for _ in range(3):
-        clock.look_around()
-    assert 0 < clock.core_share <= 1
-    assert clock.seconds(list) >= 0

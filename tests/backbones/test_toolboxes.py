@@ -9,7 +9,7 @@ from mmengine.utils import import_modules_from_strings
 from torch import nn
 
 from mmorepa.backbones import OREPAResNet
-from mmorepa.layers import OREPAConv2d, ReparamConv2d
+from mmorepa.layers import ReparamConv2d
 
 OREPA = dict(type='OREPAConv2d')
 SCOPES = ['mmpretrain', 'mmdet', 'mmseg']
@@ -30,23 +30,6 @@ def test_bare_type_in_every_scope(scope):
     assert isinstance(models.build(cfg), OREPAResNet)
     with DefaultScope.overwrite_default_scope(scope):
         assert isinstance(models.build(cfg), OREPAResNet)
-
-
-def test_classifier():
-    model = registry('mmpretrain').build(
-        dict(
-            type='ImageClassifier',
-            backbone=dict(
-                type='OREPAResNet', depth=18, base_channels=8, out_indices=(3,)
-            ),
-            neck=dict(type='GlobalAveragePooling'),
-            head=dict(type='LinearClsHead', num_classes=5, in_channels=64),
-        )
-    )
-    trained_like(model).eval()
-    x = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        assert_near(deployed_twin(model)(x), model(x), 1e-4)
 
 
 def geometry(net):
@@ -111,39 +94,6 @@ def test_conv_cfg_in_stock_networks(scope, cfg):
     cfg = dict(cfg, type=f'{scope}.{cfg["type"]}', out_indices=(0, 1, 2, 3))
     net = models.build(dict(cfg, conv_cfg=OREPA))
     check_stock_network(net, models.build(cfg))
-
-
-class WithNeck(nn.Module):
-    def __init__(self, models, **conv_cfg):
-        super().__init__()
-        self.backbone = models.build(
-            dict(
-                type='mmdet.ResNet',
-                depth=18,
-                base_channels=8,
-                stem_channels=8,
-                **conv_cfg,
-            )
-        )
-        self.neck = models.build(
-            dict(
-                type='mmdet.FPN',
-                in_channels=[8, 16, 32, 64],
-                out_channels=8,
-                num_outs=5,
-                **conv_cfg,
-            )
-        )
-
-    def forward(self, x):
-        return self.neck(self.backbone(x))
-
-
-def test_conv_cfg_in_a_detector_with_fpn():
-    models = registry('mmdet')
-    net = WithNeck(models, conv_cfg=OREPA)
-    assert isinstance(net.neck.fpn_convs[0].conv, OREPAConv2d)
-    check_stock_network(net, WithNeck(models))
 
 
 def check_stock_network(net, stock):

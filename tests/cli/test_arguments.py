@@ -32,10 +32,6 @@ class TestLoadConfig:
         with pytest.raises(FileNotFoundError, match="no config at 'none.py'"):
             load_config(arguments(config='none.py'))
 
-    def test_folder(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match='no config at'):
-            load_config(arguments(config=tmp_path))
-
     def test_work_dir(self, tmp_path):
         assert load_config(arguments()).work_dir == f'work_dirs/{DIGITS.stem}'
         config = tmp_path / 'own.py'

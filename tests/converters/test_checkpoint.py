@@ -12,7 +12,7 @@ from mmengine.runner import CheckpointLoader, load_checkpoint
 from runners import TinyClassifier, logits_of, make_runner
 from torch import nn
 
-from mmorepa import is_switchable, switch_to_deploy
+from mmorepa import switch_to_deploy
 from mmorepa.converters import (
     allow_mmengine_checkpoints,
     deploy_checkpoint,
@@ -235,11 +235,6 @@ class TestRead:
             assert found[key].dtype == value.dtype
             assert torch.equal(found[key].nan_to_num(), value.nan_to_num())
 
-    def test_state_under_another_name(self, tmp_path):
-        """As other toolboxes have it: MMEngine's affair, and none of our tools'."""
-        path = self.write(tmp_path, {'model': {'a': torch.ones(2)}})
-        assert set(CheckpointLoader.load_checkpoint(path)) == {'model'}
-
     def test_reads_what_is_no_longer_allowed(self, saved, nothing_allowed):
         """The end of a scope, as OneDL's loading opens one, allows nothing."""
         torch.serialization.add_safe_globals([Call])
@@ -264,14 +259,6 @@ class TestRead:
             read_checkpoint(str(tmp_path / 'none.pth'))
         with pytest.raises(FileNotFoundError, match='no checkpoint at'):
             read_checkpoint(str(tmp_path))
-
-
-class TestWrite:
-    def test_writes(self, tmp_path):
-        path = tmp_path / 'new' / 'folder' / 'a.pth'
-        write_checkpoint({'state_dict': {'a': torch.ones(2)}}, str(path))
-        assert torch.equal(read_checkpoint(str(path))['state_dict']['a'], torch.ones(2))
-        assert [p.name for p in path.parent.iterdir()] == ['a.pth']
 
 
 class TestSafetensors:
@@ -303,14 +290,6 @@ class TestSafetensors:
         load_checkpoint(fresh, path)
         assert_near(logits_of(fresh), logits_of(model))
 
-    @pytest.mark.parametrize('end', [7, -1])
-    def test_cut(self, tmp_path, end):
-        path = tmp_path / 'a.safetensors'
-        write_checkpoint(TinyClassifier().state_dict(), path)
-        path.write_bytes(path.read_bytes()[:end])
-        with pytest.raises(CheckpointError, match='cannot be read'):
-            read_checkpoint(str(path))
-
     def test_not_installed(self, tmp_path, monkeypatch):
         path = tmp_path / 'a.safetensors'
         path.write_text('old')
@@ -340,14 +319,6 @@ class TestDeploy:
         deployed.load_state_dict(result['state_dict'])
         assert_near(logits_of(deployed), logits_of(runner.model))
 
-    def test_leaves_the_model(self, saved):
-        model = TinyClassifier().train()
-        before = {k: v.clone() for k, v in model.state_dict().items()}
-        deploy_checkpoint(model, read_checkpoint(saved))
-        assert is_switchable(model) and model.training
-        after = model.state_dict()
-        assert all(torch.equal(after[key], value) for key, value in before.items())
-
     def test_deployed_already(self):
         state = switch_to_deploy(TinyClassifier()).state_dict()
         with pytest.raises(
@@ -363,19 +334,11 @@ class TestDeploy:
         state = TinyClassifier().state_dict()
         del state['head.bias']
         state['head.extra'] = torch.ones(1)
-        with pytest.raises(CheckpointError) as info:
+        with pytest.raises(CheckpointError, match='head.bias.*head.extra'):
             deploy_checkpoint(TinyClassifier(), {'state_dict': state})
-        assert str(info.value) == (
-            'the checkpoint does not fit the config: '
-            '1 key missing: head.bias; 1 key left over: head.extra'
-        )
         state['head.weight'] = torch.ones(7, 8)
-        with pytest.raises(CheckpointError, match='size mismatch for head.weight: '):
+        with pytest.raises(CheckpointError, match='head.weight'):
             deploy_checkpoint(TinyClassifier(), {'state_dict': state})
-
-    def test_names_only_some_of_many_keys(self):
-        with pytest.raises(CheckpointError, match=r'\d+ keys missing: .* and \d+ more'):
-            deploy_checkpoint(TinyClassifier(), {'state_dict': {}})
 
     def test_other_modules_that_are_named_branches(self):
         """As in HRNet, where convs are found under ``branches``."""
@@ -398,11 +361,6 @@ class TestLoadStrictly:
         deployed = TinyClassifier(deploy=True)
         load_strictly(deployed, model.state_dict())
         assert_near(logits_of(deployed), logits_of(model))
-
-    def test_another_width(self):
-        state = TinyClassifier(width=4).state_dict()
-        with pytest.raises(CheckpointError, match=r'conv1|shape'):
-            load_strictly(TinyClassifier(deploy=True), state)
 
     def test_another_shape_under_another_name(self):
         """A plain conv's kernel, in training form, for a conv of branches."""

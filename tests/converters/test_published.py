@@ -1,4 +1,3 @@
-import copy
 import math
 from pathlib import Path
 
@@ -28,12 +27,7 @@ from published_layout import (
     trained_state,
 )
 
-from mmorepa.converters import (
-    ARCHITECTURES,
-    backbone_of,
-    from_published,
-    identify,
-)
+from mmorepa.converters import backbone_of, from_published
 from mmorepa.utils.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2]
@@ -72,10 +66,6 @@ def names(pairs):
     return [f'{name}-{block}' for name, block in pairs]
 
 
-def test_every_architecture_is_specified_here():
-    assert ARCHITECTURES.keys() - {'ResNet-152'} == {name for name, _ in SPECIFIED}
-
-
 def test_every_imagenet_config_is_a_published_network():
     found = {config_of(name, block) for name, block in SPECIFIED} - {None}
     # The publication has no network with the stem alone.
@@ -94,18 +84,6 @@ def test_layout_and_formulas_of_these_tests(golden):
         assert_near(fixed_entry(key, state[key].shape), state[key], 1e-6)
     outputs = PublishedNetwork(state)(golden_input())
     assert_near(outputs, golden_outputs(golden), 1e-4)
-
-
-@pytest.mark.parametrize('deployed', [False, True], ids=['training', 'deployed'])
-@pytest.mark.parametrize(('name', 'block'), SPECIFIED, ids=names(SPECIFIED))
-def test_identify(name, block, deployed):
-    state = {
-        key: torch.zeros(()).expand(shape)
-        for key, shape in network(name, block, deployed).items()
-    }
-    if deployed and block == 'repvgg':
-        block = 'orepa'  # Deployed, the two are one network.
-    assert identify(state) == backbone_of(name, block)
 
 
 @pytest.mark.parametrize(('name', 'block', 'deployed'), list(cases()))
@@ -233,16 +211,6 @@ def test_function_of_a_deployed_state_is_kept(name, block):
     assert_near(outputs, PublishedNetwork(published)(images), 1e-4)
 
 
-def test_leaves_its_arguments_alone():
-    published = small_state('vgg', 'orepa')
-    before = copy.deepcopy(published)
-    result = from_published(published)
-    assert_same_bits(published, before)
-    for value in result['state_dict'].values():
-        value.zero_()
-    assert_same_bits(published, before)
-
-
 @pytest.mark.parametrize('prefix', ['', 'module.'])
 def test_prefix_and_no_classifier(prefix):
     published = small_state('basic', 'orepa', prefix=prefix)
@@ -313,36 +281,9 @@ class TestErrors:
         with pytest.raises(CheckpointError) as caught:
             from_published(published)
         parts = str(caught.value).split('; ')
-        assert [part.split(': ')[-2].split('keys ')[-1] for part in parts] == [
-            'missing',
-            'left over',
-            'of another shape',
-            'fixed in the published code, with other values',
-        ]
-        for part, keys in zip(parts, (missing, extra, misshapen, wrong)):
-            named = part.rsplit(': ', 1)[1].split(', ')
-            found = {word.split(' ')[0] for word in named if '.' in word}
-            assert found == set(keys), part
-        assert 'stage1.0.rbr_dense.vector (3,), not (5, 4)' in str(caught.value)
-
-    @pytest.mark.parametrize(
-        'key', ['stage0.rbr_dense.weight_rbr_prior', 'stage0.rbr_dense.id_tensor']
-    )
-    @pytest.mark.parametrize('change', ['nan', 'small'])
-    def test_fixed_entries(self, published, key, change):
-        value = published[key]
-        if change == 'nan':
-            value[0] = float('nan')
-        else:
-            value.view(-1)[-1] += 1e-3
-        with pytest.raises(CheckpointError, match=f'other values: {key}$'):
-            from_published(published)
-
-    @pytest.mark.parametrize('entry', ['weight', 'bias'])
-    def test_half_a_classifier(self, published, entry):
-        del published[f'linear.{entry}']
-        with pytest.raises(CheckpointError, match=f'missing.*: linear.{entry}$'):
-            from_published(published)
+        words = ('missing', 'left over', 'of another shape', 'other values')
+        for part, word, keys in zip(parts, words, (missing, extra, misshapen, wrong)):
+            assert word in part and all(key in part for key in keys)
 
     @pytest.mark.parametrize(
         ('key', 'shape', 'named'),
@@ -363,16 +304,6 @@ class TestErrors:
         published['stage1.0.conv1.l2i_conv1'] = torch.zeros(4, 4, 1, 1)
         with pytest.raises(CheckpointError, match=r'left over.*conv1\.l2i_conv1'):
             from_published(published)
-
-    def test_another_network(self, published):
-        with pytest.raises(CheckpointError, match='missing: .*left over'):
-            from_published(published, backbone_of('ResNet-18', 'orepa'))
-
-    def test_other_groups(self):
-        published = small_state('grouped', 'orepa')
-        backbone = dict(small_backbone('grouped', 'orepa'), groups=2)
-        with pytest.raises(CheckpointError, match='of another shape'):
-            from_published(published, backbone)
 
     @pytest.mark.parametrize(
         ('state', 'words'),

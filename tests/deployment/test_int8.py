@@ -15,7 +15,7 @@ from mmorepa.deployment.int8 import (
     quantize_onnx,
 )
 from mmorepa.deployment.networks import require
-from mmorepa.deployment.onnx_files import INPUT, OnnxNetwork, export_onnx
+from mmorepa.deployment.onnx_files import OnnxNetwork, export_onnx
 
 
 @pytest.fixture(autouse=True)
@@ -162,18 +162,6 @@ def test_channels_without_weights(images, files):
     assert pairs == 1 and error(model, source, images) < 1e-5
 
 
-def test_names(onnx):
-    def name(weight, node='x'):
-        return _layer_name(
-            onnx.helper.make_node('Conv', [INPUT, weight], ['y'], name=node)
-        )
-
-    assert name('model.backbone.stem.conv.weight') == 'backbone.stem'
-    assert name('model.head.fc.weight') == 'head.fc'
-    node = '/model/backbone/layer1/layer1.0/conv1/Conv'
-    assert name('onnx::Conv_12', node) == 'backbone.layer1.0.conv1'
-
-
 def test_names_in_the_head_of_a_segmenter(images, files, onnx):
     """MMSegmentation calls its forward() itself, so that no node is named by it."""
     model = deployed('segmenter')
@@ -246,13 +234,6 @@ def test_calibration_images_are_not_augmented(folder, around):
     assert [image.shape for image in found] == [(1, 3, 6, 4)] * len(found)
     values = [image.unique().item() for image in found]
     assert values == ([1, 2] if 'concat' in around else [1])
-
-
-def test_calibration_images_without_test_data(folder):
-    cfg = Config(dict(train_dataloader=loader(folder(1, CROP))))
-    cfg.merge_from_dict(dict(default_scope='mmpretrain', model={}))
-    (image,) = calibration_images(cfg, Unscaled(), 5)
-    assert image.shape == (1, 3, 2, 2)
 
 
 def test_evaluation_phase():

@@ -2,9 +2,8 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_near, import_models, trained_like
+from helpers import assert_near, classifier_cfg, import_models, trained_like
 from mmengine.config import Config
-from mmengine.registry import MODELS
 from torch import nn
 
 from mmorepa import is_switchable
@@ -25,35 +24,14 @@ BACKBONES = dict(
 )
 
 
-def test_timm_deploys_ours():
-    utils = pytest.importorskip('timm.utils')
-    backbone = MODELS.build(BACKBONES['ours'])
-    model = trained_like(backbone).eval()
-    image = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        expected = switch_to_deploy(copy.deepcopy(model))(image)[0]
-        found = utils.reparameterize_model(model)
-        assert not is_switchable(found) and is_switchable(model)
-        assert torch.equal(found(image)[0], expected)
-
-
 @pytest.fixture(autouse=True)
 def mmpretrain():
     import_models('mmpretrain')
 
 
 def classifier(backbone):
-    return Config(
-        dict(
-            default_scope='mmpretrain',
-            model=dict(
-                type='ImageClassifier',
-                backbone=backbone,
-                neck=dict(type='GlobalAveragePooling'),
-                head=dict(type='LinearClsHead', num_classes=3, in_channels=64),
-            ),
-        )
-    )
+    model = classifier_cfg(backbone, 64, 3)
+    return Config(dict(default_scope='mmpretrain', model=model))
 
 
 def both_forms(cfg):

@@ -9,7 +9,7 @@ from mmengine.config import Config
 from torch import nn
 
 import mmorepa
-from mmorepa import add_branches, switch_to_deploy
+from mmorepa import switch_to_deploy
 from mmorepa.deployment.networks import (
     DeployedNetwork,
     named_outputs,
@@ -98,31 +98,6 @@ def test_other_ways_out(name, images):
         assert_near(program.module()(images), expected)
         traced = torch.jit.trace(network, images[:2])
         assert_near(traced(images), expected)
-
-
-def test_scripted(images):
-    """MMEngine's own modules cannot be scripted; any other model is what it was."""
-    torchvision = pytest.importorskip('torchvision')
-    model = torchvision.models.resnet18(num_classes=4).eval()
-    model = trained_like(add_branches(model))
-    with torch.no_grad():
-        expected = model(images)
-        scripted = torch.jit.script(switch_to_deploy(model))
-        assert_near(scripted(images), expected)
-
-
-def test_stock_network_of_orepa_convs(onnx, images, tmp_path):
-    """Its BatchNorms are modules of their own, which the exporter folds."""
-    cfg = config('classifier')
-    cfg.model.backbone = dict(
-        type='ResNet',
-        depth=18,
-        stem_channels=16,
-        base_channels=16,
-        conv_cfg=dict(type='OREPAConv2d'),
-    )
-    model = switch_to_deploy(trained_like(build_model(cfg)))
-    check(model, images, tmp_path / 'a.onnx', 'torchscript')
 
 
 @pytest.mark.parametrize(
@@ -220,10 +195,6 @@ class TestErrors:
         with pytest.raises(ImportError, match='pip install no_such_package'):
             require('no_such_package.part')
 
-    def test_package_without_a_module(self):
-        with pytest.raises(ImportError, match='needs json.none.* --upgrade json'):
-            require('json.none')
-
     @pytest.mark.parametrize(
         ('exporter', 'opset'),
         [('torchscript', 99), ('dynamo', 17)],
@@ -250,11 +221,6 @@ class TestErrors:
         with pytest.raises(ValueError, match='call mmorepa.switch_to_deploy'):
             export_onnx(model, images[:1], tmp_path / 'a.onnx')
         assert not list(tmp_path.iterdir())
-
-    def test_images_of_another_size(self, onnx, images, tmp_path):
-        export_onnx(deployed('classifier'), images[:1], tmp_path / 'a.onnx')
-        with pytest.raises(ValueError, match='takes images of 64x64, found 32x64'):
-            OnnxNetwork(tmp_path / 'a.onnx')(images[:, :, :32])
 
     def test_outputs_that_are_no_maps(self, images):
         class Other(nn.Module):

@@ -1,31 +1,17 @@
-"""Every command of the documents is given to what it calls, at reduced size.
+"""Every command of the documents is given to the parser of its tool.
 
-All tools get the arguments as they are printed, and configs are read with the options
-that stand beside them. What trains, tests and converts also runs, on a network and data
-of a test. The other tools have reduced runs of their own in tests/tools.
+Configs are read with the options that stand beside them. The tools themselves run in
+tests/tools.
 """
 
 import os
 import re
-import shutil
 import subprocess
-from collections.abc import Iterator
 
 import pytest
 import torch
-from documents import DOCUMENTS, NAMES, Command, commands, printed_configs
-from helpers import import_models
-from published_layout import resnet, trained_state
-from tool_runs import (
-    EXPORT,
-    QUANTIZE,
-    ROOT,
-    SWITCH,
-    run_here,
-    run_runner,
-    skip_timing,
-    tool,
-)
+from documents import DOCUMENTS, NAMES, commands, printed_configs
+from tool_runs import ROOT, tool
 from torch.distributed.run import get_args_parser
 
 from mmorepa.__main__ import COMMANDS as TOOLS
@@ -34,21 +20,9 @@ from mmorepa.runs import read_config
 COMMANDS = commands()
 # Configs of the reader's own, by the documents that print them.
 PRINTED = {n: printed_configs(path.read_text()) for n, path in zip(NAMES, DOCUMENTS)}
-# By switch_to_deploy.py.
-WRITTEN = 'deployed_config.py'
-EXECUTED = (
-    'train.py',
-    'test.py',
-    SWITCH,
-    'model_converters/plain_to_mmorepa.py',
-    'model_converters/published_to_mmorepa.py',
-    'analysis_tools/get_flops.py',
-    EXPORT,
-    QUANTIZE,
-)
 
 
-def each(choose, kind=''):
+def each(choose):
     """Parametrizes by the commands of a kind."""
     chosen = [command for command in COMMANDS if choose(command)]
     ids = [f'{command.document}-{i}' for i, command in enumerate(chosen)]
@@ -69,7 +43,7 @@ def is_shell_tool(command):
 
 def is_of_the_reader(config, document):
     """Whether the reader replaces this name, or writes the file."""
-    return config in ('CONFIG', WRITTEN, *PRINTED[document])
+    return config in ('CONFIG', 'deployed_config.py', *PRINTED[document])
 
 
 def check_tool(document, words):
@@ -138,128 +112,3 @@ def test_shell_tools(command, tmp_path):
     assert args.nproc_per_node == arguments[1 + ('dist_test' in script)]
     assert args.nnodes == command.variables.get('NNODES', '1')
     check_tool(command.document, [args.training_script, *args.training_script_args])
-
-
-CONFIG = """
-_base_ = {base!r}
-
-backbone = dict(
-    base_channels={width}, init_cfg=dict(type='Pretrained', checkpoint='PATH')
-)
-model = dict(backbone=backbone, head=dict(in_channels=8 * {width}, num_classes=10))
-data_root = 'data/digits'
-pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=32),
-    dict(type='PackInputs'),
-]
-data = dict(
-    batch_size=4,
-    num_workers=0,
-    persistent_workers=False,
-    dataset=dict(
-        _delete_=True,
-        type='CustomDataset',
-        data_root=data_root,
-        data_prefix='val',
-        indices=8,
-        pipeline=pipeline,
-    ),
-)
-train_dataloader = data
-val_dataloader = data
-test_dataloader = data
-train_cfg = dict(max_epochs=1)
-default_hooks = dict(checkpoint=dict(save_optimizer=False))
-optim_wrapper = dict(optimizer=dict(lr=0.001))
-"""
-DEPLOYED = """
-_base_ = 'config.py'
-model = dict(backbone=dict(deploy=True))
-"""
-
-
-def narrow(state):
-    """24 of 64 channels, but for those of images and classes."""
-    parts = {
-        name: tuple(slice(n * 24 // 64 if n > 10 else n) for n in value.shape[:2])
-        for name, value in state.items()
-    }
-    return {name: value[parts[name]].clone() for name, value in state.items()}
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    """Where the commands run, with the files that they name."""
-    torchvision = pytest.importorskip('torchvision')
-    import_models('mmpretrain')
-    folder = tmp_path_factory.mktemp('commands')
-    digits = tool('dataset_converters/digits.py')
-    digits.write_image_folder(digits.split_digits(), folder / 'data/digits')
-    (folder / 'configs').symlink_to(ROOT / 'configs')
-    base = str(ROOT / 'configs/imagenet/resnet18-orepa_4xb64_in1k.py')
-    for name, width in (('config.py', 24), ('published.py', 4)):
-        (folder / name).write_text(CONFIG.format(base=base, width=width))
-    (folder / 'deployed.py').write_text(DEPLOYED)
-
-    torch.manual_seed(0)
-    plain = folder / 'resnet18.pth'
-    torch.save(narrow(torchvision.models.resnet18(num_classes=10).state_dict()), plain)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        convert = 'model_converters/plain_to_mmorepa.py'
-        run_here(convert, plain, 'config.py', 'CHECKPOINT')
-    published = resnet((2, 2, 2, 2), False, 4, 1, 64, 'orepa', classes=10)
-    torch.save(trained_state(published), folder / 'ResNet-18-OREPA.pth.tar')
-    for name in ('SOURCE', 'PATH'):
-        (folder / name).symlink_to(plain)
-    (folder / 'IN').symlink_to(folder / 'ResNet-18-OREPA.pth.tar')
-    yield folder
-    shutil.rmtree(folder)
-
-
-def stand_in(word, document):
-    """What a word of a command is in this test."""
-    if word == WRITTEN:
-        return word
-    if is_of_the_reader(word, document) or word.startswith('configs/'):
-        if '/deploy/' in word:
-            return 'deployed.py'
-        return 'published.py' if document == 'docs/weights.md' else 'config.py'
-    if word == 'CHECKPOINT' or re.fullmatch(r'work_dirs/.*\.pth', word):
-        return 'CHECKPOINT'
-    return word
-
-
-def executed() -> Iterator[Command]:
-    """Each tool once with each set of flags, on the config of this test."""
-    seen = set()
-    for command in filter(is_tool, COMMANDS):
-        name, *arguments = (w.removeprefix('tools/') for w in command.words[1:])
-        words = [stand_in(word, command.document) for word in arguments]
-        files = {word for word in words if word.isupper() or word == WRITTEN}
-        key = name, *sorted(files | {w for w in words if w.startswith('--')})
-        if name in EXECUTED and key not in seen:
-            seen.add(key)
-            yield command._replace(words=[name, *words])
-
-
-@pytest.mark.slow
-def test_they_run(folder, monkeypatch):
-    """In the order of the documents: what one writes, the next may read."""
-    skip_timing(monkeypatch)
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv('LOCAL_RANK', '0')
-    names = set()
-    for command in executed():
-        name, *words = command.words
-        try:
-            if name in ('train.py', 'test.py'):
-                work_dir = f'work_dirs/{len(names)}'
-                run_runner(name, *words, '--work-dir', work_dir)
-            else:
-                run_here(name, *words)
-        except (Exception, SystemExit) as error:
-            raise AssertionError(f'{command.document}: {command.words}') from error
-        names.add(name)
-    assert names == set(EXECUTED)

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_near, deployed_twin, import_models, trained_like
+from helpers import assert_near, deployed_twin, trained_like
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
-import mmorepa
 from mmorepa.layers import BLOCKS, is_switchable
 
 TEXT = (Path(__file__).parents[2] / 'docs' / 'new_block.md').read_text()
@@ -19,13 +18,8 @@ CODE = re.findall(r'```python\n(.*?)```', TEXT, flags=re.DOTALL)
 
 
 @pytest.fixture(autouse=True)
-def restored():
-    """Registries are those of before, after every test."""
-    before = [(registry, dict(registry._module_dict)) for registry in (BLOCKS, MODELS)]
+def forgotten(registries):
     yield
-    for registry, modules in before:
-        registry._module_dict.clear()
-        registry._module_dict.update(modules)
     sys.modules.pop('cross', None)
 
 
@@ -69,24 +63,6 @@ def test_is_the_sum_of_its_branches(geometry, size, float64):
     assert_near(deployed_twin(conv)(x), expected, 1e-12)
 
 
-def check_forms(network, kind):
-    """Both forms of a network with a state that is not the initial one."""
-    assert any(isinstance(module, kind) for module in network.modules())
-    trained_like(network).eval()
-    x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        assert_near(deployed_twin(network)(x), network(x), 1e-4)
-
-
-@pytest.mark.parametrize(
-    'network', [dict(type='OREPAResNet', depth=18), dict(type='OREPARepVGG', arch='A0')]
-)
-def test_in_every_network(network):
-    kind = run(*CODE[:2])['CrossConv2d']
-    network = MODELS.build(dict(block='cross', base_channels=8, **network))
-    check_forms(network, kind)
-
-
 def test_in_a_config(tmp_path, monkeypatch):
     """'If the file above is among its custom_imports'."""
     (tmp_path / 'cross.py').write_text('\n'.join(CODE[:2]))
@@ -98,20 +74,3 @@ def test_in_a_config(tmp_path, monkeypatch):
     )
     network = MODELS.build(Config.fromfile(config).backbone)
     assert type(network.layer1[0].conv1).__name__ == 'CrossConv2d'
-
-
-def test_as_a_conv_cfg():
-    """'The conv is a type of conv_cfg, too'."""
-    import_models('mmpretrain')
-    kind = run(*CODE[:2])['CrossConv2d']
-    size = dict(depth=18, base_channels=4, stem_channels=4)
-    cfg = dict(type='mmpretrain.ResNet', conv_cfg=dict(type='CrossConv2d'), **size)
-    check_forms(MODELS.build(cfg), kind)
-
-
-def test_what_it_names_exists():
-    """In the text, beside what test_documents.py looks for."""
-    for name in re.findall(r'`(\w+Conv2d)`', TEXT):
-        assert name in vars(mmorepa.layers), name
-    for word in ('BRANCH_NAMES', 'build_branch'):
-        assert f'`{word}`' in TEXT and hasattr(mmorepa.layers.MultiBranchConv2d, word)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from mmengine.dist import utils as dist_utils
 from runners import Probe, TinyClassifier, make_runner
-from torch import distributed
 
 from mmorepa import switch_to_deploy
 from mmorepa.analysis import branch_kernels, relative_step, shares
@@ -105,25 +104,6 @@ def test_all_kinds_of_layers(tmp_path):
     assert layers == {'conv1.0.1', 'conv1.0.2', 'conv1.0.3', 'conv1.1'}
 
 
-def test_tensorboard(tmp_path):
-    pytest.importorskip('tensorboard')
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    visualizer = dict(
-        type='Visualizer', vis_backends=[dict(type='TensorboardVisBackend')]
-    )
-    runner = train(tmp_path, HOOK, visualizer=visualizer)
-    runner.visualizer.close()
-    (file,) = tmp_path.glob('*/vis_data/events.out.*')
-    events = EventAccumulator(str(file))
-    events.Reload()
-    tags = events.Tags()['scalars']
-    assert {'kernel_step/conv1', 'branch_share/conv1/origin', 'loss'} <= {*tags}
-    points = events.Scalars('branch_share/conv1/origin')
-    assert [point.step for point in points] == [2, 4, 6]
-    assert all(0 < point.value < 1 for point in points)
-
-
 def test_the_main_process_alone_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(dist_utils, 'get_rank', lambda group=None: 1)
     hook = BranchStatisticsHook(interval=1)
@@ -132,24 +112,17 @@ def test_the_main_process_alone_writes(tmp_path, monkeypatch):
     hook.after_train_iter(None, 0)
 
 
-def test_data_parallelism(tmp_path):
-    store = tmp_path / 'store'
-    distributed.init_process_group(
-        'gloo', init_method=f'file://{store}', rank=0, world_size=1
+def test_data_parallelism(tmp_path, one_process):
+    runner = make_runner(
+        tmp_path,
+        custom_hooks=[HOOK],
+        optim_wrapper=dict(type='FoldedOptimWrapper', optimizer=SGD),
     )
-    try:
-        runner = make_runner(
-            tmp_path / 'run',
-            custom_hooks=[HOOK],
-            optim_wrapper=dict(type='FoldedOptimWrapper', optimizer=SGD),
-        )
-        runner.model = runner.wrap_model(
-            dict(type='FoldedDistributedDataParallel'), runner.model.to('cpu')
-        )
-        runner.train()
-    finally:
-        distributed.destroy_process_group()
-    record = written(tmp_path / 'run')[2]
+    runner.model = runner.wrap_model(
+        dict(type='FoldedDistributedDataParallel'), runner.model.to('cpu')
+    )
+    runner.train()
+    record = written(tmp_path)[2]
     assert 0 < record['kernel_step/conv1'] < 1
     assert 0 < record['branch_share/conv1/origin'] < 1
 

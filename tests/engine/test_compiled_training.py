@@ -2,18 +2,20 @@
 
 import pytest
 import torch
-from helpers import import_models, trained_like
+from helpers import classifier_cfg, import_models, trained_like
 from mmengine.hooks import Hook
 from mmengine.registry import MODELS, init_default_scope
-from runners import make_runner
+from runners import colours_loader, make_runner
 from torch import _dynamo
 from torch.utils.data import Dataset
 
 from mmorepa.engine import FoldedOptimWrapper
 
-EPOCHS, STEPS, CONVS = 3, 3, 20
-PLAIN = dict(type='ResNet', depth=18, stem_channels=8, base_channels=8)
-OREPA = dict(type='OREPAResNet', depth=18, base_channels=8, out_indices=(3,))
+EPOCHS, STEPS, CONVS = 3, 3, 5
+SMALL = dict(depth=18, base_channels=8, num_stages=1, out_indices=(0,))
+SMALL.update(strides=(1,), dilations=(1,))
+PLAIN = dict(type='ResNet', stem_channels=8, **SMALL)
+OREPA = dict(type='OREPAResNet', **SMALL)
 
 
 class Images(Dataset):
@@ -42,23 +44,11 @@ def train(folder, backbone, compiled):
     """The losses of a training with validation in between, and the wrapper's class."""
     import_models('mmpretrain')
     init_default_scope('mmpretrain')
-    model = MODELS.build(
-        dict(
-            type='ImageClassifier',
-            data_preprocessor=dict(mean=[127.0] * 3, std=[60.0] * 3, num_classes=4),
-            backbone=backbone,
-            neck=dict(type='GlobalAveragePooling'),
-            head=dict(type='LinearClsHead', num_classes=4, in_channels=64),
-        )
-    )
+    preprocessor = dict(mean=[127.0] * 3, std=[60.0] * 3, num_classes=4)
+    cfg = classifier_cfg(backbone, 8, 4, data_preprocessor=preprocessor)
+    model = MODELS.build(cfg)
     losses = Losses()
-    loader = dict(
-        batch_size=8,
-        num_workers=0,
-        dataset=Images(),
-        sampler=dict(type='DefaultSampler', shuffle=False),
-        collate_fn=dict(type='pseudo_collate'),
-    )
+    loader = colours_loader(dataset=Images(), collate_fn=dict(type='pseudo_collate'))
     runner = make_runner(
         folder,
         trained_like(model),

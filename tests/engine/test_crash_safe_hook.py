@@ -8,7 +8,7 @@ import pytest
 import torch
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.registry import DATA_SAMPLERS
-from runners import Colours, Logits, Probe, TinyClassifier, make_runner
+from runners import Colours, Logits, Probe, TinyClassifier, colours_loader, make_runner
 from torch.nn import functional as F
 
 from mmorepa.converters import read_checkpoint
@@ -65,14 +65,13 @@ class RandomSampler(torch.utils.data.RandomSampler):
 
 def trained(folder, sampler='DefaultSampler', workers=0, by_epoch=True, **options):
     """The losses of a training of 3 epochs of 4 batches, or of 12 iterations."""
-    loader = dict(
+    loader = colours_loader(
         batch_size=6,
         num_workers=workers,
         persistent_workers=options.pop('persistent', workers > 0),
         dataset=Augmented(24),
         sampler=dict(type=sampler),
         batch_sampler=options.pop('batch_sampler', None),
-        collate_fn=dict(type='default_collate'),
     )
     if not by_epoch:
         options['train_cfg'] = dict(by_epoch=False, max_iters=12, val_interval=5)
@@ -181,14 +180,6 @@ class TestLosses:
             ],
         )
         assert len([text for text in texts if 'cannot be set back' in text]) == 1
-
-    def test_trained_twice(self, tmp_path):
-        runner = trained(tmp_path, train_cfg=dict(by_epoch=True, max_epochs=1))
-        runner.train_loop._epoch = runner.train_loop._iter = 0
-        runner.train()
-        assert not isinstance(
-            runner.train_dataloader.batch_sampler.batches, SeededBatches
-        )
 
 
 class TestSeeding:

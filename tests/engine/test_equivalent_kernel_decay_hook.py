@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_near
+from helpers import assert_near, assert_near_states
 from mmengine.hooks import Hook
 from runners import Colours, TinyClassifier, make_runner
 from torch import nn
@@ -86,12 +86,9 @@ def step_by_hand(model):
     return model
 
 
-def assert_same_weights(actual, expected, tolerance=1e-9):
-    expected = dict(expected.named_parameters())
-    assert dict(actual.named_parameters()).keys() == expected.keys()
-    for name, value in actual.named_parameters():
-        if value.any() or expected[name].any():
-            assert_near(value, expected[name], tolerance)
+def assert_same_weights(actual, expected):
+    states = (dict(model.named_parameters()) for model in (actual, expected))
+    assert_near_states(*states, 1e-9)
 
 
 @pytest.mark.parametrize('name', NETWORKS)

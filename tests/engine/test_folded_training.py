@@ -8,7 +8,6 @@ from mmengine.optim import OptimWrapper, build_optim_wrapper
 from runners import BackboneClassifier
 from torch import nn
 
-import mmorepa
 from mmorepa.layers import OREPAConv2d, ReparamConv2d, backward_to_branches, held
 
 SLIM = dict(type='OREPAResNet', depth=18, base_channels=8)
@@ -33,6 +32,8 @@ def batches(count: int = 4, size: int = 4) -> list[dict]:
 
 def wrap(model: nn.Module, kind: str, **options):
     cfg = dict(type=kind, optimizer=dict(SGD), **options)
+    if 'constructor' in options:
+        cfg.update(type='OptimWrapper', folded='Folded' in kind)
     wrapper = build_optim_wrapper(model, cfg)
     wrapper.initialize_count_status(model, 0, len(batches()))
     return wrapper
@@ -51,33 +52,37 @@ def assert_same_states(one: nn.Module, other: nn.Module, tolerance=1e-10) -> Non
         )
 
 
-@pytest.mark.parametrize(
-    'options',
-    [
-        dict(),
-        dict(clip_grad=dict(max_norm=0.5)),
-        dict(accumulative_counts=2),
-    ],
-    ids=['plain', 'clipped', 'accumulated'],
-)
-@pytest.mark.parametrize(
-    'backbone',
-    [
+CONSTRUCTOR = dict(constructor='OREPAOptimWrapperConstructor')
+BACKBONES = dict(
+    resnet=SLIM,
+    frozen=dict(SLIM, frozen_stages=1),
+    checkpointed=dict(SLIM, with_cp=True, norm_cfg=dict(type='GN', num_groups=2)),
+    ablated=dict(
         SLIM,
-        dict(SLIM, frozen_stages=1),
-        dict(SLIM, with_cp=True, norm_cfg=dict(type='GN', num_groups=2)),
-        dict(
-            SLIM,
-            depth=50,
-            block_cfg=dict(branches=['origin', 'pointwise_kxk', 'pointwise_pointwise']),
-        ),
-        dict(type='OREPARepVGG', arch='A0', base_channels=8),
-        dict(SLIM, block='dbb'),
-    ],
-    ids=['resnet', 'frozen', 'checkpointed', 'ablated', 'repvgg', 'dbb'],
+        depth=50,
+        block_cfg=dict(branches=['origin', 'pointwise_kxk', 'pointwise_pointwise']),
+    ),
+    grouped=dict(SLIM, depth=50, groups=4),
+    deep_linear=dict(SLIM, block='deep_linear'),
+    repvgg=dict(type='OREPARepVGG', arch='A0', base_channels=8),
+    dbb=dict(SLIM, block='dbb'),
 )
-def test_equals_online_folding(backbone, options):
-    online = build(backbone)
+
+
+@pytest.mark.parametrize(
+    ('name', 'options'),
+    [
+        *((name, {}) for name in BACKBONES),
+        *((name, CONSTRUCTOR) for name in BACKBONES),
+        ('resnet', dict(CONSTRUCTOR, channels_last=True)),
+        ('resnet', dict(clip_grad=dict(max_norm=0.5))),
+        ('resnet', dict(accumulative_counts=2)),
+        ('dbb', dict(accumulative_counts=2)),
+    ],
+    ids=str,
+)
+def test_equals_online_folding(name, options):
+    online = build(BACKBONES[name])
     folded = copy.deepcopy(online)
     start = copy.deepcopy(online)
 
@@ -123,46 +128,6 @@ def test_is_the_default_of_the_constructor(kind, expected):
         assert of(dict(SLIM, deploy=True)) == unfolded
 
 
-@pytest.mark.parametrize(
-    'backbone',
-    [
-        SLIM,
-        dict(SLIM, block='deep_linear'),
-        dict(SLIM, depth=50, groups=4),
-        dict(type='OREPARepVGG', arch='A0', base_channels=8),
-    ],
-    ids=['resnet', 'deep_linear', 'grouped', 'repvgg'],
-)
-@pytest.mark.parametrize('channels_last', [False, True])
-def test_the_constructors_wrapper_trains_folded(backbone, channels_last):
-    """The same as online, with the optimizer that the constructor chooses."""
-    online = build(backbone)
-    if channels_last:
-        online.to(memory_format=torch.channels_last)
-    folded = copy.deepcopy(online)
-    wrappers = [
-        build_optim_wrapper(
-            model,
-            dict(
-                optimizer=dict(SGD),
-                constructor='OREPAOptimWrapperConstructor',
-                folded=is_folded,
-            ),
-        )
-        for model, is_folded in ((online, False), (folded, True))
-    ]
-    losses = [train(m, w) for m, w in zip((online, folded), wrappers)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-10)
-    assert_same_states(online, folded)
-    with wrappers[1].optim_context(folded):
-        held = [
-            conv.kernel()
-            for conv in folded.modules()
-            if isinstance(conv, ReparamConv2d) and conv.folds_online
-        ]
-        assert held and all(k.is_leaf and k.requires_grad for k in held)
-
-
 def test_resumes_from_the_other_mode():
     online = build(SLIM)
     mixed = copy.deepcopy(online)
@@ -178,43 +143,6 @@ def test_resumes_from_the_other_mode():
     second.load_state_dict(wrapper.state_dict())
     train(resumed, second)
     assert_same_states(online, resumed, 1e-8)
-
-
-def test_evaluation_between_steps_sees_new_weights():
-    model = build(SLIM)
-    wrapper = wrap(model, 'FoldedOptimWrapper')
-    train(model, wrapper)
-    model.eval()
-    image = batches(1)[0]['inputs']
-    with torch.no_grad():
-        before = model(image)
-        for param in model.parameters():
-            param.data.mul_(0.9)  # As an EMA hook swaps its averages in.
-        after = model(image)
-        expected = mmorepa.switch_to_deploy(copy.deepcopy(model))(image)
-    assert not torch.allclose(before, after)
-    torch.testing.assert_close(after, expected)
-
-
-def test_the_model_is_an_ordinary_one_outside_of_the_step():
-    model = build(SLIM)
-    names = [name for name, _ in model.named_parameters()]
-    train(model, wrap(model, 'FoldedOptimWrapper'))
-    assert [name for name, _ in model.named_parameters()] == names
-    loss = model(**batches(1)[0], mode='loss')['loss']
-    loss.backward()
-    assert all(param.grad is not None for param in model.parameters())
-
-
-def test_folds_once_per_forward_pass(monkeypatch):
-    model = build(SLIM)
-    wrapper = wrap(model, 'FoldedOptimWrapper', accumulative_counts=2)
-    conv, counted = model.backbone.layer1[0].conv1, []
-    kernel = conv.folded_kernel
-    monkeypatch.setattr(conv, 'folded_kernel', lambda: counted.append(0) or kernel())
-    for number, data in enumerate(batches(4)):
-        assert len(counted) == number
-        model.train_step(data, wrapper)
 
 
 def test_activations_saved_are_those_of_the_plain_network():
@@ -249,17 +177,6 @@ def test_activations_saved_are_those_of_the_plain_network():
     stem = sum(p.nbytes for p in orepa.backbone.stem.branches.parameters())
     added = saved_bytes(orepa, wrap(orepa, 'FoldedOptimWrapper')) - plain_bytes
     assert 0 < added < stem
-
-
-def test_bfloat16():
-    model = build(SLIM).float()
-    wrapper = wrap(model, 'FoldedBFloat16OptimWrapper')
-    data = batches(1)[0]
-    data['inputs'] = data['inputs'].float()
-    before = copy.deepcopy(model)
-    assert torch.isfinite(model.train_step(data, wrapper)['loss'])
-    conv, old = model.backbone.layer1[0].conv1, before.backbone.layer1[0].conv1
-    assert not torch.equal(conv.branches.scale, old.branches.scale)
 
 
 def test_conv_that_is_compiled():

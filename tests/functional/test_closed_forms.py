@@ -8,11 +8,7 @@ import torch
 from helpers import assert_near, gradcheck, trained_like
 from torch import nn
 
-from mmorepa.functional import (
-    BranchSum,
-    compiled,
-    fold_kernel,
-)
+from mmorepa.functional import BranchSum, compiled, fold_kernel
 from mmorepa.layers import OREPAConv2d, held
 from mmorepa.layers.orepa import OREPAKernel, OREPAPointwiseKernel
 

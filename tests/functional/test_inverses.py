@@ -4,10 +4,7 @@ import pytest
 import torch
 from helpers import assert_near
 
-from mmorepa.functional import (
-    compose_deep_linear,
-    solve_deep_linear,
-)
+from mmorepa.functional import compose_deep_linear, solve_deep_linear
 
 
 @pytest.mark.parametrize(

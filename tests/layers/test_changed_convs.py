@@ -58,15 +58,6 @@ def test_padding_mode_set_later(kind, mode):
         assert_near(out, plain(x))
 
 
-@pytest.mark.parametrize('kind', ALL)
-def test_geometry_set_later(kind):
-    model = with_ones(kind)
-    model[0].dilation = model[0].padding = (2, 2)
-    x = torch.arange(9.0).view(1, 1, 3, 3)
-    for out in forms(model, x):
-        assert_near(out[0, 0, 0], torch.tensor([16.0, 8.0, 16.0]))
-
-
 def make_dilated(model, rate):
     """As segmentation_models.pytorch does it."""
     for module in model.modules():

@@ -28,7 +28,6 @@ from mmorepa.layers import (
     backward_to_branches,
     held,
 )
-from mmorepa.layers.folding import is_fusible
 
 BN = dict(type='BN')
 RELU = dict(type='ReLU')
@@ -107,21 +106,6 @@ class TestFolded:
         (twin(x) + twin(2 * x)).square().sum().backward()
         assert_same_gradients(grads(orepa), grads(twin), 1e-11)
 
-    def test_writes_are_seen_after_it(self, conv):
-        """And not inside of it, as its description says."""
-        x = image()
-        with torch.no_grad():
-            with folded(conv):
-                before = conv(x)
-                for tensor in conv.parameters():
-                    tensor.data.mul_(1.5)
-                inside = conv(x)
-            after = conv(x)
-        if is_fusible(conv.norm) or not conv.folds_online:
-            assert_near(inside, before, 1e-15)
-        assert not torch.allclose(after, before)
-        assert_near(after, deployed_twin(conv)(x), 1e-12)
-
     @pytest.mark.parametrize('change', ['load', 'train', 'to'])
     def test_what_a_module_is_told_is_seen_inside(self, orepa, change):
         x = image()
@@ -150,21 +134,6 @@ class TestFolded:
             assert_near(functional_call(conv, others, (x,)), theirs, 1e-12)
             assert_near(conv(x), own, 1e-12)
 
-    def test_attributes_of_the_norm_are_seen_after_it(self, orepa):
-        x = image()
-        with torch.no_grad():
-            with folded(orepa):
-                before = orepa(x)
-            orepa.norm.eps = 0.5
-            with folded(orepa):
-                assert not torch.allclose(orepa(x), before)
-                assert_near(orepa(x), deployed_twin(orepa)(x), 1e-12)
-            orepa.norm.track_running_stats = False
-            orepa.norm.running_mean = orepa.norm.running_var = None
-            expected = orepa(x)
-            with folded(orepa):
-                assert_near(orepa(x), expected, 1e-12)
-
     def test_nested_and_exceptions(self, orepa):
         model, x = nn.Sequential(orepa), image()
         with torch.no_grad(), counted_folds(orepa) as folds:
@@ -188,13 +157,6 @@ class TestFolded:
             orepa(image())
         assert seen == [1]
 
-    def test_a_norm_that_learns_its_statistics(self, orepa):
-        orepa.norm.train()
-        before = orepa.norm.running_mean.clone()
-        with torch.no_grad(), folded(orepa):
-            orepa(image())
-        assert not torch.allclose(orepa.norm.running_mean, before)
-
     def test_copies_belong_to_no_block(self, conv):
         x = image()
         with torch.no_grad(), folded(conv):
@@ -211,16 +173,6 @@ class TestFolded:
             expected = model(x)
             switch_to_deploy(model)
             assert_near(model(x), expected, 1e-12)
-
-    def test_modes_may_change_inside(self, orepa):
-        x = image()
-        with torch.no_grad():
-            expected = orepa(x)
-        with folded(orepa):
-            for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
-                with mode():
-                    assert_near(orepa(x).detach(), expected, 1e-12)
-            orepa(x).sum().backward()
 
     def test_autocast(self):
         conv, x = trained_like(CONVS['orepa']()).eval(), image()
@@ -310,30 +262,6 @@ class TestHeld:
             del loss
         # Those of the last step are taken from the conv by the next one.
         assert [leaf() is None for leaf in leaves] == 4 * [True] + 2 * [False]
-
-    def test_hooks_on_branches(self, twins):
-        model, online = twins
-        x, seen = image(), []
-        for one in twins:
-            weight = one[0].branches.weight_origin
-            weight.register_hook(lambda grad: 3 * grad)
-            weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.shape))
-        with held(model):
-            loss = losses(model, x)
-        loss.backward()
-        losses(online, x).backward()
-        self.check(twins)
-        assert len(seen) == 2
-
-    def test_nested_and_submodules(self, twins):
-        model, online = twins
-        x = image()
-        with held(model) as outer, held(model[0]) as inner:
-            assert inner == outer[:1]
-            loss = losses(model, x)
-        loss.backward()
-        losses(online, x).backward()
-        self.check(twins)
 
     @pytest.mark.parametrize('use_reentrant', [False, True])
     def test_checkpointed(self, twins, use_reentrant):

@@ -1,18 +1,18 @@
 """What every weight of every block starts with, by its statistics."""
 
 import math
-import time
 
 import pytest
 import torch
 from helpers import assert_near, trained_like
 from torch import nn
 
-from mmorepa.backbones import OREPARepVGG, OREPAResNet
+from mmorepa.backbones import OREPAResNet
 from mmorepa.layers import (
     DBBConv2d,
     DeepLinearConv2d,
     OREPAConv2d,
+    OREPAPointwiseKernel,
     OREPARepVGGConv2d,
     PlainConv2d,
     RepVGGConv2d,
@@ -127,6 +127,21 @@ class TestOREPA:
         assert norms == [conv.norm]
         check_norm(conv.norm)
 
+    @pytest.mark.parametrize('groups', [1, 2])
+    @pytest.mark.parametrize('channels', [(16, 32), (32, 16), (32, 32)])
+    def test_pointwise(self, channels, groups):
+        inputs, outputs = channels
+        kernel = OREPAPointwiseKernel(outputs, inputs, groups)
+        identity, random = kernel.weight_first, kernel.weight_second
+        if outputs <= inputs:
+            identity, random = random, identity
+        for weight in (kernel.weight_origin, random):
+            assert_uniform(weight, kaiming(weight[0].numel(), 1.0))
+        x = torch.randn(1, min(channels), 2, 2)
+        assert torch.equal(nn.functional.conv2d(x, identity, groups=groups), x)
+        assert identity.requires_grad
+        assert_rows(kernel.scale, [1.0, 0.5])
+
     @pytest.mark.parametrize('groups', [1, 8])
     def test_dense_branch_of_repvgg(self, groups):
         conv = OREPARepVGGConv2d(64, 64, 3, padding=1, groups=groups)
@@ -187,39 +202,11 @@ class TestOptions:
         for scale in found.values():
             assert_rows(scale, [1.0] + [0.0] * (len(scale) - 1))
 
-    def test_scales_by_name(self):
-        cfg = dict(initial_scales=dict(frequency=0.125, pointwise_pointwise=0.0))
-        net = OREPAResNet(50, base_channels=8, block_cfg=cfg)
-        kinds = {6: {**SCALES_3X3, 'frequency': 0.125}, 2: dict(origin=1.0, other=0.0)}
-        for scale in scales_of(net).values():
-            assert_rows(scale, kinds[len(scale)].values())
-
     def test_scales_over_single_init(self):
-        conv = OREPAConv2d(
-            8,
-            8,
-            3,
-            bias=False,
-            single_init=True,
-            initial_scales=dict(average=0.5, origin=0.75),
-        )
+        scales = dict(average=0.5, origin=0.75)
+        options = dict(bias=False, single_init=True, initial_scales=scales)
+        conv = OREPAConv2d(8, 8, 3, **options)
         assert_rows(conv.branches.scale, [0.75, 0.5, 0, 0, 0, 0])
-
-    @pytest.mark.parametrize('block', ['repvgg', 'orepa'])
-    def test_repvgg(self, block):
-        cfg = dict(single_init=True, initial_scales=dict(identity=0.5))
-        net = OREPARepVGG('A0', block, base_channels=16, block_cfg=cfg)
-        values = dict(origin=1.0, pointwise=0.0, identity=0.5)
-        seen = set()
-        for block in net.modules():
-            if isinstance(block, RepVGGConv2d):
-                for name, branch in block.branches.items():
-                    check_norm(branch.norm, values[name])
-                    seen.add(name)
-        assert seen == set(values)
-        names = [name for name in SCALES_3X3 if name != 'pointwise']
-        for scale in scales_of(net).values():
-            assert_rows(scale, [SCALES_3X3[name] for name in names])
 
 
 class TestBranches:
@@ -265,12 +252,3 @@ def test_large_kernels(kind, size, groups):
         moved = max(p.grad.norm() for p in factor.parameters())
         assert 1e-4 < moved < 1e2
     assert conv.half().kernel().abs().max() < 1
-
-
-def test_what_has_no_start_is_said_at_once():
-    """A system that would take minutes is not solved first."""
-    conv, plain = OREPAConv2d(192, 192, 7), nn.Conv2d(192, 192, 7)
-    start = time.process_time()
-    with pytest.raises(ValueError, match='of 9408 weights .* 1728 can be chosen'):
-        conv.start_from(plain.weight)
-    assert time.process_time() - start < 3

@@ -6,7 +6,6 @@ from collections import namedtuple
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers import assert_near, deployed_twin, trained_like
 from mmengine.optim import build_optim_wrapper
 from mmpretrain.models.backbones import resnet
@@ -188,10 +187,8 @@ class TestDataParallel:
     """Its reducer remembers the order of memory: a later one gives wrong averages."""
 
     @pytest.fixture
-    def wrapped(self):
-        dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
-        yield nn.parallel.DistributedDataParallel(network('plain'))
-        dist.destroy_process_group()
+    def wrapped(self, one_process):
+        return nn.parallel.DistributedDataParallel(network('plain'))
 
     def test_refused(self, wrapped):
         with pytest.raises(RuntimeError, match='before the wrapper'):

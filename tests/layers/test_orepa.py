@@ -13,12 +13,7 @@ from helpers import (
     trained_like,
 )
 
-from mmorepa.layers import (
-    DeepLinearConv2d,
-    OREPAConv2d,
-    OREPAKernel,
-    OREPAPointwiseKernel,
-)
+from mmorepa.layers import DeepLinearConv2d, OREPAConv2d, OREPAKernel
 
 
 def run_branches(kernel, x, groups):
@@ -130,34 +125,19 @@ def test_kernel_equals_its_branches_on_the_feature_map(
     )
 
 
-def assert_kaiming_uniform(weight, a):
-    fan_in = weight[0].numel()
-    bound = math.sqrt(6 / ((1 + a * a) * fan_in))
-    assert weight.abs().max() <= bound
-    assert weight.abs().max() > 0.95 * bound
-    assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
-
-
-@pytest.mark.parametrize('groups', [1, 2])
-@pytest.mark.parametrize('channels', [(16, 32), (32, 16), (32, 32)])
-def test_initialisation_of_the_pointwise_kernel(channels, groups):
-    in_channels, out_channels = channels
-    kernel = OREPAPointwiseKernel(out_channels, in_channels, groups)
-    assert_kaiming_uniform(kernel.weight_origin, 1.0)
-    if out_channels > in_channels:
-        identity, random, width = kernel.weight_first, kernel.weight_second, in_channels
-    else:
-        identity, random, width = (
-            kernel.weight_second,
-            kernel.weight_first,
-            out_channels,
-        )
-    assert_kaiming_uniform(random, 1.0)
-    x = torch.randn(1, width, 2, 2)
-    assert torch.equal(F.conv2d(x, identity, groups=groups), x)
-    assert identity.requires_grad
-    rows = torch.tensor([1.0, 0.5])
-    assert torch.equal(kernel.scale, rows[:, None].expand(2, out_channels))
+@pytest.mark.parametrize(
+    ('k', 'options', 'words'),
+    [
+        *((k, dict(branches=['orign']), 'orign') for k in (1, 3, 7)),
+        *((k, dict(branches=[]), 'no branch') for k in (1, 3, 7)),
+        *((k, dict(initial_scales=dict(averge=1.0)), 'averge') for k in (1, 3, 7)),
+        (3, dict(branches='origin'), 'unknown branch'),
+        *((7, dict(groups=2, inner_mult=m), 'inner_mult') for m in (0, 0.2, -1)),
+    ],
+)
+def test_bad_input(k, options, words):
+    with pytest.raises(ValueError, match=words):
+        OREPAConv2d(4, 8, k, **options)
 
 
 @pytest.mark.usefixtures('float64')
@@ -209,19 +189,6 @@ def test_more_inner_channels_make_any_kernel(kind):
     conv = kind(3, 8, 7, inner_mult=4)
     conv.start_from(weight)
     assert_near(conv.kernel(), weight, 1e-10)
-
-
-@pytest.mark.parametrize('inner_mult', [0, 0.2, -1])
-def test_no_inner_channels(inner_mult):
-    message = f'inner_mult={inner_mult} leaves no inner channel in a group of 4 output'
-    with pytest.raises(ValueError, match=message):
-        OREPAConv2d(4, 8, 7, groups=2, inner_mult=inner_mult)
-
-
-def test_other_kernels_have_no_inner_channels():
-    states = [OREPAConv2d(4, 4, 3, inner_mult=m).state_dict() for m in (1, 3)]
-    shapes = [{k: v.shape for k, v in state.items()} for state in states]
-    assert shapes[0] == shapes[1]
 
 
 def test_deep_linear_conv_of_no_factor():
@@ -292,22 +259,3 @@ def test_initial_scales():
     # A scale for a branch that is left out makes no row.
     kernel = OREPAKernel(6, 4, 3, branches=['origin'], initial_scales=dict(average=9.0))
     assert torch.equal(kernel.scale, torch.full((1, 6), 0.25))
-
-
-@pytest.mark.parametrize('k', [1, 3, 7])
-def test_unknown_branch(k):
-    with pytest.raises(ValueError, match="unknown branch 'orign'; .* are origin,"):
-        OREPAConv2d(4, 4, k, branches=['orign'])
-    with pytest.raises(ValueError, match="unknown branch 'averge'; .* are origin,"):
-        OREPAConv2d(4, 4, k, initial_scales=dict(averge=1.0))
-
-
-@pytest.mark.parametrize('k', [1, 3, 7])
-def test_no_branch(k):
-    with pytest.raises(ValueError, match='no branch is left; choose at least one of'):
-        OREPAConv2d(4, 4, k, branches=[])
-
-
-def test_branches_given_as_one_name():
-    with pytest.raises(ValueError, match='unknown branch'):
-        OREPAConv2d(4, 4, 3, branches='origin')

@@ -1,6 +1,5 @@
 """Other things that people do to models with training forms."""
 
-import copy
 from functools import partial
 
 import pytest
@@ -15,7 +14,7 @@ from torch.ao import quantization
 from mmorepa import add_branches, switch_to_deploy
 from mmorepa.backbones import OREPAResNet
 from mmorepa.converters import read_checkpoint
-from mmorepa.layers import DBBConv2d, OREPAConv2d, RepVGGConv2d, log_plain_starts
+from mmorepa.layers import DBBConv2d, OREPAConv2d, RepVGGConv2d
 
 BN = dict(type='BN')
 KINDS = [OREPAConv2d, DBBConv2d, RepVGGConv2d]
@@ -56,47 +55,12 @@ def test_what_is_said_of_a_second_exchange():
     assert isinstance(add_branches(switch_to_deploy(model))[0], OREPAConv2d)
 
 
-def test_every_conv_that_stays_is_named(log):
-    model = nn.ModuleDict(
-        dict(
-            line=nn.Conv1d(3, 3, 3),
-            space=nn.Conv3d(3, 3, 3),
-            up=nn.ConvTranspose1d(3, 3, 3),
-            lazy=nn.LazyConv2d(3, 3),
-            out=nn.Conv2d(3, 3, 3),
-            small=nn.Conv2d(3, 3, 1),
-            good=nn.Conv2d(3, 3, 3, padding=1),
-        )
-    )
-    plain = copy.deepcopy(model)
-    add_branches(model, 'dbb', exclude='out')
-    assert '1 convs re-parameterised (dbb), 6 left as they are' in log[0]
-    for text in ('line: a Conv1d', 'space: a Conv3d', 'up: a ConvTranspose1d'):
-        assert text in log[0]
-    assert 'out: left out by include or exclude' in log[0]
-    assert 'small: a dbb network has no branches there' in log[0]
-    state = plain.state_dict()
-    model.load_state_dict({k: v for k, v in state.items() if 'lazy' not in k}, False)
-    log_plain_starts(model)
-    assert ': 1 re-parameterised convs start from the plain kernels' in log[1]
-
-
 def test_spectral_norm_of_a_module():
     cfg = dict(conv_cfg=dict(type='OREPAConv2d'), with_spectral_norm=True)
     with pytest.raises(KeyError, match=r'for spectral norm.*mmorepa\.switch_to_deploy'):
         ConvModule(3, 4, 3, **cfg)
     cfg['conv_cfg']['deploy'] = True
     ConvModule(3, 4, 3, **cfg)(torch.randn(1, 3, 5, 5))
-
-
-def test_compiled():
-    model = nn.Sequential(OREPAConv2d(3, 4, 3), DBBConv2d(4, 4, 3, padding=1))
-    compiled = torch.compile(model, backend='eager', fullgraph=True)
-    x = torch.randn(2, 3, 7, 7)
-    for _ in range(2):
-        assert_near(compiled.eval()(x), model(x))
-    model[1].dilation = model[1].padding = 2
-    assert_near(compiled(x), switch_to_deploy(copy.deepcopy(model))(x))
 
 
 def test_checkpoint_of_a_compiled_model(tmp_path):
@@ -123,32 +87,15 @@ def test_scripted(kind):
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
 @pytest.mark.filterwarnings('ignore::UserWarning')
-def test_quantization_aware_training():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
-    qconfig = quantization.get_default_qat_qconfig('fbgemm')
-    for form in (
-        add_branches(copy.deepcopy(model)),
-        nn.Sequential(DBBConv2d(3, 3, 1)),
-    ):
-        form.qconfig = qconfig
-        with pytest.raises(TypeError, match='is not quantized: call mmorepa.switch_to'):
-            quantization.prepare_qat(form.train())
-    model = switch_to_deploy(add_branches(model))
-    model = quantization.QuantWrapper(model).train()
-    model.qconfig = qconfig
-    quantization.prepare_qat(model, inplace=True)
-    before = model.module[0].weight.detach().clone()
-    x = torch.randn(4, 3, 9, 9)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-    assert not torch.equal(model.module[0].weight, before)
-    expected = model.eval()(x)
-    quantized = quantization.convert(model)
-    assert isinstance(quantized.module[0], torch.ao.nn.quantized.Conv2d)
-    assert_near(quantized(x), expected, 0.05)
+@pytest.mark.parametrize('kind', KINDS)
+def test_quantization_aware_training(kind):
+    """Of the deployed form alone."""
+    model = nn.Sequential(kind(3, 4, 3, padding=1), nn.ReLU()).train()
+    model.qconfig = quantization.get_default_qat_qconfig('fbgemm')
+    with pytest.raises(TypeError, match='not quantized'):
+        quantization.prepare_qat(model)
+    prepared = quantization.prepare_qat(switch_to_deploy(model))
+    assert isinstance(prepared[0], torch.ao.nn.qat.Conv2d)
 
 
 def test_training_of_the_deployed_form(log):

@@ -7,10 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_near, import_models, trained_like
 from mmcv.cnn import ConvModule, fuse_conv_bn
-from mmengine.model import (
-    MMFullyShardedDataParallel,
-    normal_init,
-)
+from mmengine.model import MMFullyShardedDataParallel, normal_init
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch import distributed, multiprocessing, nn
@@ -20,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from torch.nn.utils import parametrizations, prune, spectral_norm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mmorepa import switch_to_deploy
@@ -73,21 +70,6 @@ def test_writers_are_told_what_to_do(write):
         assert torch.equal(value, expected[name])
     with torch.no_grad():
         write(switch_to_deploy(conv))
-
-
-@pytest.mark.parametrize(
-    'wrap',
-    [
-        weight_norm,
-        spectral_norm,
-        parametrizations.weight_norm,
-        parametrizations.spectral_norm,
-    ],
-)
-def test_wrappers_of_a_parameter_do_not_find_one(wrap):
-    conv = training_form()
-    with pytest.raises((KeyError, ValueError), match='weight'):
-        wrap(conv)
 
 
 def pruned(branches):

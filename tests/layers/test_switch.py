@@ -1,6 +1,5 @@
 import copy
 
-import pytest
 import torch
 from helpers import assert_near, trained_like
 from mmengine.model import BaseModel
@@ -40,25 +39,6 @@ def test_switches_everything_inside():
     state = copy.deepcopy(model.state_dict())
     switch_to_deploy(model)
     assert all(torch.equal(v, state[n]) for n, v in model.state_dict().items())
-
-
-def test_model_wrapper():
-    model = nn.DataParallel(trained_like(Detector()).eval())
-    switch_to_deploy(model)
-    assert not is_switchable(model)
-
-
-def test_one_layer():
-    conv = trained_like(OREPAConv2d(4, 6, 3)).eval()
-    assert is_switchable(conv)
-    assert switch_to_deploy(conv).deployed
-    assert not is_switchable(conv)
-
-
-@pytest.mark.parametrize('module', [nn.Conv2d(3, 4, 3), nn.Sequential()])
-def test_nothing_to_switch(module):
-    assert not is_switchable(module)
-    assert switch_to_deploy(module) is module
 
 
 def test_partly_deployed():

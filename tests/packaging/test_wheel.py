@@ -41,17 +41,6 @@ def test_wheel_carries_what_mim_looks_for(wheel, names, source):
     assert not (source / 'mmorepa' / '.mim').exists()
 
 
-def test_second_build_forgets_what_is_gone(build, source, wheel, names, tmp_path):
-    config = 'configs/imagenet/resnet18_4xb64_in1k.py'
-    assert f'mmorepa/.mim/{config}' in names(wheel)
-    (source / config).rename(tmp_path / 'away.py')
-    try:
-        second = build('wheel', source, tmp_path / 'second')
-    finally:
-        (tmp_path / 'away.py').rename(source / config)
-    assert names(wheel) - names(second) == {f'mmorepa/.mim/{config}'}
-
-
 CODE = """
 import sys
 import mmorepa

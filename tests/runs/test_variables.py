@@ -65,12 +65,6 @@ train_cfg = dict(max_epochs=max_epochs)
     read_config(str(tmp_path / 'whole.py'))
 
 
-def test_computed_from(tmp_path):
-    lines = 'num_classes = 2\nmodel = dict(head=dict(num_classes=num_classes + 1))'
-    cfg = read_config(child(tmp_path / 'own.py', lines))
-    assert cfg.model.head.num_classes == 3
-
-
 def test_options_without_effect():
     words = '--cfg-options max_epochs=7 has no effect; write --cfg-options train_cfg'
     with pytest.raises(ValueError, match=words):
@@ -98,8 +92,3 @@ def test_the_best_is_kept():
     for name in list_configs('custom/*'):
         hook = read_config(name).default_hooks.checkpoint
         assert (hook.save_best, hook.max_keep_ckpts) == ('auto', 3)
-
-
-def test_none_of_our_configs():
-    for name in list_configs():
-        read_config(name)

@@ -4,18 +4,16 @@ import csv
 
 import mmcv
 import pytest
-import torch
 from helpers import import_models, trained_like
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from tool_runs import ROOT, run_here, tool
+from tool_runs import ROOT, run_here
 
 from mmorepa.converters import write_checkpoint
 
 pytest.importorskip('matplotlib')
 SIMILARITY = 'analysis_tools/branch_similarity.py'
 SHARES = 'analysis_tools/branch_shares.py'
-SCALING = 'analysis_tools/scaling_experiment.py'
 RESNET = ROOT / 'configs/digits/resnet18-slim-orepa_1xb64_digits.py'
 REPVGG = ROOT / 'configs/digits/repvgg-a0-slim-orepa_1xb64_digits.py'
 NETWORKS = {'orepa': RESNET, 'dbb': RESNET, 'repvgg': REPVGG, 'orepa_repvgg': REPVGG}
@@ -80,32 +78,3 @@ def test_shares(tmp_path, capsys, block):
     for name in ('a.png', 'a_kernels.png'):
         assert is_drawn(tmp_path / name)
     assert 'Means over the layers' in capsys.readouterr().out
-
-
-@pytest.mark.parametrize('name', [SIMILARITY, SHARES])
-def test_no_branches(tmp_path, name):
-    config, checkpoint = network(tmp_path, 'orepa')
-    options = ['--cfg-options', 'model.backbone.block=plain']
-    line = [config, checkpoint, '--out', tmp_path / 'a.png', *options]
-    with pytest.raises(SystemExit, match='^error: '):
-        run_here(name, *line)
-    assert not (tmp_path / 'a.png').exists()
-
-
-def test_scaling_experiment(tmp_path, capsys):
-    """Alike without scaling, whatever is learned; apart with it."""
-    pytest.importorskip('sklearn')
-    torch.set_num_threads(1)
-    line = ['--epochs', 3, '--seeds', 1, '--out', tmp_path / 'a.png']
-    run_here(SCALING, *line)
-    rows = rows_of(tmp_path / 'a.csv')
-    plain, scaled = (
-        [float(r['gradients']) for r in rows if r['arm'] == arm]
-        for arm in tool(SCALING).ARMS
-    )
-    assert plain == pytest.approx([1] * 4, abs=1e-4)
-    assert scaled[0] == pytest.approx(1, abs=1e-4) and scaled[-1] < 0.99
-    losses = [float(row['loss']) for row in rows]
-    assert losses[3] < losses[0] / 2 and losses[7] < losses[4] / 2
-    assert is_drawn(tmp_path / 'a.png')
-    assert 'without scaling' in capsys.readouterr().out

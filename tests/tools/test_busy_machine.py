@@ -1,10 +1,9 @@
 """How threads wait."""
 
-import re
 import sys
 
 import pytest
-from tool_runs import TOOLS, run_apart, run_here, tool
+from tool_runs import TOOLS, run_apart
 
 STOP_AT_TORCH = """
 import os, runpy, sys
@@ -30,39 +29,16 @@ NAMES = (
 )
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_policy_is_set_before_torch_is_loaded(name, monkeypatch):
+@pytest.mark.parametrize(
+    ('name', 'variables', 'expected'),
+    [
+        *((name, {}, '1000') for name in NAMES),
+        ('train.py', dict(GOMP_SPINCOUNT='7'), '7'),
+        ('train.py', dict(OMP_WAIT_POLICY='ACTIVE'), 'None'),
+    ],
+)
+def test_policy_is_set_before_torch_is_loaded(name, variables, expected, monkeypatch):
     for variable in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'):
         monkeypatch.delenv(variable, raising=False)
     line = sys.executable, '-c', STOP_AT_TORCH, TOOLS / name
-    assert run_apart(*line).stdout.split() == ['1000']
-    assert run_apart(*line, GOMP_SPINCOUNT='7').stdout.split() == ['7']
-    assert run_apart(*line, OMP_WAIT_POLICY='ACTIVE').stdout.split() == ['None']
-
-
-@pytest.mark.slow
-def test_tools_do_not_look_for_cuda():
-    """Where there is no GPU, importing this warns of it."""
-    code = (
-        'import runpy, sys\n'
-        'for path in sys.argv[1:]:\n'
-        '    sys.path[0] = path.rpartition("/")[0]\n'
-        '    runpy.run_path(path)\n'
-        'assert "torch" in sys.modules\n'
-        'print("torch.utils.cpp_extension" in sys.modules)'
-    )
-    run = run_apart(sys.executable, '-c', code, *(TOOLS / name for name in NAMES))
-    assert run.stdout.split() == ['False'], run.stderr
-
-
-@pytest.mark.slow
-def test_measures(monkeypatch, capsys):
-    name = 'benchmarks/busy_machine.py'
-    settings = dict(PASSIVE={'OMP_WAIT_POLICY': 'PASSIVE'})
-    changes = dict(SETTINGS=settings, BUSY=(0, 1), CORES=1, ROUNDS=1)
-    for key, value in changes.items():
-        monkeypatch.setattr(tool(name), key, value)
-    run_here(name)
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0].split() == ['1', 'threads', '0', 'busy', '1', 'busy']
-    assert re.fullmatch(r'PASSIVE( +\d+ \(\d+\)){2}', printed[1].rstrip())
+    assert run_apart(*line, **variables).stdout.split() == [expected]

@@ -3,22 +3,9 @@
 import json
 import sys
 
-import mmcv
-import numpy as np
 import pytest
 import torch
-from helpers import import_models, trained_like
-from mmengine.config import Config
-from tool_runs import (
-    EXPORT,
-    QUANTIZE,
-    ROOT,
-    SWITCH,
-    build_model,
-    run_here,
-    run_runner,
-    skip_timing,
-)
+from tool_runs import EXPORT, QUANTIZE, SWITCH, run_here, run_runner, skip_timing
 
 from mmorepa.converters import read_checkpoint, write_checkpoint
 
@@ -49,29 +36,8 @@ def expected(config, checkpoint, tmp_path_factory):
     ]
 
 
-def accuracy(path, digits):
-    """Of a file on the test images, in percent, without anything of OpenMMLab."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path))
-    right = []
-    for file in sorted(digits.glob('val/*/*.png'))[::3]:
-        image = mmcv.imresize(mmcv.imread(file), (32, 32), interpolation='bicubic')
-        image = ((image.astype(np.float32) - 77) / 95)[..., ::-1].transpose(2, 0, 1)
-        (logits,) = session.run(None, {'images': image[None]})
-        right.append(logits.argmax() == int(file.parent.name))
-    return 100 * sum(right) / len(right)
-
-
-def random_checkpoint(config, path):
-    model = trained_like(build_model(Config.fromfile(config)))
-    write_checkpoint(dict(state_dict=model.state_dict()), path)
-
-
 class TestExport:
-    def test_both_forms_of_a_checkpoint(
-        self, config, checkpoint, expected, digits, tmp_path, capsys
-    ):
+    def test_both_forms_of_a_checkpoint(self, config, checkpoint, tmp_path, capsys):
         deployed = tmp_path / 'deployed.pth'
         assert run_here(SWITCH, config, checkpoint, deployed)['core_share'] == 0.3
         assert 'had a core for 30%' in capsys.readouterr().out
@@ -91,7 +57,6 @@ class TestExport:
             assert found['outputs'] == ['logits']
             size = found['forms']['ONNX Runtime']['megabytes']
             assert size == pytest.approx(out.stat().st_size / 1e6)
-        assert accuracy(out, digits) == pytest.approx(expected, abs=0.9)
 
     def test_dynamo(self, config, checkpoint, tmp_path):
         pytest.importorskip('onnxscript')
@@ -114,22 +79,11 @@ class TestExport:
         with pytest.raises(SystemExit, match='pip install onnxruntime'):
             run_here(name, config, checkpoint, tmp_path / 'a.onnx')
 
-    def test_segmenter(self, tmp_path):
-        import_models('mmseg')
-        name = 'deeplabv3plus_r18-slim-orepa-d8_1xb8-2500_digits'
-        config = ROOT / f'configs/digits/{name}.py'
-        path, out = tmp_path / 'a.pth', tmp_path / 'a.onnx'
-        random_checkpoint(config, path)
-        run_here(EXPORT, config, path, out, '--shape', '64', '64')
-        assert out.is_file()
-
 
 class TestQuantize:
     FEW = ('--cfg-options', 'val_dataloader.dataset.indices=16')
 
-    def test_accuracy_and_layers(
-        self, config, checkpoint, expected, digits, tmp_path, capsys
-    ):
+    def test_accuracy_and_layers(self, config, checkpoint, expected, tmp_path, capsys):
         out, figures = tmp_path / 'a.onnx', tmp_path / 'a.json'
         flags = ['--images', '64', '--json', figures]
         found = run_here(QUANTIZE, config, checkpoint, out, *flags)
@@ -140,9 +94,6 @@ class TestQuantize:
         assert metrics['float32'] == pytest.approx(expected, abs=0.9)
         # A network of eight channels, four epochs old, has many close calls.
         assert metrics['INT8'] == pytest.approx(metrics['float32'], abs=8)
-        # Pixels that are normalised by another formula, in the last bit, are rounded to
-        # other steps: as far off as INT8 itself.
-        assert accuracy(out, digits) == pytest.approx(metrics['INT8'], abs=8)
         names = [layer['name'] for layer in found['layers']]
         assert names[0] == 'backbone.stem' and names[-1] == 'head.fc'
         for layer in found['layers']:
@@ -169,56 +120,3 @@ class TestQuantize:
         assert found['equalized_pairs'] == 8  # One in each block.
         text = capsys.readouterr().out
         assert 'one scale a kernel, calibrated with 16 images' in text
-
-    def test_torchao(self, config, checkpoint, tmp_path, capsys):
-        pytest.importorskip('torchao')
-        out = tmp_path / 'a.pt2'
-        flags = ['--backend', 'torchao', '--images', '16']
-        found = run_here(QUANTIZE, config, checkpoint, out, *flags, *self.FEW)
-        # Nothing was timed.
-        assert 'had a core' not in capsys.readouterr().out
-        metrics = {k: v['accuracy/top1'] for k, v in found['metrics'].items()}
-        assert metrics['INT8'] == pytest.approx(metrics['float32'], abs=13)
-        assert found['latency_ms'] == {} and found['layers'] == []
-        assert found['megabytes']['INT8'] == pytest.approx(out.stat().st_size / 1e6)
-        kinds = {tensor.dtype for tensor in torch.export.load(out).state_dict.values()}
-        assert torch.int8 in kinds
-        with pytest.raises(SystemExit):
-            run_here(QUANTIZE, config, checkpoint, out, *flags, '--per-tensor')
-
-    def test_two_stage_detector(self, digits, tmp_path, capsys):
-        import_models('mmdet')
-        name = 'faster-rcnn_r18-slim-orepa_fpn_1xb2-10e_digits'
-        config = ROOT / f'configs/digits/{name}.py'
-        path, out = tmp_path / 'a.pth', tmp_path / 'a.onnx'
-        random_checkpoint(config, path)
-        phases = ('train', 'val', 'test')
-        options = [f'{p}_dataloader.dataset.data_root={digits}/coco/' for p in phases]
-        annotations = f'{digits}/coco/annotations/instances_val2017.json'
-        options += [
-            'val_dataloader.dataset.indices=2',
-            f'val_evaluator.ann_file={annotations}',
-        ]
-        line = [QUANTIZE, config, path, out, '--images', '1', '--cfg-options', *options]
-        found = run_here(*line)
-        assert out.is_file() and 'coco/bbox_mAP' in found['metrics']['INT8']
-        assert 'calibrated with 1 image,' in capsys.readouterr().out
-
-    @pytest.mark.parametrize(
-        ('words', 'flags'),
-        [
-            ("'/none' is missing", ['train_dataloader.dataset.data_root=/none']),
-            ('no data to test', ['val_evaluator=None', 'test_evaluator=None']),
-        ],
-    )
-    def test_without_the_data(self, config, checkpoint, tmp_path, words, flags):
-        line = [config, checkpoint, tmp_path / 'a.onnx', '--cfg-options', *flags]
-        with pytest.raises(SystemExit, match=f'^error: .*{words}'):
-            run_here(QUANTIZE, *line)
-        assert not list(tmp_path.iterdir())
-
-    def test_images_of_another_size(self, config, checkpoint, tmp_path):
-        out = tmp_path / 'a.onnx'
-        with pytest.raises(SystemExit, match='64x64, found 32x32'):
-            run_here(QUANTIZE, config, checkpoint, out, '--shape', '64', '64')
-        assert not list(tmp_path.iterdir())

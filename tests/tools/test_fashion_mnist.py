@@ -1,5 +1,4 @@
 import gzip
-import re
 
 import numpy as np
 import pytest
@@ -73,30 +72,21 @@ def test_missing(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'damage, message',
+    'damage, words',
     [
-        (lambda packed, data: packed[:-9], 'not a whole IDX file'),
-        (lambda packed, data: b'<html>', 'not a whole IDX file'),
-        (lambda packed, data: gzip.compress(b''), 'not a whole IDX file'),
-        (lambda packed, data: gzip.compress(data[:-1]), 'not a whole IDX file'),
-        (lambda packed, data: gzip.compress(b'\1' + data[1:]), 'no IDX file of bytes'),
-        (
-            lambda packed, data: gzip.compress(idx(np.zeros((5, 32, 32)))),
-            r'\(5, 32, 32',
-        ),
-        (
-            lambda packed, data: gzip.compress(idx(np.zeros((4, 28, 28)))),
-            r'\(4, 28, 28',
-        ),
+        (lambda data: gzip.compress(data)[:-9], 'not a whole IDX file'),
+        (lambda data: b'<html>', 'not a whole IDX file'),
+        (lambda data: gzip.compress(data[:-1]), 'not a whole IDX file'),
+        (lambda data: gzip.compress(b'\1' + data[1:]), 'no IDX file of bytes'),
+        (lambda data: gzip.compress(idx(np.zeros((5, 32, 32)))), '(5, 32, 32'),
+        (lambda data: gzip.compress(idx(np.zeros((4, 28, 28)))), '(4, 28, 28'),
     ],
 )
-def test_damaged(folder, tmp_path, damage, message):
+def test_damaged(folder, tmp_path, damage, words):
     path = folder / 'train-images-idx3-ubyte.gz'
-    packed = path.read_bytes()
-    path.write_bytes(damage(packed, gzip.decompress(packed)))
+    path.write_bytes(damage(gzip.decompress(path.read_bytes())))
     out = tmp_path / 'out'
-    found = error_of(folder, '--out', out)
-    assert re.search(message, found), found
+    assert words in error_of(folder, '--out', out)
     assert not out.exists()
 
 

@@ -27,24 +27,9 @@ def test_both_forms(capsys):
     assert 'One image of 32x32' in text and f'{after["params"]:,}' in text
 
 
-def test_other_shape_and_a_plain_network():
-    config = DIGITS / 'repvgg-a0-slim_1xb64_digits.py'
-    deploy = ['--cfg-options', 'model.backbone.deploy=True']
-    (small,) = run_here(FLOPS, config, '--shape', '32', '64', *deploy).values()
-    (large,) = run_here(FLOPS, config, '--shape', '64', *deploy).values()
-    assert large['gflops'] == pytest.approx(2 * small['gflops'], rel=0.01)
-    assert large['params'] == small['params']
-
-
 def test_detector(capsys):
     import_models('mmdet')
     config = DIGITS / 'faster-rcnn_r18-slim-orepa_fpn_1xb2-10e_digits.py'
     figures = run_here(FLOPS, config, '--shape', '64')
     assert set(figures) == {'training form', 'deployed'}
     assert '84 boxes' in capsys.readouterr().out
-
-
-def test_three_sizes(capsys):
-    with pytest.raises(SystemExit):
-        run_here(FLOPS, DIGITS / 'none.py', '--shape', '1', '2', '3')
-    assert 'takes one or two numbers' in capsys.readouterr().err

@@ -4,7 +4,7 @@ import os
 import sys
 
 import pytest
-from tool_runs import ROOT, command, run_apart, tool
+from tool_runs import ROOT, run_apart, tool
 
 from mmorepa.__main__ import COMMANDS
 
@@ -25,18 +25,6 @@ def test_help(name, without_torch):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f'usage: python -m mmorepa {name}')
     assert f'example:\n  python -m mmorepa {name}' in done.stdout
-
-
-def test_help_of_a_tool(without_torch):
-    done = run_apart(*command('train.py', '--help'), PYTHONPATH=without_torch)
-    assert done.returncode == 0, done.stderr
-    assert f'{ROOT}/tools/train.py my_config.py' in done.stdout
-
-
-def test_misspelt_command(without_torch):
-    done = run_apart(sys.executable, '-m', 'mmorepa', 'trian', PYTHONPATH=without_torch)
-    assert done.returncode == 1
-    assert done.stderr.startswith('error: ') and "'train'" in done.stderr
 
 
 @pytest.mark.parametrize('words', [['224'], ['224', '224']])

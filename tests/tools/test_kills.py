@@ -26,15 +26,14 @@ EPOCHS, ITERATIONS = 4, 3
 
 
 @pytest.fixture(scope='module')
-def tiny_config(digits, tmp_path_factory):
+def tiny_config(config, tmp_path_factory):
     """With every source of randomness that a classifier has."""
-    base = ROOT / 'configs/digits/resnet18-slim-orepa_1xb64_digits.py'
     path = tmp_path_factory.mktemp('config') / 'tiny.py'
     path.write_text(f"""
-_base_ = {str(base)!r}
+_base_ = {str(config)!r}
 
 model = dict(
-    backbone=dict(depth=18, base_channels=4),
+    backbone=dict(base_channels=4),
     head=dict(in_channels=32, topk=(1,)),
     train_cfg=dict(augments=[dict(type='Mixup', alpha=0.8)]),
 )
@@ -46,25 +45,12 @@ pipeline = [
     dict(type='ColorJitter', brightness=0.4, contrast=0.4),
     dict(type='PackInputs'),
 ]
-loader = dict(num_workers=0, persistent_workers=False)
 train_dataloader = dict(
-    batch_size=8,
-    dataset=dict(
-        data_root={str(digits)!r}, indices=list(range(0, 1440, 60)), pipeline=pipeline
-    ),
-    **loader,
+    batch_size=8, dataset=dict(indices=list(range(0, 1440, 60)), pipeline=pipeline)
 )
-val_dataloader = dict(
-    batch_size=8,
-    dataset=dict(data_root={str(digits)!r}, indices=list(range(0, 350, 40))),
-    **loader,
-)
-test_dataloader = val_dataloader
+val_dataloader = dict(batch_size=8, dataset=dict(indices=list(range(0, 350, 40))))
 train_cfg = dict(max_epochs={EPOCHS})
-default_hooks = dict(
-    logger=dict(interval=1),
-    checkpoint=dict(max_keep_ckpts=1, save_best='accuracy/top1'),
-)
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=1, save_best='accuracy/top1'))
 """)
     return path
 

@@ -1,7 +1,6 @@
 """Mistakes of newcomers: one line says what was wrong and what to do."""
 
 import shutil
-from urllib.error import URLError
 
 import pytest
 import torch
@@ -30,12 +29,6 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_syntax_of_a_base(folder):
-    (folder / 'base.py').write_text('x = 1\nmodel = dict(\n')
-    (folder / 'child.py').write_text("_base_ = 'base.py'\n")
-    assert "base.py', line 2: '(' was never closed" in answer(FLOPS, 'child.py')
-
-
 @pytest.mark.parametrize(
     ('model', 'words'),
     [
@@ -52,25 +45,6 @@ def test_misspelt_type(model, words, folder):
         f'model = dict(backbone=dict({model}))\n'
     )
     assert words in answer(FLOPS, 'mine.py', '--shape', '32')
-
-
-@pytest.mark.slow
-def test_no_connection(config, folder, monkeypatch):
-    """What was wanted, where it belongs, and the setting that names it."""
-
-    def refuse(*args, **kwargs):
-        raise URLError('no network')
-
-    monkeypatch.setattr('torch.hub.urlopen', refuse)
-    monkeypatch.setenv('TORCH_HOME', str(folder))
-    options = [
-        'model.backbone.init_cfg.type=Pretrained',
-        'model.backbone.init_cfg.checkpoint=torchvision://resnet18',
-    ]
-    text = answer('train.py', config, '--work-dir', folder / 'w', options=options)
-    assert 'https://download.pytorch.org/models/resnet18' in text
-    assert f'put it at {str(folder / "hub")!r}'[:-1] in text
-    assert 'init_cfg=dict(checkpoint=...)' in text
 
 
 @pytest.mark.slow

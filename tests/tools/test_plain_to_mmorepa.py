@@ -1,12 +1,9 @@
-import os
-
 import pytest
 import torch
-import torchvision
-from helpers import assert_near, import_models, trained_like
+from helpers import assert_near, classifier_cfg, import_models, trained_like
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from tool_runs import build_model, command, run_apart, run_here
+from tool_runs import build_model, run_here
 
 TOOL = 'model_converters/plain_to_mmorepa.py'
 SHAPE = ('--shape', 64, 48)
@@ -51,18 +48,8 @@ def torchvision_names(plain):
 
 def classifier(backbone, features, classes=7):
     """One of mmpretrain alone."""
-    return trained_like(
-        MODELS.build(
-            dict(
-                type='mmpretrain.ImageClassifier',
-                backbone=backbone,
-                neck=dict(type='GlobalAveragePooling'),
-                head=dict(
-                    type='LinearClsHead', num_classes=classes, in_channels=features
-                ),
-            )
-        )
-    ).eval()
+    cfg = classifier_cfg(backbone, features, classes)
+    return trained_like(MODELS.build(cfg)).eval()
 
 
 def resnet18(classes=7, **options):
@@ -97,15 +84,6 @@ def check(plain, config, out):
     model = started(config, out)
     assert_near(model(x), plain(x), 1e-4)
     assert_near(started(config, out, deploy=True)(x), plain(x), 1e-4)
-
-
-@pytest.mark.parametrize('block', ['plain', 'dbb', 'orepa'])
-def test_blocks(files, block, capsys):
-    plain = resnet18()
-    paths = files(torchvision_names(plain), f"{RESNET18}, block='{block}'")
-    run_here(TOOL, *paths, *SHAPE)
-    check(plain, *paths[1:])
-    assert '20 convs start from plain kernels.' in capsys.readouterr().out
 
 
 def test_other_names_of_the_same_network(files):
@@ -190,68 +168,35 @@ def test_deployed(files, capsys):
     assert 'BatchNorm folded in' in capsys.readouterr().out
 
 
-def edited(edit):
+def without(*names, **more):
     state = torchvision_names(resnet18())
-    edit(state)
-    return state
+    return {**{key: v for key, v in state.items() if key not in names}, **more}
 
 
-def folded():
-    conv = dict(weight=torch.zeros(24, 3, 7, 7), bias=torch.zeros(24))
-    state = {f'stem.{name}': value for name, value in conv.items()}
+def deployed():
+    state = {'stem.weight': torch.zeros(24, 3, 7, 7), 'stem.bias': torch.zeros(24)}
     return {**state, 'fc.weight': torch.zeros(7, 192), 'fc.bias': torch.zeros(7)}
 
 
+DILATED = f'{RESNET18}, dilations=(1, 1, 2, 4), contract_dilation=True'
+# A source, a backbone, and what is said.
 BAD = {
-    'depth': (
-        lambda: torchvision.models.resnet34(num_classes=7).state_dict(),
-        'left over: layer1.2.conv1, ',
-    ),
-    'missing conv': (
-        lambda: edited(lambda state: state.pop('layer3.1.conv2.weight')),
-        'missing: layer3.1.conv2',
-    ),
-    'missing bias of the head': (
-        lambda: edited(lambda state: state.pop('fc.bias')),
-        'no classifier (head.fc.bias',
-    ),
+    'conv': (lambda: without('layer3.1.conv2.weight'), RESNET18, 'layer3.1.conv2'),
+    'head': (lambda: without('fc.bias'), RESNET18, 'no classifier'),
     'classes': (
-        lambda: torchvision_names(resnet18(classes=1000)),
-        'set model.head.num_classes=1000',
+        lambda: torchvision_names(resnet18(classes=9)),
+        RESNET18,
+        'num_classes=9',
     ),
-    'deployed': (folded, 'is deployed already'),
+    'deployed': (deployed, RESNET18, 'deployed already'),
     'training form': (
-        lambda: edited(
-            lambda s: s.update({'stem.branches.weight': torch.zeros(24, 3, 7, 7)})
-        ),
-        'is a training form already',
+        lambda: without(**{'stem.branches.weight': torch.zeros(24, 3, 7, 7)}),
+        RESNET18,
+        'training form already',
     ),
+    'stock': (without, "type='ResNet', depth=18", 'OREPAResNet'),
+    'no twin': (without, DILATED, 'contract_dilation'),
 }
-
-
-@pytest.mark.parametrize('name', BAD)
-def test_bad_source(files, name):
-    make, message = BAD[name]
-    source, config, out = files(make())
-    assert message in fails(source, config, out)
-    assert not out.parent.exists()
-
-
-@pytest.mark.parametrize(
-    ('backbone', 'message'),
-    [
-        ("type='ResNet', depth=18", 'needs an OREPAResNet'),
-        (
-            f'{RESNET18}, dilations=(1, 1, 2, 4), contract_dilation=True',
-            'contract_dilation',
-        ),
-        (f"{RESNET18}, block='odd'", "unknown block 'odd'"),
-    ],
-)
-def test_bad_config(files, backbone, message):
-    source, config, out = files(torchvision_names(resnet18()), backbone)
-    assert message in fails(source, config, out)
-    assert not out.parent.exists()
 
 
 def test_caffe_by_name(files):
@@ -260,11 +205,12 @@ def test_caffe_by_name(files):
     assert not paths[2].parent.exists()
 
 
-def test_source_is_kept(files):
-    source, config, _ = files(torchvision_names(resnet18()))
-    before = source.read_bytes()
-    assert 'would take the place of' in fails(source, config, source)
-    assert source.read_bytes() == before
+@pytest.mark.parametrize('name', BAD)
+def test_bad_input(files, name):
+    make, backbone, words = BAD[name]
+    source, config, out = files(make(), backbone)
+    assert words in fails(source, config, out)
+    assert not out.parent.exists()
 
 
 def test_outputs_that_differ(files, monkeypatch):
@@ -277,12 +223,3 @@ def test_outputs_that_differ(files, monkeypatch):
     message = fails(source, config, out)
     assert 'the outputs differ by ' in message and 'nothing was written' in message
     assert not out.parent.exists()
-
-
-@pytest.mark.slow
-def test_command_line(files):
-    paths = files(torchvision_names(resnet18()))
-    done = run_apart(*command(TOOL, *paths, *SHAPE))
-    assert done.returncode == 0
-    assert f'Wrote {paths[2]}.' in done.stdout
-    assert os.listdir(paths[2].parent) == [paths[2].name]

@@ -1,7 +1,6 @@
 import math
 import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -103,50 +102,6 @@ class TestJobs:
         assert [*second.rows.name] == ['b', 'a']
 
 
-def test_merge(tmp_path, capsys):
-    def file(name, *rows):
-        results = studies.Results(tmp_path / name / 'results.csv', KEY, VALUES)
-        results.add(*(dict(zip((*KEY, *VALUES), row)) for row in rows))
-        return results
-
-    ours = file('a', ('x', '0', '1'))
-    other = file('b', ('x', '0', '2'), ('y', '0', '3'), ('y', '0', '3'))
-    before = ours.path.read_text()
-    with pytest.raises(FileNotFoundError, match="no results at 'gone.csv'"):
-        ours.merge(other.path, Path('gone.csv'))
-    assert ours.path.read_text() == before
-    ours.merge(other.path)
-    assert [*ours.rows.itertuples(index=False, name=None)] == [
-        ('x', '0', '1'),
-        ('y', '0', '3'),
-    ]
-    printed = capsys.readouterr().out
-    assert '1 rows are new' in printed and '1 others have other values' in printed
-
-
-def test_files_of_no_study(tmp_path):
-    path = tmp_path / 'results.csv'
-    for text, words in (
-        ('', 'cannot be read'),
-        ('name,seed,other\na,0,1\n', 'not those of this study'),
-        ('name,seed,value\na,0,1\nb,0,1,2\n', 'cannot be read'),
-        ('name,seed,value\na,0,1\nb,0,1', 'is not whole'),
-    ):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=words):
-            studies.Results(path, KEY, VALUES)
-    path.write_text('name,seed,value\n', encoding='utf-16')
-    with pytest.raises(ValueError, match='cannot be read'):
-        studies.Results(path, KEY, VALUES)
-
-
-def test_tables():
-    rows = [{'': 'a', 'x': '1'}, {'': 'b', 'x': '2'}]
-    table = '|  | x |\n| --- | --: |\n| a | 1 |\n| b | 2 |'
-    assert studies.markdown_table(rows) == table
-    assert studies.markdown_table([]) == ''
-
-
 class TestTrain:
     @pytest.fixture(autouse=True)
     def _mmpretrain(self):
@@ -163,16 +118,6 @@ class TestTrain:
         message = str(failed.value)
         assert message.startswith(f'a training of {config.name} failed')
         assert 'error: the data folder' in message and '\n' not in message
-
-    def test_options_of_a_recipe(self):
-        """The recipe's schedule with another length, and nothing else of it."""
-        config = ROOT / 'configs/digits/resnet18-slim_1xb64_digits.py'
-        cfg = trainings.merged(config, trainings.epochs_options(3))
-        assert cfg.train_cfg.max_epochs == cfg.train_cfg.val_interval == 3
-        warm_up, cosine = cfg.param_scheduler
-        before = trainings.merged(config, {}).param_scheduler
-        assert warm_up == before[0]
-        assert cosine == dict(before[1], T_max=3, end=3)
 
 
 @pytest.mark.parametrize(

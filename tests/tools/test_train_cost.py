@@ -1,88 +1,11 @@
-"""The benchmark of training costs: it runs, and what it counts is right."""
-
-import json
+"""The floor of the benchmark of training costs."""
 
 import pytest
 import torch
 from helpers import assert_near, trained_like
-from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
-from PIL import Image
-from tool_runs import command, run_apart, tool
+from tool_runs import tool
 
-from mmorepa.analysis.timing import CALM
 from mmorepa.layers import OREPAKernel, OREPAPointwiseKernel
-
-CONFIG = 'configs/digits/resnet18-slim-orepa_1xb64_digits.py'
-NAME = 'benchmarks/train_cost.py'
-
-
-@pytest.fixture(scope='module')
-def result(tmp_path_factory):
-    out = tmp_path_factory.mktemp('train_cost')
-    options = ('--rounds', 2, '--batch-size', 2, '--size', 32, '--threads', 1)
-    run = run_apart(*command(NAME, CONFIG, *options, '--out', out))
-    assert run.returncode == 0, run.stderr
-    document = json.loads((out / 'train_cost.json').read_text())
-    assert 'PyTorch' in document['machine']
-    return run.stdout, document['results'][0], out
-
-
-@pytest.mark.slow
-def test_bytes(result):
-    _, figures, _ = result
-    cfg = Config.fromfile(CONFIG)
-    init_default_scope('mmpretrain')
-    cfg.model.backbone.block = 'plain'
-    plain = MODELS.build(cfg.model)
-    own = sum(p.nbytes for p in plain.parameters())
-    kernels = sum(p.nbytes for p in plain.parameters() if p.dim() == 4)
-    steps = figures['steps']
-    assert steps['plain']['parameter_bytes'] == own
-    assert steps['plain']['gradient_bytes'] == own
-    assert steps['plain']['optimizer_bytes'] == own  # momentum
-    for name in ('stock', 'plain', 'OREPA, folded'):
-        assert steps[name]['all_reduced_bytes'] == own
-        assert steps[name]['saved_bytes'] == steps['plain']['saved_bytes']
-    for name in ('OREPA, online', 'OREPA, naive'):
-        assert steps[name]['all_reduced_bytes'] == steps[name]['parameter_bytes']
-    # One copy of the folded kernels.
-    online = steps['OREPA, online']['saved_bytes']
-    assert 0 < online - steps['plain']['saved_bytes'] <= kernels * 1.02
-    assert steps['OREPA, naive']['saved_bytes'] > online
-
-
-@pytest.mark.slow
-def test_report(result):
-    text, figures, out = result
-    for words in ('x stock', 'saved for backward', 'x floor'):
-        assert words in text
-    for name, step in figures['steps'].items():
-        median, low, high = step['ratio']
-        assert 0 < low <= median <= high and name in text
-    assert {*figures['fold']} == {'floor', 'naive', 'online', 'folded'}
-    assert 'OREPA, deployed' in figures['inference']
-    Image.open(out / 'train_cost.png').verify()
-    assert 0 < figures['core_share'] <= 1
-    assert ('had a core for' in text) == (figures['core_share'] < CALM)
-
-
-def test_arguments(capsys):
-    parse = tool(NAME).parse_args
-    assert [size for _, size in parse([]).runs] == [16, 8]
-    assert parse(['a.py', 'b.py', '--batch-size', '4']).runs == [
-        ('a.py', 4),
-        ('b.py', 4),
-    ]
-    with pytest.raises(SystemExit):
-        parse(['a.py', '--batch-size', '4', '8'])
-    assert 'one for each of the 1 configs' in capsys.readouterr().err
-
-
-def test_other_configs():
-    options = [CONFIG.replace('-orepa', ''), '--rounds', '1']
-    with pytest.raises(SystemExit, match="block='orepa'"):
-        tool(NAME).main(options)
 
 
 @pytest.mark.parametrize(

@@ -78,17 +78,6 @@ def test_draws(tmp_path, capsys):
     assert 'accuracy/top1' in capsys.readouterr().out
 
 
-def test_zooms_to_the_end(tmp_path):
-    module = tool(TOOL)
-    run = module.read_run(train_like(tmp_path / 'a'))
-    axes = module.plt.figure().subplots()
-    module.draw_metric(axes, [run], 'accuracy/top1')
-    low, high = axes.get_ylim()
-    module.plt.close('all')
-    # All of the second half is there, and the first epoch, at 9 %, is not.
-    assert 80 < low < 99 - 90 / 4**4 and 99 - 90 / 6**4 < high < 100
-
-
 @pytest.mark.parametrize(
     ('change', 'error'),
     [

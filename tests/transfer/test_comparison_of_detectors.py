@@ -41,23 +41,3 @@ def test_equal_after_the_switch():
     # Five levels of features and of each of the RPN's outputs, classes and boxes.
     assert len(before) == 3 * 5 + 2
     assert before[-2].shape == (2 * (64 + 16 + 4), 11)
-
-
-def test_cascade():
-    """A second stage that asks for the size of the images."""
-    cfg = shrink(load('digits/faster-rcnn_r18-slim-orepa_fpn_1xb2-10e_digits.py'))
-    head = cfg.model.roi_head
-    head.update(
-        type='CascadeRoIHead',
-        num_stages=2,
-        stage_loss_weights=[1, 0.5],
-        bbox_head=[dict(head.bbox_head, reg_class_agnostic=True) for _ in range(2)],
-    )
-    cfg.model.train_cfg.rcnn = [cfg.model.train_cfg.rcnn] * 2
-    model = build(cfg).eval()
-    outputs = network_outputs(model, torch.rand(1, 3, 64, 64))
-    deployed = network_outputs(
-        switch_to_deploy(copy.deepcopy(model)), torch.rand(1, 3, 64, 64)
-    )
-    assert [o.shape for o in outputs] == [o.shape for o in deployed]
-    assert len(outputs) > 15

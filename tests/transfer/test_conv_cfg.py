@@ -2,9 +2,8 @@
 
 import copy
 
-import pytest
 import torch
-from helpers import assert_near, counted_folds, import_models, trained_like
+from helpers import assert_near, counted_folds, import_models
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from scenes import batch
@@ -15,8 +14,6 @@ from mmorepa.analysis import raw_outputs
 from mmorepa.layers import OREPAConv2d, ReparamConv2d
 
 OREPA = dict(type='OREPAConv2d')
-CONVS = ['DBBConv2d', 'RepVGGConv2d', 'OREPARepVGGConv2d', 'DeepLinearConv2d']
-CONVS += ['OREPAConv2d', 'PlainConv2d']
 SGD = dict(optimizer=dict(type='SGD', lr=1e-4, momentum=0.9))
 
 
@@ -117,21 +114,3 @@ def test_a_shared_head_folds_once():
             raw_outputs(model, data)
             raw_outputs(model, data)
         assert (len(used), len(folds)) == (10, 1)
-
-
-@pytest.mark.parametrize('name', CONVS)
-def test_every_baseline_is_one_word(name):
-    """A stock network of 1x1, 3x3 and 7x7 convs, from the weights of its plain form."""
-    import_models('mmdet')
-    init_default_scope('mmdet')
-    # As wide as the 7x7 conv of a chain has to be.
-    cfg = dict(type='ResNet', depth=18, base_channels=8, stem_channels=24)
-    plain = trained_like(MODELS.build(cfg))
-    model = MODELS.build(dict(cfg, conv_cfg=dict(type=name)))
-    model.load_state_dict(plain.state_dict())
-    plain.eval(), model.eval()  # It returns nothing.
-    x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        expected = plain(x)
-        assert_near(model(x)[-1], expected[-1], 1e-4)
-        assert_near(switch_to_deploy(model)(x)[-1], expected[-1], 1e-4)

@@ -75,13 +75,3 @@ def test_goes_on_in_the_middle_of_an_epoch(short_config, tmp_path):
     options = ['visualizer.name=b', 'train_dataloader.num_workers=2']
     run_runner(*line, '--resume', options=options)
     assert losses(tmp_path) == expected[2:]
-
-
-def test_missing_weights_in_one_line(short_config, tmp_path):
-    import_models('mmdet')
-    config = short_config(
-        TOOLBOXES['mmdet'][0],
-        "model['backbone'] = dict(init_cfg=dict(checkpoint='no/such.pth'))",
-    )
-    with pytest.raises(SystemExit, match='error: no pretrained .*no/such.pth'):
-        run_runner('train.py', config, '--work-dir', tmp_path)

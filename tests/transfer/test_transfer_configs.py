@@ -1,14 +1,12 @@
 import re
 from pathlib import Path
 
-import mmengine
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 from scenes import CONFIGS, NAMES, batch, build, load, number_of_classes, shrink
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmorepa import is_switchable, switch_to_deploy
 from mmorepa.utils.errors import CheckpointError
@@ -94,65 +92,6 @@ def test_names_tell_the_truth(name):
     assert ours.bgr_to_rgb == theirs.to_rgb
 
 
-def settings(cfg):
-    """(learning rate, weight decay) by name, as the optimizer has them."""
-    model = build(cfg)
-    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
-    names = {id(param): name for name, param in model.named_parameters()}
-    values = {
-        names.pop(id(param)): (group['lr'], group['weight_decay'])
-        for group in wrapper.optimizer.param_groups
-        for param in group['params']
-    }
-    assert not names, 'left out, or frozen'
-    return model, values
-
-
-def test_learning_rate_of_the_stem():
-    """The only one that differs, its BN's included."""
-    cfg = shrink(load(OREPA_RESNET))
-    multiplier = cfg.optim_wrapper.paramwise_cfg.stem_lr_mult
-    model, values = settings(cfg)
-    optimizer = cfg.optim_wrapper.optimizer
-    lr, decay = optimizer.lr, optimizer.weight_decay
-    stem = {k for k in values if k.startswith('backbone.stem.')}
-    assert {'backbone.stem.norm.bias', 'backbone.stem.branches.factors.0.scale'} < stem
-    for key, value in values.items():
-        assert value == (lr * multiplier if key in stem else lr, decay)
-
-
-@pytest.mark.parametrize('name', NAMES)
-def test_multiplier_is_for_chains(name):
-    """Only the stem of a ResNet with OREPA is one."""
-    cfg = Config.fromfile(CONFIGS / name)
-    multiplier = cfg.optim_wrapper.get('paramwise_cfg', {}).get('stem_lr_mult', 1)
-    backbone = cfg.model.backbone
-    is_chain = 'orepa' in (backbone.block, backbone.get('stem_block'))
-    assert (multiplier != 1) == (is_chain and backbone.type == 'OREPAResNet')
-
-
-def test_rules_hold_for_the_stem_too():
-    """As in the paper's recipe for ImageNet, together with the stem's multiplier."""
-    cfg = shrink(load(OREPA_RESNET))
-    cfg.optim_wrapper.paramwise_cfg.update(
-        norm_decay_mult=0.0,
-        bias_decay_mult=0.0,
-        bias_lr_mult=2.0,
-        norm_bias_lr_mult=2.0,
-    )
-    multiplier = cfg.optim_wrapper.paramwise_cfg.stem_lr_mult
-    model, values = settings(cfg)
-    optimizer = cfg.optim_wrapper.optimizer
-    norms = {n for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
-    for key, value in values.items():
-        owner, _, kind = key.rpartition('.')
-        lr = optimizer.lr * (2 if kind == 'bias' else 1)
-        if key.startswith('backbone.stem.'):
-            lr *= multiplier
-        decays = kind != 'bias' and owner not in norms
-        assert value == pytest.approx((lr, decays * optimizer.weight_decay)), key
-
-
 def test_missing_weights_say_how_to_get_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = load(OREPA_RESNET)
@@ -163,83 +102,3 @@ def test_missing_weights_say_how_to_get_them(tmp_path, monkeypatch):
     text = str(caught.value)
     assert cfg.model.backbone.init_cfg.checkpoint in text
     assert '-from-plain' in text and 'python -m mmorepa convert' in text
-
-
-TWINS = {
-    'coco/faster-rcnn_r50_fpn_1x_coco.py': 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
-    'coco/retinanet_r50_fpn_1x_coco.py': 'retinanet/retinanet_r50_fpn_1x_coco.py',
-    **{
-        f'cityscapes/{name}': f'{name.partition("_")[0]}/{name}'
-        for head in ('pspnet', 'deeplabv3plus')
-        for name in [f'{head}_r50-d8_4xb2-40k_cityscapes-512x1024.py']
-    },
-}
-
-
-def stock(scope, name):
-    """The toolbox's own config, where it is installed with its configs."""
-    path = Path(mmengine.utils.get_installed_path(scope), '.mim', 'configs', name)
-    if not path.is_file():
-        pytest.skip(f'{scope} was installed without its configs')
-    return Config.fromfile(path)
-
-
-def stated(node):
-    """Plain dicts, without what is None as if it were not there."""
-    if isinstance(node, dict):
-        ignored = ('backend_args', 'data_preprocessor')
-        items = ((k, stated(v)) for k, v in node.items() if k not in ignored)
-        return {k: v for k, v in items if v is not None}
-    return [stated(v) for v in node] if isinstance(node, (list, tuple)) else node
-
-
-def described(model):
-    """What a head was built from and how it is set up, losses included."""
-    plain = (bool, int, float, str, tuple, list, type(None))
-    return {
-        name: (
-            type(module).__name__,
-            {
-                key: value
-                for key, value in vars(module).items()
-                if isinstance(value, plain) and not key.endswith('init_cfg')
-            },
-        )
-        for name, module in model.named_modules()
-        if not name.startswith('backbone')
-    }
-
-
-@pytest.mark.parametrize('name', TWINS)
-def test_plain_twins_are_the_stock_configs(name):
-    """But for the backbone, and for what is frozen."""
-    cfg = load(name)
-    theirs = stock(cfg.default_scope, TWINS[name])
-    for key in (
-        *('train_dataloader', 'val_dataloader', 'val_evaluator', 'train_cfg'),
-        'param_scheduler',
-    ):
-        assert stated(cfg[key]) == stated(theirs[key])
-    assert cfg.optim_wrapper.optimizer == theirs.optim_wrapper.optimizer
-    backbones = []
-    for config in (cfg, theirs):
-        config.model.pop('pretrained', None)
-        backbones.append(config.model.backbone)
-        config.model.backbone = dict(type='OREPAResNet', depth=18, base_channels=4)
-    for key in ('norm_eval', 'strides', 'dilations', 'contract_dilation'):
-        ours, others = (backbone.get(key) or None for backbone in backbones)
-        assert ours == others, key
-    with torch.device('meta'):
-        models = [MODELS.build(config.model) for config in (cfg, theirs)]
-    assert described(models[0]) == described(models[1])
-    for key in ('train_cfg', 'test_cfg'):
-        assert_refines(*(config.model.get(key) for config in (cfg, theirs)))
-
-
-def assert_refines(ours, theirs):
-    """``ours`` contradicts nothing."""
-    for key, value in ours.items():
-        if isinstance(value, dict):
-            assert_refines(value, theirs[key])
-        else:
-            assert value == theirs[key], key

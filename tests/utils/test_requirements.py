@@ -6,29 +6,27 @@ import pytest
 from mmorepa.utils import requirements
 from mmorepa.utils.requirements import check_requirements
 
-ADVICE = {
-    'mmengine': 'pip install mmengine==0.10.7` (OpenMMLab) or `pip install onedl-',
-    'mmcv': 'pip install mmcv==2.1.0` (OpenMMLab) or `pip install onedl-mmcv==',
-    'torch': 'install it as https://pytorch.org says',
-}
+# What an error proposes.
+ADVICE = {'mmengine': 'onedl-', 'mmcv': 'onedl-mmcv', 'torch': 'pytorch.org'}
 
 
 @pytest.fixture
 def version(monkeypatch):
     """Sets the version that a package says it has."""
-    return lambda name, value: monkeypatch.setattr(
-        importlib.import_module(name), '__version__', value
-    )
+
+    def set_version(name, value):
+        if name == 'Python':
+            monkeypatch.setattr(requirements.platform, 'python_version', lambda: value)
+        else:
+            monkeypatch.setattr(importlib.import_module(name), '__version__', value)
+
+    return set_version
 
 
-TESTED = [
-    ('mmengine', '0.10.12'),
-    ('mmcv', '2.1.0'),
-    ('torch', '2.14.1+cu130'),
-]
-
-
-@pytest.mark.parametrize('name, value', TESTED)
+@pytest.mark.parametrize(
+    'name, value',
+    [('mmengine', '0.10.12'), ('mmcv', '2.1.0'), ('torch', '2.14.1+cu130')],
+)
 def test_tested(version, name, value, recwarn):
     version(name, value)
     check_requirements()
@@ -37,63 +35,41 @@ def test_tested(version, name, value, recwarn):
 
 @pytest.mark.parametrize(
     'name, value',
-    [
-        ('mmengine', '0.10.0'),
-        ('torch', '2.15.0+cu130'),
-    ],
+    [('mmengine', '0.10.0'), ('torch', '2.15.0+cu130'), ('Python', '3.14.0')],
 )
 def test_fits_and_is_not_tested(version, name, value):
     version(name, value)
-    with pytest.warns(UserWarning, match=re.escape(f'with {name} {value} (tested: ')):
-        check_requirements()
-
-
-def test_python_that_is_not_tested(monkeypatch):
-    monkeypatch.setattr(requirements.platform, 'python_version', lambda: '3.14.0')
-    with pytest.warns(UserWarning, match=r'with Python 3.14.0 \(tested: >=3.10'):
+    with pytest.warns(UserWarning, match=re.escape(f'{name} {value} (tested: ')):
         check_requirements()
 
 
 @pytest.mark.parametrize(
-    'name, value, bounds',
+    'name, value',
     [
-        ('mmengine', '1.0.0', '>=0.10.0,<1.0.0'),
-        ('mmcv', '2.0.0rc4', '>=2.0.0,<3.0.0'),
-        ('mmcv', '10.0.0', '>=2.0.0,<3.0.0'),
-        ('torch', '2.5.1', '>=2.6'),
+        ('mmengine', '1.0.0'),
+        ('mmcv', '2.0.0rc4'),
+        ('mmcv', '10.0.0'),
+        ('torch', '2.5.1'),
     ],
 )
-def test_does_not_fit(version, name, value, bounds):
+def test_does_not_fit(version, name, value):
     version(name, value)
-    with pytest.raises(ImportError) as info:
+    words = f'{name}.*found {re.escape(value)}.*{ADVICE[name]}'
+    with pytest.raises(ImportError, match=words):
         check_requirements()
-    text = str(info.value)
-    assert text.startswith(f'mmorepa needs {name}{bounds}, found {value}; ')
-    assert ADVICE[name] in text
 
 
-@pytest.mark.parametrize('name', ADVICE)
-def test_missing(monkeypatch, name):
-    def missing(module):
+# What mmcv itself misses is not reported as mmcv.
+@pytest.mark.parametrize('name, missing', [*zip(ADVICE, ADVICE), ('mmcv', 'cv2')])
+def test_missing(monkeypatch, name, missing):
+    def import_module(module):
         if module == name:
-            raise ModuleNotFoundError(f'No module named {module!r}', name=module)
+            raise ModuleNotFoundError(f'No module named {missing!r}', name=missing)
         return importlib.import_module(module)
 
-    monkeypatch.setattr(requirements, 'import_module', missing)
-    with pytest.raises(ImportError) as info:
-        check_requirements()
-    assert str(info.value).startswith(f'mmorepa needs {name}, which is missing; ')
-    assert ADVICE[name] in str(info.value)
-
-
-def test_broken_package(monkeypatch):
-    """Something that mmcv itself misses is not reported as mmcv."""
-
-    def broken(module):
-        if module == 'mmcv':
-            raise ModuleNotFoundError("No module named 'cv2'", name='cv2')
-        return importlib.import_module(module)
-
-    monkeypatch.setattr(requirements, 'import_module', broken)
-    with pytest.raises(ModuleNotFoundError, match="No module named 'cv2'"):
+    monkeypatch.setattr(requirements, 'import_module', import_module)
+    words = "No module named 'cv2'"
+    if missing == name:
+        words = f'needs {name}, which is missing.*{ADVICE[name]}'
+    with pytest.raises(ImportError, match=words):
         check_requirements()

@@ -10,12 +10,6 @@ def test_table():
     ]
 
 
-def test_long_rows_are_not_cut():
-    name = 'backbone.layer1.0.conv1.' * 6
-    text = format_table(('name', 'n'), [(name, '1')])
-    assert text.splitlines()[1] == f'{name}  1'
-
-
 def test_texts_are_not_markup():
     text = format_table(('[bold]a', 'b'), [('[red]x[/red]', ':smile:')])
     assert '[bold]a' in text and '[red]x[/red]' in text and ':smile:' in text
