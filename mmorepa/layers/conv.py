@@ -85,6 +85,8 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         self.conv_bias = bias
         self.norm_cfg = norm_cfg
         self.act = None if act_cfg is None else build_activation_layer(act_cfg)
+        # Set here, or the first scope would make torch.compile start over.
+        self.training_scope = self.evaluation_scope = None
         self.become_training_form(with_branches=not deploy)
         if deploy:
             self._become_plain(self._deployed_with_bias, like=torch.empty(0))

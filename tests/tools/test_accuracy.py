@@ -173,7 +173,7 @@ def test_report(out, reports, capsys):
     assert not out.exists()
     names = [f'{name}-{data}' for data in reports.DATA for name in reports.TABLES]
     places = [f'<!-- begin {n} -->\nold\n<!-- end {n} -->' for n in names]
-    places += [f'<!-- begin {n} -->\nold\n<!-- end {n} -->' for n in reports.FIGURES]
+    places += [f'<!-- begin {n} -->\nold\n<!-- end {n} -->' for n in reports.CAPTIONS]
     path.write_text('\n'.join(places))
     for _ in range(2):
         report(out, '--document', path)
