@@ -41,10 +41,11 @@ def warn_of_silent_hooks(conv: nn.Conv2d) -> None:
     names = [
         name
         for name, module in conv.named_modules()
-        # Hooks of pruning and its like make weights, which are in the fold.
+        # Hooks of pruning and its like make weights, which are in the fold, and those of
+        # this package choose an order of memory.
         if name.startswith(folded)
         and any(
-            not type(hook).__module__.startswith('torch.nn.utils')
+            not str(hook.__module__).startswith(('torch.nn.utils', 'mmorepa.'))
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
             for hook in hooks.values()
         )
