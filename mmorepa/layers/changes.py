@@ -41,7 +41,7 @@ def warn_of_silent_hooks(conv: nn.Conv2d) -> None:
     names = [
         name
         for name, module in conv.named_modules()
-        # Hooks of pruning and its like make weights, which are in the fold, and those of
+        # Hooks of pruning and its like make weights, which are in the fold. Those of
         # this package choose an order of memory.
         if name.startswith(folded)
         and any(
