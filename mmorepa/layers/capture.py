@@ -107,8 +107,8 @@ class _Recording:
         self.parts = [(conv.branches, conv.memory_format) for conv in convs]
         for conv in convs:
             watch(conv.branches)
-        self._tensors = _tensors(convs)
-        self._versions = [tensor._version for tensor in self._tensors]
+        self.tensors = _tensors(convs)
+        self._versions = [tensor._version for tensor in self.tensors]
         parameters = (p for conv in convs for p in conv.branches.parameters())
         self.trained = list(dict.fromkeys(p for p in parameters if p.requires_grad))
         # Kept: the recorded derivative reads what this graph has saved.
@@ -126,7 +126,7 @@ class _Recording:
     def refuse_former_graphs(self) -> None:
         """Lets autograd refuse graphs that used kernels which a replay writes over."""
         before = self._versions
-        self._versions = [tensor._version for tensor in self._tensors]
+        self._versions = [tensor._version for tensor in self.tensors]
         if before != self._versions:
             for kernel in self.kernels:
                 torch.autograd.graph.increment_version(kernel)
@@ -138,7 +138,8 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx, recording: _Recording, *trained: Tensor) -> tuple[Tensor, ...]:
         ctx.recording = recording
-        ctx.save_for_backward(*trained)
+        # Frozen ones too, which the derivative reads as well.
+        ctx.save_for_backward(*recording.tensors)
         ctx.set_materialize_grads(False)
         recording.refuse_former_graphs()
         recording.replay_fold()
@@ -147,14 +148,14 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
         recording = ctx.recording
-        trained = ctx.saved_tensors  # Refuses those that were written to.
+        _ = ctx.saved_tensors  # Refuses those that were written to.
         given = [i for i, gradient in enumerate(gradients) if gradient is not None]
         if len(given) < len(gradients) or not recording.is_current:
             # The derivative of a part, or at addresses that may be others' by now.
             parts = [recording.parts[i] for i in given]
             found = torch.autograd.grad(
                 _fold_all(parts, recording.dtype),
-                trained,
+                recording.trained,
                 [gradients[i] for i in given],
                 allow_unused=True,
             )

@@ -1,6 +1,7 @@
 """What people change on a training form, and deployment has to respect."""
 
 import warnings
+from collections.abc import Callable
 from typing import Optional
 
 from torch import nn
@@ -35,6 +36,12 @@ def check_foldable(conv: nn.Conv2d) -> None:
         )
 
 
+def forward_hooks(module: nn.Module) -> list[Callable]:
+    """The hooks of others; those of this package choose an order of memory."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return [hook for hook in hooks if not str(hook.__module__).startswith('mmorepa.')]
+
+
 def warn_of_silent_hooks(conv: nn.Conv2d) -> None:
     """Warns of hooks inside of a conv that are not called once it is deployed."""
     folded = ('branches', 'norm') if is_fusible(conv.norm) else ('branches',)
@@ -44,9 +51,8 @@ def warn_of_silent_hooks(conv: nn.Conv2d) -> None:
         # Hooks of pruning and its like make weights, which are in the fold.
         if name.startswith(folded)
         and any(
-            not type(hook).__module__.startswith('torch.nn.utils')
-            for hooks in (module._forward_hooks, module._forward_pre_hooks)
-            for hook in hooks.values()
+            not str(hook.__module__).startswith('torch.nn.utils')
+            for hook in forward_hooks(module)
         )
     ]
     if names:

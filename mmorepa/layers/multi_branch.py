@@ -94,7 +94,12 @@ class MultiBranchConv2d(ReparamConv2d):
         for module in self.branches.modules():
             fixed = getattr(module, 'fixed_geometry', None)
             if fixed is not None:
-                for name, value in {**geometry, **fixed}.items():
+                values = {**geometry, **fixed}
+                rows, columns = values['padding']
+                # PyTorch takes these where the padding is not with zeros.
+                pads = [columns, columns, rows, rows]
+                values['_reversed_padding_repeated_twice'] = pads
+                for name, value in values.items():
                     if getattr(module, name, None) != value:
                         setattr(module, name, value)
 

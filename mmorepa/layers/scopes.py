@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..functional import is_being_traced
 from .capture import RecordedFolds
-from .changes import overridden_fold
+from .changes import forward_hooks, overridden_fold
 from .conv import ReparamConv2d
 from .folding import are_the_same, double, fuse_norm, named_tensors
 
@@ -130,7 +130,7 @@ def _fused_conv(conv: ReparamConv2d) -> Optional[FusedConv]:
 
 
 def _must_run(module: nn.Module) -> bool:
-    return module.training or bool(module._forward_hooks or module._forward_pre_hooks)
+    return module.training or bool(forward_hooks(module))
 
 
 @contextmanager

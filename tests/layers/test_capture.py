@@ -42,6 +42,19 @@ class StandIn:
         return results, replay
 
 
+class Blind(StandIn):
+    """As CUDA's, it looks at no version."""
+
+    def __call__(self, run):
+        results, replay = super().__call__(run)
+
+        def replay_anyway():
+            with contextlib.suppress(RuntimeError):
+                replay()
+
+        return results, replay_anyway
+
+
 def stand_in(monkeypatch, recorder):
     monkeypatch.setattr(capture, 'record', recorder)
     monkeypatch.setattr(capture, 'can_record_on', lambda device: True)
@@ -287,19 +300,6 @@ def test_two_passes_in_one_backward(recorder):
 @pytest.mark.parametrize('by_hand', [False, True])
 def test_branches_written_to_before_backward_are_refused(monkeypatch, by_hand):
     """Where the conv's own derivative does not need its kernel."""
-
-    class Blind(StandIn):
-        """As CUDA's, it looks at no version."""
-
-        def __call__(self, run):
-            results, replay = super().__call__(run)
-
-            def replay_anyway():
-                with contextlib.suppress(RuntimeError):
-                    replay()
-
-            return results, replay_anyway
-
     stand_in(monkeypatch, Blind())
     model = network()[:1]
     wrapper = wrapped(model)
@@ -307,6 +307,20 @@ def test_branches_written_to_before_backward_are_refused(monkeypatch, by_hand):
     wrapper.update_params(loss)
     with pytest.raises(RuntimeError, match='modified by an inplace operation'):
         other.backward() if by_hand else wrapper.backward(other)
+
+
+@pytest.mark.parametrize('capture_', [False, True])
+def test_frozen_branches_written_to_before_backward_are_refused(monkeypatch, capture_):
+    stand_in(monkeypatch, Blind())
+    model = network()[1:2]
+    scale = model[0].branches.scale.requires_grad_(False)
+    images = torch.ones(1, 4, 5, 5, dtype=torch.float64)
+    with held(model, RecordedFolds() if capture_ else None):
+        loss = model(images).square().sum()
+    with torch.no_grad():
+        scale.mul_(2)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        loss.backward()
 
 
 @pytest.mark.parametrize('capture_', [False, True])

@@ -58,6 +58,25 @@ def test_padding_mode_set_later(kind, mode):
         assert_near(out, plain(x))
 
 
+@pytest.mark.parametrize('kind', WITH_NORMS)
+@pytest.mark.parametrize('branches', [None, ['origin'], ['pointwise']])
+@pytest.mark.parametrize('inside', [False, True])
+def test_geometry_and_padding_mode_set_later(kind, branches, inside):
+    """PyTorch takes its pads from an attribute of its own then."""
+    conv = kind(2, 2, 3, padding=1, branches=branches)
+    for module in conv.modules() if inside else [conv]:
+        if isinstance(module, nn.Conv2d):
+            module.dilation = module.padding = (2, 2)
+            module.padding_mode = 'circular'
+            module._reversed_padding_repeated_twice = [2] * 4
+    model = trained_like(nn.Sequential(conv)).eval()
+    x = torch.randn(1, 2, 9, 8)
+    expected, *others = forms(model, x)
+    assert expected.shape == x.shape
+    for out in others:
+        assert_near(out, expected)
+
+
 def make_dilated(model, rate):
     """As segmentation_models.pytorch does it."""
     for module in model.modules():

@@ -12,13 +12,15 @@ from mmpretrain.models.backbones import resnet
 from torch import nn
 from torch.func import functional_call
 
-from mmorepa import set_channels_last
+from mmorepa import set_channels_last, switch_to_deploy
 from mmorepa.backbones import OREPARepVGG, OREPAResNet
 from mmorepa.layers import (
     MultiBranchConv2d,
     OREPAConv2d,
     ReparamConv2d,
+    RepVGGConv2d,
     faster_in_channels_last,
+    folded,
     held,
 )
 
@@ -142,6 +144,14 @@ def test_thin_strided_convs(block):
     net(torch.randn(2, 3, 32, 32))
     assert seen[4].is_contiguous()
     assert has_channels_last(seen[8]) and not seen[8].is_contiguous()
+
+
+def test_thin_branches_are_folded_without_a_warning(recwarn):
+    model = set_channels_last(nn.Sequential(RepVGGConv2d(3, 8, 3, 2, 1))).eval()
+    with folded(model), torch.no_grad():
+        assert model[0].evaluation_scope.fused_conv(model[0]) is not None
+    assert type(switch_to_deploy(model)[0]) is nn.Conv2d
+    assert not [w for w in recwarn if 'hooks on' in str(w.message)]
 
 
 def test_by_keyword_and_inherited():
