@@ -69,6 +69,12 @@ The last three columns are **the paper's figures** (Hu et al., CVPR 2022, Tables
 no weights: convert the authors' with `tools/model_converters/published_to_mmorepa.py`,
 or train with the configs.
 
+**What to choose.** With an hour, take an OREPA stem (`…-orepa-stem_…`): it trains at
+the plain network's price, and on a tenth of Fashion-MNIST it brought [most of the
+gain](evidence.md#which-part-earns-it). With ImageNet and four GPUs, take OREPA in all
+convs (`…-orepa_…`): the paper's figures are for all parts together, and nobody has
+trained the stem alone there.
+
 """
 
 
