@@ -20,13 +20,9 @@ using OptionalTensor = std::optional<Tensor>;
 
 // The elements of a block of rows, which the caches are to hold between two steps.
 constexpr int64_t BLOCK = 1 << 19;
-
-// The bytes of a kernel that is out of the fast caches before it is used.
-constexpr size_t LARGE = 1 << 20;
-// The rows whose gradients are taken together where they share what they add to.
-constexpr int GROUP = 4;
-// The bytes of a vector.
-constexpr int BYTES = __BIGGEST_ALIGNMENT__;
+constexpr int GROUP = 4;  // The rows of a kernel whose gradients are taken together.
+constexpr size_t LARGE = 1 << 20;  // The bytes of a kernel that leaves the caches.
+constexpr int BYTES = __BIGGEST_ALIGNMENT__;  // Of a vector.
 
 template <typename S> using Vector [[gnu::vector_size(BYTES)]] = S;
 
@@ -42,17 +38,10 @@ INLINE Vector<S> load(const S* from, N n) {
 template <typename S, typename V, typename N>
 INLINE void store(S* to, const V& v, N n, bool is_large = false) {
 #ifdef __AVX512F__
-  const bool is_line = n * sizeof(S) == BYTES && uintptr_t(to) % BYTES == 0;
-  if (is_large && is_line) return _mm512_stream_si512((__m512i*)to, (__m512i)v);
+  if (is_large && n * sizeof(S) == BYTES && uintptr_t(to) % BYTES == 0)
+    return _mm512_stream_si512((__m512i*)to, (__m512i)v);
 #endif
   std::memcpy(to, &v, n * sizeof(S));
-}
-
-template <typename S, typename V>
-INLINE S sum(const V& v) {
-  S total = 0;
-  for (size_t j = 0; j < BYTES / sizeof(S); ++j) total += v[j];
-  return total;
 }
 
 // Calls f(i, n) for every n numbers from i on.
@@ -62,6 +51,13 @@ INLINE void for_lanes(int64_t size, F f) {
   int64_t i = 0;
   for (; i + LANES <= size; i += LANES) f(i, std::integral_constant<int, LANES>{});
   if (i < size) f(i, static_cast<int>(size - i));
+}
+
+template <typename S, typename V>
+INLINE S sum(const V& v) {
+  S total = 0;
+  for (size_t j = 0; j < BYTES / sizeof(S); ++j) total += v[j];
+  return total;
 }
 
 // The parts of the sum, in the order of `rows`: their rows of `scale`, or -1 if missing.
@@ -229,19 +225,6 @@ void for_blocks(int64_t rows, int64_t size, F f) {
   for (int64_t i = 0; i < rows; i += step) f(i, std::min(i + step, rows));
 }
 
-// Calls f(o, end, task) for groups of rows, from start to stop, a task for every thread.
-template <typename F>
-void for_groups(int64_t start, int64_t stop, F f) {
-  const int64_t tasks = at::get_num_threads(), rows = stop - start;
-  at::parallel_for(0, tasks, 1, [&](int64_t task, int64_t end_task) {
-    for (; task < end_task; ++task) {
-      const int64_t end = start + rows * (task + 1) / tasks;
-      for (int64_t o = start + rows * task / tasks; o < end; o += GROUP)
-        f(o, std::min(o + GROUP, end), task);
-    }
-  });
-}
-
 // The kernel, (O, I, k, k), from parameters in one piece.
 Tensor fold(TensorList t, IntArrayRef shape, IntArrayRef rows, bool has_identity,
             const OptionalTensor& filters) {
@@ -259,7 +242,7 @@ Tensor fold(TensorList t, IntArrayRef shape, IntArrayRef rows, bool has_identity
       const int64_t count = (stop - start) * K;
       Tensor product = scratch(PRODUCT, {count, I}, kernel);
       if (p.second) at::mm_out(product, second.narrow(0, start * K, count), first);
-      for_groups(start, stop, [&](int64_t o, int64_t end, int64_t) {
+      at::parallel_for(start, stop, 1, [&](int64_t o, int64_t end) {
         for (; o < end; ++o)
           fold_row<S, K>(I, o, kernel.data_ptr<S>() + o * K * I,
                          product.data_ptr<S>() + (o - start) * K * I, p);
@@ -274,7 +257,7 @@ std::vector<Tensor> fold_gradients(const Tensor& gradient, TensorList t,
                                    IntArrayRef shape, IntArrayRef rows,
                                    bool has_identity, const OptionalTensor& filters) {
   at::AutoDispatchBelowADInplaceOrView guard;
-  const int64_t O = shape[0], I = shape[1], tasks = at::get_num_threads();
+  const int64_t O = shape[0], I = shape[1];
   const Tensor grad = gradient.permute({0, 2, 3, 1}).contiguous().view({-1, I});
   std::vector<Tensor> gradients;
   for (const Tensor& tensor : t) gradients.push_back(at::empty_like(tensor));
@@ -283,33 +266,33 @@ std::vector<Tensor> fold_gradients(const Tensor& gradient, TensorList t,
     constexpr int K = taps;
     const Terms<S> p(t, shape, rows, filters), d(gradients, shape, rows, filters);
     const int64_t size = p.maps * K * I;
-    // A sum for every task: added up in the order in which threads finish, it would be
+    // A sum for every thread: added up in the order in which they finish, it would be
     // another one in every run.
-    Tensor sums = scratch(D_DEPTHWISE, {tasks, size}, grad).zero_();
-    Tensor first, second, d_first;
-    if (p.second) {
-      std::tie(first, second) = factors(t, rows, has_identity);
-      d_first = gradients[p.origin ? 2 : 1].view(first.sizes());
-    }
+    Tensor sums = scratch(D_DEPTHWISE, {at::get_num_threads(), size}, grad).zero_();
+    Tensor first, second;
+    if (p.second) std::tie(first, second) = factors(t, rows, has_identity);
     for_blocks(O, K * I, [&](int64_t start, int64_t stop) {
       const int64_t count = (stop - start) * K;
       const Tensor scaled = scratch(ROWS, {count, I}, grad);
-      for_groups(start, stop, [&](int64_t o, int64_t end, int64_t task) {
-        gradient_rows<S, K>(I, o, end, grad.data_ptr<S>(),
-                            scaled.data_ptr<S>() + (o - start) * K * I,
-                            sums.data_ptr<S>() + task * size, p, d);
+      at::parallel_for(start, stop, 1, [&](int64_t o, int64_t end) {
+        S* d_depthwise = sums.data_ptr<S>() + at::get_thread_num() * size;
+        for (; o < end; o += GROUP)
+          gradient_rows<S, K>(I, o, std::min(o + GROUP, end), grad.data_ptr<S>(),
+                              scaled.data_ptr<S>() + (o - start) * K * I, d_depthwise,
+                              p, d);
       });
       if (!p.second) return;
       const int64_t T = first.size(0);
       Tensor product = scratch(PRODUCT, {count, T}, grad);
       at::mm_out(product, grad.narrow(0, start * K, count), first.t());
-      for_groups(start, stop, [&](int64_t o, int64_t end, int64_t) {
+      at::parallel_for(start, stop, 1, [&](int64_t o, int64_t end) {
         for (; o < end; ++o)
           d.scale[COMPOSED][o] =
               scale(K * T, product.data_ptr<S>() + (o - start) * K * T,
                     p.second + o * K * T, p.scale[COMPOSED][o], d.second + o * K * T,
                     p.is_large);
       });
+      Tensor d_first = gradients[p.origin ? 2 : 1].view(first.sizes());
       at::addmm_out(d_first, d_first, second.narrow(0, start * K, count).t(), scaled,
                     start > 0);
     });
@@ -324,16 +307,11 @@ TORCH_LIBRARY(mmorepa, library) {
 #define ARGS "Tensor[] t, int[] shape, int[] rows, bool has_identity, Tensor? filters)"
   library.def("fold(" ARGS " -> Tensor");
   library.def("fold_gradients(Tensor grad, " ARGS " -> Tensor[]");
-}
-
-// For the CPU alone, so that tracers and other modes see whole folds.
-TORCH_LIBRARY_IMPL(mmorepa, CPU, library) {
-  library.impl("fold", fold);
-  library.impl("fold_gradients", fold_gradients);
-}
-
-// No graph is built: the caller says what the derivative is.
-TORCH_LIBRARY_IMPL(mmorepa, Autograd, library) {
-  library.impl("fold", torch::CppFunction::makeFallthrough());
-  library.impl("fold_gradients", torch::CppFunction::makeFallthrough());
+  // For the CPU alone, so that tracers and other modes see whole folds.
+  library.impl("fold", torch::dispatch(at::kCPU, fold));
+  library.impl("fold_gradients", torch::dispatch(at::kCPU, fold_gradients));
+  // No graph is built: the caller says what the derivative is.
+  for (const char* name : {"fold", "fold_gradients"})
+    library.impl(name, torch::dispatch(c10::DispatchKey::Autograd,
+                                       torch::CppFunction::makeFallthrough()));
 }
