@@ -9,13 +9,10 @@
 #include <ATen/cpu/vec/intrinsics.h>
 #include <torch/library.h>
 
-#define INLINE inline __attribute__((always_inline))
-#define INLINE_LAMBDA __attribute__((always_inline))
+#define INLINE __attribute__((always_inline))
 
 namespace {
-using at::IntArrayRef;
-using at::Tensor;
-using at::TensorList;
+using at::IntArrayRef, at::Tensor, at::TensorList;
 using OptionalTensor = std::optional<Tensor>;
 
 // The elements of a block of rows, which the caches are to hold between two steps.
@@ -25,6 +22,7 @@ constexpr size_t LARGE = 1 << 20;  // The bytes of a kernel that leaves the cach
 constexpr int BYTES = __BIGGEST_ALIGNMENT__;  // Of a vector.
 
 template <typename S> using Vector [[gnu::vector_size(BYTES)]] = S;
+template <int N> using Number = std::integral_constant<int, N>;
 
 // `n` lanes: all of them, known to the compiler, or fewer.
 template <typename S, typename N>
@@ -49,7 +47,7 @@ template <typename S, typename F>
 INLINE void for_lanes(int64_t size, F f) {
   constexpr int LANES = BYTES / sizeof(S);
   int64_t i = 0;
-  for (; i + LANES <= size; i += LANES) f(i, std::integral_constant<int, LANES>{});
+  for (; i + LANES <= size; i += LANES) f(i, Number<LANES>{});
   if (i < size) f(i, static_cast<int>(size - i));
 }
 
@@ -94,15 +92,16 @@ struct Terms {
 // compiler would read others anew after every store.
 template <typename S, int K>
 INLINE void fold_row(int64_t I, int64_t o, S* kernel, const S* product, Terms<S> p) {
-  const S *origin = p.origin + o * K * I, *separable = p.separable + o * p.maps * I;
-  for_lanes<S>(I, [&](int64_t i, auto n) INLINE_LAMBDA {
+  for_lanes<S>(I, [&](int64_t i, auto n) INLINE {
     Vector<S> w[K] = {};
     for (int k = 0; k < K; ++k) {
+      const int64_t at = (o * K + k) * I + i;
       if (p.second) w[k] += p.scale[COMPOSED][o] * load(product + k * I + i, n);
-      if (p.origin) w[k] += p.scale[ORIGIN][o] * load(origin + k * I + i, n);
+      if (p.origin) w[k] += p.scale[ORIGIN][o] * load(p.origin + at, n);
     }
     for (int64_t m = 0; m < p.maps; ++m) {
-      const auto x = p.scale[SEPARABLE][o] * load(separable + m * I + i, n);
+      const S* separable = p.separable + (o * p.maps + m) * I;
+      const auto x = p.scale[SEPARABLE][o] * load(separable + i, n);
       for (int k = 0; k < K; ++k)
         w[k] += x * load(p.depthwise + (m * K + k) * I + i, n);
     }
@@ -119,7 +118,7 @@ INLINE void fold_row(int64_t I, int64_t o, S* kernel, const S* product, Terms<S>
 template <typename S>
 INLINE S scale(int64_t size, const S* x, const S* y, S by, S* to, bool is_large) {
   Vector<S> total{};
-  for_lanes<S>(size, [&](int64_t i, auto n) INLINE_LAMBDA {
+  for_lanes<S>(size, [&](int64_t i, auto n) INLINE {
     const auto v = load(x + i, n);
     total += v * load(y + i, n);
     store(to + i, by * v, n, is_large);
@@ -144,7 +143,7 @@ INLINE void gradient_rows(int64_t I, int64_t o, int64_t end, const S* grad, S* s
       if (!p.weight[q]) continue;
       const S by = p.scale[FILTERED + q][row], *filter = p.filter[q] + row * K;
       Vector<S> total{};
-      for_lanes<S>(I, [&](int64_t i, auto n) INLINE_LAMBDA {
+      for_lanes<S>(I, [&](int64_t i, auto n) INLINE {
         Vector<S> x{};
         for (int k = 0; k < K; ++k) x += filter[k] * load(g + k * I + i, n);
         total += x * load(p.weight[q] + row * I + i, n);
@@ -157,7 +156,7 @@ INLINE void gradient_rows(int64_t I, int64_t o, int64_t end, const S* grad, S* s
   Vector<S> total[GROUP] = {};
   int64_t row[GROUP];  // What is missing is the last row once more, and adds nothing.
   for (int r = 0; r < GROUP; ++r) row[r] = std::min(o + r, end - 1);
-  for_lanes<S>(I, [&](int64_t i, auto n) INLINE_LAMBDA {
+  for_lanes<S>(I, [&](int64_t i, auto n) INLINE {
     for (int64_t m = 0; m < p.maps; ++m) {
       Vector<S> weight[GROUP], added[GROUP], x[GROUP] = {};
       for (int r = 0; r < GROUP; ++r) {
@@ -187,11 +186,11 @@ INLINE void gradient_rows(int64_t I, int64_t o, int64_t end, const S* grad, S* s
 
 // What is needed for the time of a call, kept for the next one: the system clears fresh
 // memory, page by page, which takes as long as half of a small fold.
-enum Purpose { ROWS, PRODUCT, MATRIX, D_DEPTHWISE, PURPOSES };
+enum Purpose { ROWS, PRODUCT, MATRIX, D_DEPTHWISE };
 
-Tensor scratch(Purpose purpose, IntArrayRef shape, const Tensor& like) {
-  static thread_local Tensor kept[PURPOSES];
-  Tensor& tensor = kept[purpose];
+template <Purpose>
+Tensor scratch(IntArrayRef shape, const Tensor& like) {
+  static thread_local Tensor tensor;
   const int64_t size = c10::multiply_integers(shape);
   if (!tensor.defined() || tensor.numel() < size || tensor.dtype() != like.dtype())
     tensor = at::empty({size}, like.options());
@@ -200,29 +199,22 @@ Tensor scratch(Purpose purpose, IntArrayRef shape, const Tensor& like) {
 
 // The factors of the composed branch: C, (T, I), with the identity, and B, (O·K, T).
 std::tuple<Tensor, Tensor> factors(TensorList t, IntArrayRef rows, bool has_identity) {
+  if (rows[COMPOSED] < 0) return {};
   const int at = rows[ORIGIN] < 0 ? 1 : 2;
   const Tensor first = t[at].flatten(1), second = t[at + 1].view({-1, first.size(0)});
   if (!has_identity) return {first, second};
-  const Tensor sum = scratch(MATRIX, first.sizes(), first).copy_(first);
+  const Tensor sum = scratch<MATRIX>(first.sizes(), first).copy_(first);
   return {(sum.diagonal().add_(1), sum), second};
 }
 
 // Calls f(S, K) with the number type and the taps of a kernel.
 template <typename F>
 void dispatch(const Tensor& like, int64_t taps, F f) {
-  auto with_type = [&](auto zero) {
-    if (taps == 1) f(zero, std::integral_constant<int, 1>{});
-    if (taps == 9) f(zero, std::integral_constant<int, 9>{});
-    if (taps == 25) f(zero, std::integral_constant<int, 25>{});
+  TORCH_CHECK(taps == 1 || taps == 9 || taps == 25, taps, " taps are not compiled");
+  auto with_taps = [&](auto k) {
+    if (taps == k) like.dtype() == at::kFloat ? f(float(), k) : f(double(), k);
   };
-  like.dtype() == at::kFloat ? with_type(float()) : with_type(double());
-}
-
-// Calls f(start, stop) for blocks of rows of a kernel.
-template <typename F>
-void for_blocks(int64_t rows, int64_t size, F f) {
-  const int64_t step = std::max<int64_t>(BLOCK / size, 1);
-  for (int64_t i = 0; i < rows; i += step) f(i, std::min(i + step, rows));
+  with_taps(Number<1>{}), with_taps(Number<9>{}), with_taps(Number<25>{});
 }
 
 // The kernel, (O, I, k, k), from parameters in one piece.
@@ -236,18 +228,18 @@ Tensor fold(TensorList t, IntArrayRef shape, IntArrayRef rows, bool has_identity
     using S = decltype(zero);
     constexpr int K = taps;
     const Terms<S> p(t, shape, rows, filters);
-    Tensor first, second;
-    if (p.second) std::tie(first, second) = factors(t, rows, has_identity);
-    for_blocks(O, K * I, [&](int64_t start, int64_t stop) {
-      const int64_t count = (stop - start) * K;
-      Tensor product = scratch(PRODUCT, {count, I}, kernel);
+    const auto [first, second] = factors(t, rows, has_identity);
+    const int64_t step = std::max<int64_t>(BLOCK / (K * I), 1);
+    for (int64_t start = 0; start < O; start += step) {
+      const int64_t stop = std::min(start + step, O), count = (stop - start) * K;
+      Tensor product = scratch<PRODUCT>({count, I}, kernel);
       if (p.second) at::mm_out(product, second.narrow(0, start * K, count), first);
       at::parallel_for(start, stop, 1, [&](int64_t o, int64_t end) {
         for (; o < end; ++o)
           fold_row<S, K>(I, o, kernel.data_ptr<S>() + o * K * I,
                          product.data_ptr<S>() + (o - start) * K * I, p);
       });
-    });
+    }
   });
   return kernel;
 }
@@ -266,14 +258,13 @@ std::vector<Tensor> fold_gradients(const Tensor& gradient, TensorList t,
     constexpr int K = taps;
     const Terms<S> p(t, shape, rows, filters), d(gradients, shape, rows, filters);
     const int64_t size = p.maps * K * I;
-    // A sum for every thread: added up in the order in which they finish, it would be
-    // another one in every run.
-    Tensor sums = scratch(D_DEPTHWISE, {at::get_num_threads(), size}, grad).zero_();
-    Tensor first, second;
-    if (p.second) std::tie(first, second) = factors(t, rows, has_identity);
-    for_blocks(O, K * I, [&](int64_t start, int64_t stop) {
-      const int64_t count = (stop - start) * K;
-      const Tensor scaled = scratch(ROWS, {count, I}, grad);
+    // One sum for each thread: their order is the same in every run.
+    Tensor sums = scratch<D_DEPTHWISE>({at::get_num_threads(), size}, grad).zero_();
+    const auto [first, second] = factors(t, rows, has_identity);
+    const int64_t step = std::max<int64_t>(BLOCK / (K * I), 1);
+    for (int64_t start = 0; start < O; start += step) {
+      const int64_t stop = std::min(start + step, O), count = (stop - start) * K;
+      const Tensor scaled = scratch<ROWS>({count, I}, grad);
       at::parallel_for(start, stop, 1, [&](int64_t o, int64_t end) {
         S* d_depthwise = sums.data_ptr<S>() + at::get_thread_num() * size;
         for (; o < end; o += GROUP)
@@ -281,9 +272,9 @@ std::vector<Tensor> fold_gradients(const Tensor& gradient, TensorList t,
                               scaled.data_ptr<S>() + (o - start) * K * I, d_depthwise,
                               p, d);
       });
-      if (!p.second) return;
+      if (!p.second) continue;
       const int64_t T = first.size(0);
-      Tensor product = scratch(PRODUCT, {count, T}, grad);
+      Tensor product = scratch<PRODUCT>({count, T}, grad);
       at::mm_out(product, grad.narrow(0, start * K, count), first.t());
       at::parallel_for(start, stop, 1, [&](int64_t o, int64_t end) {
         for (; o < end; ++o)
@@ -292,10 +283,9 @@ std::vector<Tensor> fold_gradients(const Tensor& gradient, TensorList t,
                     p.second + o * K * T, p.scale[COMPOSED][o], d.second + o * K * T,
                     p.is_large);
       });
-      Tensor d_first = gradients[p.origin ? 2 : 1].view(first.sizes());
-      at::addmm_out(d_first, d_first, second.narrow(0, start * K, count).t(), scaled,
-                    start > 0);
-    });
+      gradients[p.origin ? 2 : 1].view(first.sizes()).addmm_(
+          second.narrow(0, start * K, count).t(), scaled, start > 0);
+    }
     if (p.maps) gradients.back().view({size}).copy_(sums.sum(0));
   });
   return gradients;
