@@ -3,7 +3,6 @@
 // Between the matrix products, all that is done to a row of the kernel, (K, I), is done
 // in one walk through memory, for which a fold waits more than it computes. Names and
 // shapes are those of closed_forms.py. Input channels are the lanes of the vectors.
-
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/intrinsics.h>
@@ -13,7 +12,6 @@
 
 namespace {
 using at::IntArrayRef, at::Tensor, at::TensorList;
-using OptionalTensor = std::optional<Tensor>;
 
 // The elements of a block of rows, which the caches are to hold between two steps.
 constexpr int64_t BLOCK = 1 << 19;
@@ -51,11 +49,10 @@ INLINE void for_lanes(int64_t size, F f) {
   if (i < size) f(i, static_cast<int>(size - i));
 }
 
-template <typename S, typename V>
-INLINE S sum(const V& v) {
-  S total = 0;
-  for (size_t j = 0; j < BYTES / sizeof(S); ++j) total += v[j];
-  return total;
+template <typename S>
+INLINE S sum(Vector<S> v) {
+  for (size_t j = 1; j < BYTES / sizeof(S); ++j) v[0] += v[j];
+  return v[0];
 }
 
 // The parts of the sum, in the order of `rows`: their rows of `scale`, or -1 if missing.
@@ -70,10 +67,9 @@ struct Terms {
   bool is_large;
 
   Terms(TensorList tensors, IntArrayRef shape, IntArrayRef rows,
-        const OptionalTensor& filters) {
+        const std::optional<Tensor>& filters) {
     is_large = c10::multiply_integers(shape.slice(0, 4)) * sizeof(S) >= LARGE;
-    int next = 1;
-    auto take = [&] { return tensors[next++].data_ptr<S>(); };
+    auto take = [&, next = 1]() mutable { return tensors[next++].data_ptr<S>(); };
     for (const Tensor& t : tensors)
       TORCH_CHECK(t.const_data_ptr(), "a parameter of a kernel has no memory");
     for (int part = 0; part < PARTS; ++part)
@@ -100,8 +96,7 @@ INLINE void fold_row(int64_t I, int64_t o, S* kernel, const S* product, Terms<S>
       if (p.origin) w[k] += p.scale[ORIGIN][o] * load(p.origin + at, n);
     }
     for (int64_t m = 0; m < p.maps; ++m) {
-      const S* separable = p.separable + (o * p.maps + m) * I;
-      const auto x = p.scale[SEPARABLE][o] * load(separable + i, n);
+      auto x = p.scale[SEPARABLE][o] * load(p.separable + (o * p.maps + m) * I + i, n);
       for (int k = 0; k < K; ++k)
         w[k] += x * load(p.depthwise + (m * K + k) * I + i, n);
     }
@@ -184,10 +179,9 @@ INLINE void gradient_rows(int64_t I, int64_t o, int64_t end, const S* grad, S* s
   for (int r = 0; r < GROUP; ++r) d.scale[SEPARABLE][row[r]] = sum<S>(total[r]);
 }
 
-// What is needed for the time of a call, kept for the next one: the system clears fresh
-// memory, page by page, which takes as long as half of a small fold.
+// Memory for the time of a call, kept for the next one: the system clears fresh memory,
+// page by page, which takes as long as half of a small fold.
 enum Purpose { ROWS, PRODUCT, MATRIX, D_DEPTHWISE };
-
 template <Purpose>
 Tensor scratch(IntArrayRef shape, const Tensor& like) {
   static thread_local Tensor tensor;
@@ -199,8 +193,8 @@ Tensor scratch(IntArrayRef shape, const Tensor& like) {
 
 // The factors of the composed branch: C, (T, I), with the identity, and B, (O·K, T).
 std::tuple<Tensor, Tensor> factors(TensorList t, IntArrayRef rows, bool has_identity) {
-  if (rows[COMPOSED] < 0) return {};
   const int at = rows[ORIGIN] < 0 ? 1 : 2;
+  if (rows[COMPOSED] < 0) return {};
   const Tensor first = t[at].flatten(1), second = t[at + 1].view({-1, first.size(0)});
   if (!has_identity) return {first, second};
   const Tensor sum = scratch<MATRIX>(first.sizes(), first).copy_(first);
@@ -219,7 +213,7 @@ void dispatch(const Tensor& like, int64_t taps, F f) {
 
 // The kernel, (O, I, k, k), from parameters in one piece.
 Tensor fold(TensorList t, IntArrayRef shape, IntArrayRef rows, bool has_identity,
-            const OptionalTensor& filters) {
+            const std::optional<Tensor>& filters) {
   at::AutoDispatchBelowADInplaceOrView guard;  // What follows is written in place.
   const int64_t O = shape[0], I = shape[1], k = shape[2];
   const Tensor kernel =
@@ -245,9 +239,9 @@ Tensor fold(TensorList t, IntArrayRef shape, IntArrayRef rows, bool has_identity
 }
 
 // The gradients of the parameters, in their order.
-std::vector<Tensor> fold_gradients(const Tensor& gradient, TensorList t,
-                                   IntArrayRef shape, IntArrayRef rows,
-                                   bool has_identity, const OptionalTensor& filters) {
+std::vector<Tensor> fold_gradients(
+    const Tensor& gradient, TensorList t, IntArrayRef shape, IntArrayRef rows,
+    bool has_identity, const std::optional<Tensor>& filters) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const int64_t O = shape[0], I = shape[1];
   const Tensor grad = gradient.permute({0, 2, 3, 1}).contiguous().view({-1, I});
@@ -298,10 +292,9 @@ TORCH_LIBRARY(mmorepa, library) {
   library.def("fold(" ARGS " -> Tensor");
   library.def("fold_gradients(Tensor grad, " ARGS " -> Tensor[]");
   // For the CPU alone, so that tracers and other modes see whole folds.
-  library.impl("fold", torch::dispatch(at::kCPU, fold));
-  library.impl("fold_gradients", torch::dispatch(at::kCPU, fold_gradients));
+  library.impl("fold", at::kCPU, fold);
+  library.impl("fold_gradients", at::kCPU, fold_gradients);
   // No graph is built: the caller says what the derivative is.
   for (const char* name : {"fold", "fold_gradients"})
-    library.impl(name, torch::dispatch(c10::DispatchKey::Autograd,
-                                       torch::CppFunction::makeFallthrough()));
+    library.impl(name, c10::DispatchKey::Autograd, torch::CppFunction::makeFallthrough());
 }
