@@ -17,7 +17,6 @@ import fnmatch
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Optional
 
@@ -27,7 +26,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
-from studies import Job, Report, Results, markdown_table, run_study, study_parser
+from studies import Key, Report, Results, markdown_table, run_study, study_parser
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -285,12 +284,12 @@ TABLES = dict(
 )
 
 
-def row(table: str, name: str) -> dict[str, str]:
-    """One row. What fails is noted in it."""
+def measure(key: Key) -> dict[str, str]:
+    """The other columns of a row. What fails is noted in it."""
     MMLogger.get_instance('mmorepa', log_level='ERROR')
     try:
-        _, measure = TABLES[table]
-        found = measure(name)
+        _, row = TABLES[key['table']]
+        found = row(key['model'])
     except Exception as error:
         found = dict(note=f'{type(error).__name__}: {" ".join(str(error).split())}')
     return {column: str(found.get(column, ''))[:200] for column in COLUMNS}
@@ -311,18 +310,14 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     results = Results(args.out / 'results.csv', KEY, [*COLUMNS])
 
-    def make_jobs() -> list[Job]:
-        jobs = [
-            Job(dict(table=table, model=name), partial(row, table, name))
+    def make_keys() -> list[Key]:
+        return [
+            dict(table=table, model=name)
             for table, (names, _) in TABLES.items()
-            for name in names
-            if fnmatch.fnmatchcase(name, args.only)
+            for name in fnmatch.filter(names, args.only)
         ]
-        if not jobs:
-            raise ValueError(f'no model has a name like {args.only!r}')
-        return jobs
 
-    run_study(args, results, make_jobs, report, {})
+    run_study(args, results, make_keys, measure, report, {})
     failed = results.rows[results.rows.note != ''].model
     if len(failed):
         raise ValueError(f'these have a note: {", ".join(failed)}')

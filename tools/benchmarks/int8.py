@@ -10,7 +10,7 @@ import argparse
 import itertools
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -25,6 +25,7 @@ import pandas as pd
 import studies
 import torch
 from accuracy_report import COLOURS
+from studies import charts
 from trainings import last_checkpoint
 
 from mmorepa.cli import one_line_errors, positive
@@ -78,23 +79,20 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def trained(study: Path) -> Iterator[tuple[dict[str, str], Path]]:
-    """The networks of a study whose weights are there: keys and folders."""
-    results = studies.Results(study / 'results.csv', runs.KEY, runs.VALUES)
-    for row in results.rows.to_dict('records'):
-        folder = runs.folder_of(row, study / 'runs')
-        if (
-            row['variant'] in DECAYS
-            and row['lr_factor'] == '1'
-            and last_checkpoint(folder) is not None
-        ):
-            yield {name: row[name] for name in runs.KEY}, folder
+def trained(study: Path) -> list[studies.Key]:
+    """The networks of a study whose weights are there."""
+    rows = studies.Results(study / 'results.csv', runs.KEY, runs.VALUES).rows
+    rows = rows[rows.variant.isin(DECAYS) & (rows.lr_factor == '1')]
+    keys = rows[[*runs.KEY]].to_dict('records')
+    folders = {runs.folder_of(key, study / 'runs'): key for key in keys}
+    return [key for folder, key in folders.items() if last_checkpoint(folder)]
 
 
 @torch.no_grad()
-def measure(folder: Path, number: int) -> dict[str, str]:
-    """Quantizes the network of a folder in each way; gives :data:`VALUES`."""
+def measure(key: studies.Key, study: Path, number: int) -> dict[str, str]:
+    """Quantizes the network of a row in each way; gives :data:`VALUES`."""
     torch.set_num_threads(1)
+    folder = runs.folder_of(key, study / 'runs')
     cfg = read_config(str(folder / 'run.py'))
     model = load_deployed(cfg, read_checkpoint(str(last_checkpoint(folder))))
     images = calibration_images(cfg, model, number)
@@ -165,7 +163,7 @@ def table(groups: Groups) -> str:
 
 def plot(groups: Groups) -> plt.Figure:
     """Each seed's difference to float, by scheme."""
-    figure, grid = studies.panels(2, 2, 10.5, 1.6 + 0.56 * len(groups), sharex=True)
+    figure, grid = charts.panels(2, 2, 10.5, 1.6 + 0.56 * len(groups), sharex=True)
     for axes, (scheme, title) in zip(grid.flat, HEADERS.items()):
         lines = []
         for (data, network, block, variant), found in groups.items():
@@ -207,26 +205,25 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     for package in ('onnx', 'onnxruntime'):
         require(package)
 
-    def make_jobs() -> list[studies.Job]:
-        networks = [*trained(args.study)]
-        if not networks:
+    def make_keys() -> list[studies.Key]:
+        keys = trained(args.study)
+        if not keys:
             raise FileNotFoundError(
                 f"no trained networks in '{args.study}': run "
                 'tools/benchmarks/accuracy.py --lr-factors 1 first, with '
                 '--variants standard kernel_decay'
             )
         # The networks of a study share their data.
-        for folder in {key['data']: folder for key, folder in networks}.values():
+        for key in {key['data']: key for key in keys}.values():
+            folder = runs.folder_of(key, args.study / 'runs')
             check_data_folders(read_config(str(folder / 'run.py')), ('train', 'val'))
-        return [
-            studies.Job(key, partial(measure, folder, args.images))
-            for key, folder in networks
-        ]
+        return keys
 
     results = studies.Results(args.out / 'results.csv', runs.KEY, VALUES)
-    inputs = [args.study / 'results.csv']
+    run = partial(measure, study=args.study, number=args.images)
     captions = dict(int8='What INT8 changes, network by network')
-    studies.run_study(args, results, make_jobs, report, captions, inputs)
+    inputs = [args.study / 'results.csv']
+    studies.run_study(args, results, make_keys, run, report, captions, inputs)
 
 
 if __name__ == '__main__':

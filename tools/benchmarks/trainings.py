@@ -63,19 +63,26 @@ class RecordHook(Hook):
     priority = 'VERY_HIGH'
 
     def before_train(self, runner: Runner) -> None:
-        self._spent, self._curve = (0.0, 0.0), []
+        self._seconds = self._cpu_seconds = 0.0
+        self._curve = []
 
     def before_train_epoch(self, runner: Runner) -> None:
-        self._began = self._now()
+        self._count(-1)
 
     def after_train_epoch(self, runner: Runner) -> None:
-        parts = zip(self._spent, self._began, self._now())
-        self._spent = tuple(spent + now - began for spent, began, now in parts)
+        self._count(1)
+
+    def _count(self, sign: int) -> None:
+        if torch.cuda.is_available():  # Which may still be at work.
+            torch.cuda.synchronize()
+        self._seconds += sign * time.perf_counter()
+        self._cpu_seconds += sign * time.process_time()
 
     def after_val_epoch(
         self, runner: Runner, metrics: Optional[dict[str, float]] = None
     ) -> None:
-        self._curve.append((runner.epoch, metrics, *self._spent))
+        point = (runner.epoch, metrics, self._seconds, self._cpu_seconds)
+        self._curve.append(point)
 
     def after_train(self, runner: Runner) -> None:
         parameters = [*runner.model.parameters()]
@@ -89,12 +96,6 @@ class RecordHook(Hook):
             curve=self._curve,
         )
         (Path(runner.work_dir) / 'record.json').write_text(json.dumps(record))
-
-    @staticmethod
-    def _now() -> tuple[float, float]:
-        if torch.cuda.is_available():  # Which may still be at work.
-            torch.cuda.synchronize()
-        return time.perf_counter(), time.process_time()
 
 
 def epochs_options(epochs: int, workers: int = 0) -> dict:
@@ -195,7 +196,4 @@ def _run_script(line: Sequence[str], log: Path) -> None:
 def last_checkpoint(work_dir: Path) -> Optional[Path]:
     """The weights that a training in this folder ended with, if it did."""
     path = work_dir / 'last_checkpoint'
-    if not path.is_file():
-        return None
-    checkpoint = Path(path.read_text().strip())
-    return checkpoint if checkpoint.is_file() else None
+    return Path(path.read_text().strip()) if path.is_file() else None
