@@ -1,4 +1,4 @@
-"""Writes docs/model_zoo.md and the metafile: what every ImageNet config costs.
+"""Fills in docs/model_zoo.md and the metafile: what every ImageNet config costs.
 
 Parameters, GFLOPs and sizes are computed from the models that the configs build.
 The accuracies are those of the OREPA paper, and marked as such wherever they appear.
@@ -16,7 +16,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / 'benchmarks'))
-from studies import ROOT, markdown_table
+from studies import ROOT, fill, markdown_table
 
 from mmorepa import switch_to_deploy
 from mmorepa.analysis.complexity import count_bytes, count_gflops, count_parameters
@@ -56,26 +56,6 @@ PAPER = {
     'repvgg-a2': (76.48, 5.8, 0.170),
     'repvgg-a2-orepa': (76.72, 7.4, 0.210),
 }
-
-HEADER = f"""# Model zoo
-
-Written by `python tools/analysis_tools/model_zoo.py` from the configs in
-`configs/imagenet`: do not edit it by hand. Parameters, GFLOPs (multiply-adds of one
-{SIZE}×{SIZE} image in eval mode, the fold, which is done once, not counted) and sizes
-(float32) are those of the models that the configs build.
-
-The last three columns are **the paper's figures** (Hu et al., CVPR 2022, Tables 2 and
-4; memory and time for 64 images on a V100), not results of this repository. We publish
-no weights: convert the authors' with `tools/model_converters/published_to_mmorepa.py`,
-or train with the configs.
-
-**What to choose.** With an hour, take an OREPA stem (`…-orepa-stem_…`): it trains at
-the plain network's price, and on a tenth of Fashion-MNIST it brought [most of the
-gain](evidence.md#which-part-earns-it). With ImageNet and four GPUs, take OREPA in all
-convs (`…-orepa_…`): the paper's figures are for all parts together, and nobody has
-trained the stem alone there.
-
-"""
 
 
 def name_of(path: Path) -> str:
@@ -126,54 +106,26 @@ def to_rows(entries: Sequence[dict]) -> list[dict[str, str]]:
     return rows
 
 
-def to_document(entries: Sequence[dict]) -> str:
-    """docs/model_zoo.md."""
-    return f'{HEADER}{markdown_table(to_rows(entries))}\n'
-
-
-def to_metafile(entries: Sequence[dict]) -> str:
-    """configs/imagenet/metafile.yml, in the format that mim and mmpretrain read."""
-    collections = [
-        dict(
-            Name=name,
-            Metadata={
-                'Training Data': 'ImageNet-1k',
-                'Training Techniques': ['SGD with Momentum', 'Weight Decay'],
-                'Epochs': 120,
-                'Batch Size': 256,
-                'Architecture': [name],
-            },
-            Paper=dict(
-                Title='Online Convolutional Re-parameterization',
-                URL='https://arxiv.org/abs/2204.00826',
-            ),
-            README='configs/imagenet/README.md',
-        )
-        for name in ('OREPAResNet', 'OREPARepVGG')
-    ]
+def to_models(entries: Sequence[dict]) -> list[dict]:
+    """The models of the metafile, in the format that mim and mmpretrain read."""
     models = []
     for entry in entries:
         is_repvgg = entry['name'].startswith('repvgg')
-        model = dict(
-            Name=Path(entry['config']).stem,
-            Metadata=dict(
+        model = {
+            'Name': Path(entry['config']).stem,
+            'Metadata': dict(
                 FLOPs=round(entry['deployed_gflops'] * 1e9),
                 Parameters=entry['deployed_params'],
             ),
-            Config=entry['config'],
-        )
-        model['In Collection'] = 'OREPARepVGG' if is_repvgg else 'OREPAResNet'
+            'Config': entry['config'],
+            'In Collection': 'OREPARepVGG' if is_repvgg else 'OREPAResNet',
+        }
         if entry['name'] in PAPER:
             result = dict(Dataset='ImageNet-1k', Task='Image Classification')
             result['Metrics'] = {'Top 1 Accuracy': PAPER[entry['name']][0]}
             model['Results'] = [result]
         models.append(model)
-    document = dict(Collections=collections, Models=models)
-    return (
-        '# Written by tools/analysis_tools/model_zoo.py. FLOPs and parameters are '
-        'those\n# of the deployed form; the accuracies are the figures of the paper.\n'
-        + yaml.safe_dump(document, sort_keys=False, width=88)
-    )
+    return models
 
 
 @one_line_errors()
@@ -184,12 +136,15 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     for i, path in enumerate(paths, 1):
         print(f'[{i}/{len(paths)}] {name_of(path)}', file=sys.stderr)
         entries.append(measure(path))
-    for path, text in (
-        (DOCUMENT, to_document(entries)),
-        (METAFILE, to_metafile(entries)),
-    ):
+    document = fill(
+        DOCUMENT.read_text(), dict(imagenet=markdown_table(to_rows(entries)))
+    )
+    # The collections before them stay.
+    collections, _, _ = METAFILE.read_text().partition('Models:')
+    models = yaml.safe_dump(dict(Models=to_models(entries)), sort_keys=False, width=88)
+    for path, text in ((DOCUMENT, document), (METAFILE, collections + models)):
         with atomic_write(path) as file:
-            file.write_text(text, encoding='utf-8')
+            file.write_text(text)
         print(f'Wrote {path}.')
 
 
