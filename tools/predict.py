@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from start import Parser, add_config_options
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = Parser(__doc__, 'my_config.py work_dirs/my_config/epoch_30.pth image.jpg')
     parser.add_argument('config', help='the config, of either form')
     parser.add_argument('checkpoint', help='the checkpoint, of either form')
@@ -115,7 +115,7 @@ def _some(texts: Sequence[str]) -> str:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     images = list(find_images(args.images))
     out = args.out or Path('work_dirs', Path(args.config).stem, 'predictions')

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Optional
@@ -20,7 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from start import Parser
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = Parser(__doc__, '')
     parser.add_argument(
         'part',
@@ -170,7 +169,7 @@ def summarize_transfer(seconds: dict[str, int]) -> None:
     print(f'Figures: {SUMMARY}')
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     backbone = pretrained(args.epochs)
     if args.part == 'transfer' and find_spec('mmcv._ext') is None:

@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from start import Parser, add_model_arguments
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = Parser(__doc__, 'my_config.py work_dirs/my_config/epoch_30.pth')
     also = ', and images of the folded kernels as ..._kernels.png'
     add_model_arguments(parser, 'branch_shares.png', also)
@@ -139,7 +139,7 @@ def plot_kernels(kernels: dict[str, Tensor], path: Path) -> None:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     numbers = args.out.with_suffix('.csv')
     images = args.out.with_name(f'{args.out.stem}_kernels.png')

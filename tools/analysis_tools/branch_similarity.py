@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from start import Parser, add_model_arguments
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = Parser(__doc__, 'my_config.py work_dirs/my_config/epoch_30.pth')
     add_model_arguments(parser, 'branch_similarity.png')
     return parser.parse_args(argv)
@@ -104,7 +104,7 @@ def _plot_over_depth(axes: Axes, rows: pd.DataFrame, limit: float) -> None:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     numbers = args.out.with_suffix('.csv')
     _, layers = load_model(args, [args.out, numbers])

@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from start import Parser, add_config_options, positive
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = Parser(
         __doc__, 'my_config.py work_dirs/my_config/epoch_30.pth deployed.pth drawn.png'
     )
@@ -109,7 +109,7 @@ def write(rows: list[list[np.ndarray]], path: Path) -> None:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     check_outputs([args.out], [args.config, args.checkpoint, args.deployed])
     cfg = read_config(args.config, args.cfg_options)

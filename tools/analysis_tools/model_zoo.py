@@ -129,7 +129,7 @@ def to_models(entries: Sequence[dict]) -> list[dict]:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     argparse.ArgumentParser(description=__doc__).parse_args(argv)
     paths = sorted(CONFIGS.glob('*.py'))
     entries = []

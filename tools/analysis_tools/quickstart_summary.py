@@ -35,7 +35,7 @@ INPUTS = (
 )
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Sums up what the quickstart did.')
     parser.add_argument('work_dir', type=Path, help='the folder of the quickstart')
     parser.add_argument('config', help='the config of the training form')
@@ -101,7 +101,7 @@ def plot(runs: Sequence[Run], summary: dict, path: Path) -> None:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     names = ('curves.png', 'branches.png', 'summary.json')
     curves, branches, target = (args.work_dir / name for name in names)

@@ -9,7 +9,6 @@ gradients differ, and they part (paper, section 3.2).
 
 import argparse
 import itertools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -55,7 +54,7 @@ class SummedConv2d(nn.Module):
         return (self.scale[..., None, None, None] * self.weight).detach()
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -130,7 +129,7 @@ def plot(rows: pd.DataFrame) -> Figure:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     numbers = args.out.with_suffix('.csv')
     check_outputs([args.out, numbers])

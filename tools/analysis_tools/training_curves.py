@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from start import Parser
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = Parser(__doc__, 'work_dirs/my_config')
     parser.add_argument('runs', nargs='+', type=Path, help='the work folders')
     parser.add_argument(
@@ -227,7 +227,7 @@ def table_of(runs: Sequence[Run]) -> list[dict]:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     numbers = args.out.with_suffix('.csv')
     check_outputs([args.out, numbers, args.branches])

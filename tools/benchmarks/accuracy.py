@@ -8,7 +8,6 @@ goes on where it was, and the rows of several machines can be merged.
 
 import argparse
 import os
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Optional
@@ -19,7 +18,6 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import accuracy_runs as runs
 from accuracy_report import CAPTIONS, report
 from studies import Key, Results, run_study, study_parser
-from torch.cuda import is_available as is_gpu_there
 
 from mmorepa.cli import one_line_errors, positive
 from mmorepa.runs import check_data_folders
@@ -31,7 +29,7 @@ def seeds(text: str) -> list[int]:
     return [*range(int(first), int(last or first) + 1)]
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     texts = [f'  {name}: {v.text}' for name, v in runs.VARIANTS.items() if v.text]
     parser = study_parser(
         __doc__,
@@ -67,14 +65,6 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         '--epochs', type=positive, help='of each training (default: as in the config)'
     )
     parser.add_argument(
-        '--workers',
-        type=int,
-        choices=(0, 1, 2),
-        default=int(is_gpu_there()),
-        help='processes that load the data of a training (default: 1 with a GPU, 0 '
-        'without)',
-    )
-    parser.add_argument(
         '--merge',
         nargs='+',
         type=Path,
@@ -90,7 +80,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     results = Results(args.out / 'results.csv', runs.KEY, runs.VALUES)
 
@@ -109,7 +99,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         args,
         results,
         make_keys,
-        partial(runs.measure, workers=args.workers, runs=args.out / 'runs'),
+        partial(runs.measure, runs=args.out / 'runs'),
         partial(report, epochs=args.epochs),
         CAPTIONS,
         inputs=args.merge,

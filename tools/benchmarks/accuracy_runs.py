@@ -199,11 +199,11 @@ def keys_of(args: argparse.Namespace) -> Iterator[Key]:
             yield dict(zip(KEY, parts))
 
 
-def options_of(key: Key, workers: int = 0) -> dict:
+def options_of(key: Key) -> dict:
     """What the training of a row changes in its config."""
     recipe = base_config(key['data'], key['network']).optim_wrapper.optimizer.lr
     options = {
-        **epochs_options(int(key['epochs']), workers),
+        **epochs_options(int(key['epochs'])),
         'model.backbone.block': key['block'],
         'optim_wrapper.optimizer.lr': recipe * float(Fraction(key['lr_factor'])),
         'randomness.seed': int(key['seed']),
@@ -233,9 +233,9 @@ def recipe_of(key: Key) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def measure(key: Key, workers: int, runs: Path) -> dict[str, str]:
+def measure(key: Key, runs: Path) -> dict[str, str]:
     """Trains what a row stands for, and gives its other columns."""
-    options = options_of(key, workers)
+    options = options_of(key)
     config = config_of(key['data'], key['network'])
     training = train(config, options, folder_of(key, runs), METRIC)
     return dict(

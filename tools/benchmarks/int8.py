@@ -10,7 +10,6 @@ import argparse
 import itertools
 import os
 import tempfile
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -62,7 +61,7 @@ HEADERS = {
 VALUES = ('float32', *HEADERS, 'outlier', 'kernel_snr')
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = studies.study_parser(__doc__, 'int8', 'networks')
     parser.add_argument(
         '--study',
@@ -200,7 +199,7 @@ def report(rows: pd.DataFrame) -> studies.Report:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     for package in ('onnx', 'onnxruntime'):
         require(package)

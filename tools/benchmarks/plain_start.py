@@ -11,7 +11,7 @@ differences are taken within a seed. A stopped run goes on where it was.
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -124,7 +124,7 @@ TASKS = {
 }
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = studies.study_parser(__doc__, 'plain_start')
     parser.add_argument('--tasks', nargs='+', choices=TASKS, default=[*TASKS])
     parser.add_argument(
@@ -227,7 +227,7 @@ def check_data(tasks: Iterable[str]) -> None:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
 
     def make_keys() -> list[studies.Key]:

@@ -13,7 +13,6 @@ Every few steps, of the folded kernel W, shape (O, I·k²), and its gradient G:
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -138,7 +137,7 @@ def table(results: dict[str, pd.DataFrame]) -> str:
     return studies.markdown_table(lines)
 
 
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--seeds', type=int, default=3, help='default: 3')
     parser.add_argument('--epochs', type=int, default=20, help='default: 20')
@@ -147,7 +146,7 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     """Trains every variant with every seed, and prints a table."""
     args = parse_args(argv)
     results = {}

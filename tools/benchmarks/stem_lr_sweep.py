@@ -11,7 +11,6 @@ that differences are taken within a seed. A stopped run goes on where it was.
 """
 
 import argparse
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Optional
@@ -35,7 +34,7 @@ EPOCHS = {
 }
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = studies.study_parser(__doc__, 'stem_lr_sweep')
     parser.add_argument('--tasks', nargs='+', choices=TEXTS, default=[*TEXTS])
     parser.add_argument(
@@ -98,7 +97,7 @@ def table(text: str, values: dict[float, pd.Series]) -> str:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
 
     def make_keys() -> list[studies.Key]:

@@ -55,7 +55,7 @@ COLOURS = {
 }
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description='Measures what training a re-parameterised network costs.'
     )
@@ -226,7 +226,7 @@ def machine(args: argparse.Namespace) -> str:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     figures, chart = args.out / 'train_cost.json', args.out / 'train_cost.png'
     check_outputs([figures, chart], [studies.ROOT / path for path in args.configs])

@@ -98,11 +98,11 @@ class RecordHook(Hook):
         (Path(runner.work_dir) / 'record.json').write_text(json.dumps(record))
 
 
-def epochs_options(epochs: int, workers: int = 0) -> dict:
+def epochs_options(epochs: int) -> dict:
     """The options that give the recipes of ``configs/`` another length.
 
     The recipes have a warm-up and then a cosine. The one validation comes after the
-    last epoch. Without workers, a process loads its own data and keeps to one core.
+    last epoch. Without a GPU, a process loads its own data and keeps to one core.
     """
     options = {
         'train_cfg.max_epochs': epochs,
@@ -112,6 +112,7 @@ def epochs_options(epochs: int, workers: int = 0) -> dict:
         'default_hooks.checkpoint.interval': epochs,
         'default_hooks.checkpoint.save_optimizer': False,
     }
+    workers = int(torch.cuda.is_available())
     for split in ('train', 'val'):
         options[f'{split}_dataloader.num_workers'] = workers
         options[f'{split}_dataloader.persistent_workers'] = workers > 0

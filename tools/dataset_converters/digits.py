@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from start import Parser
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = Parser(__doc__, '--out data/digits')
     parser.add_argument(
         '--out', type=Path, default=Path('data/digits'), help='the folder to write'
@@ -213,7 +213,7 @@ def write_all(out: Path) -> dict[str, int]:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     counts = write_all(args.out)
     print(

@@ -16,7 +16,6 @@ import gzip
 import struct
 import sys
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -24,7 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from start import Parser
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = Parser(__doc__, 'debian/usr/share/datasets/fashion-mnist')
     parser.add_argument('folder', type=Path, help='has the four files, .gz or not')
     parser.add_argument(
@@ -99,7 +98,7 @@ def convert(folder: Path, out: Path) -> list[int]:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     train, test = convert(args.folder, args.out)
     print(f'Wrote {train} training and {test} test images to {args.out}.')
