@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Optional
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from start import Parser, add_model_arguments
+from start import model_parser
 
 
 def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
-    parser = Parser(__doc__, 'my_config.py work_dirs/my_config/epoch_30.pth')
-    add_model_arguments(parser, 'branch_similarity.png')
-    return parser.parse_args(argv)
+    return model_parser(__doc__, 'branch_similarity.png').parse_args(argv)
 
 
 if __name__ == '__main__':

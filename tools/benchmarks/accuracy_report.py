@@ -386,12 +386,6 @@ def report(rows: pd.DataFrame, epochs: Optional[int] = None) -> Report:
             f'Left out: {left_out} rows of other numbers of epochs, or of variants '
             'that are not known.'
         )
-    tables = tables_of(studies)
-    if not tables:
-        print(
-            f"No tables yet: each compares with trainings of '--variants {STANDARD} "
-            "--lr-factors 1' of as many epochs as the config has, or --epochs."
-        )
     marks = 'small dots are seeds, the large mark is their mean, with its 95 % interval'
     figures = dict(
         differences=plot_differences(
@@ -409,4 +403,6 @@ def report(rows: pd.DataFrame, epochs: Optional[int] = None) -> Report:
         ),
         budget=plot_budget(studies),
     )
-    return tables, {name: figure for name, figure in figures.items() if figure}
+    return tables_of(studies), {
+        name: figure for name, figure in figures.items() if figure
+    }

@@ -152,8 +152,7 @@ def table(groups: Groups) -> str:
         row = {'': text, 'weight decay of': decay}
         row['float32 (%)'] = studies.mean_and_deviation(found.float32)
         for scheme, header in HEADERS.items():
-            each = studies.paired_differences(found[scheme], found.float32)
-            row[header] = studies.mean_and_interval(each)
+            row[header] = studies.difference(found[scheme], found.float32)
         row['outlier'] = f'{fmean(found.outlier):.1f}'
         row['kernel SNR (dB)'] = f'{fmean(found.kernel_snr):.1f}'
         rows.append({**row, 'seeds': str(len(found))})
@@ -168,10 +167,8 @@ def plot(groups: Groups) -> plt.Figure:
         for (data, network, block, variant), found in groups.items():
             text = ': '.join(texts_of(network, block, variant))
             each = studies.paired_differences(found[scheme], found.float32)
-            is_dot = 'kernel' in variant
-            lines.append(
-                studies.Line(f'{data}, {text}', COLOURS[block], each, not is_dot)
-            )
+            line = (f'{data}, {text}', COLOURS[block], each, 'kernel' not in variant)
+            lines.append(studies.Line(*line))
         studies.draw_differences(axes, lines)
         # One kind of network loses a hundred times what the others do.
         axes.set_xscale('symlog', linthresh=1)

@@ -195,8 +195,7 @@ def table(task: str, values: dict[str, pd.Series]) -> str:
         row['mean ± deviation'] = studies.mean_and_deviation(found)
         for reference, names in COMPARED.items():
             base = values[reference] if name in names else found[:0]
-            each = studies.paired_differences(found, base)
-            row[f'minus {TEXTS[reference][0]}'] = studies.mean_and_interval(each)
+            row[f'minus {TEXTS[reference][0]}'] = studies.difference(found, base)
         rows.append({**row, 'seeds': str(len(found))})
     return studies.markdown_table(rows)
 

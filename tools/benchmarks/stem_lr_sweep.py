@@ -82,14 +82,12 @@ def table(text: str, values: dict[float, pd.Series]) -> str:
     """Means, and differences to a multiplier of one, if it is there."""
     rows = []
     for multiplier, found in values.items():
-        each = found[:0]
-        if multiplier != 1 and 1 in values:
-            each = studies.paired_differences(found, values[1])
+        base = values.get(1, found[:0]) if multiplier != 1 else found[:0]
         rows.append(
             {
                 'stem_lr_mult': f'{multiplier:g}',
                 text: studies.mean_and_deviation(found),
-                'minus that of 1': studies.mean_and_interval(each),
+                'minus that of 1': studies.difference(found, base),
                 'seeds': str(len(found)),
             }
         )

@@ -263,6 +263,11 @@ def mean_and_interval(differences: pd.Series) -> str:
     return f'{mean:+.2f} [{mean - reach:+.2f}, {mean + reach:+.2f}]'
 
 
+def difference(values: pd.Series, reference: pd.Series) -> str:
+    """That of the means by seed, as :func:`mean_and_interval` writes it."""
+    return mean_and_interval(paired_differences(values, reference))
+
+
 def mean_and_deviation(values: pd.Series) -> str:
     """``mean ± deviation``, as for a sample; those that diverged are counted apart."""
     count, texts = values.count(), []
