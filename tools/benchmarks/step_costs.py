@@ -3,8 +3,7 @@
 import copy
 import functools
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -221,16 +220,6 @@ def measure_all_reduced(trainer: Trainer, batch: tuple) -> int:
     trainer.step(*batch)
     trainer.model = trainer.network
     return sum(sent)
-
-
-@contextmanager
-def process_group(device: str) -> Iterator[None]:
-    backend = 'nccl' if torch.device(device).type == 'cuda' else 'gloo'
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def measure_peak_memory(trainer: Trainer, batch: tuple) -> int:

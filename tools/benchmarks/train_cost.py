@@ -24,6 +24,7 @@ import pandas as pd
 import step_costs as costs
 import studies
 import torch
+import torch.distributed as dist
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmpretrain.structures import DataSample
@@ -112,8 +113,9 @@ def measure(path: str, args: argparse.Namespace) -> Costs:
         for name, variant in costs.VARIANTS.items()
         if (is_resnet or not variant.stem) and (clock.is_cuda or not variant.capture)
     }
-    phases = costs.measure_steps(trainers, batch, args.rounds, clock)
-    forward_backward, optimizer = phases
+    forward_backward, optimizer = costs.measure_steps(
+        trainers, batch, args.rounds, clock
+    )
     seconds = forward_backward + optimizer
     kept = {n: costs.measure_bytes(trainer, batch) for n, trainer in trainers.items()}
     steps = costs.times(seconds, costs.STOCK).assign(
@@ -233,11 +235,13 @@ def main(argv: Optional[list[str]] = None) -> None:
     torch.set_num_threads(args.threads)
     # Without the tables of parameter groups.
     MMLogger.get_instance('train_cost', log_level='WARNING')
+    backend = 'nccl' if torch.device(args.device).type == 'cuda' else 'gloo'
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     results = []
-    with costs.process_group(args.device):
-        for path in args.configs:
-            results.append(measure(path, args))
-            print_tables(results[-1], args)
+    for path in args.configs:
+        results.append(measure(path, args))
+        print_tables(results[-1], args)
+    dist.destroy_process_group()
     document = dict(machine=machine(args), size=args.size, rounds=args.rounds)
     document['results'] = [
         {
