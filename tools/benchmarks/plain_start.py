@@ -124,13 +124,18 @@ TASKS = {
 }
 
 
-def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
-    parser = studies.study_parser(__doc__, 'plain_start')
+def task_parser(description: str, name: str) -> argparse.ArgumentParser:
+    """That of a study of these tasks."""
+    parser = studies.study_parser(description, name)
     parser.add_argument('--tasks', nargs='+', choices=TASKS, default=[*TASKS])
     parser.add_argument(
         '--seeds', type=positive, default=5, help='how many of them (default: 5)'
     )
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
+    return task_parser(__doc__, 'plain_start').parse_args(argv)
 
 
 def run_phase(

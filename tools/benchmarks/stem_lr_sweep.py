@@ -17,10 +17,10 @@ from typing import Optional
 
 import pandas as pd
 import studies
-from plain_start import TASKS, VALUES, check_data, fine_tune, run_phase
+from plain_start import TASKS, VALUES, check_data, fine_tune, run_phase, task_parser
 from studies import charts
 
-from mmorepa.cli import one_line_errors, positive
+from mmorepa.cli import one_line_errors
 
 KEY = ('task', 'stem_lr_mult', 'seed', 'epochs')
 MULTIPLIERS = (0.02, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -35,13 +35,9 @@ EPOCHS = {
 
 
 def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
-    parser = studies.study_parser(__doc__, 'stem_lr_sweep')
-    parser.add_argument('--tasks', nargs='+', choices=TEXTS, default=[*TEXTS])
+    parser = task_parser(__doc__, 'stem_lr_sweep')
     parser.add_argument(
         '--multipliers', nargs='+', type=float, default=[*MULTIPLIERS], metavar='M'
-    )
-    parser.add_argument(
-        '--seeds', type=positive, default=5, help='how many of them (default: 5)'
     )
     return parser.parse_args(argv)
 

@@ -127,8 +127,11 @@ class Results:
         others = [self._read(path) for path in paths]
         with self.locked():
             known = len(self.rows)
-            self._write(pd.concat([self.rows, *others]).drop_duplicates(self.key))
+            every = pd.concat([self.rows, *others]).drop_duplicates()
+            self._write(every.drop_duplicates(self.key))
         print(f'{len(self.rows) - known} rows are new.')
+        if differ := len(every) - len(self.rows):
+            print(f'{differ} others have other values than here, which stay.')
 
     def add(self, *rows: Mapping[str, str]) -> None:
         """Appends rows, and writes the file."""
