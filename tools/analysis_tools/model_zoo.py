@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
+import pandas as pd
 import torch
 import yaml
 from mmengine.config import Config
@@ -30,32 +31,7 @@ SIZE = 224
 
 # Tables 2 and 4 of the OREPA paper: top-1 accuracy (%), GPU memory (GB) and seconds a
 # batch (64 images on a V100) by config name. None of these is a figure of ours.
-PAPER = {
-    'resnet18': (71.21, 4.2, 0.086),
-    'resnet18-dbb': (71.77, 7.5, 0.241),
-    'resnet18-orepa': (72.13, 5.2, 0.120),
-    'resnet34': (74.13, 5.2, 0.116),
-    'resnet34-dbb': (74.83, 11.1, 0.424),
-    'resnet34-orepa': (75.04, 6.7, 0.182),
-    'resnet50': (76.70, 10.3, 0.204),
-    'resnet50-dbb': (76.89, 13.7, 0.380),
-    'resnet50-orepa': (77.31, 11.2, 0.252),
-    'resnet101': (77.71, 14.5, 0.382),
-    'resnet101-dbb': (78.02, 19.7, 0.641),
-    'resnet101-orepa': (78.29, 16.1, 0.445),
-    'resnext50-32x4d': (77.14, 12.4, 0.286),
-    'resnext50-32x4d-orepa': (77.66, 13.0, 0.343),
-    'resnet18-1.5x': (73.69, 6.0, 0.121),
-    'resnet18-1.5x-orepa': (74.51, 7.4, 0.164),
-    'resnet18-2x': (74.74, 7.4, 0.161),
-    'resnet18-2x-orepa': (75.61, 10.4, 0.229),
-    'repvgg-a0': (72.41, 3.8, 0.100),
-    'repvgg-a0-orepa': (73.04, 4.2, 0.136),
-    'repvgg-a1': (74.46, 4.8, 0.121),
-    'repvgg-a1-orepa': (74.85, 5.5, 0.147),
-    'repvgg-a2': (76.48, 5.8, 0.170),
-    'repvgg-a2-orepa': (76.72, 7.4, 0.210),
-}
+PAPER = pd.read_csv(ROOT / 'docs/evidence/paper.csv', index_col=0)
 
 
 def name_of(path: Path) -> str:
@@ -87,8 +63,8 @@ def to_rows(entries: Sequence[dict]) -> list[dict[str, str]]:
     rows = []
     for entry in entries:
         accuracy, memory, seconds = '–', '–', '–'
-        if entry['name'] in PAPER:
-            figures = zip(('{:.2f}', '{} G', '{:.3f} s'), PAPER[entry['name']])
+        if entry['name'] in PAPER.index:
+            figures = zip(('{:.2f}', '{} G', '{:.3f} s'), PAPER.loc[entry['name']])
             accuracy, memory, seconds = (text.format(x) for text, x in figures)
         rows.append(
             {
@@ -120,9 +96,11 @@ def to_models(entries: Sequence[dict]) -> list[dict]:
             'Config': entry['config'],
             'In Collection': 'OREPARepVGG' if is_repvgg else 'OREPAResNet',
         }
-        if entry['name'] in PAPER:
+        if entry['name'] in PAPER.index:
             result = dict(Dataset='ImageNet-1k', Task='Image Classification')
-            result['Metrics'] = {'Top 1 Accuracy': PAPER[entry['name']][0]}
+            result['Metrics'] = {
+                'Top 1 Accuracy': float(PAPER.loc[entry['name']].iloc[0])
+            }
             model['Results'] = [result]
         models.append(model)
     return models

@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -45,58 +44,44 @@ def times(seconds: pd.DataFrame, reference: str) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-class Variant(NamedTuple):
-    """One way to train."""
-
-    # The block type; empty for the network of MMPretrain.
-    block: str
-    # Whether the fold is outside of the graph.
-    folded: bool = False
-    # Whether every pass differentiates the plain formulas.
-    naive: bool = False
-    channels_last: bool = True
-    # The block type of the stem, where it is another one.
-    stem: str = ''
-    # Whether CUDA graphs replay the folds.
-    capture: bool = False
-
-
-VARIANTS = {
-    'stock': Variant('', channels_last=False),
-    'plain, default layout': Variant('plain', channels_last=False),
-    'plain': Variant('plain'),
-    'plain, OREPA stem': Variant('plain', folded=True, stem='orepa'),
-    'DBB': Variant('dbb'),
-    'OREPA, naive': Variant('orepa', naive=True),
-    'OREPA, online': Variant('orepa'),
-    'OREPA, folded, default layout': Variant('orepa', True, channels_last=False),
-    'OREPA, folded': Variant('orepa', folded=True),
-    'OREPA, captured': Variant('orepa', folded=True, capture=True),
+_PLAIN, _OREPA = dict(block='plain'), dict(block='orepa')
+# What each way to train changes in the backbone and in the optimizer wrapper. What is
+# not folded outside of the graph folds online, and naively by the plain formulas.
+VARIANTS: dict[str, tuple[dict, dict]] = {
+    'stock': ({}, {}),
+    'plain, default layout': (_PLAIN, dict(channels_last=False)),
+    'plain': (_PLAIN, {}),
+    'plain, OREPA stem': (dict(_PLAIN, stem_block='orepa'), dict(folded=True)),
+    'DBB': (dict(block='dbb'), {}),
+    'OREPA, naive': (_OREPA, {}),
+    'OREPA, online': (_OREPA, {}),
+    'OREPA, folded, default layout': (_OREPA, dict(folded=True, channels_last=False)),
+    'OREPA, folded': (_OREPA, dict(folded=True)),
+    # CUDA graphs replay the folds.
+    'OREPA, captured': (_OREPA, dict(folded=True, capture=True)),
 }
 # What a user has today, and what others are compared with; the same network with the
 # layout of this package's; and the result.
 STOCK, PLAIN, OREPA = 'stock', 'plain', 'OREPA, folded'
+NAIVE = 'OREPA, naive'
 
 
 class Trainer:
     """A variant of an OREPA classifier with its optimizer, one step at a time."""
 
-    def __init__(self, cfg: Config, variant: Variant, device: str) -> None:
+    def __init__(self, cfg: Config, variant: str, device: str) -> None:
         torch.manual_seed(0)
         model = copy.deepcopy(cfg.model)
+        backbone, changes = VARIANTS[variant]
+        model.backbone.update(backbone)
         options = copy.deepcopy(cfg.optim_wrapper)
-        if variant.block:
-            model.backbone.block = variant.block
-            if variant.stem:
-                model.backbone.stem_block = variant.stem
-            options.update(folded=variant.folded, channels_last=variant.channels_last)
-            options.update(capture=variant.capture)
-        else:
+        options.update({'folded': False, 'channels_last': True, **changes})
+        if variant == STOCK:
             model.backbone = stock_backbone(model.backbone)
             options = dict(optimizer=options.optimizer)
         self.network = MODELS.build(model).to(device).train()
         self.model: nn.Module = self.network
-        if variant.naive:
+        if variant == NAIVE:
             for conv in folded_convs(self.network):
                 conv.kernel = functools.partial(naive_kernel, conv.branches)
         self.wrapper: OptimWrapper = build_optim_wrapper(self.network, options)

@@ -109,9 +109,10 @@ def measure(path: str, args: argparse.Namespace) -> Costs:
 
     is_resnet = cfg.model.backbone.type.endswith('ResNet')
     trainers = {
-        name: costs.Trainer(cfg, variant, args.device)
-        for name, variant in costs.VARIANTS.items()
-        if (is_resnet or not variant.stem) and (clock.is_cuda or not variant.capture)
+        name: costs.Trainer(cfg, name, args.device)
+        for name, (backbone, options) in costs.VARIANTS.items()
+        if (is_resnet or 'stem_block' not in backbone)
+        and (clock.is_cuda or 'capture' not in options)
     }
     forward_backward, optimizer = costs.measure_steps(
         trainers, batch, args.rounds, clock
