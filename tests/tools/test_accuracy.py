@@ -170,7 +170,6 @@ def test_report(out, reports, capsys):
     assert not out.exists()
     names = [f'{name}-{data}' for data in reports.DATA for name in reports.TABLES]
     places = [f'<!-- begin {n} -->\nold\n<!-- end {n} -->' for n in names]
-    places += [f'<!-- begin {n} -->\nold\n<!-- end {n} -->' for n in reports.CAPTIONS]
     path.write_text('\n'.join(places))
     for _ in range(2):
         report(out, '--document', path)
@@ -183,7 +182,6 @@ def test_report(out, reports, capsys):
     assert '| slim ResNet-18, OREPA | 91.00 | +1.00 |  |  |' in text
     for name in ('differences', 'ablations', 'budget'):
         assert matplotlib.image.imread(out / f'{name}.png').ndim == 3
-        assert text.count(f'(out/{name}.png)') == 1
 
 
 def test_seconds(runs):

@@ -16,7 +16,7 @@ from typing import Optional
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import accuracy_runs as runs
-from accuracy_report import CAPTIONS, report
+from accuracy_report import report
 from studies import Key, Results, run_study, study_parser
 
 from mmorepa.cli import one_line_errors, positive
@@ -101,7 +101,6 @@ def main(argv: Optional[list[str]] = None) -> None:
         make_keys,
         partial(runs.measure, runs=args.out / 'runs'),
         partial(report, epochs=args.epochs),
-        CAPTIONS,
         inputs=args.merge,
     )
 

@@ -370,13 +370,6 @@ def _draw_budget(axes: plt.Axes, study: Study, network: str) -> None:
     )
 
 
-CAPTIONS = dict(
-    differences='Differences to plain, seed by seed, with their means and intervals',
-    ablations='Differences to OREPA without its parts, or changed',
-    budget='Accuracy over seconds of training',
-)
-
-
 def report(rows: pd.DataFrame, epochs: Optional[int] = None) -> Report:
     """Tables and figures of all rows; none where no row can be compared."""
     studies = [Study(rows, data, epochs) for data in DATA]

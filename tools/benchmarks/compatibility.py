@@ -265,7 +265,7 @@ def main(argv: Optional[list[str]] = None) -> None:
     def make_keys() -> list[Key]:
         return [dict(table=table_of(name), model=name) for name in args.models]
 
-    run_study(args, results, make_keys, measure, report, {})
+    run_study(args, results, make_keys, measure, report)
     failed = results.rows[results.rows.note != ''].model
     if len(failed):
         raise ValueError(f'these have a note: {", ".join(failed)}')

@@ -217,9 +217,8 @@ def main(argv: Optional[list[str]] = None) -> None:
 
     results = studies.Results(args.out / 'results.csv', runs.KEY, VALUES)
     run = partial(measure, study=args.study, number=args.images)
-    captions = dict(int8='What INT8 changes, network by network')
     inputs = [args.study / 'results.csv']
-    studies.run_study(args, results, make_keys, run, report, captions, inputs)
+    studies.run_study(args, results, make_keys, run, report, inputs)
 
 
 if __name__ == '__main__':

@@ -246,8 +246,7 @@ def main(argv: Optional[list[str]] = None) -> None:
 
     results = studies.Results(args.out / 'results.csv', KEY, VALUES)
     run = partial(measure, runs=args.out / 'runs')
-    captions = dict(plain_start='The differences to plain, seed by seed')
-    studies.run_study(args, results, make_keys, run, report, captions)
+    studies.run_study(args, results, make_keys, run, report)
 
 
 if __name__ == '__main__':

@@ -106,8 +106,7 @@ def main(argv: Optional[list[str]] = None) -> None:
 
     results = studies.Results(args.out / 'results.csv', KEY, VALUES)
     run = partial(measure, runs=args.out / 'runs')
-    caption = "Accuracy and box AP over the multiplier of the stem's learning rate"
-    studies.run_study(args, results, make_keys, run, report, dict(results=caption))
+    studies.run_study(args, results, make_keys, run, report)
 
 
 if __name__ == '__main__':

@@ -72,7 +72,7 @@ def study_parser(
     parser.add_argument(
         '--document',
         type=Path,
-        help='put tables and figures into this Markdown file instead of tables.md, '
+        help='put the tables into this Markdown file instead of tables.md, '
         'between its comments <!-- begin NAME --> and <!-- end NAME -->',
     )
     parser.add_argument(
@@ -205,7 +205,6 @@ def run_study(
     make_keys: Callable[[], Sequence[Key]],
     run: Run,
     report: Callable[[pd.DataFrame], Report],
-    captions: Mapping[str, str],
     inputs: Sequence[Path] = (),
 ) -> None:
     """Runs the jobs that have no row, and reports all rows, also where jobs failed.
@@ -217,11 +216,10 @@ def run_study(
         make_keys (Callable): Checks the data, and gives the keys of all jobs.
         run (Callable): Gives the other columns of a key. It can be pickled.
         report (Callable): Makes tables and figures of rows.
-        captions (Mapping[str, str]): Of all figures that it may make, by name.
         inputs (Sequence[Path]): Files that must not be overwritten. Defaults to none.
     """
-    names = ('results.csv', 'tables.md', *(f'{name}.png' for name in captions))
-    check_outputs([*(args.out / name for name in names), args.document], inputs)
+    files = (args.out / 'results.csv', args.out / 'tables.md', args.document)
+    check_outputs(files, inputs)
     if args.document:
         args.document.read_text()  # Before hours of work, not after.
     if getattr(args, 'merge', ()):
@@ -230,7 +228,7 @@ def run_study(
     if not args.report_only:
         failures = run_jobs(make_keys(), run, results, args.jobs)
     if len(results.rows):
-        write_report(*report(results.rows), captions, args)
+        write_report(*report(results.rows), args)
     if failures:
         raise ValueError(
             f'{len(failures)} jobs failed, run the same line again to repeat them: '
@@ -296,7 +294,6 @@ def markdown_table(rows: Iterable[Mapping[str, str]]) -> str:
 def write_report(
     tables: Mapping[str, str],
     figures: Mapping[str, plt.Figure],
-    captions: Mapping[str, str],
     args: argparse.Namespace,
 ) -> None:
     """Prints the tables of a study, if there are any, and writes them and figures.
@@ -305,18 +302,14 @@ def write_report(
     """
     if not tables:
         return
-    images = {}
     for name, figure in figures.items():
-        path = args.out / f'{name}.png'
-        charts.save(figure, path)
-        place = os.path.relpath(path, (args.document or path).parent)
-        images[name] = f'![{captions[name]}]({place})'
+        charts.save(figure, args.out / f'{name}.png')
     text = '\n\n'.join(f'### {name}\n\n{table}' for name, table in tables.items())
     print(f'{text}\n')
     target = args.document or args.out / 'tables.md'
     with atomic_write(target) as file:
         if args.document:
-            file.write_text(fill(target.read_text(), {**tables, **images}))
+            file.write_text(fill(target.read_text(), tables))
         else:
             file.write_text(f'{text}\n')
     print(f"Wrote tables to '{target}', figures to '{args.out}'.")
