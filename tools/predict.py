@@ -74,12 +74,13 @@ def find_images(paths: Sequence[str]) -> Iterator[tuple[str, str]]:
             raise FileNotFoundError(f'no image at {path!r}')
 
 
-def predict(
-    inferencer: Any, path: str, short_edge: int, folder: str, score: float
-) -> Any:
+def predict(inferencer: Any, path: str, folder: str, score: float) -> Any:
     """The prediction for an image, drawn as the only file in a folder."""
+    image = mmcv.imread(path) if os.path.getsize(path) else None
+    if image is None:
+        raise ValueError(f'{path!r} cannot be read as an image')
     if hasattr(inferencer, 'classes'):  # MMPretrain's.
-        options = dict(show_dir=folder, resize=max(short_edge, SHORT_EDGE))
+        options = dict(show_dir=folder, resize=max(min(image.shape[:2]), SHORT_EDGE))
     else:
         options = dict(out_dir=folder)
         if 'pred_score_thr' in inferencer.visualize_kwargs:  # MMDetection's.
@@ -127,12 +128,8 @@ def main(argv: Optional[list[str]] = None) -> None:
     else:
         classes = inferencer.model.dataset_meta['classes']
     for path, name in images:
-        image = mmcv.imread(path) if os.path.getsize(path) else None
-        if image is None:
-            raise ValueError(f'{path!r} cannot be read as an image')
-        short_edge = min(image.shape[:2])
         with tempfile.TemporaryDirectory() as folder:
-            sample = predict(inferencer, path, short_edge, folder, args.score)
+            sample = predict(inferencer, path, folder, args.score)
             (drawn,) = (file for file in Path(folder).rglob('*') if file.is_file())
             with atomic_write(out / name) as file:
                 mmcv.imwrite(mmcv.imread(str(drawn)), str(file))

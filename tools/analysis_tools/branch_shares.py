@@ -120,13 +120,14 @@ def plot_kernels(kernels: dict[str, Tensor], path: Path) -> None:
     is_colour = first.shape[1] == 3
     for axes, kernel in zip(grid.flat, first):
         # Each over its own largest weight.
-        kernel = kernel / kernel.abs().max().clamp_min(1e-12)
+        kernel = (kernel / kernel.abs().max().clamp_min(1e-12)).numpy()
         if is_colour:
-            axes.imshow(0.5 + 0.5 * kernel.permute(1, 2, 0))
+            axes.imshow(0.5 + 0.5 * kernel.transpose(1, 2, 0))
         else:
             axes.imshow(kernel[0], cmap='PuOr_r', vmin=-1, vmax=1)
     for axes, (layer, kernel) in zip(grid[above:].flat, kernels.items()):
-        axes.imshow(kernel.square().mean(dim=(0, 1)).sqrt(), cmap='viridis', vmin=0)
+        strength = kernel.square().mean(dim=(0, 1)).sqrt()
+        axes.imshow(strength.numpy(), cmap='viridis', vmin=0)
         axes.set_title(charts.short(layer), fontsize=7)
     kind = 'colours (grey: zero)' if is_colour else 'first input channel (white: zero)'
     figure.suptitle(

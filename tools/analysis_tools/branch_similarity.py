@@ -69,7 +69,8 @@ def plot(layers: Sequence[BranchKernels], rows: pd.DataFrame, path: Path) -> Non
     for axes, layer in zip(grid.flat, layers):
         own = [marks[name] for name in layer.kernels]
         cosines = cosine_similarities(layer.kernels).fill_diagonal_(float('nan'))
-        image = axes.imshow(cosines, cmap=colours, vmin=-limit, vmax=limit)
+        style = dict(cmap=colours, vmin=-limit, vmax=limit)
+        image = axes.imshow(cosines.numpy(), **style)
         axes.set_title(short(layer.name), fontsize=8)
         axes.set_xticks(range(len(own)), own, fontsize=7)
         axes.set_yticks(range(len(own)), own, fontsize=7)

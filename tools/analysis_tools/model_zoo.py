@@ -31,7 +31,7 @@ SIZE = 224
 
 # Tables 2 and 4 of the OREPA paper: top-1 accuracy (%), GPU memory (GB) and seconds a
 # batch (64 images on a V100) by config name. None of these is a figure of ours.
-PAPER = pd.read_csv(ROOT / 'docs/evidence/paper.csv', index_col=0)
+PAPER = pd.read_csv(ROOT / 'docs/evidence/paper.csv', index_col=0, dtype=str).T
 
 
 def name_of(path: Path) -> str:
@@ -62,10 +62,7 @@ def to_rows(entries: Sequence[dict]) -> list[dict[str, str]]:
     """The rows of the Markdown table, by the head of the column."""
     rows = []
     for entry in entries:
-        accuracy, memory, seconds = '–', '–', '–'
-        if entry['name'] in PAPER.index:
-            figures = zip(('{:.2f}', '{} G', '{:.3f} s'), PAPER.loc[entry['name']])
-            accuracy, memory, seconds = (text.format(x) for text, x in figures)
+        accuracy, memory, seconds = PAPER.get(entry['name'], ('–', '–', '–'))
         rows.append(
             {
                 'config': f'[{entry["name"]}](../{entry["config"]})',
@@ -96,11 +93,9 @@ def to_models(entries: Sequence[dict]) -> list[dict]:
             'Config': entry['config'],
             'In Collection': 'OREPARepVGG' if is_repvgg else 'OREPAResNet',
         }
-        if entry['name'] in PAPER.index:
+        if entry['name'] in PAPER:
             result = dict(Dataset='ImageNet-1k', Task='Image Classification')
-            result['Metrics'] = {
-                'Top 1 Accuracy': float(PAPER.loc[entry['name']].iloc[0])
-            }
+            result['Metrics'] = {'Top 1 Accuracy': float(PAPER[entry['name']].iloc[0])}
             model['Results'] = [result]
         models.append(model)
     return models

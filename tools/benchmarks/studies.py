@@ -31,7 +31,7 @@ from mmorepa.cli import positive
 from mmorepa.utils.files import atomic_write, check_outputs
 
 ROOT = Path(__file__).resolve().parents[2]
-# The columns that name a row, by the heads of these, and what gives the others.
+# What names a row, by column, and what gives its other columns.
 Key = dict[str, str]
 Run = Callable[[Key], dict[str, str]]
 # Markdown tables, and figures, by name.
