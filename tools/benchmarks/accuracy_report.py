@@ -216,17 +216,6 @@ TABLES: dict[str, Callable[[Study], str]] = dict(
 )
 
 
-def tables_of(studies: Sequence[Study]) -> dict[str, str]:
-    """Markdown tables by name, like ``main-10pct``; those without rows are left out."""
-    tables = {
-        f'{name}-{study.data}': make(study)
-        for study in studies
-        for name, make in TABLES.items()
-    }
-    tables['stems'] = stems_table(studies)
-    return {name: table for name, table in tables.items() if table}
-
-
 def block_lines(study: Study) -> list[Line]:
     """Each block beside plain, by one recipe and by the best learning rates."""
     lines = []
@@ -371,7 +360,7 @@ def _draw_budget(axes: plt.Axes, study: Study, network: str) -> None:
 
 
 def report(rows: pd.DataFrame, epochs: Optional[int] = None) -> Report:
-    """Tables and figures of all rows; none where no row can be compared."""
+    """Those tables and figures of all rows that have something to show."""
     studies = [Study(rows, data, epochs) for data in DATA]
     left_out = len(rows) - sum(len(study.rows) for study in studies)
     if left_out:
@@ -379,6 +368,13 @@ def report(rows: pd.DataFrame, epochs: Optional[int] = None) -> Report:
             f'Left out: {left_out} rows of other numbers of epochs, or of variants '
             'that are not known.'
         )
+    # By name, like main-10pct.
+    tables = {
+        f'{name}-{study.data}': make(study)
+        for study in studies
+        for name, make in TABLES.items()
+    }
+    tables['stems'] = stems_table(studies)
     marks = 'small dots are seeds, the large mark is their mean, with its 95 % interval'
     figures = dict(
         differences=plot_differences(
@@ -396,6 +392,5 @@ def report(rows: pd.DataFrame, epochs: Optional[int] = None) -> Report:
         ),
         budget=plot_budget(studies),
     )
-    return tables_of(studies), {
-        name: figure for name, figure in figures.items() if figure
-    }
+    tables = {name: table for name, table in tables.items() if table}
+    return tables, {name: figure for name, figure in figures.items() if figure}
