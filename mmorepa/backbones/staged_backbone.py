@@ -11,7 +11,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from ..layers import log_plain_starts, switch_to_deploy
-from .checks import check_fits, check_is_known, check_is_there, check_style
+from .checks import (
+    check_fits,
+    check_is_known,
+    check_is_there,
+    check_style,
+    require_fit,
+)
 
 
 class StagedBackbone(BaseModule):
@@ -30,6 +36,11 @@ class StagedBackbone(BaseModule):
     # Called with every state dict before it is loaded, as PyTorch calls them;
     # mmorepa.converters.plain translates those of plain networks.
     load_hooks: list[Callable[..., None]] = []
+    # Of the load that is going on: the prefix of its keys, the errors that its loader
+    # collects, and whether it has to bring every weight.
+    load_prefix = ''
+    load_errors: Sequence[str] = ()
+    must_fit = False
     _has_warned = False
 
     def __init__(
@@ -64,7 +75,7 @@ class StagedBackbone(BaseModule):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.stage_names: list[str] = []
-        for hook in (*self.load_hooks, check_is_known):
+        for hook in (_before_loading, *self.load_hooks, check_is_known):
             self.register_load_state_dict_pre_hook(hook)
         self.register_load_state_dict_post_hook(_after_loading)
 
@@ -148,10 +159,18 @@ class StagedBackbone(BaseModule):
         the network in that way. ``remove()`` of what it returns allows that again, and
         so does the end of a ``with`` block.
         """
-        return self.register_load_state_dict_pre_hook(check_fits)
+        return self.register_load_state_dict_pre_hook(require_fit)
 
 
-def _after_loading(module: nn.Module, incompatible_keys: object) -> None:
+def _before_loading(
+    module: StagedBackbone, state_dict: dict[str, Tensor], prefix: str, *args
+) -> None:
+    module.load_prefix, module.load_errors, module.must_fit = prefix, args[-1], False
+
+
+def _after_loading(module: StagedBackbone, incompatible_keys: object) -> None:
+    if module.must_fit:
+        check_fits(module, incompatible_keys)
     log_plain_starts(module)
 
 

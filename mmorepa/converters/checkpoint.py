@@ -14,6 +14,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
+from ..backbones.checks import describe_errors
 from ..layers import is_switchable, outermost, switch_to_deploy
 from ..utils.errors import COMPILED_KEYS, CheckpointError, describe_misfit
 from ..utils.files import PathLike, atomic_write
@@ -249,11 +250,10 @@ def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
         loaded = model.load_state_dict(state_dict, strict=False)
     except CheckpointError:
         raise
-    except RuntimeError as error:  # PyTorch has a line for each shape.
-        first, *more = str(error).splitlines()[1:] or [str(error)]
+    except RuntimeError as error:
+        errors = describe_errors(str(error).splitlines()[1:] or [str(error)])
         raise CheckpointError(
-            f'the checkpoint does not fit the config: {first.strip()}'
-            + (f', and {len(more)} more' if more else '')
+            f'the checkpoint does not fit the config: {errors}'
         ) from error
     problems = describe_misfit(
         dict.fromkeys(loaded.missing_keys, ()),

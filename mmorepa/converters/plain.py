@@ -10,7 +10,6 @@ from collections.abc import Collection
 from torch import Tensor
 
 from ..backbones import OREPARepVGG, OREPAResNet, StagedBackbone
-from ..backbones.checks import check_fits
 
 # Parts of their names, as patterns, and the same parts here.
 _RESNET = (
@@ -88,7 +87,7 @@ def translate_plain(
 ) -> None:
     """A load hook: gives the entries of a plain network the names that they have here.
 
-    It raises CheckpointError for another network, and nothing is loaded then.
+    The load then has to bring every weight of the backbone.
     """
     start = 'backbone.'
     if not prefix and any(key.startswith(start) for key in state_dict):
@@ -100,8 +99,7 @@ def translate_plain(
     renamed = plain_names(backbone, names)
     for name, ours in renamed.items():
         state_dict[prefix + ours] = state_dict.pop(prefix + name)
-    if renamed:
-        check_fits(backbone, state_dict, prefix)
+    backbone.must_fit = bool(renamed)
 
 
 StagedBackbone.load_hooks.append(translate_plain)
