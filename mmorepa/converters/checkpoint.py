@@ -267,13 +267,12 @@ def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
 
 def _origin(state_dict: dict[str, Tensor]) -> str:
     """Advice for a checkpoint that a converter takes; empty for others."""
-    keys = {key.removeprefix('module.').removeprefix('backbone.') for key in state_dict}
-    if any('.rbr_' in key or '.weight_orepa' in key for key in keys):
+    if any('.rbr_' in key or '.weight_orepa' in key for key in state_dict):
         return (
             '; it is one of the published OREPA code by its keys: convert it by '
             '`python -m mmorepa convert`'
         )
-    if {'conv1.weight', 'bn1.weight'} <= keys:
+    if 'bn1.weight' in state_dict:
         return (
             '; it is one of a plain ResNet by its keys: start from it by init_cfg, or '
             'convert it by `python -m mmorepa convert_plain`'

@@ -28,7 +28,7 @@ from ..layers import (
 from ..layers.deep_linear import DEEP_LINEAR_FROM
 from ..utils.errors import CheckpointError, describe_misfit, name_keys
 from ..version import __version__
-from .architectures import identify, name_of
+from .architectures import identify
 
 
 class _Entry(NamedTuple):
@@ -60,7 +60,7 @@ def from_published(
 
     Returns:
         dict: ``state_dict`` (``backbone.*`` and ``head.fc.*``) and ``meta``, with the
-        architecture and the backbone config.
+        ``backbone`` config and whether it is ``deployed``.
 
     Raises:
         CheckpointError: If entries, which are named, are missing, left over, misshapen
@@ -87,12 +87,7 @@ def from_published(
         for key, entry in entries.items()
         if entry.ours is not None
     }
-    meta = dict(
-        mmorepa_version=__version__,
-        architecture=name_of(backbone),
-        backbone=backbone,
-        deployed=deployed,
-    )
+    meta = dict(mmorepa_version=__version__, backbone=backbone, deployed=deployed)
     return dict(meta=meta, state_dict=ours)
 
 
