@@ -11,17 +11,14 @@ from ..layers import ConvAct2d, ReparamConv2d
 from ..utils.errors import COMPILED_KEYS, CheckpointError, describe_misfit
 
 
-def check_is_known(
-    backbone: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: object
-) -> None:
-    """A load hook: raises CheckpointError if a state dict has no entry for any conv.
+def check_is_known(backbone: nn.Module, names: Sequence[str]) -> None:
+    """Raises CheckpointError if a checkpoint of these entries has none for any conv.
 
     MMEngine only warns, and the training would go on from random weights. It also
     raises for the branches of a conv that is a plain one for good.
     """
-    if any('_orig_mod.' in key for key in state_dict):
+    if any('_orig_mod.' in name for name in names):
         raise CheckpointError(f'the state dict does not fit: {COMPILED_KEYS}')
-    names = [k.removeprefix(prefix) for k in state_dict if k.startswith(prefix)]
     convs = {
         name: module
         for name, module in backbone.named_modules()

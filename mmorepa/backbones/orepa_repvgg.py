@@ -1,7 +1,8 @@
 """RepVGG networks whose 3×3 branches are re-parameterised further."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Optional, Union
 
 import torch.utils.checkpoint as cp
@@ -11,7 +12,8 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..layers import build_conv
-from .staged_backbone import StagedBackbone, options_of_stem, scaled_channels
+from .plain_names import repvgg_name
+from .staged_backbone import StagedBackbone, scaled_channels
 
 
 class SqueezeExcitation(nn.Module):
@@ -118,64 +120,53 @@ class OREPARepVGG(StagedBackbone):
         self,
         arch: Union[str, dict],
         block: str = 'orepa',
-        block_cfg: Optional[dict] = None,
         stem_block: Optional[str] = None,
-        stem_block_cfg: Optional[dict] = None,
         in_channels: int = 3,
         base_channels: int = 64,
-        num_stages: int = 4,
         strides: Sequence[int] = (2, 2, 2, 2),
-        dilations: Sequence[int] = (1, 1, 1, 1),
-        out_indices: Sequence[int] = (0, 1, 2, 3),
-        frozen_stages: int = -1,
-        norm_cfg: Optional[dict] = None,
-        norm_eval: bool = False,
-        act_cfg: Optional[dict] = None,
         with_cp: bool = False,
-        deploy: bool = False,
-        init_cfg: Union[dict, list[dict], None] = None,
+        **options,
     ) -> None:
-        stages = num_stages, strides, dilations, out_indices
-        super().__init__(*stages, frozen_stages, norm_eval, init_cfg)
-        arch = self._architecture(arch, num_stages)
-        self.arch = arch
         # 'orepa' means a RepVGG block here, of which one branch is OREPA.
         names = {'orepa': 'orepa_repvgg'}
-        options = dict(
-            block=names.get(block, block),
-            block_cfg=block_cfg,
-            norm_cfg=norm_cfg or dict(type='BN', requires_grad=True),
-            act_cfg=act_cfg or dict(type='ReLU', inplace=True),
-            use_se=arch.get('use_se', False),
-            with_cp=with_cp,
-            deploy=deploy,
+        super().__init__(
+            names.get(block, block),
+            stem_block=names.get(stem_block, stem_block),
+            strides=strides,
+            **options,
+        )
+        self.arch = arch = self._architecture(arch, self.num_stages)
+        make_block = partial(
+            RepVGGBlock, use_se=arch.get('use_se', False), with_cp=with_cp
         )
         widths = [
             scaled_channels(base_channels * 2**i, width, f'stage {i + 1}')
             for i, width in enumerate(arch['widths'])
         ]
         channels = min(base_channels, widths[0])
-        stem_block = names.get(stem_block, stem_block)
-        stem_options = options_of_stem(options, stem_block, stem_block_cfg)
-        self.stem = RepVGGBlock(in_channels, channels, stride=2, **stem_options)
+        self.stem = make_block(in_channels, channels, stride=2, **self.stem_options)
         # Every second block of the network is grouped.
         groups = itertools.cycle([1, arch.get('groups', 1)])
-        for i in range(num_stages):
+        for i in range(self.num_stages):
             blocks = []
             for j in range(arch['num_blocks'][i]):
-                block = RepVGGBlock(
-                    channels,
-                    widths[i],
-                    stride=strides[i] if j == 0 else 1,
-                    dilation=dilations[i],
-                    groups=next(groups),
-                    **options,
+                blocks.append(
+                    make_block(
+                        channels,
+                        widths[i],
+                        stride=strides[i] if j == 0 else 1,
+                        dilation=self.dilations[i],
+                        groups=next(groups),
+                        **self.conv_options,
+                    )
                 )
-                blocks.append(block)
                 channels = widths[i]
             self.add_stage(*blocks)
         self.feat_dim = channels
         self.freeze_stages()
+
+    def plain_name(self, name: str, names: Collection[str]) -> str:
+        return repvgg_name(name)
 
     @classmethod
     def _architecture(cls, arch: Union[str, dict], num_stages: int) -> dict:

@@ -1,15 +1,12 @@
-"""Checkpoints of plain networks, under the names that our networks have for them.
+"""The names that the entries of plain networks have in ours.
 
-They are those of torchvision, timm and OpenMMLab. A backbone calls
-:func:`translate_plain` whenever it loads a state dict.
+The networks are those of torchvision, timm and OpenMMLab.
 """
 
 import re
 from collections.abc import Collection
 
-from torch import Tensor
-
-from ..backbones import OREPARepVGG, OREPAResNet, StagedBackbone
+from torch import nn
 
 # Parts of their names, as patterns, and the same parts here.
 _RESNET = (
@@ -45,27 +42,13 @@ _REPVGG = (
 )
 
 
-def plain_names(backbone: StagedBackbone, names: Collection[str]) -> dict[str, str]:
-    """Our names of the entries of a plain network's checkpoint, by their names there.
-
-    Those with the same name are left out.
-    """
-    if isinstance(backbone, OREPAResNet):
-        ours = {name: _resnet_name(backbone, name, names) for name in names}
-    elif isinstance(backbone, OREPARepVGG):
-        ours = {name: _replaced(name, _REPVGG) for name in names}
-    else:
-        ours = {}
-    return {theirs: name for theirs, name in ours.items() if name != theirs}
+def repvgg_name(name: str) -> str:
+    """The name in an ``OREPARepVGG`` of an entry of a plain network."""
+    return _replaced(name, _REPVGG)
 
 
-def _replaced(name: str, table: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in table:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def _resnet_name(backbone: OREPAResNet, name: str, names: Collection[str]) -> str:
+def resnet_name(network: nn.Module, name: str, names: Collection[str]) -> str:
+    """The same in an ``OREPAResNet``; ``names`` are all of the checkpoint's."""
     # timm's, with three convs in the place of one.
     if name.startswith('bn1.') and 'conv1.0.weight' in names:
         return f'stem.conv3.norm.{name[4:]}'
@@ -76,30 +59,13 @@ def _resnet_name(backbone: OREPAResNet, name: str, names: Collection[str]) -> st
     # Behind a pooling, or timm's nn.Identity in its place, the conv is the second.
     has_first = f'{shortcut}.2.weight' in names
     is_kernel = int(number) == has_first
-    module = dict(backbone.named_modules()).get(shortcut)
+    module = dict(network.named_modules()).get(shortcut)
     if has_first and getattr(module, 'stride', None) != (1, 1):
         shortcut += '.conv'
     return f'{shortcut}.{entry}' if is_kernel else f'{shortcut}.norm.{entry}'
 
 
-def translate_plain(
-    backbone: StagedBackbone, state_dict: dict[str, Tensor], prefix: str, *args: object
-) -> None:
-    """A load hook: gives the entries of a plain network the names that they have here.
-
-    The load then has to bring every weight of the backbone.
-    """
-    start = 'backbone.'
-    if not prefix and any(key.startswith(start) for key in state_dict):
-        for key in list(state_dict):  # A whole model's.
-            value = state_dict.pop(key)
-            if key.startswith(start):
-                state_dict[key.removeprefix(start)] = value
-    names = [k.removeprefix(prefix) for k in state_dict if k.startswith(prefix)]
-    renamed = plain_names(backbone, names)
-    for name, ours in renamed.items():
-        state_dict[prefix + ours] = state_dict.pop(prefix + name)
-    backbone.must_fit = bool(renamed)
-
-
-StagedBackbone.load_hooks.append(translate_plain)
+def _replaced(name: str, table: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in table:
+        name = re.sub(pattern, replacement, name)
+    return name
