@@ -135,7 +135,7 @@ class OREPARepVGG(StagedBackbone):
             strides=strides,
             **options,
         )
-        self.arch = arch = self._architecture(arch, self.num_stages)
+        arch = self._architecture(arch)
         make_block = partial(
             RepVGGBlock, use_se=arch.get('use_se', False), with_cp=with_cp
         )
@@ -168,24 +168,23 @@ class OREPARepVGG(StagedBackbone):
     def plain_name(self, name: str, names: Collection[str]) -> str:
         return repvgg_name(name)
 
-    @classmethod
-    def _architecture(cls, arch: Union[str, dict], num_stages: int) -> dict:
+    def _architecture(self, arch: Union[str, dict]) -> dict:
         if isinstance(arch, str):
-            if arch not in cls.ARCHITECTURES:
+            if arch not in self.ARCHITECTURES:
                 raise ValueError(
                     f'unknown arch {arch!r} of OREPARepVGG; choose one of '
-                    f'{", ".join(cls.ARCHITECTURES)}, or give a dict'
+                    f'{", ".join(self.ARCHITECTURES)}, or give a dict'
                 )
-            return cls.ARCHITECTURES[arch]
-        known = {'num_blocks', 'widths', 'groups', 'use_se'}
-        if not isinstance(arch, dict) or not arch.keys() <= known:
+            return self.ARCHITECTURES[arch]
+        needed, known = {'num_blocks', 'widths'}, {'groups', 'use_se'}
+        if not isinstance(arch, dict) or not needed <= arch.keys() <= needed | known:
             raise ValueError(
-                f'arch is a name or a dict of {", ".join(sorted(known))}, found {arch}'
+                f'arch is a name, or a dict of {", ".join(sorted(needed))} and maybe '
+                f'{", ".join(sorted(known))}, found {arch}'
             )
-        for key in ('num_blocks', 'widths'):
-            if len(arch.get(key, ())) < num_stages:
-                raise ValueError(
-                    f'arch needs {key!r}, a value for each of the {num_stages} '
-                    f'stages, found {arch}'
-                )
+        if min(len(arch[key]) for key in needed) < self.num_stages:
+            raise ValueError(
+                'num_blocks and widths of arch need a value for each of the '
+                f'{self.num_stages} stages, found {arch}'
+            )
         return dict(arch)

@@ -80,25 +80,30 @@ class _ResidualBlock(BaseModule):
         self.with_cp = with_cp
         built = self.build_convs(width_per_group, **options)
         convs = {f'conv{i}': conv for i, conv in enumerate(built, 1)}
-        # What the branch is made of, in order.
-        self.path: list[str] = []
+        parts: list[tuple[str, nn.Module]] = []
         for name, conv in convs.items():
-            self._append(name, conv)
+            parts.append((name, conv))
             for plugin in plugins:
                 if plugin['position'] == f'after_{name}':
                     cfg = dict(plugin['cfg'])
                     postfix = cfg.pop('postfix', '')
                     # Named as in mmdet's ResNet, whose checkpoints fit.
-                    self._append(
-                        *build_plugin_layer(cfg, postfix, in_channels=conv.out_channels)
+                    parts.append(
+                        build_plugin_layer(cfg, postfix, in_channels=conv.out_channels)
                     )
-        positions = [f'after_{name}' for name in convs]
-        for plugin in plugins:
-            if plugin['position'] not in positions:
-                raise ValueError(
-                    'the position of a plugin of this block is one of '
-                    f'{", ".join(positions)}, found {plugin["position"]!r}'
-                )
+        if len(parts) < len(convs) + len(plugins):
+            raise ValueError(
+                'the position of a plugin of this block is one of '
+                f'{", ".join(f"after_{name}" for name in convs)}, found {plugins}'
+            )
+        # What the branch is made of, in order.
+        self.path = [name for name, _ in parts]
+        if len({*self.path}) < len(parts):
+            raise ValueError(
+                f'give plugins of one type a postfix in their cfg, found {plugins}'
+            )
+        for name, part in parts:
+            self.add_module(name, part)
         self.plugin_names = [name for name in self.path if name not in convs]
         self.last_conv_name = list(convs)[-1]
         self.downsample: Optional[nn.Module] = None
@@ -125,15 +130,6 @@ class _ResidualBlock(BaseModule):
     def last_conv(self) -> ReparamConv2d:
         """The last conv of the branch."""
         return getattr(self, self.last_conv_name)
-
-    def _append(self, name: str, module: nn.Module) -> None:
-        if hasattr(self, name):
-            raise ValueError(
-                f'a block has one {name}: give each plugin of this type a postfix in '
-                'its cfg'
-            )
-        self.add_module(name, module)
-        self.path.append(name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C, H, W) to (N, C', H/stride, W/stride)."""

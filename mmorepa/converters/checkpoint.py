@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import zipfile
 from typing import Any
 
@@ -43,7 +44,6 @@ def allow_mmengine_checkpoints() -> None:
     PyTorch refuses all of them since 2.6. This allows these classes and, for
     ``getattr``, a function that serves only the four methods, in the whole process.
     """
-    scalar_types = [np.float64, np.float32, np.int64, np.int32, np.bool_]
     numpy_core = np._core if hasattr(np, '_core') else np.core
     functions = [
         (getattr(numpy_core.multiarray, name), f'numpy.{core}.multiarray.{name}')
@@ -58,7 +58,7 @@ def allow_mmengine_checkpoints() -> None:
             *functions,
             np.ndarray,
             np.dtype,
-            *{type(np.dtype(scalar)) for scalar in scalar_types},
+            *(type(np.dtype(kind)) for kind in ('f8', 'f4', 'i8', 'i4', 'bool')),
         ]
     )
 
@@ -163,14 +163,13 @@ def _problem(checkpoint: Any, size: int) -> str:
 
 def _reason(error: Exception) -> str:
     """The cause of an error, without PyTorch's advice to trust the file."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith('Check the documentation')]
-    if not lines:
-        return type(error).__name__
-    if not lines[0].startswith('Weights only load failed'):
-        # Of a file of another kind, the unpickler says a number, or a letter.
-        return lines[0] if ' ' in lines[0] else 'it is no file of torch.save'
-    return lines[-1].rpartition('WeightsUnpickler error: ')[-1].split(' Please use')[0]
+    text = str(error).strip() or f'a {type(error).__name__}'
+    found = re.search('WeightsUnpickler error: (.+?)( Please use|\n|$)', text)
+    if found:
+        return found[1]
+    # Of a file of another kind, the unpickler says a number, or a letter.
+    first = text.partition('\n')[0]
+    return first if ' ' in first else 'it is no file of torch.save'
 
 
 def write_checkpoint(checkpoint: dict, path: PathLike) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..runs import innermost
 from ..utils.files import PathLike
 from ..version import __version__
-from .networks import DeployedNetwork, Network, flatten, named_outputs, require
+from .networks import DeployedNetwork, Network, as_batch, output_names, require
 
 EXPORTERS = ('torchscript', 'dynamo')
 # The lowest that both exporters write.
@@ -62,24 +62,27 @@ def export_onnx(
         raise ValueError(f'the exporters are {", ".join(EXPORTERS)}; not {exporter!r}')
     onnx = require('onnx')
     network = DeployedNetwork(model).eval()
-    # Not one image: exporters take a length of one for a constant.
-    images = image.expand(2, *image.shape[1:]).contiguous()
-    with torch.no_grad():
-        names = list(flatten(named_outputs(model, images)))
-    options = dict(input_names=[INPUT], output_names=names, opset_version=opset)
-    stream = io.BytesIO()
+    images = as_batch(image)
+    names = output_names(model, images)
     if exporter == 'dynamo':
         require('onnxscript')
-        batch = torch.export.Dim('batch')
-        options.update(
-            dynamo=True, dynamic_shapes=({0: batch},), verbose=False, optimize=True
-        )
+        shapes = ({0: torch.export.Dim('batch')},)
+        options = dict(dynamo=True, dynamic_shapes=shapes, verbose=False, optimize=True)
     else:
         axes = {name: {0: 'batch'} for name in (INPUT, *names)}
-        options.update(dynamo=False, dynamic_axes=axes)
+        options = dict(dynamo=False, dynamic_axes=axes)
+    stream = io.BytesIO()
     try:
         with _quiet(), torch.no_grad():
-            torch.onnx.export(network, (images,), stream, **options)
+            torch.onnx.export(
+                network,
+                (images,),
+                stream,
+                input_names=[INPUT],
+                output_names=names,
+                opset_version=opset,
+                **options,
+            )
         exported = onnx.load_from_string(stream.getvalue())
         onnx.checker.check_model(exported, full_check=True)
         versions = {entry.domain: entry.version for entry in exported.opset_import}
@@ -129,11 +132,11 @@ class OnnxNetwork(Network):
         self.session = inference_session(str(path))
         names = [output.name for output in self.session.get_outputs()]
         size = tuple(self.session.get_inputs()[0].shape[-2:])
-        super().__init__(names, size, pads)
+        super().__init__(self._run, names, size, pads)
 
-    def compute(self, images: Tensor) -> list[Tensor]:
+    def _run(self, images: Tensor) -> Iterator[Tensor]:
         arrays = self.session.run(None, {INPUT: images.cpu().numpy()})
-        return [torch.from_numpy(array) for array in arrays]
+        return map(torch.from_numpy, arrays)
 
 
 def preprocessing(
