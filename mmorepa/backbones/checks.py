@@ -4,7 +4,6 @@ import os
 import re
 from collections.abc import Sequence
 
-from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ..layers import ConvAct2d, ReparamConv2d
@@ -32,20 +31,13 @@ def check_is_known(backbone: nn.Module, names: Sequence[str]) -> None:
         )
     # Here and not in the convs, of which each knows of itself alone.
     with_branches = {n.partition('.branches.')[0] for n in names if '.branches.' in n}
-    trained = {name: conv for name, conv in convs.items() if name in with_branches}
-    for name, conv in trained.items():
-        if not isinstance(conv, ReparamConv2d):
+    for name, conv in convs.items():
+        if name in with_branches and not isinstance(conv, ReparamConv2d):
             raise CheckpointError(
                 f'the checkpoint holds the training form, and {name} became a plain '
                 'conv by mmorepa.switch_to_deploy, which cannot fold it: load before '
                 'that, or into a model that is built with deploy=True'
             )
-    if any(conv.deployed for conv in trained.values()):
-        print_log(
-            'The checkpoint holds the training form and the model is deployed: '
-            'folding the branches while loading.',
-            logger='current',
-        )
 
 
 def require_fit(
@@ -84,7 +76,9 @@ def check_fits(backbone: nn.Module, incompatible_keys: object) -> None:
             parameters = block.get_submodule(plugin).named_parameters()
             if {start + key for key, _ in parameters} <= missing:
                 missing = {key for key in missing if not key.startswith(start)}
-    errors = [error for error in backbone.load_errors if prefix in error]
+    # Behind a space or a quotation mark; a whole model has others.
+    starts = (f' {prefix}', f'"{prefix}')
+    errors = [e for e in backbone.load_errors if any(start in e for start in starts)]
     problems = [
         describe_errors(errors) if errors else '',
         describe_misfit(dict.fromkeys(missing, ()), dict.fromkeys(left_over, ()), 3),

@@ -11,9 +11,8 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..layers import build_conv
 from .plain_names import repvgg_name
-from .staged_backbone import StagedBackbone, scaled_channels
+from .staged_backbone import StagedBackbone, build_same_conv, scaled_channels
 
 
 class SqueezeExcitation(nn.Module):
@@ -41,7 +40,6 @@ class RepVGGBlock(BaseModule):
         self,
         in_channels: int,
         out_channels: int,
-        dilation: int = 1,
         use_se: bool = False,
         act_cfg: Optional[dict] = None,
         with_cp: bool = False,
@@ -49,15 +47,7 @@ class RepVGGBlock(BaseModule):
     ) -> None:
         super().__init__()
         self.with_cp = with_cp
-        self.conv = build_conv(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            kernel_size=3,
-            padding=dilation,
-            dilation=dilation,
-            bias=False,
-            **options,
-        )
+        self.conv = build_same_conv(in_channels, out_channels, 3, **options)
         self.se = SqueezeExcitation(out_channels) if use_se else None
         self.act = build_activation_layer(act_cfg)
 

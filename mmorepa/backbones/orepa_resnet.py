@@ -13,32 +13,9 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..layers import ReparamConv2d, build_conv
+from ..layers import ReparamConv2d
 from .plain_names import resnet_name
-from .staged_backbone import StagedBackbone, scaled_channels
-
-
-def _conv(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: int,
-    stride: int = 1,
-    dilation: int = 1,
-    has_act: bool = True,
-    **options,
-) -> ReparamConv2d:
-    if not has_act:
-        options['act_cfg'] = None
-    return build_conv(
-        in_channels=in_channels,
-        out_channels=out_channels,
-        kernel_size=kernel_size,
-        stride=stride,
-        padding=dilation * (kernel_size // 2),
-        dilation=dilation,
-        bias=False,
-        **options,
-    )
+from .staged_backbone import StagedBackbone, build_same_conv, scaled_channels
 
 
 class _ResidualBlock(BaseModule):
@@ -111,7 +88,7 @@ class _ResidualBlock(BaseModule):
             pools = avg_down and stride != 1
             options['block'] = self.shortcut_block or options['block']
             geometry = in_channels, out_channels, 1, 1 if pools else stride
-            self.downsample = _conv(*geometry, has_act=False, **options)
+            self.downsample = build_same_conv(*geometry, has_act=False, **options)
             if pools:
                 pool = nn.AvgPool2d(
                     stride, stride, ceil_mode=True, count_include_pad=False
@@ -159,8 +136,10 @@ class BasicBlock(_ResidualBlock):
             )
         width = self.out_channels
         return [
-            _conv(self.in_channels, width, 3, self.stride, self.dilation, **options),
-            _conv(width, width, 3, has_act=False, **options),
+            build_same_conv(
+                self.in_channels, width, 3, self.stride, self.dilation, **options
+            ),
+            build_same_conv(width, width, 3, has_act=False, **options),
         ]
 
 
@@ -180,9 +159,9 @@ class Bottleneck(_ResidualBlock):
         strides = (self.stride, 1) if self.style == 'caffe' else (1, self.stride)
         grouped = dict(options, groups=self.groups)
         return [
-            _conv(self.in_channels, width, 1, strides[0], **options),
-            _conv(width, width, 3, strides[1], self.dilation, **grouped),
-            _conv(width, self.out_channels, 1, has_act=False, **options),
+            build_same_conv(self.in_channels, width, 1, strides[0], **options),
+            build_same_conv(width, width, 3, strides[1], self.dilation, **grouped),
+            build_same_conv(width, self.out_channels, 1, has_act=False, **options),
         ]
 
 
@@ -323,7 +302,7 @@ class OREPAResNet(StagedBackbone):
             f'the stem (base_channels={base_channels} and width_mult={width_mult})',
         )
         base_channels = scaled_channels(base_channels, width_mult, 'the first stage')
-        stem_conv = partial(_conv, **self.stem_options)
+        stem_conv = partial(build_same_conv, **self.stem_options)
         if deep_stem:
             half = scaled_channels(stem_channels, 0.5, 'a deep stem')
             convs = dict(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from ..layers import log_plain_starts, switch_to_deploy
+from ..layers import ReparamConv2d, build_conv, log_plain_starts, switch_to_deploy
 from .checks import (
     check_fits,
     check_is_known,
@@ -220,6 +220,30 @@ def _after_loading(module: StagedBackbone, incompatible_keys: object) -> None:
 def _is_fresh(norm: _BatchNorm) -> bool:
     mean = norm.running_mean
     return mean is not None and not mean.is_meta and not mean.any()
+
+
+def build_same_conv(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    stride: int = 1,
+    dilation: int = 1,
+    has_act: bool = True,
+    **options,
+) -> ReparamConv2d:
+    """Builds a conv without bias that keeps the size, or divides it by the stride."""
+    if not has_act:
+        options['act_cfg'] = None
+    return build_conv(
+        in_channels=in_channels,
+        out_channels=out_channels,
+        kernel_size=kernel_size,
+        stride=stride,
+        padding=dilation * (kernel_size // 2),
+        dilation=dilation,
+        bias=False,
+        **options,
+    )
 
 
 def scaled_channels(channels: int, factor: float, name: str) -> int:

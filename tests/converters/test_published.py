@@ -337,5 +337,5 @@ class TestErrors:
 
     def test_blocks_without_a_published_layout(self):
         backbone = dict(type='OREPAResNet', depth=18, block='deep_linear')
-        with pytest.raises(CheckpointError, match='missing: layer1'):
+        with pytest.raises(CheckpointError, match='missing: stem.branches.factors'):
             from_published(small_state('basic', 'plain'), backbone)

@@ -1,7 +1,6 @@
 """Converts the checkpoint of a plain classifier to one of an OREPA classifier."""
 
 import argparse
-import copy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,26 +42,16 @@ if __name__ == '__main__':
     parse_args()  # Before the seconds that the rest takes.
 
 import torch
-from mmengine.config import Config
 
 from mmorepa import __version__
 from mmorepa.analysis import largest_difference, network_outputs
+from mmorepa.backbones import OREPARepVGG
 from mmorepa.backbones.checks import check_style
 from mmorepa.cli import one_line_errors
 from mmorepa.converters import read_checkpoint, start_from_plain, write_checkpoint
 from mmorepa.layers import is_switchable
 from mmorepa.runs import build_model, read_config
 from mmorepa.utils.files import check_outputs
-
-
-def plain_twin(cfg: Config) -> Config:
-    """The config of the same network with plain convs that have their norms."""
-    cfg = copy.deepcopy(cfg)
-    backbone = cfg.model.backbone
-    for name in ('block_cfg', 'stem_block', 'stem_block_cfg', 'deploy'):
-        backbone.pop(name, None)
-    backbone.block = 'repvgg' if backbone.type == 'OREPARepVGG' else 'plain'
-    return cfg
 
 
 @one_line_errors()
@@ -74,7 +63,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     model = build_model(cfg)
     count = start_from_plain(model, checkpoint['state_dict'])
     check_style(model.backbone, args.source)
-    twin = build_model(plain_twin(cfg))
+    block = 'repvgg' if isinstance(model.backbone, OREPARepVGG) else 'plain'
+    plain = dict(block=block, block_cfg=None, stem_block=None, stem_block_cfg=None)
+    cfg.model.backbone.update(plain, deploy=False)
+    twin = build_model(cfg)
     start_from_plain(twin, checkpoint['state_dict'])
 
     channels = cfg.model.backbone.get('in_channels', 3)
