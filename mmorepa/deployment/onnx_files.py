@@ -38,7 +38,6 @@ def export_onnx(
     image: Tensor,
     path: PathLike,
     exporter: str = 'torchscript',
-    opset: int = OPSET,
     metadata: Optional[dict] = None,
 ) -> None:
     """Writes a deployed model as an ONNX file, for batches of any length.
@@ -49,14 +48,12 @@ def export_onnx(
         path (str | Path): The file to write.
         exporter (str): ``'torchscript'`` or ``'dynamo'``, which needs the package
             ``onnxscript``. Defaults to ``'torchscript'``.
-        opset (int): The version of ONNX's operators. Defaults to 18.
         metadata (dict, optional): What the file says of itself, as JSON. Defaults to
             None.
 
     Raises:
         ImportError: If a package is missing.
-        ValueError: If the exporter is not known, or cannot write this model in this
-            opset.
+        ValueError: If the exporter is not known, or cannot write this model.
     """
     if exporter not in EXPORTERS:
         raise ValueError(f'the exporters are {", ".join(EXPORTERS)}; not {exporter!r}')
@@ -80,19 +77,16 @@ def export_onnx(
                 stream,
                 input_names=[INPUT],
                 output_names=names,
-                opset_version=opset,
+                opset_version=OPSET,
                 **options,
             )
         exported = onnx.load_from_string(stream.getvalue())
         onnx.checker.check_model(exported, full_check=True)
-        versions = {entry.domain: entry.version for entry in exported.opset_import}
-        if versions[''] != opset:
-            raise ValueError(f'it gives opset {versions[""]}')
     except Exception as error:
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise ValueError(
-            f'the exporter {exporter!r} cannot write this model in opset {opset}, and '
-            f'another exporter or opset may: {reason[0]}'
+            f'the exporter {exporter!r} cannot write this model, and another may: '
+            f'{reason[0]}'
         ) from error
     for key, value in (metadata or {}).items():
         exported.metadata_props.add(key=key, value=json.dumps(value))
