@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import pickle
-import re
 import zipfile
 from typing import Any
 
@@ -163,13 +162,14 @@ def _problem(checkpoint: Any, size: int) -> str:
 
 def _reason(error: Exception) -> str:
     """The cause of an error, without PyTorch's advice to trust the file."""
-    text = str(error).strip() or f'a {type(error).__name__}'
-    found = re.search('WeightsUnpickler error: (.+?)( Please use|\n|$)', text)
-    if found:
-        return found[1]
-    # Of a file of another kind, the unpickler says a number, or a letter.
-    first = text.partition('\n')[0]
-    return first if ' ' in first else 'it is no file of torch.save'
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith('Check the documentation')]
+    if not lines:
+        return type(error).__name__
+    if not lines[0].startswith('Weights only load failed'):
+        # Of a file of another kind, the unpickler says a number, or a letter.
+        return lines[0] if ' ' in lines[0] else 'it is no file of torch.save'
+    return lines[-1].rpartition('WeightsUnpickler error: ')[-1].split(' Please use')[0]
 
 
 def write_checkpoint(checkpoint: dict, path: PathLike) -> None:

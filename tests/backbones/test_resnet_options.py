@@ -236,7 +236,7 @@ def test_style_by_the_name_of_the_checkpoint(style, checkpoint, message):
         (dict(plugins=[dict(PLUGINS[0], stage=(True,))]), "argument 'stage'"),
         (dict(plugins=[dict(cfg=CONTEXT, position='after_conv3')]), 'after_conv3'),
         (dict(plugins=[dict(PLUGINS[0], stages=(True, False))]), '4 stages'),
-        (dict(plugins=[PLUGINS[0]] * 2), 'context_block'),
+        (dict(plugins=[PLUGINS[0]] * 2), 'postfix'),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else '',
 )
