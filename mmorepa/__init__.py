@@ -47,7 +47,6 @@ if not _is_command():
         folded,
         is_switchable,
         param_groups,
-        reparameterize,
         set_channels_last,
         switch_to_deploy,
     )
@@ -72,7 +71,6 @@ __all__ = [
     'list_configs',
     'param_groups',
     'register_models',
-    'reparameterize',
     'set_channels_last',
     'switch_to_deploy',
 ]

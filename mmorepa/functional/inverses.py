@@ -23,7 +23,9 @@ def solve_deep_linear(kernel: Tensor, first: Tensor, groups: int = 1) -> Tensor:
     """
     kernel, first = kernel.double(), first.double()
     hidden, size = len(first) // groups, kernel.shape[-1] - first.shape[-1] + 1
-    unknowns = hidden * size**2
+    weights, unknowns = kernel[0].numel(), hidden * size**2
+    if unknowns < weights:  # Before minutes of work.
+        raise _too_narrow(hidden, weights, unknowns)
     units = torch.eye(unknowns, dtype=torch.float64, device=kernel.device)
     units = units.view(unknowns, hidden, size, size)
     solutions = []
@@ -35,21 +37,15 @@ def solve_deep_linear(kernel: Tensor, first: Tensor, groups: int = 1) -> Tensor:
         error = (solution @ system - wanted.flatten(1)).abs().max()
         if error > 1e-6 * wanted.abs().max():
             rank = int(torch.linalg.matrix_rank(system.cpu()))
-            check_is_wide(kernel, hidden, min(rank, kernel[0].numel() - 1))
+            raise _too_narrow(hidden, weights, min(rank, weights - 1))
         solutions.append(solution.view(-1, hidden, size, size))
     return torch.cat(solutions)
 
 
-def check_is_wide(kernel: Tensor, hidden: int, free: int) -> None:
-    """Raises a ValueError if a deep linear kernel cannot be this one, (O, Ig, k, k).
-
-    A group has ``hidden`` inner channels, and an output ``free`` weights to choose.
-    """
-    weights = kernel[0].numel()
-    if free < weights:
-        raise ValueError(
-            'a deep linear kernel cannot be any kernel if its factors are narrow '
-            f'({hidden} channels in a group): of {weights} weights of an output '
-            f'channel, {free} can be chosen freely, and all of them with more inner '
-            'channels (inner_mult)'
-        )
+def _too_narrow(hidden: int, weights: int, free: int) -> ValueError:
+    return ValueError(
+        'a deep linear kernel cannot be any kernel if its factors are narrow '
+        f'({hidden} channels in a group): of {weights} weights of an output channel, '
+        f'{free} can be chosen freely, and all of them with more inner channels '
+        '(inner_mult)'
+    )

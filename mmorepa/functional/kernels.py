@@ -49,8 +49,7 @@ def constant(make: Callable[..., Tensor], *args, like: Tensor) -> Tensor:
 
 def embed_1x1(weight: Tensor, kernel_size: int) -> Tensor:
     """Zero-pads a kernel from (O, Ig, 1, 1) to (O, Ig, k, k), with an odd k."""
-    margin = kernel_size // 2
-    return F.pad(weight, [margin] * 4)
+    return F.pad(weight, [kernel_size // 2] * 4)
 
 
 def average_kernel(weight: Tensor, kernel_size: int) -> Tensor:
@@ -75,16 +74,13 @@ def frequency_prior(
     width, ``prior[o, h, w] = cos(π (w + ½) (o + 1 − O/2) / k)``. Shape (O, k, k).
     """
     half = channels / 2
-
-    def wave(frequency: float) -> list[float]:
-        # In this order of operations, by which published checkpoints have their
-        # copies of the filters to the last bit.
-        return [
-            math.cos(math.pi * (tap + 0.5) * frequency / kernel_size)
-            for tap in range(kernel_size)
-        ]
-
-    waves = [wave(row + 1 if row < half else row + 1 - half) for row in range(channels)]
+    frequencies = [row + 1 - (half if row >= half else 0) for row in range(channels)]
+    taps = [tap + 0.5 for tap in range(kernel_size)]
+    # In this order of operations, by which published checkpoints have their copies of
+    # the filters to the last bit.
+    waves = [
+        [math.cos(math.pi * t * f / kernel_size) for t in taps] for f in frequencies
+    ]
     filters = torch.tensor(waves, dtype=torch.float64)
     along_height = filters[:, :, None].expand(-1, -1, kernel_size)
     is_first = torch.arange(channels)[:, None, None] < half
@@ -110,10 +106,8 @@ def identity_1x1(
 
     Its shape is (T, columns, 1, 1) for T outputs of all groups.
     """
-    eye = torch.zeros(rows, columns, 1, 1, dtype=dtype, device=device)
-    row = torch.arange(rows, device=device)
-    eye[row, row % columns] = 1
-    return eye
+    eye = torch.eye(columns, dtype=dtype, device=device)
+    return eye.repeat(rows // columns, 1)[:, :, None, None]
 
 
 def compose_1x1_kxk(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:

@@ -6,12 +6,7 @@ from .capture import RecordedFolds
 from .conv import ReparamConv2d
 from .dbb import DBBConv2d
 from .deep_linear import DeepLinearConv2d, DeepLinearKernel
-from .exchange import (
-    add_branches,
-    build_with_branches,
-    log_plain_starts,
-    reparameterize,
-)
+from .exchange import add_branches, build_with_branches, log_plain_starts
 from .memory_format import faster_in_channels_last, set_channels_last
 from .multi_branch import MultiBranchConv2d
 from .orepa import (
@@ -55,7 +50,6 @@ __all__ = [
     'param_groups',
     'backward_to_branches',
     'add_branches',
-    'reparameterize',
     'set_channels_last',
     'switch_to_deploy',
     'log_plain_starts',

@@ -77,7 +77,7 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         act_cfg: Optional[dict] = None,
         deploy: bool = False,
     ) -> None:
-        _check_has_fold(type(self).__name__, kernel_size, padding, padding_mode)
+        _check_has_fold(type(self).__name__, kernel_size, padding_mode)
         arguments = (in_channels, out_channels, kernel_size, stride, padding, dilation)
         # On 'meta', the kernel of the plain conv takes no memory, no time and no
         # random numbers: only the deployed form has one.
@@ -87,6 +87,7 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         self.act = None if act_cfg is None else build_activation_layer(act_cfg)
         # Set here, or the first scope would make torch.compile start over.
         self.training_scope = self.evaluation_scope = None
+        self.channels_last = self.is_plain_start = False
         self.become_training_form(with_branches=not deploy)
         if deploy:
             self._become_plain(self._deployed_with_bias, like=torch.empty(0))
@@ -336,12 +337,8 @@ def _is_exported_to_onnx() -> bool:
     return torch.onnx.is_in_onnx_export()
 
 
-def _check_has_fold(
-    name: str, kernel_size: IntPair, padding: Union[IntPair, str], padding_mode: str
-) -> None:
-    height, width, *more = _pair(kernel_size)
-    if more:
-        raise ValueError(f'{name} is a 2D conv; found kernel_size={kernel_size}')
+def _check_has_fold(name: str, kernel_size: IntPair, padding_mode: str) -> None:
+    height, width = _pair(kernel_size)
     if height != width or height % 2 == 0 or height < 1:
         raise ValueError(
             f'{name} takes an odd, square kernel (1, 3, 5, 7, …), since its branches '
@@ -352,5 +349,3 @@ def _check_has_fold(
             f"{name} takes padding_mode='zeros' only, found {padding_mode!r}; pad the "
             'input yourself (torch.nn.functional.pad) and use padding=0'
         )
-    if not isinstance(padding, str) and min(_pair(padding)) < 0:
-        raise ValueError(f'{name} takes padding >= 0, found padding={padding}')
