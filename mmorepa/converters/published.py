@@ -248,7 +248,7 @@ def _conv_entries(conv: ReparamConv2d) -> Entries:
 
 def _fixed_entries(kernel: OREPAKernel, there: str, kind: str) -> Entries:
     """The constants that the published code saves."""
-    size, outputs = kernel.kernel_size, kernel.scale.shape[1]
+    outputs, _, size, _ = kernel.branch_sum.shape
     square, eye = (size, size), kernel.weight_pointwise_kxk_1.shape[:2]
     average = partial(torch.full, square, 1 / size**2)
     prior = partial(frequency_prior, outputs, size)

@@ -2,7 +2,6 @@
 
 from .branch_sum import BranchSum
 from .closed_forms import fold_kernel, is_being_traced
-from .inverses import solve_deep_linear
 from .kernels import (
     average_kernel,
     compose_1x1_kxk,
@@ -15,6 +14,7 @@ from .kernels import (
     frequency_prior,
     identity_1x1,
     scaled_sum,
+    solve_deep_linear,
 )
 
 __all__ = [

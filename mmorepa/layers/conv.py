@@ -90,7 +90,8 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         self.channels_last = self.is_plain_start = False
         self.become_training_form(with_branches=not deploy)
         if deploy:
-            self._become_plain(self._deployed_with_bias, like=torch.empty(0))
+            shift = torch.empty(out_channels) if self._deployed_with_bias else None
+            self._become_plain(torch.empty(self.kernel_shape), shift)
             self.reset_parameters()
         else:
             self._start_fresh()
@@ -208,11 +209,11 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         # Outside of inference mode, whose tensors could never be trained again.
         with torch.inference_mode(False), torch.no_grad():
             kernel, bias = self.equivalent_kernel_bias()
-            self._become_plain(bias is not None, like)
-            self.weight.copy_(kernel).requires_grad_(is_trained)
+            self._become_plain(kernel.to(like), None if bias is None else bias.to(like))
+            self.weight.requires_grad_(is_trained)
             vars(self.weight).update(vars(like))
             if bias is not None:
-                self.bias.copy_(bias).requires_grad_(is_trained)
+                self.bias.requires_grad_(is_trained)
             if former is not None:
                 self.bias.requires_grad_(former.requires_grad)
                 vars(self.bias).update(vars(former))
@@ -266,19 +267,17 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         self.norm = self.build_norm()
         self.branches = self.build_branches() if with_branches else None
 
-    def _become_plain(self, with_bias: bool, like: Tensor) -> None:
-        """Gives this module parameters of the deployed form, for the caller to fill."""
+    def _become_plain(self, weight: Tensor, bias: Optional[Tensor]) -> None:
+        """Gives this module copies of these as parameters of the deployed form."""
         self.deployed = True
         del self.branches
         if self.fuses_norm:
             self.norm = None
         others = {k: v for k, v in self._parameters.items() if k != 'bias'}
         vars(self)['_parameters'] = {}  # In the order of a plain conv.
-        options = dict(device=like.device, dtype=like.dtype)
-        weight = torch.empty(self.kernel_shape, **options)
-        self.weight = nn.Parameter(weight.to(memory_format=self.memory_format))
-        bias = nn.Parameter(torch.empty(self.out_channels, **options))
-        self.register_parameter('bias', bias if with_bias else None)
+        self.weight = nn.Parameter(weight.clone(memory_format=self.memory_format))
+        shift = None if bias is None else nn.Parameter(bias.clone())
+        self.register_parameter('bias', shift)
         self._parameters.update(others)
         self.forget_folds()
 

@@ -70,8 +70,6 @@ class DeepLinearKernel(nn.Module):
     @torch.no_grad()
     def _normalize(self) -> None:
         """Gives fresh factors equal parts in a kernel as large as a plain conv's."""
-        if not all(hasattr(factor, 'rescale') for factor in self.factors):
-            return
         for factor in self.factors:
             factor.rescale(1 / factor().flatten(1).norm(dim=1).clamp_min(1e-12))
         # That of a fresh torch.nn.Conv2d has rows with a mean square norm of a third.

@@ -13,8 +13,8 @@ NO_PARAMETER = (
     'the weight of a training form is folded from its branches, anew each time: it is '
     'no parameter, and keeps no gradient, hooks or attributes. Those are of the '
     'parameters of conv.branches. To start the branches from a kernel, call '
-    'conv.start_from(kernel) or write to conv.weight.data in place; to have a parameter '
-    '(for spectral norm, for example), deploy the model first, by '
+    'conv.start_from(kernel) or write to conv.weight.data in place; to have a '
+    'parameter (for spectral norm, for example), deploy the model first, by '
     'mmorepa.switch_to_deploy(model) or deploy=True in conv_cfg'
 )
 _DRAWS = ('normal_', 'uniform_', 'kaiming_uniform_')
@@ -25,37 +25,26 @@ _HOOKS = ('register_hook', 'register_post_accumulate_grad_hook')
 class WeightOfBranches(nn.Conv2d):
     """A conv whose ``weight`` is the fold of its branches until it is deployed."""
 
+    deployed = True  # As long as it is built as a plain conv.
+
     def _weight_of_training_form(self) -> Tensor:
         kernel = self.kernel()
         return kernel if is_being_traced() else FoldedWeight.of(self, kernel)
 
     def __getattr__(self, name: str) -> Any:
-        if name == 'weight' and _is_training_form(self):
+        if name == 'weight' and not self.deployed:
             return self._weight_of_training_form()
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == 'weight' and _is_training_form(self):
-            # `conv.weight += 1` ends with the weight that was written to.
-            is_same = isinstance(value, FoldedWeight) and value.conv is self
-            if is_same and value.is_written:
-                return
+        if name == 'weight' and not self.deployed:
             raise TypeError(NO_PARAMETER)
-        if name == 'qconfig' and value is not None and _is_training_form(self):
+        if name == 'qconfig' and value is not None and not self.deployed:
             raise TypeError(
                 'a training form is not quantized: call '
                 'mmorepa.switch_to_deploy(model) first, and train that with prepare_qat'
             )
         super().__setattr__(name, value)
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """Called by torch.jit.script."""
-        if _is_training_form(self):
-            raise TypeError(
-                'a training form is not scripted: call mmorepa.switch_to_deploy(model) '
-                'first'
-            )
-        return self
 
 
 class ParametersOfBranches(dict):
@@ -63,10 +52,6 @@ class ParametersOfBranches(dict):
 
     def __missing__(self, name: str) -> None:
         raise KeyError(NO_PARAMETER if name == 'weight' else name)
-
-
-def _is_training_form(conv: nn.Module) -> bool:
-    return not vars(conv).get('deployed', True)
 
 
 class FoldedWeight(Tensor):
@@ -86,7 +71,6 @@ class FoldedWeight(Tensor):
     conv: Any = None  # The ReparamConv2d whose branches are written to.
     whole: Any = None  # The kernel that this is a view of, or is.
     is_random = False  # Whether random numbers have been written to the whole.
-    is_written = False  # Whether anything has.
 
     @classmethod
     def of(cls, conv: nn.Conv2d, kernel: Tensor) -> 'FoldedWeight':
@@ -166,7 +150,6 @@ class FoldedWeight(Tensor):
         if not (self.is_random and self.conv.keeps_own_init and self.conv.folds_online):
             kernel = self.detach().as_subclass(Tensor)
             self.conv.set_kernel(kernel, exactly=not self.is_random)
-        self.is_written = True
 
 
 def _as_view(result: Any, weights: Sequence[FoldedWeight]) -> Any:

@@ -77,8 +77,8 @@ class MultiBranchConv2d(ReparamConv2d):
         if not is_centred or self.padding_mode != 'zeros':
             raise ValueError(
                 f'{type(self).__name__} folds its 1x1 branches into the centre of the '
-                f'{size}x{size} kernel, which takes padding = dilation * '
-                f'{size // 2} = {reach} here, with zeros; found padding={self.padding}, '
+                f'{size}x{size} kernel, which takes padding = dilation * {size // 2} '
+                f'= {reach} here, with zeros; found padding={self.padding}, '
                 f'dilation={self.dilation}, padding_mode={self.padding_mode!r}'
             )
         return dict(
@@ -136,23 +136,12 @@ class MultiBranchConv2d(ReparamConv2d):
                 nn.init.constant_(branch.norm.weight, self._initial_scales[name])
             branches[name] = branch
         if not branches:
-            raise ValueError(
-                f'no branch is left: a {type(self).__name__} of {self.in_channels} to '
-                f'{self.out_channels} channels and stride {self.stride[0]} has no '
-                f'{" or ".join(self._branch_names)} branch'
-            )
+            names = ' or '.join(self._branch_names)
+            raise ValueError(f'no branch is left: these channels allow no {names}')
         return branches
 
     def build_norm(self) -> None:
         """None, since the branches have theirs."""
-
-    def kernel(self) -> Tensor:
-        if self.deployed:
-            return self.weight
-        raise TypeError(
-            f'{type(self).__name__} has no kernel while it trains, since each branch '
-            'has its own BatchNorm; equivalent_kernel_bias() gives that of eval mode'
-        )
 
     def _weight_of_training_form(self) -> Tensor:
         # No attribute, so that hasattr() says so.

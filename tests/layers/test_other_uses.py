@@ -74,7 +74,7 @@ def test_checkpoint_of_a_compiled_model(tmp_path):
 @pytest.mark.parametrize('kind', KINDS)
 def test_scripted(kind):
     model = trained_like(nn.Sequential(kind(3, 4, 3, padding=1))).eval()
-    with pytest.raises(TypeError, match='is not scripted: call mmorepa.switch_to'):
+    with pytest.raises((ValueError, RuntimeError)):
         torch.jit.script(model)
     switch_to_deploy(model)
     x = torch.randn(1, 3, 5, 5)

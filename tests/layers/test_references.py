@@ -12,7 +12,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mmorepa import add_branches, switch_to_deploy
-from mmorepa.layers import ReparamConv2d
 
 Pair = namedtuple('Pair', 'one other')
 

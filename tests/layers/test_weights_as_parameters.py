@@ -54,10 +54,6 @@ def test_gradients_and_hooks():
             use()
 
 
-def plus(conv):
-    conv.weight += 1
-
-
 def times(conv):
     conv.weight.data *= 0.5
 
@@ -70,7 +66,7 @@ def minus(conv):
     conv.weight.data -= conv.weight.detach() / 3
 
 
-@pytest.mark.parametrize('write', [plus, times, masked, minus])
+@pytest.mark.parametrize('write', [times, masked, minus])
 def test_augmented_writes(write):
     conv, plain = training_form(), nn.Conv2d(4, 6, 3)
     plain.load_state_dict(switch_to_deploy(copy.deepcopy(conv)).state_dict())
@@ -78,7 +74,7 @@ def test_augmented_writes(write):
         write(conv), write(plain)
     assert_near(conv.weight.detach(), plain.weight, 1e-5)
     with torch.no_grad(), pytest.raises(TypeError, match='is no parameter'):
-        conv.weight = conv.weight
+        conv.weight += 1
 
 
 def test_copies_are_plain():
