@@ -172,10 +172,13 @@ def _hold(model: nn.Module, recorded: Optional[RecordedFolds]) -> list['KernelLe
     convs = [conv for conv in _training_forms(model) if conv.is_held_in_training]
     with torch.enable_grad(), torch.inference_mode(False):
         fresh = [conv for conv in convs if not _is_held(conv)]
+        for conv in fresh:
+            if conv.training_scope is not None:
+                conv.training_scope.forget(conv)
         kernels = None
         if recorded is not None:
             device, dtype = next(model.parameters()).device.type, None
-            # Data parallelism counts on the dtype of its parameters.
+            # What is left is of data parallelism, which counts on its dtype.
             is_reduced = any(conv.training_scope is not None for conv in fresh)
             if torch.is_autocast_enabled(device) and not is_reduced:
                 dtype = torch.get_autocast_dtype(device)
@@ -204,10 +207,7 @@ def _hold(model: nn.Module, recorded: Optional[RecordedFolds]) -> list['KernelLe
 
 def _is_held(conv: ReparamConv2d) -> bool:
     leaf = conv.training_scope
-    is_held = leaf is not None and leaf.depth > 0 and leaf.sources is not None
-    if leaf is not None and not is_held:
-        leaf.forget(conv)
-    return is_held
+    return leaf is not None and leaf.depth > 0 and leaf.sources is not None
 
 
 @torch.compiler.disable
