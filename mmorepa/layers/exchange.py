@@ -11,7 +11,6 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils.parametrize import is_parametrized
 
 from .blocks import build_conv, conv_type
 from .conv import ReparamConv2d
@@ -165,7 +164,7 @@ def _check_is_plain(conv: nn.Module) -> None:
     """Raises a ValueError if a conv may compute, or hold, more than a plain one."""
     if type(conv) not in _PLAIN_CONVS:
         raise ValueError(f'a {type(conv).__name__}')
-    if is_parametrized(conv) or conv._parameters.get('weight') is None:
+    if conv._parameters.get('weight') is None:
         raise ValueError('its weight is computed from others')
     if has_hooks(conv) or any(map(has_hooks, conv.parameters())):
         raise ValueError('has hooks')
@@ -179,6 +178,8 @@ def _check_is_plain(conv: nn.Module) -> None:
 def _training_form(
     conv: nn.Conv2d, block: str, block_cfg: Optional[dict]
 ) -> ReparamConv2d:
+    if len(set(conv.kernel_size)) > 1:
+        raise ValueError(f'kernel_size={conv.kernel_size} is not square')
     with torch.random.fork_rng(devices=[]):
         names = ('in_channels', 'out_channels', 'stride', 'padding', 'dilation')
         arguments = {n: getattr(conv, n) for n in (*names, 'groups', 'padding_mode')}
