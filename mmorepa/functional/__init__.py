@@ -2,8 +2,6 @@
 
 from .branch_sum import BranchSum
 from .closed_forms import fold_kernel, is_being_traced
-from .fusion import fuse_bn
-from .inverses import check_is_wide, solve_deep_linear
 from .kernels import (
     average_kernel,
     compose_1x1_kxk,
@@ -16,12 +14,12 @@ from .kernels import (
     frequency_prior,
     identity_1x1,
     scaled_sum,
+    solve_deep_linear,
 )
 
 __all__ = [
     'BranchSum',
     'average_kernel',
-    'check_is_wide',
     'compose_1x1_kxk',
     'compose_deep_linear',
     'constant',
@@ -31,7 +29,6 @@ __all__ = [
     'filtered_kernel',
     'fold_kernel',
     'frequency_prior',
-    'fuse_bn',
     'identity_1x1',
     'is_being_traced',
     'scaled_sum',

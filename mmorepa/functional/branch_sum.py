@@ -153,7 +153,7 @@ class BranchSum:
 
     def kernel(self, *tensors: Tensor) -> Tensor:
         """The kernel, (O, Ig, k, k), by the plain formulas, from the parameters."""
-        scale = dict(zip(self.roles, tensors))['scale']
+        scale, *_ = tensors
         return scaled_sum([*self.branch_kernels(*tensors).values()], scale)
 
     def branch_kernels(self, *tensors: Tensor) -> dict[str, Tensor]:

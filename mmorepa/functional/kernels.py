@@ -1,4 +1,4 @@
-"""Kernels of linear branches, and the kernels that their compositions equal.
+"""Kernels of linear branches, what their compositions equal, and an inverse.
 
 Every kernel is a cross-correlation weight as :func:`torch.nn.functional.conv2d`
 takes it. Shapes use ``O``/``I`` for output/input channels, ``g`` for groups,
@@ -49,8 +49,7 @@ def constant(make: Callable[..., Tensor], *args, like: Tensor) -> Tensor:
 
 def embed_1x1(weight: Tensor, kernel_size: int) -> Tensor:
     """Zero-pads a kernel from (O, Ig, 1, 1) to (O, Ig, k, k), with an odd k."""
-    margin = kernel_size // 2
-    return F.pad(weight, [margin] * 4)
+    return F.pad(weight, [kernel_size // 2] * 4)
 
 
 def average_kernel(weight: Tensor, kernel_size: int) -> Tensor:
@@ -75,16 +74,13 @@ def frequency_prior(
     width, ``prior[o, h, w] = cos(π (w + ½) (o + 1 − O/2) / k)``. Shape (O, k, k).
     """
     half = channels / 2
-
-    def wave(frequency: float) -> list[float]:
-        # In this order of operations, by which published checkpoints have their
-        # copies of the filters to the last bit.
-        return [
-            math.cos(math.pi * (tap + 0.5) * frequency / kernel_size)
-            for tap in range(kernel_size)
-        ]
-
-    waves = [wave(row + 1 if row < half else row + 1 - half) for row in range(channels)]
+    frequencies = [row + 1 - (half if row >= half else 0) for row in range(channels)]
+    taps = [tap + 0.5 for tap in range(kernel_size)]
+    # In this order of operations, by which published checkpoints have their copies of
+    # the filters to the last bit.
+    waves = [
+        [math.cos(math.pi * t * f / kernel_size) for t in taps] for f in frequencies
+    ]
     filters = torch.tensor(waves, dtype=torch.float64)
     along_height = filters[:, :, None].expand(-1, -1, kernel_size)
     is_first = torch.arange(channels)[:, None, None] < half
@@ -110,10 +106,8 @@ def identity_1x1(
 
     Its shape is (T, columns, 1, 1) for T outputs of all groups.
     """
-    eye = torch.zeros(rows, columns, 1, 1, dtype=dtype, device=device)
-    row = torch.arange(rows, device=device)
-    eye[row, row % columns] = 1
-    return eye
+    eye = torch.eye(columns, dtype=dtype, device=device)
+    return eye.repeat(rows // columns, 1)[:, :, None, None]
 
 
 def compose_1x1_kxk(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:
@@ -181,6 +175,51 @@ def compose_deep_linear(first: Tensor, second: Tensor, groups: int = 1) -> Tenso
     images = images.permute(2, 0, 1, 3, 4).reshape(inputs, mid, *size)
     padding = [second.shape[-1] - 1] * 2
     return F.conv2d(images, second, padding=padding, groups=groups).transpose(0, 1)
+
+
+def solve_deep_linear(kernel: Tensor, first: Tensor, groups: int = 1) -> Tensor:
+    """The ``second`` of ``compose_deep_linear(first, second, groups) = kernel``.
+
+    Each output channel is a linear system of its own: the taps of ``second`` are the
+    unknowns, those of ``kernel`` the equations. Of all solutions this is the smallest
+    (least squares, in float64), shape (O, M/g, k − j + 1, k − j + 1).
+
+    Args:
+        kernel (Tensor): Shape (O, Ig, k, k).
+        first (Tensor): Shape (M, Ig, j, j), j < k.
+        groups (int): g, the groups of both convs. Defaults to 1.
+
+    Raises:
+        ValueError: If there is none, as where M is small.
+    """
+    kernel, first = kernel.double(), first.double()
+    hidden, size = len(first) // groups, kernel.shape[-1] - first.shape[-1] + 1
+    weights, unknowns = kernel[0].numel(), hidden * size**2
+    if unknowns < weights:  # Before minutes of work.
+        raise _too_narrow(hidden, weights, unknowns)
+    units = torch.eye(unknowns, dtype=torch.float64, device=kernel.device)
+    units = units.view(unknowns, hidden, size, size)
+    solutions = []
+    for first_of_group, wanted in zip(first.chunk(groups), kernel.chunk(groups)):
+        system = compose_deep_linear(first_of_group, units).flatten(1)
+        # On the CPU, which alone has a solver that knows the rank.
+        inverse = torch.linalg.pinv(system.cpu()).to(system)
+        solution = wanted.flatten(1) @ inverse
+        error = (solution @ system - wanted.flatten(1)).abs().max()
+        if error > 1e-6 * wanted.abs().max():
+            rank = int(torch.linalg.matrix_rank(system.cpu()))
+            raise _too_narrow(hidden, weights, min(rank, weights - 1))
+        solutions.append(solution.view(-1, hidden, size, size))
+    return torch.cat(solutions)
+
+
+def _too_narrow(hidden: int, weights: int, free: int) -> ValueError:
+    return ValueError(
+        'a deep linear kernel cannot be any kernel if its factors are narrow '
+        f'({hidden} channels in a group): of {weights} weights of an output channel, '
+        f'{free} can be chosen freely, and all of them with more inner channels '
+        '(inner_mult)'
+    )
 
 
 def constant_response(kernel: Tensor, constants: Tensor, groups: int = 1) -> Tensor:

@@ -16,10 +16,6 @@ class _Blocks(Registry):
         module_name: Union[str, list[str], None] = None,
         force: bool = False,
     ) -> None:
-        if not (isinstance(module, type) and issubclass(module, ReparamConv2d)):
-            raise TypeError(
-                f'a block type is a subclass of ReparamConv2d, not {module}'
-            )
         # First, so that a class name that is taken leaves no block type behind.
         is_known = MODELS.module_dict.get(module.__name__) is module
         MODELS.register_module(module=module, force=force or is_known)

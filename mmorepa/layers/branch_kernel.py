@@ -46,16 +46,6 @@ class BranchKernel(nn.Module):
         """Returns the kernel, shape (O, Ig, k, k)."""
         return fold_kernel(self.branch_sum, *self.tensors())
 
-    @property
-    def groups(self) -> int:
-        """g."""
-        return self.branch_sum.groups
-
-    @property
-    def kernel_size(self) -> int:
-        """k."""
-        return self.branch_sum.shape[-1]
-
     def tensors(self) -> list[Tensor]:
         """The parameters, in the order of :attr:`branch_sum`'s roles."""
         return [getattr(self, name) for name in self.branch_sum.roles]

@@ -56,29 +56,23 @@ class RecordedFolds:
         if not convs:
             return None
         reason = self._failure or _reason_not_to_record(convs)
-        if not reason:
+        state = None if reason else _state(convs, dtype)
+        if state and (self._recording is None or self._recording.state != state):
+            self._drop()  # Its memory is free for the next one.
             try:
-                recording = self._record(convs, dtype)
+                self._recording = _Recording(convs, dtype, self._fold_all)
+                self.count += 1
             except RuntimeError as error:
                 # What CUDA refuses once, it would refuse in every step.
                 reason = self._failure = str(error).partition('\n')[0] or repr(error)
-            else:
-                return _Replay.apply(recording, *recording.trained)
+        if self._recording is not None and not reason:
+            return _Replay.apply(self._recording, *self._recording.trained)
         self._drop()
         if reason not in self._logged:
             self._logged.add(reason)
             text = f'The fold is not captured: {reason}'
             print_log(text, logger='current', level=logging.WARNING)
         return None
-
-    def _record(
-        self, convs: Sequence[ReparamConv2d], dtype: Optional[torch.dtype]
-    ) -> '_Recording':
-        if self._recording is None or self._recording.state != _state(convs, dtype):
-            self._drop()  # Its memory is free for the next one.
-            self._recording = _Recording(convs, dtype, self._fold_all)
-            self.count += 1
-        return self._recording
 
     def _drop(self) -> None:
         if self._recording is not None:
@@ -194,11 +188,11 @@ def can_record_on(device: torch.device) -> bool:
 def _reason_not_to_record(convs: Sequence[ReparamConv2d]) -> str:
     if is_being_traced() or torch.is_anomaly_enabled():
         return 'a compiler, a tracer or anomaly detection follows the operations'
-    for conv in convs:
-        for module in conv.branches.modules():
-            has_hooks = module._forward_pre_hooks or module._forward_hooks
-            if has_hooks or is_parametrized(module):
-                return f'{type(module).__name__} has hooks, or computes its weights'
+    modules = [module for conv in convs for module in conv.branches.modules()]
+    if any(m._forward_pre_hooks or m._forward_hooks for m in modules):
+        return 'branches have hooks'
+    if any(map(is_parametrized, modules)):
+        return 'branches compute their weights'
     tensors = _tensors(convs)
     # They would run in the recorded derivative, and again for what it returns.
     if any(tensor._backward_hooks for tensor in tensors):

@@ -37,9 +37,10 @@ def check_foldable(conv: nn.Conv2d) -> None:
 
 
 def forward_hooks(module: nn.Module) -> list[Callable]:
-    """The hooks of others; those of this package choose an order of memory."""
+    """The hooks that may do more than choose an order of memory or make a weight."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    return [hook for hook in hooks if not str(hook.__module__).startswith('mmorepa.')]
+    known = ('mmorepa.', 'torch.nn.utils')
+    return [hook for hook in hooks if not str(hook.__module__).startswith(known)]
 
 
 def warn_of_silent_hooks(conv: nn.Conv2d) -> None:
@@ -48,12 +49,7 @@ def warn_of_silent_hooks(conv: nn.Conv2d) -> None:
     names = [
         name
         for name, module in conv.named_modules()
-        # Hooks of pruning and its like make weights, which are in the fold.
-        if name.startswith(folded)
-        and any(
-            not str(hook.__module__).startswith('torch.nn.utils')
-            for hook in forward_hooks(module)
-        )
+        if name.startswith(folded) and forward_hooks(module)
     ]
     if names:
         warnings.warn(

@@ -77,7 +77,7 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         act_cfg: Optional[dict] = None,
         deploy: bool = False,
     ) -> None:
-        _check_has_fold(type(self).__name__, kernel_size, padding, padding_mode)
+        _check_has_fold(type(self).__name__, kernel_size, padding_mode)
         arguments = (in_channels, out_channels, kernel_size, stride, padding, dilation)
         # On 'meta', the kernel of the plain conv takes no memory, no time and no
         # random numbers: only the deployed form has one.
@@ -87,9 +87,11 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         self.act = None if act_cfg is None else build_activation_layer(act_cfg)
         # Set here, or the first scope would make torch.compile start over.
         self.training_scope = self.evaluation_scope = None
+        self.channels_last = self.is_plain_start = False
         self.become_training_form(with_branches=not deploy)
         if deploy:
-            self._become_plain(self._deployed_with_bias, like=torch.empty(0))
+            shift = torch.empty(out_channels) if self._deployed_with_bias else None
+            self._become_plain(torch.empty(self.kernel_shape), shift)
             self.reset_parameters()
         else:
             self._start_fresh()
@@ -209,11 +211,11 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         # Outside of inference mode, whose tensors could never be trained again.
         with torch.inference_mode(False), torch.no_grad():
             kernel, bias = self.equivalent_kernel_bias()
-            self._become_plain(bias is not None, like)
-            self.weight.copy_(kernel).requires_grad_(is_trained)
+            self._become_plain(kernel.to(like), None if bias is None else bias.to(like))
+            self.weight.requires_grad_(is_trained)
             vars(self.weight).update(vars(like))
             if bias is not None:
-                self.bias.copy_(bias).requires_grad_(is_trained)
+                self.bias.requires_grad_(is_trained)
             if former is not None:
                 self.bias.requires_grad_(former.requires_grad)
                 vars(self.bias).update(vars(former))
@@ -267,22 +269,19 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         self.norm = self.build_norm()
         self.branches = self.build_branches() if with_branches else None
 
-    def _become_plain(self, with_bias: bool, like: Tensor) -> None:
-        """Gives this module parameters of the deployed form, for the caller to fill."""
+    def _become_plain(self, weight: Tensor, bias: Optional[Tensor]) -> None:
+        """Gives this module copies of these as parameters of the deployed form."""
         # First, since memory may be short.
-        options = dict(device=like.device, dtype=like.dtype)
-        weight = torch.empty(
-            self.kernel_shape, **options, memory_format=self.memory_format
-        )
-        bias = nn.Parameter(torch.empty(self.out_channels, **options))
+        weight = nn.Parameter(weight.clone(memory_format=self.memory_format))
+        bias = None if bias is None else nn.Parameter(bias.clone())
         self.deployed = True
         del self.branches
         if self.fuses_norm:
             self.norm = None
         others = {k: v for k, v in self._parameters.items() if k != 'bias'}
         vars(self)['_parameters'] = {}  # In the order of a plain conv.
-        self.weight = nn.Parameter(weight)
-        self.register_parameter('bias', bias if with_bias else None)
+        self.weight = weight
+        self.register_parameter('bias', bias)
         self._parameters.update(others)
         self.forget_folds()
 
@@ -341,12 +340,8 @@ def _is_exported_to_onnx() -> bool:
     return torch.onnx.is_in_onnx_export()
 
 
-def _check_has_fold(
-    name: str, kernel_size: IntPair, padding: Union[IntPair, str], padding_mode: str
-) -> None:
-    height, width, *more = _pair(kernel_size)
-    if more:
-        raise ValueError(f'{name} is a 2D conv; found kernel_size={kernel_size}')
+def _check_has_fold(name: str, kernel_size: IntPair, padding_mode: str) -> None:
+    height, width = _pair(kernel_size)
     if height != width or height % 2 == 0 or height < 1:
         raise ValueError(
             f'{name} takes an odd, square kernel (1, 3, 5, 7, …), since its branches '
@@ -357,5 +352,3 @@ def _check_has_fold(
             f"{name} takes padding_mode='zeros' only, found {padding_mode!r}; pad the "
             'input yourself (torch.nn.functional.pad) and use padding=0'
         )
-    if not isinstance(padding, str) and min(_pair(padding)) < 0:
-        raise ValueError(f'{name} takes padding >= 0, found padding={padding}')

@@ -76,8 +76,6 @@ class PointwiseThenConv2d(nn.Module):
             return leaf_call(self, x)
         x = self.first(x)
         pads = [self.second.dilation[0] * (self.second.kernel_size[0] // 2)] * 4
-        if self.second.padding_mode != 'zeros':
-            return self.second(F.pad(x, pads, mode=self.second.padding_mode))
         # After the conv, so that these are the statistics it has just updated.
         value = _padding_value(self.first.norm).to(x.dtype)[:, None, None]
         border = F.pad(torch.zeros_like(x[:1, :1]), pads, value=1)

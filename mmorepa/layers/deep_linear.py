@@ -8,7 +8,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from ..functional import check_is_wide, compose_deep_linear, solve_deep_linear
+from ..functional import compose_deep_linear, solve_deep_linear
 from .blocks import BLOCKS
 from .branch_kernel import BranchKernel
 from .conv import ReparamConv2d
@@ -70,8 +70,6 @@ class DeepLinearKernel(nn.Module):
     @torch.no_grad()
     def _normalize(self) -> None:
         """Gives fresh factors equal parts in a kernel as large as a plain conv's."""
-        if not all(hasattr(factor, 'rescale') for factor in self.factors):
-            return
         for factor in self.factors:
             factor.rescale(1 / factor().flatten(1).norm(dim=1).clamp_min(1e-12))
         # That of a fresh torch.nn.Conv2d has rows with a mean square norm of a third.
@@ -91,9 +89,6 @@ class DeepLinearKernel(nn.Module):
         *others, last = self.factors
         options = {}
         if others:
-            # Before a system is solved that takes minutes.
-            inner = len(others[0]()) // self.groups
-            check_is_wide(kernel, inner, 9 * inner)
             options = self._shift()
             wide = copy.deepcopy(nn.ModuleList(others)).double()
             kernel = solve_deep_linear(kernel, _compose(wide, self.groups), self.groups)

@@ -11,13 +11,11 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils.parametrize import is_parametrized
 
 from .blocks import build_conv, conv_type
 from .conv import ReparamConv2d
 from .plain import PlainConv2d
-from .references import hidden_modules, parallel_wrapper, replace_modules
-from .switch import has_hooks, outermost, overrides, registered, user_attributes
+from .switch import OF_CONVS, has_hooks, outermost, parallel_wrapper
 
 # What conv layers of mmcv add is for empty batches in old versions of PyTorch.
 _PLAIN_CONVS = (nn.Conv2d, mmcv.cnn.Conv2d)
@@ -30,11 +28,11 @@ def add_branches(
     exclude: Union[str, Sequence[str]] = (),
     block_cfg: Optional[dict] = None,
 ) -> nn.Module:
-    """Replaces a model's convs by training forms; the model computes the same.
+    """Makes a model's convs training forms; the model computes the same.
 
-    Each starts from the kernel of the conv whose place it takes; names of modules,
-    devices, dtypes, ``requires_grad`` and the mode stay. :func:`switch_to_deploy`
-    gives the plain model back, with a state dict that the original class loads.
+    Each starts from its kernel, and stays the same object for everybody who holds it.
+    Devices, dtypes, ``requires_grad`` and the mode stay. :func:`switch_to_deploy` gives
+    the plain model back, with a state dict that the original class loads.
 
     Left alone, and named in a line of the log, are convs that have no exact fold (even
     or non-square kernels, other padding than with zeros, depthwise 7×7 kernels) and
@@ -55,7 +53,7 @@ def add_branches(
             Defaults to None.
 
     Returns:
-        nn.Module: ``model``, or what takes its place if it is a conv itself.
+        nn.Module: ``model``.
 
     Raises:
         ValueError: If the block type is not known, no conv was exchanged, or a pattern
@@ -84,10 +82,8 @@ def add_branches(
             raise ValueError(
                 f'{type(model).__name__} has no module with a name like {pattern!r}'
             )
-    forms = {conv: name for name, conv in outermost(model)}
-    inside = {part for form in forms for part in form.modules()}
+    inside = {part for _, form in outermost(model) for part in form.modules()}
     users = Counter(p for module in names for p in module._parameters.values())
-    hidden = hidden_modules(model)
     exchanged: dict[nn.Module, nn.Module] = {}
     left: dict[str, str] = {}
     for conv, of_conv in names.items():
@@ -99,30 +95,27 @@ def add_branches(
             _check_is_plain(conv)
             if any(users[p] > 1 for p in conv.parameters()):
                 raise ValueError('shares a parameter')
-            if conv in hidden:
-                place = f'{hidden[conv]} holds it in a place that cannot be changed'
-                raise ValueError(place)
             exchanged[conv] = _training_form(conv, block, block_cfg)
             if block != 'plain' and not has_branches(exchanged[conv]):
                 left[of_conv[0]] = f'a {block} network has no branches there'
         except ValueError as error:
             left[of_conv[0]] = str(error)
     if not exchanged:
-        for form, name in forms.items():
-            left[name] = 'deployed' if form.deployed else 're-parameterised already'
         raise ValueError(
             f'no conv of {type(model).__name__} was re-parameterised: none with a name '
             f'like {include} and not like {list(exclude)} has a fold. '
-            f'{_by_reason(left) or "It has no conv, or its convs are functions"}'
+            f'{_by_reason(left) or "It has no plain conv"}'
         )
-    replace_modules(model, exchanged)
-    count = sum(map(has_branches, exchanged.values()))
+    for conv, form in exchanged.items():
+        conv.__class__ = type(form)
+        vars(conv).update(vars(form))
+    count = sum(map(has_branches, exchanged))
     print_log(
         f'{type(model).__name__}: {count} convs re-parameterised ({block}), '
         f'{len(left)} left as they are. {_by_reason(left)}'.rstrip(),
         logger='current',
     )
-    return exchanged.get(model, model)
+    return model
 
 
 def reparameterize(*args, **kwargs) -> None:
@@ -179,17 +172,15 @@ def _check_is_plain(conv: nn.Module) -> None:
     """Raises a ValueError if a conv may compute, or hold, more than a plain one."""
     if type(conv) not in _PLAIN_CONVS:
         raise ValueError(f'a {type(conv).__name__}')
-    if is_parametrized(conv) or conv._parameters.get('weight') is None:
+    if conv._parameters.get('weight') is None:
         raise ValueError('its weight is computed from others')
     if has_hooks(conv) or any(map(has_hooks, conv.parameters())):
         raise ValueError('has hooks')
-    additions = [*overrides(conv), *sorted(registered(conv) - {'weight', 'bias'})]
-    additions += [n for n in user_attributes(conv) if hasattr(ReparamConv2d, n)]
-    if additions:
-        raise ValueError(f'has a {additions[0]} of its own')
-    tensors = [v for p in conv.parameters() for v in vars(p).values()]
-    if any(isinstance(value, torch.Tensor) for value in tensors):
-        raise ValueError('its parameters have tensors of their own')
+    methods = [name for name, value in vars(conv).items() if callable(value)]
+    parts = sorted({*conv._parameters, *conv._buffers, *conv._modules})
+    for name in (*methods, *parts):
+        if name not in ('weight', 'bias'):
+            raise ValueError(f'has a {name} of its own')
 
 
 def _training_form(
@@ -201,6 +192,9 @@ def _training_form(
     arguments = {n: getattr(conv, n) for n in (*names, 'groups', 'padding_mode')}
     arguments.update(kernel_size=conv.kernel_size[0], bias=conv.bias is not None)
     form = build_conv(block, block_cfg=block_cfg, **arguments)
+    for name in vars(conv).keys() - OF_CONVS:
+        if hasattr(form, name):
+            raise ValueError(f'has a {name} of its own')
     form.to(conv.weight)
     form.channels_last = not conv.weight.is_contiguous() and conv.weight.is_contiguous(
         memory_format=torch.channels_last
@@ -210,7 +204,6 @@ def _training_form(
     if conv.bias is not None:
         form.bias.requires_grad_(conv.bias.requires_grad)
         vars(form.bias).update(vars(conv.bias))
-    vars(form).update(user_attributes(conv))
     for parameter in form.branches.parameters():
         vars(parameter).update(vars(conv.weight))
     return form.train(conv.training)

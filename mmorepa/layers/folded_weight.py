@@ -1,6 +1,5 @@
 """The ``weight`` of a training form: a fold that can be read and written."""
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
@@ -11,61 +10,41 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..functional import is_being_traced
 
 NO_PARAMETER = (
-    'the weight of a training form is folded from its branches and is no parameter. '
-    'To start the branches from a kernel, call conv.start_from(kernel) or write to '
-    'conv.weight.data in place; to have a parameter (for spectral norm, for example), '
-    'deploy the model first, by mmorepa.switch_to_deploy(model) or deploy=True in '
-    'conv_cfg'
+    'the weight of a training form is folded from its branches, anew each time: it is '
+    'no parameter, and keeps no gradient, hooks or attributes. Those are of the '
+    'parameters of conv.branches. To start the branches from a kernel, call '
+    'conv.start_from(kernel) or write to conv.weight.data in place; to have a '
+    'parameter (for spectral norm, for example), deploy the model first, by '
+    'mmorepa.switch_to_deploy(model) or deploy=True in conv_cfg'
 )
-NO_GRADIENT = (
-    'conv.weight of a training form is folded anew each time, and keeps no gradient '
-    'and no hooks: take those of the parameters of conv.branches'
-)
-_ATTRIBUTES = ('conv', 'whole', 'is_random', 'is_written')
 _DRAWS = ('normal_', 'uniform_', 'kaiming_uniform_')
 _SETS = ('zero_', 'fill_', '__setitem__')
+_HOOKS = ('register_hook', 'register_post_accumulate_grad_hook')
 
 
 class WeightOfBranches(nn.Conv2d):
     """A conv whose ``weight`` is the fold of its branches until it is deployed."""
+
+    deployed = True  # As long as it is built as a plain conv.
 
     def _weight_of_training_form(self) -> Tensor:
         kernel = self.kernel()
         return kernel if is_being_traced() else FoldedWeight.of(self, kernel)
 
     def __getattr__(self, name: str) -> Any:
-        if name == 'weight' and _is_training_form(self):
+        if name == 'weight' and not self.deployed:
             return self._weight_of_training_form()
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == 'weight' and _is_training_form(self):
-            # `conv.weight += 1` ends with the weight that was written to.
-            is_same = isinstance(value, FoldedWeight) and value.conv is self
-            if is_same and value.whole is value and value.is_written:
-                return
+        if name == 'weight' and not self.deployed:
             raise TypeError(NO_PARAMETER)
-        if name == 'qconfig' and value is not None and _is_training_form(self):
+        if name == 'qconfig' and value is not None and not self.deployed:
             raise TypeError(
                 'a training form is not quantized: call '
                 'mmorepa.switch_to_deploy(model) first, and train that with prepare_qat'
             )
         super().__setattr__(name, value)
-
-    def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
-        # torch.nn.utils.prune would keep the weight under another name.
-        if name.startswith('weight') and _is_training_form(self):
-            raise TypeError(NO_PARAMETER)
-        super().register_parameter(name, param)
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """Called by torch.jit.script."""
-        if _is_training_form(self):
-            raise TypeError(
-                'a training form is not scripted: call mmorepa.switch_to_deploy(model) '
-                'first'
-            )
-        return self
 
 
 class ParametersOfBranches(dict):
@@ -73,10 +52,6 @@ class ParametersOfBranches(dict):
 
     def __missing__(self, name: str) -> None:
         raise KeyError(NO_PARAMETER if name == 'weight' else name)
-
-
-def _is_training_form(conv: nn.Module) -> bool:
-    return not vars(conv).get('deployed', True)
 
 
 class FoldedWeight(Tensor):
@@ -93,10 +68,9 @@ class FoldedWeight(Tensor):
     ``requires_grad`` is read and set. To ask for hooks or gradients is an error.
     """
 
-    conv: Any  # The ReparamConv2d whose branches are written to.
-    whole: 'FoldedWeight'  # The kernel that this is a view of, or is.
+    conv: Any = None  # The ReparamConv2d whose branches are written to.
+    whole: Any = None  # The kernel that this is a view of, or is.
     is_random = False  # Whether random numbers have been written to the whole.
-    is_written = False  # Whether anything has.
 
     @classmethod
     def of(cls, conv: nn.Conv2d, kernel: Tensor) -> 'FoldedWeight':
@@ -115,18 +89,17 @@ class FoldedWeight(Tensor):
         args: Sequence = (),
         kwargs: Optional[dict] = None,
     ) -> Any:
-        name = getattr(func, '__name__', '')
         kwargs = kwargs or {}
-        weights = [t for t in tree_leaves((args, kwargs)) if isinstance(t, cls)]
-        if isinstance(args[0] if args else None, cls) and hasattr(args[0], 'conv'):
-            answer = args[0]._as_parameter(func, name, args[1:], kwargs)
+        if args and isinstance(args[0], cls):
+            answer = args[0]._as_parameter(func, args[1:], kwargs)
             if answer is not NotImplemented:
                 return answer
+        name = getattr(func, '__name__', '')
         is_rule = getattr(func, '__module__', '') == 'torch.nn.init'
+        weights = [t for t in tree_leaves((args, kwargs)) if isinstance(t, cls)]
         with torch._C.DisableTorchFunctionSubclass():
             versions = [weight._version for weight in weights]
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not is_rule):
-                result = func(*args, **kwargs)
+            result = func(*args, **kwargs)
             for weight, version in zip(weights, versions):
                 if weight._version == version:
                     continue
@@ -134,58 +107,31 @@ class FoldedWeight(Tensor):
                 if torch.is_grad_enabled() and weight.requires_grad and not is_rule:
                     raise TypeError(NO_PARAMETER)
                 weight.whole._start_branches(name)
-            if name != 'detach':
-                return tree_map(lambda item: _as_view(item, weights), result)
-            # A detached one is taken for parameters of other modules. nn.Parameter()
-            # asks for one of the same type, and marks it then.
-            is_asked = sys._getframe(1).f_code is torch.nn.Parameter.__new__.__code__
-            return result.as_subclass(cls) if is_asked else result
+            if name == 'detach':  # It is taken for parameters of other modules.
+                return result
+            return tree_map(lambda item: _as_view(item, weights), result)
 
-    def _as_parameter(
-        self, func: Callable, name: str, args: tuple, kwargs: dict
-    ) -> Any:
+    def _as_parameter(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """What a parameter would do that a tensor of the moment does not."""
-        tensor = torch.Tensor
-        if name == 'set_':
-            raise TypeError(NO_PARAMETER)
-        if name in ('register_hook', 'register_post_accumulate_grad_hook'):
-            raise TypeError(NO_GRADIENT)
-        if name not in ('__get__', '__set__', 'requires_grad_'):
-            return NotImplemented
-        branches = list(self.conv.branches.parameters())
-        if func == tensor.grad.__get__:
-            with torch._C.DisableTorchFunctionSubclass():
-                if self.retains_grad:
-                    return self.grad
-            raise TypeError(NO_GRADIENT)
-        if func == tensor.grad.__set__ and args[0] is None:
-            for parameter in branches:
-                parameter.grad = None
-            return None
-        if func == tensor.data.__set__:
-            is_view = isinstance(args[0], FoldedWeight) and args[0].whole is self.whole
-            if is_view and args[0].shape == self.shape:
-                return None  # As `conv.weight.data *= 2` ends.
-        if self.whole is self and func == tensor.requires_grad.__get__:
-            return any(parameter.requires_grad for parameter in branches)
+        tensor, name = torch.Tensor, getattr(func, '__name__', '')
+        if func == tensor.requires_grad.__get__ and self.whole is self:
+            return any(p.requires_grad for p in self.conv.branches.parameters())
         if func in (tensor.requires_grad_, tensor.requires_grad.__set__):
             value = next(iter((*args, *kwargs.values())), True)
             self.conv.branches.requires_grad_(value)
             self.conv.forget_folds()
             return self if name == 'requires_grad_' else None
-        if name == '__set__':
+        if func == tensor.data.__set__:
+            is_view = isinstance(args[0], FoldedWeight) and args[0].whole is self.whole
+            if is_view and args[0].shape == self.shape:
+                return None  # As `conv.weight.data *= 2` ends.
+        if func == tensor.grad.__get__ or name in ('__set__', 'set_', *_HOOKS):
             raise TypeError(NO_PARAMETER)
         return NotImplemented
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == '_is_param':
-            self.__class__ = torch.nn.Parameter  # What nn.Parameter(conv.weight) makes.
-            return
-        if name not in _ATTRIBUTES and not hasattr(Tensor, name):
-            raise TypeError(
-                f'{name!r} would be lost, since conv.weight is folded anew each time: '
-                "set it on the conv, or on conv.branches' parameters"
-            )
+        if not hasattr(FoldedWeight, name):  # It would be lost.
+            raise TypeError(NO_PARAMETER)
         super().__setattr__(name, value)
 
     def __deepcopy__(self, memo: dict) -> Tensor:
@@ -204,7 +150,6 @@ class FoldedWeight(Tensor):
         if not (self.is_random and self.conv.keeps_own_init and self.conv.folds_online):
             kernel = self.detach().as_subclass(Tensor)
             self.conv.set_kernel(kernel, exactly=not self.is_random)
-        self.is_written = True
 
 
 def _as_view(result: Any, weights: Sequence[FoldedWeight]) -> Any:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ..functional import fuse_bn
 from ..utils.autocast import HALF_DTYPES, no_autocast
 
 
@@ -65,9 +65,10 @@ def fuse_norm(
     kernel: Tensor, bias: Optional[Tensor], norm: _BatchNorm
 ) -> tuple[Tensor, Tensor]:
     """Kernel and bias, in float64, with a norm that :func:`is_fusible` in them."""
-    mean, var = double(norm.running_mean), double(norm.running_var)
+    statistics = double(norm.running_mean), double(norm.running_var), norm.eps
     affine = (double(norm.weight), double(norm.bias)) if norm.affine else (None, None)
-    return fuse_bn(kernel, bias, mean, var, *affine, norm.eps)
+    kernel, bias = fuse_conv_bn_weights(kernel, bias, *statistics, *affine)
+    return kernel.detach(), bias.detach()
 
 
 def norm_scale(norm: nn.Module) -> Tensor:

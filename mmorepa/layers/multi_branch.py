@@ -74,32 +74,27 @@ class MultiBranchConv2d(ReparamConv2d):
         if isinstance(padding, str):
             padding = reach if padding == 'same' else 0
         is_centred = _pair(padding) == (reach, reach) and len(set(dilation)) == 1
-        if self.padding_mode != 'zeros':
-            # Set later, and PyTorch takes these pads then.
-            is_centred &= set(self._reversed_padding_repeated_twice) == {reach}
-        if not is_centred:
+        if not is_centred or self.padding_mode != 'zeros':
             raise ValueError(
                 f'{type(self).__name__} folds its 1x1 branches into the centre of the '
-                f'{size}x{size} kernel, which takes padding = dilation * '
-                f'{size // 2} = {reach} here; found padding={self.padding}, '
-                f'dilation={self.dilation}'
+                f'{size}x{size} kernel, which takes padding = dilation * {size // 2} '
+                f'= {reach} here, with zeros; found padding={self.padding}, '
+                f'dilation={self.dilation}, padding_mode={self.padding_mode!r}'
             )
         return dict(
-            stride=_pair(self.stride), padding=_pair(padding), dilation=dilation
+            stride=_pair(self.stride),
+            padding=_pair(padding),
+            dilation=dilation,
+            padding_mode='zeros',
         )
 
     def _align(self) -> None:
         """Gives the branches the geometry that this conv has now."""
-        geometry = dict(self._geometry(), padding_mode=self.padding_mode)
+        geometry = self._geometry()
         for module in self.branches.modules():
             fixed = getattr(module, 'fixed_geometry', None)
             if fixed is not None:
-                values = {**geometry, **fixed}
-                rows, columns = values['padding']
-                # PyTorch takes these where the padding is not with zeros.
-                pads = [columns, columns, rows, rows]
-                values['_reversed_padding_repeated_twice'] = pads
-                for name, value in values.items():
+                for name, value in {**geometry, **fixed}.items():
                     if getattr(module, name, None) != value:
                         setattr(module, name, value)
 
@@ -141,23 +136,12 @@ class MultiBranchConv2d(ReparamConv2d):
                 nn.init.constant_(branch.norm.weight, self._initial_scales[name])
             branches[name] = branch
         if not branches:
-            raise ValueError(
-                f'no branch is left: a {type(self).__name__} of {self.in_channels} to '
-                f'{self.out_channels} channels and stride {self.stride[0]} has no '
-                f'{" or ".join(self._branch_names)} branch'
-            )
+            names = ' or '.join(self._branch_names)
+            raise ValueError(f'no branch is left: these channels allow no {names}')
         return branches
 
     def build_norm(self) -> None:
         """None, since the branches have theirs."""
-
-    def kernel(self) -> Tensor:
-        if self.deployed:
-            return self.weight
-        raise TypeError(
-            f'{type(self).__name__} has no kernel while it trains, since each branch '
-            'has its own BatchNorm; equivalent_kernel_bias() gives that of eval mode'
-        )
 
     def _weight_of_training_form(self) -> Tensor:
         # No attribute, so that hasattr() says so.

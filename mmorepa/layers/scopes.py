@@ -43,26 +43,41 @@ def folded(model: nn.Module, in_traces: bool = False) -> Iterator[nn.Module]:
         ...     for batch in batches:
         ...         model(batch)
     """
-    scope = EvaluationScope(in_traces)
     convs = [c for c in _training_forms(model) if c.evaluation_scope is None]
     for conv in convs:
-        conv.evaluation_scope = scope
+        conv.evaluation_scope = EvaluationScope(in_traces)
     try:
         yield model
     finally:
         for conv in convs:
-            conv.evaluation_scope = None
+            if isinstance(conv, ReparamConv2d):  # Or it has been deployed.
+                conv.evaluation_scope = None
+
+
+class Sources:
+    """The parameters of a conv, in whose place a call may put others."""
+
+    def __init__(self, conv: ReparamConv2d) -> None:
+        modules = list(conv.modules())
+        places = [m._parameters for m in modules] + [m._modules for m in modules]
+        self._places = [(place, [*place.values()]) for place in places if place]
+
+    def are_current(self) -> bool:
+        """Whether the conv has these parameters, and not just equal ones."""
+        return all(
+            are_the_same([*place.values()], sources) for place, sources in self._places
+        )
 
 
 class EvaluationScope:
-    """Keeps the folds of convs; each is made when it is first asked for."""
+    """The folds of one conv; each is made when it is first asked for."""
 
     def __init__(self, in_traces: bool = False) -> None:
         self._in_traces = in_traces
-        self._folds: dict[ReparamConv2d, _Folds] = {}
+        self._folds: Optional[tuple[Sources, dict[str, Any]]] = None
 
     def kernel(self, conv: ReparamConv2d) -> Tensor:
-        """The kernel of a conv, with a gradient if gradients are enabled."""
+        """The kernel of the conv, with a gradient if gradients are enabled."""
         if is_being_traced() and not self._in_traces:
             return conv.folded_kernel()
         with_grad = torch.is_grad_enabled()
@@ -79,35 +94,23 @@ class EvaluationScope:
         return self._once(conv, 'fused', lambda: _fused_conv(conv), with_grad=False)
 
     def forget(self, conv: ReparamConv2d) -> None:
-        """Drops the folds of a conv, which has changed."""
-        self._folds.pop(conv, None)
+        """Drops the folds of the conv, which has changed."""
+        self._folds = None
 
     def _once(
         self, conv: ReparamConv2d, name: str, make: Callable[[], Any], with_grad: bool
     ) -> Any:
         if '_is_replica' in vars(conv):  # Of DataParallel, for one forward pass.
             return make()
-        folds = self._folds.get(conv)
-        if folds is None or not (is_being_traced() or folds.are_current()):
-            folds = self._folds[conv] = _Folds(conv)
-        if name not in folds.by_name:
+        folds = self._folds
+        if folds is None or not (is_being_traced() or folds[0].are_current()):
+            folds = self._folds = Sources(conv), {}
+        by_name = folds[1]
+        if name not in by_name:
             # Outside of inference mode, whose tensors could serve nothing else.
             with torch.inference_mode(False), torch.set_grad_enabled(with_grad):
-                folds.by_name[name] = make()
-        return folds.by_name[name]
-
-
-class _Folds:
-    def __init__(self, conv: ReparamConv2d) -> None:
-        self.by_name: dict[str, Any] = {}
-        places = [m._parameters for m in conv.modules() if m._parameters]
-        self._sources = [(place, [*place.values()]) for place in places]
-
-    def are_current(self) -> bool:
-        """Whether the conv has the parameters that it was folded from."""
-        return all(
-            are_the_same([*place.values()], sources) for place, sources in self._sources
-        )
+                by_name[name] = make()
+        return by_name[name]
 
 
 def _fused_conv(conv: ReparamConv2d) -> Optional[FusedConv]:
@@ -172,47 +175,42 @@ def _hold(model: nn.Module, recorded: Optional[RecordedFolds]) -> list['KernelLe
     convs = [conv for conv in _training_forms(model) if conv.is_held_in_training]
     with torch.enable_grad(), torch.inference_mode(False):
         fresh = [conv for conv in convs if not _is_held(conv)]
-        leaves = [_leaf_of(conv, model) for conv in fresh]
+        for conv in fresh:
+            if conv.training_scope is not None:
+                conv.training_scope.forget(conv)
         kernels = None
         if recorded is not None:
-            # Data parallelism counts on the dtype of its parameters.
-            is_reduced = any(leaf.is_reduced for leaf in leaves)
-            dtype = None if is_reduced else _autocast_dtype(model)
+            device, dtype = next(model.parameters()).device.type, None
+            # What is left is of data parallelism, which counts on its dtype.
+            is_reduced = any(conv.training_scope is not None for conv in fresh)
+            if torch.is_autocast_enabled(device) and not is_reduced:
+                dtype = torch.get_autocast_dtype(device)
             kernels = recorded.fold(fresh, dtype)
         if kernels is None:
             kernels = tuple(conv.folded_kernel() for conv in fresh)
-        for conv, leaf, kernel in zip(fresh, leaves, kernels):
-            leaf.take(kernel, tuple(conv.branches.parameters()))
+        for conv, kernel in zip(fresh, kernels):
+            leaf = conv.training_scope
+            if leaf is None:
+                parameter = nn.Parameter(kernel.detach())
+                leaf = conv.training_scope = KernelLeaf(parameter, is_reduced=False)
+            elif not leaf.leaf.requires_grad:
+                name = next(name for name, m in model.named_modules() if m is conv)
+                raise RuntimeError(
+                    f'{name} was frozen when the model was wrapped for data '
+                    'parallelism, and is trained now: its gradients would not be '
+                    'averaged. Freeze it after that, with find_unused_parameters=True '
+                    'in model_wrapper_cfg'
+                )
+            leaf.take(kernel, conv)
     leaves = [conv.training_scope for conv in convs]
     for leaf in leaves:
         leaf.depth += 1
     return leaves
 
 
-def _autocast_dtype(model: nn.Module) -> Optional[torch.dtype]:
-    device = next(model.parameters()).device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return None
-
-
 def _is_held(conv: ReparamConv2d) -> bool:
     leaf = conv.training_scope
-    return leaf is not None and leaf.depth > 0 and bool(leaf.sources)
-
-
-def _leaf_of(conv: ReparamConv2d, model: nn.Module) -> 'KernelLeaf':
-    leaf = conv.training_scope
-    if leaf is None or not leaf.is_reduced:
-        leaf = conv.training_scope = KernelLeaf()
-    elif not leaf.leaf.requires_grad:
-        name = next(name for name, m in model.named_modules() if m is conv)
-        raise RuntimeError(
-            f'{name} was frozen when the model was wrapped for data parallelism, and '
-            'is trained now: its gradients would not be averaged. Freeze it after '
-            'that, with find_unused_parameters=True in model_wrapper_cfg'
-        )
-    return leaf
+    return leaf is not None and leaf.depth > 0 and leaf.sources is not None
 
 
 @torch.compiler.disable
@@ -262,42 +260,40 @@ class KernelLeaf:
     """The training scope of one conv: a kernel cut off from its branches.
 
     Args:
-        leaf (nn.Parameter, optional): What the conv runs with. One whose gradients data
-            parallelism averages serves all blocks; None makes a new one, for one block.
+        leaf (nn.Parameter): What the conv runs with.
+        is_reduced (bool): Whether data parallelism averages its gradients, and it
+            serves all blocks. Others serve one block. Defaults to True.
 
     Attributes:
         graph (KernelGraph): What turns its gradient into those of the branches.
-        sources (tuple[nn.Parameter, ...]): The parameters that it is folded from;
-            none once these have changed.
+        sources (Sources, optional): What it is folded from; none once that has changed.
         depth (int): The number of open blocks.
         awaits_sync (bool): Whether data parallelism does not average its gradient in
             this pass, as in :meth:`~torch.nn.parallel.DistributedDataParallel.no_sync`.
     """
 
-    def __init__(self, leaf: Optional[nn.Parameter] = None) -> None:
+    def __init__(self, leaf: nn.Parameter, is_reduced: bool = True) -> None:
         self.leaf = leaf
-        self.is_reduced = leaf is not None
-        self.graph = KernelGraph(self.is_reduced)
-        self.sources: tuple[nn.Parameter, ...] = ()
+        self.is_reduced = is_reduced
+        self.graph = KernelGraph(is_reduced)
+        self.sources: Optional[Sources] = None
         self.depth = 0
         self.awaits_sync = False
-        if leaf is not None and leaf.requires_grad:
+        if leaf.requires_grad:
             leaf.register_post_accumulate_grad_hook(self.graph.on_gradient)
 
-    def take(self, kernel: Tensor, sources: tuple[nn.Parameter, ...]) -> None:
-        """Serves this kernel, with a graph, from now on."""
-        self.graph.kernel, self.sources = kernel, sources
-        if self.leaf is None:
-            self.leaf = nn.Parameter(kernel.detach())
-            self.leaf.register_post_accumulate_grad_hook(self.graph.on_gradient)
-            return
-        self.leaf.data = kernel.detach()
-        # A graph that used the former numbers must not go on with these.
-        torch.autograd.graph.increment_version(self.leaf)
+    def take(self, kernel: Tensor, conv: ReparamConv2d) -> None:
+        """Serves this kernel of the conv, with a graph, from now on."""
+        self.graph.kernel, self.sources = kernel, Sources(conv)
+        self.dtype = next(conv.branches.parameters()).dtype
+        if self.is_reduced:
+            self.leaf.data = kernel.detach()
+            # A graph that used the former numbers must not go on with these.
+            torch.autograd.graph.increment_version(self.leaf)
 
     def kernel(self, conv: ReparamConv2d) -> Optional[Tensor]:
         """The leaf for passes with gradients in the block, and None for others."""
-        if not (torch.is_grad_enabled() and self.sources):
+        if not torch.is_grad_enabled() or self.sources is None:
             return None
         # Checkpointed blocks run their forward pass again in the backward one.
         if self.depth == 0 and torch._C._current_graph_task_id() == -1:
@@ -305,20 +301,18 @@ class KernelLeaf:
             # when they run again.
             self.forget(conv)
             return None
-        if not torch.compiler.is_compiling():  # Which takes parameters for granted.
-            # Others may stand in their place, as in torch.func.functional_call.
-            parameters = tuple(conv.branches.parameters())
-            if not are_the_same(parameters, self.sources):
-                return None
+        # A compiler takes parameters for granted.
+        if not torch.compiler.is_compiling() and not self.sources.are_current():
+            return None
         # A leaf in half precision may be used where autocast is off for a while.
-        leaf, dtype = self.leaf, self.sources[0].dtype
-        if leaf.dtype == dtype or torch.is_autocast_enabled(leaf.device.type):
+        leaf = self.leaf
+        if leaf.dtype == self.dtype or torch.is_autocast_enabled(leaf.device.type):
             return leaf
-        return leaf.to(dtype)
+        return leaf.to(self.dtype)
 
     def forget(self, conv: ReparamConv2d) -> None:
         """Serves the conv no longer, since it has changed."""
-        self.sources = ()
+        self.sources = None
         if not self.is_reduced:
             conv.training_scope = None
 

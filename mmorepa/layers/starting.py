@@ -103,7 +103,7 @@ class StartsFromKernels(nn.Conv2d):
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as the constructor does."""
-        if vars(self).get('deployed', True):  # Of a plain conv, as which it is built.
+        if self.deployed:
             super().reset_parameters()
             return
         copy_fresh(self.branches, self.build_branches())

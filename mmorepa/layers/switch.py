@@ -1,34 +1,29 @@
 """Switches whole models from training form to deployed form."""
 
-import re
+import copy
+import gc
 from collections.abc import Iterator
-from typing import Any, Optional, Union
+from typing import Optional, Union
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 
 from .changes import check_foldable
 from .conv import ReparamConv2d
 from .folding import check_is_whole
-from .references import parallel_wrapper, replace_modules
 
-_OF_BRANCHES = re.compile(
-    r'(^|[._])branches[._](scale|weight|factors|origin|pointwise|average|identity)'
-)
-_OF_CONVS = vars(nn.Conv2d(1, 1, 1, device='meta')).keys()
-# What this package sets on training forms after they are built.
-_SET_LATER = {'training_scope', 'evaluation_scope', 'channels_last', 'is_plain_start'}
-_SET_LATER |= {'warns_of_flaws', 'fixed_geometry', '_built', '_fresh'}
+# The attributes that any conv has.
+OF_CONVS = vars(nn.Conv2d(1, 1, 1, device='meta')).keys()
+_PARALLEL = {'DistributedDataParallel', 'FullyShardedDataParallel', 'FSDPModule'}
 
 
 def switch_to_deploy(module: nn.Module) -> nn.Module:
     """Switches every re-parameterised conv inside ``module`` to its plain form.
 
-    A :class:`torch.nn.Conv2d` takes the place of each conv, or a :class:`ConvAct2d`
-    where an activation belongs to it. Attributes that were set on the conv go along. A
+    Each conv becomes a :class:`torch.nn.Conv2d`, or a :class:`ConvAct2d` where an
+    activation belongs to it, whoever holds it. Attributes that were set on it stay. A
     conv keeps its class if its norm cannot be folded (GroupNorm and the like), if it
-    has hooks, methods, parameters, buffers or modules of its own, or if it is
+    has methods of its own, if it has both hooks and an activation, or if it is
     ``module`` itself. The keys of the state dict are those of a model that was built
     with ``deploy=True``.
 
@@ -37,12 +32,10 @@ def switch_to_deploy(module: nn.Module) -> nn.Module:
             returned.
 
     Raises:
-        RuntimeError: If a wrapper for data parallelism around it is in training mode
-            (one in eval mode may be tested after this, and not trained), or if it is a
-            program of the operations of branches, by ``torch.export`` for example.
+        RuntimeError: If a wrapper for data parallelism around it is in training mode.
+            One in eval mode may be tested after this, and not trained.
     """
-    _check_traces(module)
-    convs = {conv: name for name, conv in outermost(module)}
+    convs = dict.fromkeys(conv for _, conv in outermost(module))
     forms = [conv for conv in convs if not conv.deployed]
     wrapper = parallel_wrapper(module) if forms else None
     if wrapper is not None:
@@ -54,23 +47,57 @@ def switch_to_deploy(module: nn.Module) -> nn.Module:
         check_foldable(conv)
     for conv in convs:
         conv.switch_to_deploy()
-    if not isinstance(module, ReparamConv2d):
-        replace_modules(module, {conv: _plain(conv) for conv in convs})
+        if conv is not module:
+            _become_plain(conv)
     return module
 
 
-def _check_traces(model: nn.Module) -> None:
-    for name, graph in model.named_modules():
-        if not isinstance(graph, torch.fx.GraphModule):
-            continue
-        for node in graph.graph.nodes:
-            is_part = node.op in ('get_attr', 'call_module')
-            if is_part and _OF_BRANCHES.search(node.target):
-                raise RuntimeError(
-                    f'{name or type(graph).__name__} is a program in which the '
-                    f'operations of branches are traced ({node.target}): call '
-                    'mmorepa.switch_to_deploy(model) before it is traced or exported'
-                )
+def _become_plain(conv: ReparamConv2d) -> None:
+    """Makes a deployed conv a plain one, for everybody who holds it."""
+    act = conv.act
+    has_more = act is not None and (
+        has_hooks(conv) or next(act.parameters(), None) is not None
+    )
+    if has_more or conv.norm is not None or _overrides(conv):
+        return
+    for name in {*conv._built, 'norm', 'act'} - OF_CONVS:
+        vars(conv).pop(name, None)
+        conv._modules.pop(name, None)
+    conv.__class__ = nn.Conv2d
+    if act is not None:
+        inner = copy.copy(conv)
+        vars(conv).clear()
+        conv.__class__ = ConvAct2d
+        ConvAct2d.__init__(conv, inner, act)
+        conv.train(inner.training)
+
+
+def _overrides(conv: ReparamConv2d) -> bool:
+    """Whether a conv has methods by which it computes something else."""
+    return any(map(callable, vars(conv).values())) or any(
+        getattr(type(conv), name) is not getattr(ReparamConv2d, name)
+        for name in ('forward', '_conv_forward', '__call__')
+    )
+
+
+def parallel_wrapper(model: nn.Module) -> Optional[nn.Module]:
+    """What averages gradients, or shards parameters, in or around a model."""
+    for module in model.modules():
+        if _is_parallel(type(module)):
+            return module
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    gc.collect()  # A wrapper that was dropped is in a cycle of references.
+    for item in gc.get_objects():
+        kind = type(item)  # Some objects say that they are of another class.
+        is_wrapper = issubclass(kind, nn.Module) and _is_parallel(kind)
+        if is_wrapper and any(module is model for module in item.modules()):
+            return item
+    return None
+
+
+def _is_parallel(kind: type) -> bool:
+    return any(cls.__name__ in _PARALLEL for cls in kind.__mro__)
 
 
 def _refuse_training(wrapper: nn.Module, *args) -> None:
@@ -80,48 +107,6 @@ def _refuse_training(wrapper: nn.Module, *args) -> None:
             'not those of a model that is deployed inside of it: deploy the model '
             'first, and wrap it again'
         )
-
-
-def _plain(deployed: ReparamConv2d) -> nn.Module:
-    act = deployed.act
-    is_more = (
-        deployed.norm is not None
-        or has_hooks(deployed)
-        or overrides(deployed)
-        or registered(deployed) - {'weight', 'bias', 'norm', 'act'}
-        or (act is not None and next(act.parameters(), None) is not None)
-    )
-    if is_more:
-        return deployed
-    conv = nn.Conv2d(1, 1, 1, device='meta')
-    attributes = {k: v for k, v in vars(deployed).items() if k in _OF_CONVS}
-    attributes.update(user_attributes(deployed), _modules={}, _parameters={})
-    vars(conv).update(attributes)
-    conv.weight, conv.bias = deployed.weight, deployed.bias
-    return conv if act is None else ConvAct2d(conv, act).train(deployed.training)
-
-
-def user_attributes(conv: nn.Conv2d) -> dict[str, Any]:
-    """What somebody has set on a conv, plain or not, besides what its class sets."""
-    known = set(_OF_CONVS)
-    if isinstance(conv, ReparamConv2d):
-        known |= conv._built | _SET_LATER
-    return {name: value for name, value in vars(conv).items() if name not in known}
-
-
-def registered(conv: nn.Module) -> set[str]:
-    """The names of the parameters, buffers and modules of a conv."""
-    return {*conv._parameters, *conv._buffers, *conv._modules}
-
-
-def overrides(conv: nn.Conv2d) -> list[str]:
-    """The methods by which a conv computes something else than its class."""
-    names = [name for name, value in user_attributes(conv).items() if callable(value)]
-    if isinstance(conv, ReparamConv2d):
-        for name in ('forward', '_conv_forward', '__call__'):
-            if getattr(type(conv), name) is not getattr(ReparamConv2d, name):
-                names.append(name)
-    return names
 
 
 def has_hooks(owner: Union[nn.Module, Tensor]) -> bool:

@@ -96,9 +96,9 @@ def test_what_stays(log):
     net.biased.bias = net.other.bias
     net.hooked.register_full_backward_pre_hook(lambda *args: None)
     net.masked.weight.register_hook(lambda grad: 0 * grad)
-    before = dict(net.named_children())
+    before = {name: type(m) for name, m in net.named_children()}
     assert add_branches(net) is net
-    changed = [name for name, m in net.named_children() if m is not before[name]]
+    changed = [name for name, m in net.named_children() if type(m) is not before[name]]
     assert changed == ['good']
     (text,) = log
     assert '12 left as they are' in text
@@ -172,3 +172,8 @@ def test_convs_of_one_shape_get_branches_of_their_own():
     for name, value in net[0].branches.named_parameters():
         other = net[1].branches.get_parameter(name)
         assert name in ('scale', 'weight_pointwise_kxk_1') or not value.equal(other)
+
+
+def test_a_conv_alone():
+    conv = nn.Conv2d(3, 4, 3)
+    assert add_branches(conv) is conv and isinstance(conv, OREPAConv2d)

@@ -19,7 +19,7 @@ from mmorepa.layers import DeepLinearConv2d, OREPAConv2d, OREPAKernel
 def run_branches(kernel, x, groups):
     """The six branches on a feature map that was padded beforehand, valid borders."""
     out_channels, in_channels = kernel.weight_origin.shape[0], x.shape[1]
-    k = kernel.kernel_size
+    k = kernel.branch_sum.shape[-1]
     half = out_channels / 2
 
     average = F.avg_pool2d(

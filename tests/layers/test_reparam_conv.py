@@ -145,7 +145,7 @@ def test_building_needs_no_kernel_of_the_plain_conv():
     conv = OREPAConv2d(4, 6, 3, bias=False)
     assert_near(conv.weight, conv.branches())
     assert conv.weight.requires_grad and conv.bias is None
-    with pytest.raises(TypeError, match='folded from its branches and is no parameter'):
+    with pytest.raises(TypeError, match='folded from its branches, .* is no parameter'):
         conv.weight = nn.Parameter(torch.zeros(6, 4, 3, 3))
     assert all(name.startswith('branches.') for name in conv.state_dict())
 
@@ -290,7 +290,6 @@ def test_incomplete_training_checkpoint(load):
         ((3, 1), dict(), 'odd, square'),
         (-1, dict(), 'odd, square'),
         (3, dict(padding_mode='reflect'), "padding_mode='zeros' only"),
-        (3, dict(padding=(1, -1)), 'padding >= 0'),
     ],
 )
 def test_what_has_no_fold(k, options, message):

@@ -69,7 +69,16 @@ def test_what_the_plain_conv_would_not_do():
     assert_near(switch_to_deploy(model)(x), expected)
     model(x).sum().backward()
     assert seen
-    assert [type(m) for m in model] == [Doubled, OREPAConv2d, nn.Conv2d]
+    assert [type(m) for m in model] == [Doubled, nn.Conv2d, nn.Conv2d]
+
+
+def test_hooks_of_a_conv_with_an_activation():
+    """They see what comes after it, and so the conv keeps its class."""
+    model = nn.Sequential(OREPAConv2d(3, 4, 3, act_cfg=dict(type='ReLU')))
+    seen = []
+    model[0].register_forward_hook(lambda *args: seen.append(args[-1].min() >= 0))
+    switch_to_deploy(model)(torch.randn(1, 3, 9, 9))
+    assert seen == [True] and type(model[0]) is OREPAConv2d
 
 
 class Halved(OREPAConv2d):

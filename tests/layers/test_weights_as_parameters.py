@@ -47,20 +47,11 @@ def test_gradients_and_hooks():
         lambda: conv.weight.register_post_accumulate_grad_hook(lambda p: None),
         lambda: conv.weight.grad,
         lambda: setattr(conv.weight, 'grad', torch.ones(6, 4, 3, 3)),
+        lambda: setattr(conv.weight, 'grad', None),
         lambda: setattr(conv.weight, 'no_decay', True),
     ):
-        with pytest.raises(TypeError, match=r'conv\.branches|is no parameter'):
+        with pytest.raises(TypeError, match=r'is no parameter.* of conv\.branches'):
             use()
-    conv.weight.grad = None
-    assert all(p.grad is None for p in conv.branches.parameters())
-    weight = conv.weight
-    weight.retain_grad()
-    weight.square().sum().backward()
-    assert_near(weight.grad, 2 * weight.detach())
-
-
-def plus(conv):
-    conv.weight += 1
 
 
 def times(conv):
@@ -75,7 +66,7 @@ def minus(conv):
     conv.weight.data -= conv.weight.detach() / 3
 
 
-@pytest.mark.parametrize('write', [plus, times, masked, minus])
+@pytest.mark.parametrize('write', [times, masked, minus])
 def test_augmented_writes(write):
     conv, plain = training_form(), nn.Conv2d(4, 6, 3)
     plain.load_state_dict(switch_to_deploy(copy.deepcopy(conv)).state_dict())
@@ -83,7 +74,7 @@ def test_augmented_writes(write):
         write(conv), write(plain)
     assert_near(conv.weight.detach(), plain.weight, 1e-5)
     with torch.no_grad(), pytest.raises(TypeError, match='is no parameter'):
-        conv.weight = conv.weight
+        conv.weight += 1
 
 
 def test_copies_are_plain():
@@ -97,10 +88,9 @@ def test_copies_are_plain():
     copies = [*found.values(), copy.deepcopy(conv.weight), copy.copy(conv.weight.data)]
     for one in copies:
         assert type(one) is torch.Tensor
-    for one in (nn.Parameter(conv.weight), nn.Parameter(conv.weight.data, False)):
-        assert type(one) is nn.Parameter and one.is_leaf
-        copies.append(copy.deepcopy(one))
-    assert copies[-2].requires_grad and not copies[-1].requires_grad
+    with pytest.raises(RuntimeError, match='detach'):
+        nn.Parameter(conv.weight)
+    copies.append(nn.Parameter(conv.weight.detach().clone()))
     for one in copies:
         assert_near(one, kernel)
         one.data.zero_()

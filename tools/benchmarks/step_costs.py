@@ -262,7 +262,7 @@ def measure_fold(network: nn.Module, rounds: int, clock: Clock) -> pd.DataFrame:
 @torch.no_grad()
 def factors(kernel: nn.Module) -> tuple[Tensor, Tensor]:
     """The two matrices, one pair for each group, whose product a kernel contains."""
-    groups = kernel.groups
+    groups = kernel.branch_sum.groups
     if isinstance(kernel, OREPAPointwiseKernel):
         second, first = kernel.weight_second, kernel.weight_first
         second = second.reshape(groups, -1, second.shape[1])
