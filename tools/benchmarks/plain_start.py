@@ -11,30 +11,62 @@ differences are taken within a seed. A stopped run goes on where it was.
 """
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Optional
 
 import pandas as pd
 import studies
+import torch
+from mmengine.runner import load_checkpoint
 from trainings import Training, epochs_options, last_checkpoint, merged, train
 
 from mmorepa.cli import one_line_errors, positive
-from mmorepa.runs import check_data_folders
+from mmorepa.layers import ReparamConv2d
+from mmorepa.runs import build_model, check_data_folders
+from mmorepa.utils.files import atomic_write
 
 KEY = ('task', 'name', 'seed', 'epochs')
 VALUES = ('value', 'seconds')
 STEM_LR_MULT = 'optim_wrapper.paramwise_cfg.stem_lr_mult'
-# By block type.
-PRETRAININGS = {'plain': 'pretrained plain', 'orepa': 'pretrained OREPA'}
-# The block types of pretraining and fine-tuning, and the multiplier of the stem's
-# learning rate, if it is not the config's. From a plain kernel, a step moves that of
-# the deep linear stem about 50 times as far: see docs/transfer.md.
+_BLOCK, _STEM = 'model.backbone.block', 'model.backbone.stem_block'
+_LR = 'optim_wrapper.optimizer.lr'
+# What each network changes in the backbone.
+NETWORKS = {
+    'plain': {_BLOCK: 'plain'},
+    'orepa': {_BLOCK: 'orepa'},
+    'orepa_stem': {_BLOCK: 'plain', _STEM: 'orepa'},
+}
+PRETRAININGS = {
+    'plain': 'pretrained plain',
+    'orepa': 'pretrained OREPA',
+    'orepa_stem': 'pretrained OREPA stem',
+}
+
+
+class Arm(NamedTuple):
+    """A way to a fine-tuned network."""
+
+    # Names in NETWORKS.
+    pretrained: str
+    fine_tuned: str
+    # What else the fine-tuning changes. From a plain kernel, a step moves that of the
+    # deep linear stem about 50 times as far: see docs/transfer.md.
+    options: dict
+    # The plain kernels of the pretrained branches, with the norms as they are.
+    is_folded: bool = False
+
+
 ARMS = {
-    'plain': ('plain', 'plain', 1.0),
-    'quiet': ('plain', 'orepa', 0.02),
-    'scratch': ('orepa', 'orepa', None),
+    'plain': Arm('plain', 'plain', {STEM_LR_MULT: 1.0}),
+    'quiet': Arm('plain', 'orepa', {STEM_LR_MULT: 0.02}),
+    'quiet_stem': Arm('plain', 'orepa_stem', {STEM_LR_MULT: 0.02}),
+    'scratch': Arm('orepa', 'orepa', {}),
+    'stem': Arm('orepa_stem', 'orepa_stem', {}),
+    'folded': Arm('orepa', 'plain', {STEM_LR_MULT: 1.0}, is_folded=True),
+    'plain_slow': Arm('plain', 'plain', {STEM_LR_MULT: 1.0, _LR: 0.02 / 3}),
+    'scratch_slow': Arm('orepa', 'orepa', {_LR: 0.02 / 3}),
 }
 # Names and colours in tables and figures.
 TEXTS = {
@@ -42,11 +74,16 @@ TEXTS = {
     'quiet': ('OREPA, quiet start', studies.BLUE),
     # Of earlier versions, which had it.
     'balanced': ('OREPA, balanced start', studies.VERMILION),
+    'quiet_stem': ('OREPA stem, quiet start', studies.SKY),
     'scratch': ('OREPA, from scratch', studies.GREEN),
+    'stem': ('OREPA stem, from scratch', studies.PURPLE),
+    'folded': ('plain, from the folded OREPA', studies.ORANGE),
+    'plain_slow': ('plain, a third of the rate', studies.GREY),
+    'scratch_slow': ('OREPA, from scratch, a third of the rate', studies.YELLOW),
 }
 # What is compared with each of these.
 COMPARED = {
-    'plain': ('quiet', 'balanced', 'scratch'),
+    'plain': tuple(name for name in TEXTS if name != 'plain'),
     'quiet': ('balanced', 'scratch'),
 }
 
@@ -69,6 +106,8 @@ class Task(NamedTuple):
     start: str
     pretraining: Phase
     fine_tuning: Phase
+    # Names in ARMS.
+    arms: tuple[str, ...]
 
     def epochs(self) -> str:
         """Those of both phases, as in the column of this name."""
@@ -100,6 +139,7 @@ TASKS = {
         start='load_from',
         pretraining=Phase(_FASHION, _TOP1, 8, {}),
         fine_tuning=Phase(_FASHION, _TOP1, 8, _OTHERS),
+        arms=('plain', 'quiet', 'scratch'),
     ),
     'detector': Task(
         text='scenes of digits, box AP (%)',
@@ -117,6 +157,7 @@ TASKS = {
             5,
             {**_GREY, 'model.data_preprocessor': dict(_GREY_PIXELS, bgr_to_rgb=False)},
         ),
+        arms=tuple(ARMS),
     ),
 }
 
@@ -131,39 +172,50 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 def run_phase(
-    phase: Phase,
-    block: str,
-    seed: int,
-    folder: Path,
-    stem_lr_mult: Optional[float] = None,
-    **more: str,
+    phase: Phase, network: str, seed: int, folder: Path, options: Mapping = {}
 ) -> Training:
-    """Trains; a multiplier of None is what the config has."""
+    """Trains a network, with options that change its phase."""
     options = {
         **epochs_options(phase.epochs),
         **phase.options,
-        **({} if stem_lr_mult is None else {STEM_LR_MULT: stem_lr_mult}),
-        **more,
-        'model.backbone.block': block,
+        **NETWORKS[network],
+        **options,
         'randomness.seed': seed,
     }
     return train(phase.config, options, folder, phase.metric)
 
 
-def fine_tune(
-    task: Task,
-    blocks: tuple[str, str],
-    seed: int,
-    folder: Path,
-    stem_lr_mult: Optional[float],
-) -> Training:
+def fine_tune(task: Task, arm: Arm, seed: int, folder: Path) -> Training:
     """Fine-tunes from a pretrained network, which is trained if it is not there."""
-    before, block = blocks
-    start = folder.with_name(f'pretraining-{before}-{seed}')
+    start = folder.with_name(f'pretraining-{arm.pretrained}-{seed}')
     if last_checkpoint(start) is None:
-        run_phase(task.pretraining, before, seed, start)
-    weights = {task.start: str(last_checkpoint(start))}
-    return run_phase(task.fine_tuning, block, seed, folder, stem_lr_mult, **weights)
+        run_phase(task.pretraining, arm.pretrained, seed, start)
+    weights = last_checkpoint(start)
+    if arm.is_folded:
+        weights = fold_weights(task.pretraining, arm.pretrained, weights)
+    options = {**arm.options, task.start: str(weights)}
+    return run_phase(task.fine_tuning, arm.fine_tuned, seed, folder, options)
+
+
+def fold_weights(phase: Phase, network: str, weights: Path) -> Path:
+    """Writes the weights of a plain network that computes what this one does.
+
+    Each conv has the folded kernel, and its norm stays.
+    """
+    options = {**phase.options, **NETWORKS[network]}
+    model = build_model(merged(phase.config, options))
+    load_checkpoint(model, str(weights), map_location='cpu', strict=True)
+    entries = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, ReparamConv2d):
+            kernel = module.weight.detach()
+            for key in module.branches.state_dict():
+                del entries[f'{name}.branches.{key}']
+            entries[f'{name}.branches.weight'] = kernel
+    path = weights.with_name('folded.pth')
+    with atomic_write(path) as file:
+        torch.save(dict(state_dict=entries), file)
+    return path
 
 
 def measured(unit: float, run: partial) -> dict[str, str]:
@@ -179,13 +231,12 @@ def jobs_of(name: str, seed: int, runs: Path) -> Iterator[studies.Job]:
     task = TASKS[name]
     folder = runs / f'{name}-{task.epochs()}'
     works = {}
-    for block, text in PRETRAININGS.items():
-        place = folder / f'pretraining-{block}-{seed}'
-        run = partial(run_phase, task.pretraining, block, seed, place)
+    for network, text in PRETRAININGS.items():
+        place = folder / f'pretraining-{network}-{seed}'
+        run = partial(run_phase, task.pretraining, network, seed, place)
         works[text] = partial(measured, 1.0, run)
-    for arm, (*blocks, stem_lr_mult) in ARMS.items():
-        place = folder / f'{arm}-{seed}'
-        run = partial(fine_tune, task, blocks, seed, place, stem_lr_mult)
+    for arm in task.arms:
+        run = partial(fine_tune, task, ARMS[arm], seed, folder / f'{arm}-{seed}')
         works[arm] = partial(measured, task.unit, run)
     for text, work in works.items():
         yield studies.Job(dict(zip(KEY, (name, text, str(seed), task.epochs()))), work)
