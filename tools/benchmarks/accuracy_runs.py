@@ -37,9 +37,10 @@ DATA = {
     '10pct': '10 % of Fashion-MNIST',
     'full': 'Fashion-MNIST',
     '10pct-56px': '10 % of Fashion-MNIST at 56 pixels',
+    '10pct-mnist': '10 % of MNIST',
 }
 _SUFFIX = {'10pct': '1xb64_fashion-mnist-10pct', 'full': '1xb256_fashion-mnist'}
-_SUFFIX['10pct-56px'] = _SUFFIX['10pct']
+_SUFFIX['10pct-56px'] = _SUFFIX['10pct-mnist'] = _SUFFIX['10pct']
 NETWORKS = {
     'resnet18': 'slim ResNet-18',
     'repvgg-a0': 'slim RepVGG-A0',
@@ -67,6 +68,15 @@ CHANGES = {
             dict(type='Resize', scale=56),
             dict(type='PackInputs'),
         ],
+    },
+    # Digits, which are not the same in a mirror.
+    '10pct-mnist': {
+        'train_dataloader.dataset.data_root': 'data/mnist',
+        'train_dataloader.dataset.pipeline': [
+            dict(type='RandomCrop', crop_size=28, padding=2),
+            dict(type='PackInputs'),
+        ],
+        'val_dataloader.dataset.data_root': 'data/mnist',
     },
 }
 REFERENCE = 'none'
