@@ -37,11 +37,13 @@ NETWORKS = {
     'plain': {_BLOCK: 'plain'},
     'orepa': {_BLOCK: 'orepa'},
     'orepa_stem': {_BLOCK: 'plain', _STEM: 'orepa'},
+    'plain_stem': {_BLOCK: 'orepa', _STEM: 'plain'},
 }
 PRETRAININGS = {
     'plain': 'pretrained plain',
     'orepa': 'pretrained OREPA',
     'orepa_stem': 'pretrained OREPA stem',
+    'plain_stem': 'pretrained OREPA, plain stem',
 }
 
 
@@ -64,6 +66,7 @@ ARMS = {
     'quiet_stem': Arm('plain', 'orepa_stem', {STEM_LR_MULT: 0.02}),
     'scratch': Arm('orepa', 'orepa', {}),
     'stem': Arm('orepa_stem', 'orepa_stem', {}),
+    'plain_stem': Arm('plain_stem', 'plain_stem', {}),
     'folded': Arm('orepa', 'plain', {STEM_LR_MULT: 1.0}, is_folded=True),
     'plain_slow': Arm('plain', 'plain', {STEM_LR_MULT: 1.0, _LR: 0.02 / 3}),
     'scratch_slow': Arm('orepa', 'orepa', {_LR: 0.02 / 3}),
@@ -77,9 +80,10 @@ TEXTS = {
     'quiet_stem': ('OREPA stem, quiet start', studies.SKY),
     'scratch': ('OREPA, from scratch', studies.GREEN),
     'stem': ('OREPA stem, from scratch', studies.PURPLE),
+    'plain_stem': ('OREPA with a plain stem, from scratch', studies.YELLOW),
     'folded': ('plain, from the folded OREPA', studies.ORANGE),
     'plain_slow': ('plain, a third of the rate', studies.GREY),
-    'scratch_slow': ('OREPA, from scratch, a third of the rate', studies.YELLOW),
+    'scratch_slow': ('OREPA, from scratch, a third of the rate', studies.GREY),
 }
 # What is compared with each of these.
 COMPARED = {
@@ -168,6 +172,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--seeds', type=positive, default=5, help='how many of them (default: 5)'
     )
+    parser.add_argument('--arms', nargs='+', choices=ARMS, default=[*ARMS])
     return parser.parse_args(argv)
 
 
@@ -226,16 +231,21 @@ def measured(unit: float, run: partial) -> dict[str, str]:
     )
 
 
-def jobs_of(name: str, seed: int, runs: Path) -> Iterator[studies.Job]:
-    """Those of a task with one seed: two pretrainings, and the arms."""
+def jobs_of(
+    name: str, arms: Sequence[str], seed: int, runs: Path
+) -> Iterator[studies.Job]:
+    """Those of a task with one seed: pretrainings, and the arms."""
     task = TASKS[name]
     folder = runs / f'{name}-{task.epochs()}'
     works = {}
-    for network, text in PRETRAININGS.items():
+    arms = [arm for arm in task.arms if arm in arms]
+    pretrained = {ARMS[arm].pretrained for arm in arms}
+    for network in [n for n in PRETRAININGS if n in pretrained]:
+        text = PRETRAININGS[network]
         place = folder / f'pretraining-{network}-{seed}'
         run = partial(run_phase, task.pretraining, network, seed, place)
         works[text] = partial(measured, 1.0, run)
-    for arm in task.arms:
+    for arm in arms:
         run = partial(fine_tune, task, ARMS[arm], seed, folder / f'{arm}-{seed}')
         works[arm] = partial(measured, task.unit, run)
     for text, work in works.items():
@@ -302,7 +312,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             job
             for seed in range(args.seeds)
             for task in args.tasks
-            for job in jobs_of(task, seed, args.out / 'runs')
+            for job in jobs_of(task, args.arms, seed, args.out / 'runs')
         ]
 
     results = studies.Results(args.out / 'results.csv', KEY, VALUES)
