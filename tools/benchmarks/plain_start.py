@@ -165,6 +165,13 @@ TASKS = {
     ),
 }
 
+# Does a longer pretraining help a deep linear stem?
+_LONG = TASKS['detector'].pretraining._replace(epochs=24)
+TASKS['detector-long'] = TASKS['detector']._replace(
+    text='scenes of digits, after 24 epochs of pretraining, box AP (%)',
+    pretraining=_LONG,
+)
+
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = studies.study_parser(__doc__, 'plain_start')
