@@ -11,11 +11,15 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Optional
 
+import torch
 from mmengine.config import Config
 from studies import ROOT, Key, Results
+from torch import Tensor, nn
 from trainings import Point, epochs_options, train
 
-from mmorepa.layers import OREPAKernel
+from mmorepa import layers
+from mmorepa.layers import OREPAKernel, ReparamConv2d
+from mmorepa.layers.plain import PlainKernel
 
 KEY = ('data', 'network', 'block', 'variant', 'lr_factor', 'seed', 'epochs')
 VALUES = (
@@ -33,9 +37,10 @@ DATA = {
     '10pct': '10 % of Fashion-MNIST',
     'full': 'Fashion-MNIST',
     '10pct-56px': '10 % of Fashion-MNIST at 56 pixels',
+    '10pct-mnist': '10 % of MNIST',
 }
 _SUFFIX = {'10pct': '1xb64_fashion-mnist-10pct', 'full': '1xb256_fashion-mnist'}
-_SUFFIX['10pct-56px'] = _SUFFIX['10pct']
+_SUFFIX['10pct-56px'] = _SUFFIX['10pct-mnist'] = _SUFFIX['10pct']
 NETWORKS = {
     'resnet18': 'slim ResNet-18',
     'repvgg-a0': 'slim RepVGG-A0',
@@ -64,9 +69,39 @@ CHANGES = {
             dict(type='PackInputs'),
         ],
     },
+    # Digits, which are not the same in a mirror.
+    '10pct-mnist': {
+        'train_dataloader.dataset.data_root': 'data/mnist',
+        'train_dataloader.dataset.pipeline': [
+            dict(type='RandomCrop', crop_size=28, padding=2),
+            dict(type='PackInputs'),
+        ],
+        'val_dataloader.dataset.data_root': 'data/mnist',
+    },
 }
 REFERENCE = 'none'
 FACTORS = ('1/3', '1', '3')
+
+
+class ChainKernel(nn.Module):
+    """A k×k kernel and a 1×1 kernel behind it."""
+
+    def __init__(self, out_channels: int, in_channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.first = PlainKernel(out_channels, in_channels, kernel_size)
+        self.second = PlainKernel(out_channels, out_channels, 1)
+
+    def forward(self) -> Tensor:
+        """Returns the kernel, shape (O, I, k, k)."""
+        return torch.einsum('om,mikl->oikl', self.second().flatten(1), self.first())
+
+
+@layers.BLOCKS.register_module('chain', force=True)  # Tests load this several times.
+class ChainConv2d(ReparamConv2d, nn.Conv2d):
+    """A conv of a :class:`ChainKernel`."""
+
+    def build_branches(self) -> nn.Module:
+        return ChainKernel(self.out_channels, self.in_channels, self.kernel_size[0])
 
 
 class Variant(NamedTuple):
@@ -141,7 +176,14 @@ VARIANTS = {
         for branch in _BRANCHES
     },
     'plain_stem': Variant('plain stem', {_STEM: 'plain'}),
-    'orepa_stem': Variant('OREPA stem', {_STEM: 'orepa'}, blocks=('none',)),
+    'orepa_stem': Variant('OREPA stem', {_STEM: 'orepa'}, _ALL, blocks=('none',)),
+    # RepVGG's is of 3×3, too small for a deep linear one.
+    'chain_stem': Variant(
+        'stem of a 3×3 and a 1×1 kernel',
+        {_STEM: 'chain'},
+        networks=('repvgg-a0',),
+        blocks=('none',),
+    ),
     'deep_linear_stem': Variant(
         'deep linear stem', {_STEM: 'deep_linear'}, blocks=('none',)
     ),
@@ -157,7 +199,7 @@ VARIANTS = {
     'online': Variant('folded online', {'optim_wrapper.folded': False}),
 }
 DECAYS = (KERNEL_DECAY, STRONG_DECAY, STRONG_KERNEL_DECAY)
-STEMS = ('orepa_stem', 'deep_linear_stem')
+STEMS = ('orepa_stem', 'deep_linear_stem', 'chain_stem')
 ABLATIONS = [
     name for name in VARIANTS if name not in (STANDARD, *LONGER, *DECAYS, *STEMS)
 ]

@@ -1,6 +1,6 @@
 """Does it help to fine-tune a plain network with OREPA?
 
-A slim ResNet-18 is pretrained and then fine-tuned in three ways, on each of two tasks:
+A slim ResNet-18 is pretrained and then fine-tuned, on each of two tasks:
 
 - ``plain``: the plain network, plain.
 - ``quiet``: the plain network as OREPA convs, by the quiet start.
@@ -18,38 +18,75 @@ from typing import NamedTuple, Optional
 
 import pandas as pd
 import studies
+import torch
+from mmengine.runner import load_checkpoint
 from studies import charts
 from trainings import epochs_options, last_checkpoint, merged, train
 
 from mmorepa.cli import one_line_errors, positive
-from mmorepa.runs import check_data_folders
+from mmorepa.layers import ReparamConv2d
+from mmorepa.runs import build_model, check_data_folders
 
 KEY = ('task', 'name', 'seed', 'epochs')
 VALUES = ('value', 'seconds')
-# The block types of pretraining and fine-tuning, if there is one, and the multiplier of
-# the stem's learning rate, if it is not the config's. From a plain kernel, a step moves
-# that of the deep linear stem about 50 times as far: see docs/transfer.md.
+_BLOCK, _STEM = 'model.backbone.block', 'model.backbone.stem_block'
+STEM_LR_MULT = 'optim_wrapper.paramwise_cfg.stem_lr_mult'
+# What each network changes in the backbone.
+NETWORKS = {
+    'plain': {_BLOCK: 'plain'},
+    'orepa': {_BLOCK: 'orepa'},
+    'orepa_stem': {_BLOCK: 'plain', _STEM: 'orepa'},
+    'plain_stem': {_BLOCK: 'orepa', _STEM: 'plain'},
+}
+
+
+class Arm(NamedTuple):
+    """A pretraining, or a fine-tuning after it."""
+
+    # Names in NETWORKS.
+    pretrained: str
+    fine_tuned: Optional[str] = None
+    # From a plain kernel, a step moves that of the deep linear stem about 50 times as
+    # far: see docs/transfer.md. None is what the config has.
+    stem_lr_mult: Optional[float] = None
+    # Whether a plain network starts with the folded kernels, and the norms as they are.
+    is_folded: bool = False
+
+
 ARMS = {
-    'pretrained plain': ('plain', None, None),
-    'pretrained OREPA': ('orepa', None, None),
-    'plain': ('plain', 'plain', 1.0),
-    'quiet': ('plain', 'orepa', 0.02),
-    'scratch': ('orepa', 'orepa', None),
+    'pretrained plain': Arm('plain'),
+    'pretrained OREPA': Arm('orepa'),
+    'pretrained OREPA stem': Arm('orepa_stem'),
+    'pretrained OREPA, plain stem': Arm('plain_stem'),
+    'plain': Arm('plain', 'plain', 1.0),
+    'quiet': Arm('plain', 'orepa', 0.02),
+    'quiet_stem': Arm('plain', 'orepa_stem', 0.02),
+    'scratch': Arm('orepa', 'orepa'),
+    'stem': Arm('orepa_stem', 'orepa_stem'),
+    'plain_stem': Arm('plain_stem', 'plain_stem'),
+    'folded': Arm('orepa', 'plain', 1.0, is_folded=True),
 }
 # Names and colours in tables and figures.
 TEXTS = {
-    'pretrained plain': ('pretrained plain, top-1 accuracy (%)', ''),
-    'pretrained OREPA': ('pretrained OREPA, top-1 accuracy (%)', ''),
+    **{
+        name: (f'{name}, top-1 accuracy (%)', '')
+        for name in ARMS
+        if name.startswith('pretrained')
+    },
     'plain': ('plain', charts.BLACK),
     'quiet': ('OREPA, quiet start', charts.BLUE),
+    'quiet_stem': ('OREPA stem, quiet start', charts.SKY),
     # Of earlier versions, which had it.
     'balanced': ('OREPA, balanced start', charts.VERMILION),
     'scratch': ('OREPA, from scratch', charts.GREEN),
+    'stem': ('OREPA stem, from scratch', charts.PURPLE),
+    'plain_stem': ('OREPA with a plain stem, from scratch', charts.YELLOW),
+    'folded': ('plain, from the folded OREPA', charts.ORANGE),
 }
 # What is compared with each of these.
 COMPARED = {
-    'plain': ('quiet', 'balanced', 'scratch'),
-    'quiet': ('balanced', 'scratch'),
+    'plain': [name for name, (_, colour) in TEXTS.items() if colour][1:],
+    'quiet': ['balanced', 'scratch'],
 }
 
 
@@ -124,6 +161,13 @@ TASKS = {
 }
 
 
+# Does a longer pretraining help a deep linear stem?
+TASKS['detector-long'] = TASKS['detector']._replace(
+    text='scenes of digits, after 24 epochs of pretraining, box AP (%)',
+    pretraining=TASKS['detector'].pretraining._replace(epochs=24),
+)
+
+
 def task_parser(description: str, name: str) -> argparse.ArgumentParser:
     """That of a study of these tasks."""
     parser = studies.study_parser(description, name)
@@ -135,12 +179,22 @@ def task_parser(description: str, name: str) -> argparse.ArgumentParser:
 
 
 def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
-    return task_parser(__doc__, 'plain_start').parse_args(argv)
+    parser = task_parser(__doc__, 'plain_start')
+    arms = 'pretrained plain', 'pretrained OREPA', 'plain', 'quiet', 'scratch'
+    parser.add_argument(
+        '--arms',
+        nargs='+',
+        choices=ARMS,
+        default=arms,
+        metavar='ARM',
+        help=f'of {", ".join(ARMS)} (default: {", ".join(arms)})',
+    )
+    return parser.parse_args(argv)
 
 
 def run_phase(
     phase: Phase,
-    block: str,
+    network: str,
     seed: str,
     folder: Path,
     stem_lr_mult: Optional[float] = None,
@@ -151,37 +205,58 @@ def run_phase(
         **epochs_options(phase.epochs),
         **phase.options,
         **more,
-        'model.backbone.block': block,
+        **NETWORKS[network],
         'randomness.seed': int(seed),
     }
     if stem_lr_mult is not None:
-        options['optim_wrapper.paramwise_cfg.stem_lr_mult'] = stem_lr_mult
+        options[STEM_LR_MULT] = stem_lr_mult
     training = train(phase.config, options, folder, phase.metric)
     return dict(
         value=f'{training.metric * phase.unit:.3f}', seconds=f'{training.seconds:.0f}'
     )
 
 
-def fine_tune(
-    task: Task, before: str, block: str, seed: str, folder: Path, stem_lr_mult: float
-) -> dict[str, str]:
+def fine_tune(task: Task, arm: Arm, seed: str, folder: Path) -> dict[str, str]:
     """Fine-tunes from a pretrained network, which is trained if it is not there."""
-    start = folder.with_name(f'pretraining-{before}-{seed}')
+    start = folder.with_name(f'pretraining-{arm.pretrained}-{seed}')
     if last_checkpoint(start) is None:
-        run_phase(task.pretraining, before, seed, start)
-    weights = {task.start: str(last_checkpoint(start))}
-    return run_phase(task.fine_tuning, block, seed, folder, stem_lr_mult, **weights)
+        run_phase(task.pretraining, arm.pretrained, seed, start)
+    weights = last_checkpoint(start)
+    if arm.is_folded:
+        weights = fold_weights(task.pretraining, arm.pretrained, weights)
+    return run_phase(
+        task.fine_tuning,
+        arm.fine_tuned,
+        seed,
+        folder,
+        arm.stem_lr_mult,
+        **{task.start: str(weights)},
+    )
+
+
+def fold_weights(phase: Phase, network: str, weights: Path) -> Path:
+    """Writes the weights of a plain network that computes what this one does."""
+    model = build_model(merged(phase.config, {**phase.options, **NETWORKS[network]}))
+    load_checkpoint(model, str(weights), map_location='cpu', strict=True)
+    entries = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, ReparamConv2d):
+            for key in module.branches.state_dict():
+                del entries[f'{name}.branches.{key}']
+            entries[f'{name}.branches.weight'] = module.folded_kernel().detach()
+    path = weights.with_name('folded.pth')
+    torch.save(dict(state_dict=entries), path)
+    return path
 
 
 def measure(key: studies.Key, runs: Path) -> dict[str, str]:
     """Trains what a row stands for."""
     task, name, seed, epochs = key.values()
-    folder, (before, block, stem_lr_mult) = runs / f'{task}-{epochs}', ARMS[name]
-    if block is None:
-        place = folder / f'pretraining-{before}-{seed}'
-        return run_phase(TASKS[task].pretraining, before, seed, place)
-    place = folder / f'{name}-{seed}'
-    return fine_tune(TASKS[task], before, block, seed, place, stem_lr_mult)
+    folder, arm = runs / f'{task}-{epochs}', ARMS[name]
+    if arm.fine_tuned is None:
+        place = folder / f'pretraining-{arm.pretrained}-{seed}'
+        return run_phase(TASKS[task].pretraining, arm.pretrained, seed, place)
+    return fine_tune(TASKS[task], arm, seed, folder / f'{name}-{seed}')
 
 
 def values_of(rows: pd.DataFrame, task: str) -> dict[str, pd.Series]:
@@ -241,7 +316,7 @@ def main(argv: Optional[list[str]] = None) -> None:
             dict(task=task, name=arm, seed=str(seed), epochs=TASKS[task].epochs())
             for seed in range(args.seeds)
             for task in args.tasks
-            for arm in ARMS
+            for arm in args.arms
         ]
 
     results = studies.Results(args.out / 'results.csv', KEY, VALUES)

@@ -17,7 +17,15 @@ from typing import Optional
 
 import pandas as pd
 import studies
-from plain_start import TASKS, VALUES, check_data, fine_tune, run_phase, task_parser
+from plain_start import (
+    TASKS,
+    VALUES,
+    Arm,
+    check_data,
+    fine_tune,
+    run_phase,
+    task_parser,
+)
 from studies import charts
 
 from mmorepa.cli import one_line_errors
@@ -48,7 +56,7 @@ def measure(key: studies.Key, runs: Path) -> dict[str, str]:
     task, folder = TASKS[name], runs / name / f'{multiplier}-{seed}'
     if name == 'classifier':
         return run_phase(task.pretraining, 'orepa', seed, folder, float(multiplier))
-    return fine_tune(task, 'orepa', 'orepa', seed, folder, float(multiplier))
+    return fine_tune(task, Arm('orepa', 'orepa', float(multiplier)), seed, folder)
 
 
 def report(rows: pd.DataFrame) -> studies.Report:
