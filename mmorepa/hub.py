@@ -1,9 +1,9 @@
 """Configs, tools and models by name, the same in a clone and when installed."""
 
+import ast
 import difflib
 import fnmatch
 import os
-from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Optional, Union
@@ -13,6 +13,14 @@ from mmengine.config import Config
 from .utils.files import root
 
 SCHEME = 'mmorepa::'
+# Variables that people set at the top of a config, and the settings that they mean.
+_SETTINGS = {
+    'data_root': 'data_root of the dataset of every dataloader',
+    'classes': 'metainfo.classes of the dataset of every dataloader',
+    'num_classes': 'model.head.num_classes',
+    'max_epochs': 'train_cfg.max_epochs',
+    'pretrained': 'model.backbone.init_cfg.checkpoint',
+}
 
 
 def list_configs(pattern: str = '*') -> list[str]:
@@ -45,17 +53,16 @@ def find_config(name: Union[str, Path]) -> Path:
     path = folder / f'{wanted}.py'
     if wanted and os.path.isfile(path):
         return path
-    stems: dict[str, list[str]] = {}
-    for known in _names(folder):
-        stems.setdefault(known.rpartition('/')[2], []).append(known)
-    if len(stems.get(wanted, ())) == 1:
-        return folder / f'{stems[wanted][0]}.py'
-    close = difflib.get_close_matches(wanted, _names(folder), cutoff=0.7)
-    for stem in difflib.get_close_matches(wanted, stems):
-        close += stems[stem]
+    names = _names(folder)
+    found = [known for known in names if known.endswith(f'/{wanted}')]
+    if len(found) == 1:
+        return folder / f'{found[0]}.py'
+    known = {name.rpartition('/')[2]: name for name in names}
+    known.update(zip(names, names))
+    close = difflib.get_close_matches(wanted, known, n=4)
     advice = f'{str(folder)!r} has the others'
     if close:
-        advice = f'close are: {", ".join(dict.fromkeys(close[:4]))}'
+        advice = f'close are: {", ".join(dict.fromkeys(known[c] for c in close))}'
     raise FileNotFoundError(
         f'no config at {name!r}, nor one of that name in {package}; {advice}'
     )
@@ -91,21 +98,26 @@ def get_config(name: Union[str, Path], options: Optional[dict] = None) -> Config
 
     Raises:
         FileNotFoundError: If there is none. The message has the closest names.
+        ValueError: If it, or an option, sets a variable that has no effect; the message
+            says what to set.
 
     Examples:
         >>> cfg = mmorepa.get_config('imagenet/resnet50-orepa_4xb64_in1k')
         >>> cfg.model.backbone.type
         'OREPAResNet'
     """
-    cfg = Config.fromfile(find_config(name))
-    apply_variables(cfg, list(cfg))
+    path = find_config(name)
+    cfg = Config.fromfile(path)
+    _hand_on(cfg, list(cfg))
+    _check_variables(cfg, _unused_names(path))
     if options is not None:
         cfg.merge_from_dict(options)
-        apply_variables(cfg, options)
+        _hand_on(cfg, list(options))
+        _check_variables(cfg, list(options))
     return cfg
 
 
-def apply_variables(cfg: Config, names: Iterable[str]) -> None:
+def _hand_on(cfg: Config, names: list[str]) -> None:
     """Gives the variables of a config to the settings that its base names for them.
 
     MMEngine does not hand a child's variable on to what its base made of it. The bases
@@ -119,6 +131,39 @@ def apply_variables(cfg: Config, names: Iterable[str]) -> None:
         for setting, factor in table[name].items():
             scaled = value if factor == 1 else round(value * factor)
             cfg.merge_from_dict({setting: scaled})
+
+
+def _check_variables(cfg: Config, names: list[str]) -> None:
+    """Raises ValueError for a variable whose value no setting has."""
+    for name in names:
+        value, setting = cfg.get(name), _SETTINGS.get(name)
+        if setting is None or value is None:
+            continue
+        others = repr({k: v for k, v in cfg.to_dict().items() if k != name})
+        if isinstance(value, str):  # Under any key, and it may begin a path.
+            has_effect = f": '{value}" in others
+        else:
+            entry = f"'{name}': {value!r}"
+            # What is under no such key, something may have been computed from.
+            has_effect = f"'{name}'" not in others or any(
+                f'{entry}{end}' in others for end in ',}'
+            )
+        if not has_effect:
+            raise ValueError(
+                f'{name} = {value!r} has no effect, since the base config does not '
+                f'see it; set {setting}'
+            )
+
+
+def _unused_names(path: Path) -> list[str]:
+    """What a config with a base sets, and does not use itself."""
+    if path.suffix != '.py':
+        return []
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    assigned = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    used = {node.id for node in names if isinstance(node.ctx, ast.Load)}
+    return sorted(assigned - used) if '_base_' in assigned else []
 
 
 def register_scheme() -> None:

@@ -116,8 +116,6 @@ class TestCommands:
     def test_unknown(self):
         with pytest.raises(SystemExit, match="error: no command 'trian'; .*train, "):
             main(['trian'])
-        with pytest.raises(SystemExit, match="did you mean 'export_onnx'"):
-            main(['export-onnx'])
 
     def test_takes_the_place_of_the_process(self, monkeypatch):
         calls, environments = [], []

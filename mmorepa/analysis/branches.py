@@ -33,10 +33,6 @@ class BranchKernels(NamedTuple):
     kernels: dict[str, Tensor]
     scales: dict[str, Tensor]
 
-    def folded(self) -> Tensor:
-        """Their sum, shape (O, Ig, k, k)."""
-        return sum(self.kernels.values())
-
 
 class Share(NamedTuple):
     """What a branch puts into a folded kernel ``K = Σ_b K_b``.
@@ -85,9 +81,7 @@ def cosine_similarities(kernels: Mapping[str, Tensor]) -> Tensor:
     Returns:
         Tensor: Shape (B, B); NaN where a kernel is zero.
     """
-    rows = torch.stack([kernel.flatten(1) for kernel in kernels.values()])
-    sizes = rows.norm(dim=2, keepdim=True).sum(dim=0)
-    rows = torch.where(sizes > 0, rows / sizes, 0).flatten(1)
+    rows = _balanced(kernels).flatten(1)
     # 0/0 for a kernel of zeros, which has no direction.
     rows = rows / rows.norm(dim=1, keepdim=True)
     return rows @ rows.T
@@ -95,18 +89,18 @@ def cosine_similarities(kernels: Mapping[str, Tensor]) -> Tensor:
 
 def shares(kernels: Mapping[str, Tensor]) -> dict[str, Share]:
     """What each branch puts into the folded kernel, by branch; NaN if all are zero."""
-    rows = [kernel.flatten(1) for kernel in kernels.values()]
-    total = sum(rows)
-    norms = torch.stack([row.norm(dim=1) for row in rows])
-    products = torch.stack([torch.einsum('on,on->o', row, total) for row in rows])
-    # A channel of zeros has no part in it.
-    weights = 1 / norms.sum(dim=0)
-    weights = torch.where(weights.isfinite(), weights, 0)
-    sizes, projections = norms @ weights, products @ weights.square()
-    parts = zip(
-        (sizes / sizes.sum()).tolist(), (projections / projections.sum()).tolist()
-    )
-    return {name: Share(*part) for name, part in zip(kernels, parts)}
+    rows = _balanced(kernels)
+    sizes = rows.norm(dim=2).sum(1)
+    projections = (rows * rows.sum(0)).sum((1, 2))
+    parts = torch.stack([sizes / sizes.sum(), projections / projections.sum()], dim=1)
+    return {name: Share(*part) for name, part in zip(kernels, parts.tolist())}
+
+
+def _balanced(kernels: Mapping[str, Tensor]) -> Tensor:
+    """Shape (B, O, Ig·k²), each output channel divided by its ``Σ_b ‖K_b,o‖``."""
+    rows = torch.stack([kernel.flatten(1) for kernel in kernels.values()])
+    sizes = rows.norm(dim=2, keepdim=True).sum(dim=0)
+    return torch.where(sizes > 0, rows / sizes, 0)
 
 
 def relative_step(before: Tensor, after: Tensor) -> float:

@@ -36,14 +36,10 @@ class _Settings(argparse.Action):
         # Not at the top: help needs no MMEngine.
         from mmengine.config import DictAction
 
-        read = DictAction(self.option_strings, self.dest)
-        for value in values:
-            try:
-                read(parser, namespace, [value], option_string)
-            except Exception as error:
-                parser.error(
-                    f'{option_string} takes KEY=VALUE, found {value!r} ({error})'
-                )
+        try:
+            DictAction(self.option_strings, self.dest)(parser, namespace, values)
+        except Exception as error:
+            parser.error(f'{option_string} takes KEY=VALUE, found {values} ({error})')
 
 
 class _Shape(argparse.Action):

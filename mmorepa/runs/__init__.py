@@ -4,13 +4,11 @@ from .config import (
     add_hook,
     build_model,
     keep_few_checkpoints,
-    merge_options,
-    read_config,
     use_amp,
     use_tta,
     use_visualization,
 )
-from .data import build_loader, check_data_folders, innermost, name_broken_images
+from .data import build_loader, check_data_folders, innermost
 from .runner import check_start, find_start, make_runner, set_up_distributed_cpu
 
 __all__ = [
@@ -23,9 +21,6 @@ __all__ = [
     'innermost',
     'keep_few_checkpoints',
     'make_runner',
-    'merge_options',
-    'name_broken_images',
-    'read_config',
     'set_up_distributed_cpu',
     'use_amp',
     'use_tta',

@@ -1,22 +1,17 @@
 """Checks the data of a config, and reads them; one line for each mistake."""
 
 import copy
-import functools
 import inspect
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
-from mmengine.fileio import list_dir_or_file
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
-
-from ..utils.errors import DataError
 
 # Larger annotations would take longer to read than a mistake is worth.
 _LARGE = 100_000_000
@@ -62,25 +57,6 @@ def build_loader(cfg: Config, phase: str) -> DataLoader:
         ) from error
 
 
-def name_broken_images() -> None:
-    """Lets MMCV's transform name the image that it cannot read, from now on."""
-    original = LoadImageFromFile.transform
-    if hasattr(original, '__wrapped__'):
-        return
-
-    @functools.wraps(original)
-    def transform(self: LoadImageFromFile, results: dict) -> Optional[dict]:
-        try:
-            return original(self, results)
-        except Exception as error:
-            raise DataError(
-                f'{results.get("img_path")!r} cannot be read as an image; remove it, '
-                'or put a whole one in its place'
-            ) from error
-
-    LoadImageFromFile.transform = transform
-
-
 def check_data_folders(cfg: Config, phases: tuple[str, ...]) -> None:
     """Checks that the data of these phases are there, or will be downloaded.
 
@@ -93,43 +69,33 @@ def check_data_folders(cfg: Config, phases: tuple[str, ...]) -> None:
 
     Raises:
         FileNotFoundError: If a folder or a file of a dataset is missing.
-        ValueError: If the classes are not those of the model, or of the other phases,
-            or one has no image to train with.
+        ValueError: If the classes are not those of the model, or of the other phases.
     """
     classes: dict[str, tuple[str, ...]] = {}
-    trained: set[str] = set()
-    folder = ''
     for phase in phases:
         for dataset in _datasets(cfg.get(f'{phase}_dataloader')):
             kind = str(dataset.get('type')).rpartition('.')[-1]
             is_folder = not dataset.get('ann_file') and dataset.get('with_label', True)
-            if not _is_to_check(cfg, dataset):
+            if not _is_here(cfg, dataset):
                 continue
             if kind == 'CocoDataset':
-                classes[phase] = _check_coco(cfg, dataset)
+                classes[phase] = _classes_of_coco(cfg, dataset)
             elif kind == 'CustomDataset' and is_folder:
-                folder, classes[phase] = _read_folder(cfg, dataset)
-                if phase == 'train':
-                    trained |= _with_images(cfg, dataset, folder, classes[phase])
-        # Those to validate or to test with may be meant: the names have to be the same
-        # for all phases.
-        empty = [name for name in classes.get(phase, ()) if name not in trained]
-        if phase == 'train' and folder and empty:
-            raise ValueError(
-                f'no images in these folders of {folder!r}: {_some(empty)}; each is a '
-                'class, and has to have some, or to be removed'
-            )
+                classes[phase] = _classes_of_folder(cfg, dataset)
     # Before their number: no number would be right for both. The order counts, too.
     if len({*classes.values()}) > 1:
         texts = (f'{_some(names)} for {phase}' for phase, names in classes.items())
         raise ValueError(f'the phases have different classes: {"; ".join(texts)}')
-    if folder and isinstance(cfg.model, dict):
-        number = (cfg.model.get('head') or {}).get('num_classes')
-        (names,) = {*classes.values()}
-        _check_number(number, names, folder, 'model.head')
+    for names in {*classes.values()}:
+        for where, number in _numbers_of_classes(cfg.get('model'), 'model'):
+            if number != len(names):
+                raise ValueError(
+                    f'the data have {len(names)} classes ({_some(names)}), and {where} '
+                    f'is {number}; set {where}={len(names)}'
+                )
 
 
-def _is_to_check(cfg: Config, dataset: dict) -> bool:
+def _is_here(cfg: Config, dataset: dict) -> bool:
     """False for data that are not on this machine, and need not be."""
     root = dataset.get('data_root') or ''
     if not root or os.path.isdir(root):
@@ -167,47 +133,25 @@ def argument_of(dataset: dict, name: str, scope: Optional[str]) -> Any:
     return None if known is None else dataset.get(name, known.default)
 
 
-def _read_folder(cfg: Config, dataset: dict) -> tuple[str, tuple[str, ...]]:
-    """The folder of a dataset, and the classes in it."""
+def _classes_of_folder(cfg: Config, dataset: dict) -> tuple[str, ...]:
     prefix = dataset.get('data_prefix') or ''
     if isinstance(prefix, dict):
         prefix = prefix.get('img_path', '')
-    root = dataset.get('data_root') or ''
-    folder = _existing(cfg, os.path.join(root, prefix), root)
+    folder = _existing(cfg, dataset, prefix)
     classes = tuple(sorted(e.name for e in os.scandir(folder) if e.is_dir()))
     if not classes:
         raise ValueError(f'{folder!r} has no folders in it, which are the classes')
-    return folder, classes
+    return classes
 
 
-def _with_images(
-    cfg: Config, dataset: dict, folder: str, classes: tuple[str, ...]
-) -> set[str]:
-    """The classes whose folders hold what the dataset takes for an image."""
-    endings = argument_of(dataset, 'extensions', cfg.get('default_scope'))
-    endings = tuple(end.lower() for end in endings or ('',))
-    found = set()
-    for name in classes:
-        path = os.path.join(folder, name)
-        files = list_dir_or_file(path, list_dir=False, recursive=True)
-        if any(file.lower().endswith(endings) for file in files):
-            found.add(name)
-    return found
-
-
-def _check_coco(cfg: Config, dataset: dict) -> tuple[str, ...]:
+def _classes_of_coco(cfg: Config, dataset: dict) -> tuple[str, ...]:
     """The classes of a dataset, which its annotations have to have."""
-    root = dataset.get('data_root') or ''
-    name = dataset.get('ann_file') or ''
-    images = (dataset.get('data_prefix') or {}).get('img', '')
-    path = _existing(cfg, os.path.join(root, name), root)
-    _existing(cfg, os.path.join(root, images), root)
+    path = _existing(cfg, dataset, dataset.get('ann_file') or '')
+    _existing(cfg, dataset, (dataset.get('data_prefix') or {}).get('img', ''))
     classes = (dataset.get('metainfo') or {}).get('classes')
     if classes is None:
         with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
             classes = registry.get(dataset['type']).METAINFO['classes']
-    if isinstance(classes, str):
-        raise ValueError(f'metainfo.classes is {classes!r}, and has to be a tuple')
     if os.path.getsize(path) > _LARGE:
         return tuple(classes)
     try:
@@ -215,43 +159,34 @@ def _check_coco(cfg: Config, dataset: dict) -> tuple[str, ...]:
         known = [category['name'] for category in categories]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path!r} has no annotations in COCO's format: no JSON with categories, "
-            f'each with a name ({type(error).__name__}: {error})'
+            f"{path!r} has no annotations in COCO's format ({error!r})"
         ) from error
-    missing = [name for name in classes if name not in known]
-    if missing:
+    # MMDetection numbers those that it finds, in the order of the file.
+    if [name for name in known if name in classes] != list(classes):
         raise ValueError(
-            f'{_some(missing)}: no such class in {path!r}, which has '
-            f'{_some(known)}; set metainfo=dict(classes=(...)) of every dataset'
+            'metainfo=dict(classes=...) of every dataset is a tuple of classes of '
+            f'{path!r}, in its order ({_some(known)}); found {classes!r}'
         )
-    for where, head in _heads(cfg.model, 'model'):
-        _check_number(head.get('num_classes'), classes, path, where)
     return tuple(classes)
 
 
-def _heads(node: Any, where: str) -> Iterator[tuple[str, dict]]:
-    """The heads that tell classes apart; an RPN tells objects from none."""
+def _numbers_of_classes(node: Any, where: str) -> Iterator[tuple[str, int]]:
+    """What the heads say that tell classes apart; an RPN tells objects from none."""
     if isinstance(node, (list, tuple)):
         for i, item in enumerate(node):
-            yield from _heads(item, f'{where}[{i}]')
+            yield from _numbers_of_classes(item, f'{where}[{i}]')
     elif isinstance(node, dict):
-        if where.partition('[')[0].endswith(('.bbox_head', '.mask_head')):
-            yield where, node
+        kind = where.rpartition('.')[2].partition('[')[0]
+        if kind in ('head', 'bbox_head', 'mask_head') and 'num_classes' in node:
+            yield f'{where}.num_classes', node['num_classes']
         for key, value in node.items():
-            yield from _heads(value, f'{where}.{key}')
+            yield from _numbers_of_classes(value, f'{where}.{key}')
 
 
-def _check_number(
-    number: Optional[int], classes: tuple[str, ...], where: str, head: str
-) -> None:
-    if number is not None and number != len(classes):
-        raise ValueError(
-            f'{where!r} is used with {len(classes)} classes ({_some(classes)}), and '
-            f'{head} has num_classes={number}; set {head}.num_classes={len(classes)}'
-        )
-
-
-def _existing(cfg: Config, path: str, root: str) -> str:
+def _existing(cfg: Config, dataset: dict, name: str) -> str:
+    """The path of a file or a folder of a dataset."""
+    root = dataset.get('data_root') or ''
+    path = os.path.join(root, name)
     if os.path.exists(path):
         return path
     there = sorted(os.listdir(root or '.'))
@@ -261,6 +196,5 @@ def _existing(cfg: Config, path: str, root: str) -> str:
     )
 
 
-def _some(names: Any) -> str:
-    names = list(map(str, names))
+def _some(names: Sequence[str]) -> str:
     return ', '.join(names[:6]) + (', …' if len(names) > 6 else '')

@@ -3,7 +3,6 @@
 import atexit
 import gc
 import os
-import subprocess
 from typing import Optional
 
 import torch
@@ -19,11 +18,6 @@ from ..converters import load_strictly
 from .config import has_accelerator
 from .console import shorten
 from .resume import newest_resumable, read_resumable
-
-_RANKS = {
-    'slurm': ('SLURM_PROCID', 'SLURM_LOCALID', 'SLURM_NTASKS'),
-    'mpi': tuple(f'OMPI_COMM_WORLD_{name}' for name in ('RANK', 'LOCAL_RANK', 'SIZE')),
-}
 
 
 def find_start(cfg: Config) -> Optional[dict]:
@@ -59,19 +53,17 @@ def find_start(cfg: Config) -> Optional[dict]:
 
 
 def set_up_distributed_cpu(cfg: Config) -> None:
-    """Sets up a distributed run on CPUs; where MMEngine can, it is left to MMEngine.
+    """Prepares a distributed run on CPUs; nothing where there is a GPU or the like.
 
-    The processes talk by gloo, and SyncBN becomes BN. ValueError says that the launcher
-    has not set the rank of this process.
+    The processes talk by gloo, and SyncBN becomes BN.
     """
     if cfg.launcher == 'none' or has_accelerator():
         return
-    if not torch.distributed.is_initialized():
-        _name_ranks_as_torchrun(cfg.launcher)
-        # MMEngine's own launcher would call torch.cuda.set_device.
-        torch.distributed.init_process_group('gloo')
-        # Threads of gloo that still run when Python ends abort the process.
-        atexit.register(_leave_process_group)
+    # MMEngine's launchers call it.
+    torch.cuda.set_device = lambda device: None
+    cfg.merge_from_dict({'env_cfg.dist_cfg.backend': 'gloo'})
+    # Threads of gloo that still run when Python ends abort the process.
+    atexit.register(_leave_process_group)
     cfg.model_wrapper_cfg = {
         'type': 'MMDistributedDataParallel',
         'find_unused_parameters': cfg.get('find_unused_parameters', False),
@@ -79,8 +71,8 @@ def set_up_distributed_cpu(cfg: Config) -> None:
         'broadcast_buffers': False,
         'device_ids': None,
     }
-    if _replace_sync_bn(cfg.model):
-        print_log('SyncBN needs GPUs: training with BN, statistics per process.')
+    _replace_sync_bn(cfg.model)
+    print_log('Without GPUs: SyncBN is BN, with statistics per process.')
 
 
 def make_runner(cfg: Config, is_verbose: bool = True) -> Runner:
@@ -117,21 +109,6 @@ class _ShortRunner(Runner):
         return logger
 
 
-def _name_ranks_as_torchrun(launcher: str) -> None:
-    if launcher not in _RANKS:
-        return
-    environment = os.environ
-    for name, theirs in zip(('RANK', 'LOCAL_RANK', 'WORLD_SIZE'), _RANKS[launcher]):
-        if theirs not in environment:
-            raise ValueError(f'--launcher {launcher}, and {theirs} is not set')
-        environment[name] = environment[theirs]
-    environment.setdefault('MASTER_PORT', '29500')
-    if 'MASTER_ADDR' not in environment and launcher == 'slurm':
-        line = ['scontrol', 'show', 'hostnames', environment['SLURM_JOB_NODELIST']]
-        hosts = subprocess.run(line, check=True, capture_output=True, text=True).stdout
-        environment['MASTER_ADDR'] = hosts.split()[0]
-
-
 def _leave_process_group() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -140,14 +117,12 @@ def _leave_process_group() -> None:
     gc.collect()
 
 
-def _replace_sync_bn(node: object) -> bool:
-    """Replaces SyncBN by BN in a model config; returns True if there was any."""
-    if isinstance(node, (list, tuple)):
-        found = [_replace_sync_bn(value) for value in node]  # In all of them.
-        return any(found)
-    if not isinstance(node, dict):
-        return False
-    is_one = node.get('type') == 'SyncBN'
-    if is_one:
-        node['type'] = 'BN'
-    return _replace_sync_bn([*node.values()]) or is_one
+def _replace_sync_bn(node: object) -> None:
+    """Replaces SyncBN by BN in a model config."""
+    children = node if isinstance(node, (list, tuple)) else ()
+    if isinstance(node, dict):
+        children = node.values()
+        if node.get('type') == 'SyncBN':
+            node['type'] = 'BN'
+    for child in children:
+        _replace_sync_bn(child)

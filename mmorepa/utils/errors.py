@@ -15,10 +15,6 @@ class CheckpointError(RuntimeError):
     """A checkpoint is damaged, or does not fit the model or the form that it is in."""
 
 
-class DataError(RuntimeError):
-    """A file of the data cannot be read."""
-
-
 class OutputError(OSError):
     """A file cannot be written, or would take the place of another."""
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,48 +60,28 @@ def check_outputs(
     """Checks that writing these files destroys nothing else; None is no file.
 
     Raises:
-        OutputError: If an output is a folder or a device, cannot be reached, is
-            protected, or is an input or another output, also by way of links.
+        OutputError: If an output is a folder or a device, is protected, or is an input
+            or another output, also by way of symbolic links.
     """
-    known = {_identity(path): path for path in inputs if path is not None}
+    known = {os.path.realpath(path): path for path in inputs if path is not None}
     for path in outputs:
         if path is None:
             continue
         name = str(path)
-        try:
-            mode = os.stat(name or '.').st_mode
-        except FileNotFoundError:
-            pass
-        except OSError as error:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OutputError(f'{name!r} is a folder or a device, not a file')
+        if os.path.exists(path) and not os.access(path, os.W_OK):
+            raise OutputError(f'{name!r} is protected from being written')
+        place = os.path.realpath(path)
+        if place in known:
             raise OutputError(
-                f'{name!r} cannot be written: {error.strerror}'
-            ) from error
-        else:
-            if not stat.S_ISREG(mode):
-                raise OutputError(f'{name!r} is a folder or a device, not a file')
-            if not os.access(name, os.W_OK):
-                raise OutputError(f'{name!r} is protected from being written')
-        identity = _identity(path)
-        if identity in known:
-            raise OutputError(
-                f'{name!r} would take the place of {str(known[identity])!r}; write to '
+                f'{name!r} would take the place of {str(known[place])!r}; write to '
                 'another file'
             )
-        known[identity] = path
-
-
-def _identity(path: PathLike) -> object:
-    """An identity that all names of a file share, whether it exists or not."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return os.path.realpath(path)
-    return status.st_dev, status.st_ino
+        known[place] = path
 
 
 def root() -> Path:
-    """The folder of ``configs``, ``tools`` and ``model-index.yml``: in a clone, its
-    top.
-    """
+    """The folder of ``configs``, ``tools`` and ``model-index.yml``."""
     installed = _PACKAGE / '.mim'
     return installed if installed.is_dir() else _PACKAGE.parent

@@ -1,7 +1,5 @@
-"""The versions of Python and of the packages that mmorepa imports."""
+"""The versions of the packages that mmorepa imports."""
 
-import platform
-import warnings
 from importlib import import_module
 from types import ModuleType
 
@@ -9,32 +7,25 @@ _EITHER = (
     'install it with `pip install {}` (OpenMMLab) or `pip install {}` (OneDL), the '
     'same family as your other packages'
 )
-# By module: the versions that work, those that were tested, and how to install one.
+# By module: the versions that work, and how to install one.
 _REQUIREMENTS = {
     'mmengine': (
         '>=0.10.0,<1.0.0',
-        '>=0.10.7,<=0.10.12',
         _EITHER.format('mmengine==0.10.7', 'onedl-mmengine==0.10.12'),
     ),
-    'mmcv': (
-        '>=2.0.0,<3.0.0',
-        '>=2.1.0,<=2.3.6',
-        _EITHER.format('mmcv==2.1.0', 'onedl-mmcv==2.3.6'),
-    ),
+    'mmcv': ('>=2.0.0,<3.0.0', _EITHER.format('mmcv==2.1.0', 'onedl-mmcv==2.3.6')),
     # The first that takes a name along with what a checkpoint may call by it.
-    'torch': ('>=2.6', '>=2.6,<2.15', 'install it as https://pytorch.org says'),
+    'torch': ('>=2.6', 'install it as https://pytorch.org says'),
 }
-_TESTED_PYTHON = '>=3.10,<3.14'
 
 
 def check_requirements() -> None:
-    """Checks the versions of MMEngine, MMCV and PyTorch; warns of untested ones.
+    """Checks the versions of MMEngine, MMCV and PyTorch.
 
     Raises:
         ImportError: If one is missing or does not fit, with what to install.
     """
-    found = {'Python': (platform.python_version(), _TESTED_PYTHON)}
-    for name, (versions, tested, advice) in _REQUIREMENTS.items():
+    for name, (versions, advice) in _REQUIREMENTS.items():
         try:
             version = import_module(name).__version__
         except ModuleNotFoundError as error:
@@ -43,28 +34,13 @@ def check_requirements() -> None:
             raise ImportError(
                 f'mmorepa needs {name}, which is missing; {advice}'
             ) from error
-        if not _fits(version, versions):
+        # Comes with MMEngine.
+        from packaging.specifiers import SpecifierSet
+
+        if not SpecifierSet(versions).contains(version, prereleases=True):
             raise ImportError(
                 f'mmorepa needs {name}{versions}, found {version}; {advice}'
             )
-        found[name] = version, tested
-    untested = [
-        f'{name} {version} (tested: {tested})'
-        for name, (version, tested) in found.items()
-        if not _fits(version, tested)
-    ]
-    if untested:
-        warnings.warn(
-            f'mmorepa has not been tested with {", ".join(untested)}', stacklevel=3
-        )
-
-
-def _fits(version: str, bounds: str) -> bool:
-    # Comes with MMEngine.
-    from packaging.specifiers import SpecifierSet
-
-    # A local part, as in 2.14.1+cpu, would make it later than 2.14.1.
-    return SpecifierSet(bounds).contains(version.split('+')[0], prereleases=True)
 
 
 def require(name: str) -> ModuleType:

@@ -42,7 +42,7 @@ def test_one_line_moves(by_epoch, tmp_path, capsys, monkeypatch):
     runner.train()
     text = capsys.readouterr().out
     assert ('epoch 2/2  step 3/3  loss' if by_epoch else 'iteration 6/6  loss') in text
-    assert 'images/s' in text and 'Epoch(train)' not in text
+    assert 'Epoch(train)' not in text
     runner.test()
     assert 'batch 3/3' in capsys.readouterr().out
 
@@ -56,10 +56,10 @@ def test_warnings_stay(tmp_path, capsys):
 
 class TestCheckpoints:
     def kept(self, evaluator, **hook):
-        hooks = dict(own=dict(type='CheckpointHook', interval=1, **hook), timer=None)
+        hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1, **hook))
         cfg = Config(dict(default_hooks=hooks, val_evaluator=evaluator))
         keep_few_checkpoints(cfg)
-        found = cfg.default_hooks.own
+        found = cfg.default_hooks.checkpoint
         return found.max_keep_ckpts, found.get('save_best')
 
     def test_three_and_the_best(self):

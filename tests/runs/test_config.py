@@ -22,7 +22,6 @@ class TestAmp:
         cfg = self.config(type=f'{folded}OptimWrapper')
         use_amp(cfg)
         assert cfg.optim_wrapper.type == f'{folded}BFloat16OptimWrapper'
-        assert 'loss_scale' not in cfg.optim_wrapper
 
     @pytest.mark.parametrize('device', ['cuda', 'npu'])
     @pytest.mark.parametrize('folded', ['', 'Folded'])
@@ -31,7 +30,6 @@ class TestAmp:
         cfg = self.config(type=f'{folded}OptimWrapper', clip_grad=dict(max_norm=1))
         use_amp(cfg)
         assert cfg.optim_wrapper.type == f'{folded}AmpOptimWrapper'
-        assert cfg.optim_wrapper.loss_scale == 'dynamic'
         assert cfg.optim_wrapper.clip_grad == dict(max_norm=1)
         cfg = self.config(loss_scale=512.0)
         use_amp(cfg)
@@ -149,14 +147,6 @@ class TestVisualization:
         Visualizer.get_instance(f'visualizer-{scope}')
         with DefaultScope.overwrite_default_scope(scope):
             assert HOOKS.build(cfg.default_hooks.visualization).interval == 3
-
-    def test_windows_need_a_display(self, monkeypatch):
-        monkeypatch.setattr('sys.platform', 'linux')
-        monkeypatch.delenv('DISPLAY', raising=False)
-        monkeypatch.delenv('WAYLAND_DISPLAY', raising=False)
-        cfg = self.config('mmseg', dict(type='SegVisualizationHook'))
-        with pytest.raises(ValueError, match='--show needs a display'):
-            use_visualization(cfg, True, None, 1, 2)
 
     @pytest.mark.parametrize('hooks', [{}, dict(default_hooks={})])
     def test_missing(self, hooks):

@@ -129,7 +129,7 @@ SRUN = """#!/bin/bash
 for word; do case $word in --ntasks=*) export SLURM_NTASKS=${word#*=} ;; esac; done
 while [[ $1 != python ]]; do shift; done
 for ((i = 0; i < SLURM_NTASKS; i++)); do
-  SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_JOB_NODELIST=node "$@" &
+  SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NODELIST=node "$@" &
 done
 for job in $(jobs -p); do wait "$job" || exit 1; done
 """

@@ -40,7 +40,8 @@ from mmorepa.deployment.int8 import (
 )
 from mmorepa.deployment.networks import network_from, require
 from mmorepa.deployment.onnx_files import OnnxNetwork, export_onnx, preprocessing
-from mmorepa.runs import check_data_folders, read_config
+from mmorepa.hub import get_config
+from mmorepa.runs import check_data_folders
 
 # By the variants of the trainings.
 DECAYS = {
@@ -95,7 +96,7 @@ def trained(study: Path) -> Iterator[tuple[dict[str, str], Path]]:
 def measure(folder: Path, number: int) -> dict[str, str]:
     """Quantizes the network of a folder in each way; gives :data:`VALUES`."""
     torch.set_num_threads(1)
-    cfg = read_config(str(folder / 'run.py'))
+    cfg = get_config(str(folder / 'run.py'))
     model = load_deployed(cfg, read_checkpoint(str(last_checkpoint(folder))))
     images = calibration_images(cfg, model, number)
     shape = image_shape(model, None, images[0].shape[-2:])
@@ -217,7 +218,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             )
         # The networks of a study share their data.
         for folder in {key['data']: folder for key, folder in networks}.values():
-            check_data_folders(read_config(str(folder / 'run.py')), ('train', 'val'))
+            check_data_folders(get_config(str(folder / 'run.py')), ('train', 'val'))
         return [
             studies.Job(key, partial(measure, folder, args.images))
             for key, folder in networks

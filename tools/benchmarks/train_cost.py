@@ -32,7 +32,7 @@ from mmpretrain.structures import DataSample
 from mmorepa.analysis.timing import Clock, busy_warning
 from mmorepa.cli import one_line_errors
 from mmorepa.functional import compiled
-from mmorepa.runs import read_config
+from mmorepa.hub import get_config
 from mmorepa.utils.files import check_outputs, write_json
 
 # The networks that this is about, with as many images as suit a small machine.
@@ -105,7 +105,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 def load(path: str) -> Config:
-    cfg = read_config(str(studies.ROOT / path))
+    cfg = get_config(str(studies.ROOT / path))
     if (
         cfg.model.get('type') != 'ImageClassifier'
         or cfg.model.backbone.get('block') != 'orepa'

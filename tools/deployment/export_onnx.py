@@ -61,7 +61,7 @@ from mmorepa.deployment.onnx_files import (
     export_onnx,
     preprocessing,
 )
-from mmorepa.runs import read_config
+from mmorepa.hub import get_config
 from mmorepa.utils.files import atomic_write, check_outputs, write_json
 from mmorepa.utils.tables import counted, format_table
 
@@ -83,7 +83,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     check_outputs([args.out, args.json], [args.config, args.checkpoint])
     for package in ('onnx', 'onnxruntime'):
         require(package)
-    cfg = read_config(args.config, args.cfg_options)
+    cfg = get_config(args.config, args.cfg_options)
     checkpoint = read_checkpoint(args.checkpoint)
     model = load_deployed(cfg, checkpoint)
     batch = test_batch(cfg)

@@ -31,10 +31,6 @@ class BranchStatisticsHook(Hook):
         interval (int): Steps between two measurements; with gradient accumulation, a
             multiple of its counts. Defaults to 200.
 
-    Raises:
-        ValueError: If the interval is not positive, or the model has no
-            re-parameterised conv in training form.
-
     Examples:
         >>> custom_hooks = [dict(type='BranchStatisticsHook')]
         >>> vis_backends = [dict(type='LocalVisBackend'),
@@ -45,17 +41,8 @@ class BranchStatisticsHook(Hook):
     priority = 'NORMAL'
 
     def __init__(self, interval: int = 200) -> None:
-        if interval < 1:
-            raise ValueError(f'interval is at least 1, found {interval}')
         self.interval = interval
         self._before: dict[str, Tensor] = {}
-
-    def before_train(self, runner: Runner) -> None:
-        if not _kernels(runner):
-            raise ValueError(
-                'BranchStatisticsHook has nothing to measure: the model has no '
-                're-parameterised conv in training form'
-            )
 
     @master_only
     def before_train_iter(

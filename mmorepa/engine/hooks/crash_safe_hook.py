@@ -1,6 +1,5 @@
 """Exact resumption of a training that was killed at any moment."""
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Union
 
@@ -20,8 +19,9 @@ from ..seeding import SeededBatches, seed_of
 class CrashSafeHook(Hook):
     """Lets a killed training, once resumed, go on as if nothing had happened.
 
-    - Checkpoints are written under another name and renamed when whole, and outdated
-      ones are removed after that; the ``CheckpointHook`` alone removes them before.
+    - Checkpoints are written under another name and renamed when whole. A
+      ``CheckpointHook`` with ``max_keep_ckpts=1`` keeps two: it removes an outdated one
+      before it writes the next.
     - Every random number, the workers' too, is a function of the seed, the rank and
       the iteration.
     - A checkpoint that was saved before its validation is validated first, or the best
@@ -36,21 +36,22 @@ class CrashSafeHook(Hook):
         >>> custom_hooks = [dict(type='CrashSafeHook')]
     """
 
-    # After CheckpointHook, whose removals it puts off.
+    # After CheckpointHook, which knows its folder then.
     priority = 'LOWEST'
 
     _is_validated = True
 
     def before_run(self, runner: Runner) -> None:
-        """Makes MMEngine write local files atomically."""
+        """Makes MMEngine write local files atomically, and keep one that is whole."""
         register_backend('local', _WholeFileBackend, force=True, prefixes='')
+        for hook in _savers(runner):
+            if hook.max_keep_ckpts == 1:
+                hook.max_keep_ckpts = 2
 
     def before_train(self, runner: Runner) -> None:
-        """Postpones removals, and seeds the data."""
-        self._savers = [h for h in runner.hooks if isinstance(h, CheckpointHook)]
-        for hook in self._savers:
-            hook.file_backend = _PostponedRemovals(hook.file_backend)
-            if is_main_process():
+        """Removes what kills have left, seeds the data, and validates if it is due."""
+        if is_main_process():
+            for hook in _savers(runner):
                 # What atomic_write has begun, and a kill has not let it finish.
                 for path in Path(hook.out_dir).glob('.[0-9]*.pth'):
                     path.unlink()
@@ -86,8 +87,6 @@ class CrashSafeHook(Hook):
         loop = runner.train_loop
         loader, batches = loop.dataloader, loop.dataloader.batch_sampler
         self._by_epoch = not hasattr(loop, 'dataloader_iterator')
-        if isinstance(batches, SeededBatches):  # A second training of this runner.
-            batches = batches.batches
         sampler = getattr(batches, 'sampler', None)
         # An iteration-based loop has begun to load already. These can start anew.
         can_start_anew = type(batches) is BatchSampler and isinstance(
@@ -103,19 +102,20 @@ class CrashSafeHook(Hook):
         self._batches = SeededBatches(batches, runner.seed, get_rank(), 0)
         # DataLoader refuses this by its setter; a new one would start the same way.
         vars(loader).update(batch_sampler=self._batches, _iterator=None)
-        if not self._by_epoch:
-            iterator = type(loop.dataloader_iterator)
-            if isinstance(sampler, InfiniteSampler):
-                sampler.indices = sampler._indices_of_rank()
-                self._batches.first = runner.iter
-                loop.dataloader_iterator = _Advanced(iterator(loader), runner.iter)
-            else:
-                loop.dataloader_iterator = iterator(loader)
+        if self._by_epoch:
+            return
+        endless = type(loop.dataloader_iterator)
+        if isinstance(sampler, InfiniteSampler):
+            sampler.indices = sampler._indices_of_rank()
+            self._batches.first = runner.iter
+            loop.dataloader_iterator = _Advanced(endless(loader), runner.iter)
+        else:
+            loop.dataloader_iterator = endless(loader)
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Numbers the batches of this epoch."""
         if self._batches is not None and self._by_epoch:
-            self._batches.number = self._batches.first = runner.iter
+            self._batches.number = runner.iter
         self.before_train_iter(runner, 0)  # For samplers without a seed.
 
     def before_train_iter(
@@ -125,17 +125,9 @@ class CrashSafeHook(Hook):
         self._is_validated = False
         set_random_seed(seed_of(runner.seed, get_rank(), 1, runner.iter))
 
-    def after_train_epoch(self, runner: Runner, **kwargs) -> None:
-        """Removes outdated checkpoints, now that the new one is there."""
-        for hook in self._savers:
-            kept = {
-                hook.last_ckpt,
-                getattr(hook, 'best_ckpt_path', None),
-                *getattr(hook, 'best_ckpt_path_dict', {}).values(),
-            }
-            hook.file_backend.carry_out(kept)
 
-    after_train_iter = after_val_epoch = after_train_epoch
+def _savers(runner: Runner) -> list[CheckpointHook]:
+    return [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
 
 
 class _WholeFileBackend(LocalBackend):
@@ -144,29 +136,6 @@ class _WholeFileBackend(LocalBackend):
     def put(self, obj: Union[bytes, memoryview], filepath: Union[str, Path]) -> None:
         with atomic_write(filepath) as file:
             file.write_bytes(obj)
-
-
-class _PostponedRemovals:
-    """A file backend that postpones removals."""
-
-    def __init__(self, backend: Any) -> None:
-        self.backend = backend
-        self.removals = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.backend, name)
-
-    def remove(self, path: str) -> None:
-        self.removals.append((self.backend.remove, path))
-
-    def rmtree(self, path: str) -> None:
-        self.removals.append((self.backend.rmtree, path))
-
-    def carry_out(self, kept: Collection[str]) -> None:
-        for remove, path in self.removals:
-            if path not in kept:
-                remove(path)
-        self.removals.clear()
 
 
 class _Advanced:

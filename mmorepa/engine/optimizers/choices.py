@@ -64,25 +64,17 @@ def log_choices(
     wrapper: OptimWrapper, model: nn.Module, kernels: int, parts: list[nn.Module]
 ) -> None:
     """Logs in one line how the model will be trained."""
-    mode = f'{kernels} kernels folded outside of the graph'
-    if not kernels:
-        mode = 'no kernels to fold'
-    elif not isinstance(wrapper, tuple(FOLDED.values())):
-        mode = f'{kernels} kernels folded online, at every forward pass'
-    elif folds_online(model):
-        mode = f'{kernels} kernels folded online, because of {type(model).__name__}'
-    device = next(model.parameters()).device.type
-    folds = 'compiled for this CPU' if compiled.is_available() else 'not compiled'
-    if device != 'cpu':
-        folds = f'as operations on {device}'
+    mode = 'no kernels to fold'
+    if kernels:
+        is_folded = isinstance(wrapper, tuple(FOLDED.values()))
+        is_folded = is_folded and not folds_online(model)
+        mode = f'{kernels} kernels folded '
+        mode += 'outside of the graph' if is_folded else 'online, at every forward pass'
+    folds = 'compiled' if compiled.is_available() else 'not compiled'
     update = 'fused' if wrapper.optimizer.defaults.get('fused') else 'not fused'
     names = ', '.join(type(part).__name__ for part in parts) or 'nothing'
     convs = [conv for _, conv in outermost(model, _ConvNd)]
     reparameterized = sum(has_branches(conv) for conv in convs)
-    renormalized = sum(getattr(conv, 'has_second_norm', False) for conv in convs)
-    norms = ''
-    if renormalized:
-        norms = f'; the norms of {renormalized} are followed by another one'
     logger = MMLogger.get_current_instance()
     if not reparameterized and any(getattr(c, 'deployed', False) for c in convs):
         logger.warning(
@@ -90,8 +82,7 @@ def log_choices(
             'branches: build it without deploy=True to train it re-parameterised'
         )
     logger.info(
-        f'{type(wrapper).__name__}: {mode} (folds {folds}; '
-        f'{type(wrapper.optimizer).__name__} {update}; channels last in '
-        f'{names}); {reparameterized} convs of the model are re-parameterised, '
-        f'{len(convs) - reparameterized} are not{norms}'
+        f'{type(wrapper).__name__}: {mode} (folds {folds} for this CPU; '
+        f'{type(wrapper.optimizer).__name__} {update}; channels last in {names}); '
+        f'{reparameterized} of {len(convs)} convs are re-parameterised'
     )

@@ -1,16 +1,13 @@
 """Learning rates and weight decays by the role of a parameter."""
 
 import logging
-from collections import Counter
 from typing import Optional, Union
 
+from mmcv.cnn import is_norm
 from mmengine.logging import MMLogger
 from mmengine.optim import AmpOptimWrapper, DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
-from torch.nn import GroupNorm, LayerNorm
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ...backbones import StagedBackbone
 from ...layers import DeepLinearKernel, OREPAKernel, OREPAPointwiseKernel, ReparamConv2d
@@ -18,8 +15,6 @@ from ...utils.tables import format_table
 from .bfloat16_optim_wrapper import BFloat16OptimWrapper
 from .choices import FOLDED, choose_memory_format, log_choices, wrapper_class
 from .fused_update import match_memory_when_loaded, start_momentum, with_fused_update
-
-_NORMS = (_BatchNorm, _InstanceNorm, GroupNorm, LayerNorm)
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -56,6 +51,7 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     Raises:
         ValueError: If an option is not known, a multiplier fits no parameter that is
             trained, or modules share a parameter and ``bypass_duplicate`` is not set.
+        AttributeError: If ``stem_keys`` has a name that is no module's.
 
     Examples:
         >>> # The paper's recipe: biases learn at twice the rate, without decay.
@@ -78,22 +74,6 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         self.folded = optim_wrapper_cfg.pop('folded', True)
         self.channels_last = optim_wrapper_cfg.pop('channels_last', 'auto')
         self.capture = optim_wrapper_cfg.pop('capture', False)
-        if self.folded not in (True, False):
-            raise ValueError(f'folded is True or False, found {self.folded!r}')
-        if self.channels_last not in (True, False, 'auto'):
-            raise ValueError(
-                f"channels_last is True, False or 'auto', found {self.channels_last!r}"
-            )
-        kind = wrapper_class(optim_wrapper_cfg)
-        if not self.folded and kind in FOLDED.values():
-            raise ValueError(
-                f'folded=False contradicts type={kind.__name__!r}; take '
-                f'{kind.__name__.removeprefix("Folded")!r}'
-            )
-        if self.capture and not self.folded:
-            raise ValueError(
-                'capture records the folds of folded training: folded=False has none'
-            )
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
@@ -135,7 +115,12 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             super().add_params(singles, module)
         finally:
             logger.setLevel(level)
-        _check_is_unique(singles, module)
+        if len({single['params'][0] for single in singles}) < len(singles):
+            # It would step several times.
+            raise ValueError(
+                'several modules share a parameter, which the optimizer may hold once: '
+                'set bypass_duplicate=True in paramwise_cfg'
+            )
         for option, (setting, choose) in _MULTIPLIERS.items():
             if option in self.paramwise_cfg:
                 chosen = choose(module, self.paramwise_cfg)
@@ -174,14 +159,16 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     def _log_groups(self, groups: list[dict], module: nn.Module) -> None:
         names = {param: name for name, param in module.named_parameters()}
-        rows = []
-        for group in groups:
-            tensors = group['params']
-            entries = sum(tensor.numel() for tensor in tensors)
-            lr = group.get('lr', self.base_lr)
-            decay = group.get('weight_decay', self.base_wd)
-            first = names[tensors[0]]
-            rows.append((first, f'{len(tensors)}', f'{entries:,}', f'{lr}', f'{decay}'))
+        rows = [
+            (
+                names[group['params'][0]],
+                f'{len(group["params"])}',
+                f'{sum(param.numel() for param in group["params"]):,}',
+                f'{group.get("lr", self.base_lr)}',
+                f'{group.get("weight_decay", self.base_wd)}',
+            )
+            for group in groups
+        ]
         frozen = sum(not param.requires_grad for param in module.parameters())
         headers = ('group, by its first', 'tensors', 'parameters', 'lr', 'weight decay')
         MMLogger.get_current_instance().info(
@@ -201,35 +188,18 @@ def _merge(singles: list[dict]) -> list[dict]:
     return list(groups.values())
 
 
-def _check_is_unique(singles: list[dict], module: nn.Module) -> None:
-    """Raises for a parameter in several groups, which would step several times."""
-    counts = Counter(single['params'][0] for single in singles)
-    for name, param in module.named_parameters():
-        if counts[param] > 1:
-            raise ValueError(
-                f'several modules share the parameter {name!r}, which the optimizer '
-                'may hold once: set bypass_duplicate=True in paramwise_cfg'
-            )
-
-
 def _norm_biases(module: nn.Module, options: dict) -> list[nn.Parameter]:
-    norms = (m for m in module.modules() if isinstance(m, _NORMS))
+    norms = (m for m in module.modules() if is_norm(m))
     return [norm.bias for norm in norms if getattr(norm, 'bias', None) is not None]
 
 
 def _stems(module: nn.Module, options: dict) -> Optional[list[nn.Parameter]]:
     """The parameters of the stems; None if no stem is deep linear."""
-    modules = dict(module.named_modules())
-    backbones = [m for m in modules.values() if isinstance(m, StagedBackbone)]
     if 'stem_keys' in options:
-        missing = [key for key in options['stem_keys'] if key not in modules]
-        if missing:
-            raise ValueError(
-                f'stem_keys names {", ".join(missing)}, which is no module of the model'
-            )
-        stems = [modules[key] for key in options['stem_keys']]
+        stems = [module.get_submodule(key) for key in options['stem_keys']]
     else:
-        stems = [backbone.stem for backbone in backbones if _is_deep_linear(backbone)]
+        backbones = [m for m in module.modules() if isinstance(m, StagedBackbone)]
+        stems = [b.stem for b in backbones if _is_deep_linear(b.stem)]
         if backbones and not stems:
             # Or a config would train its plain twin, block='plain', at another rate.
             MMLogger.get_current_instance().info(
@@ -240,8 +210,8 @@ def _stems(module: nn.Module, options: dict) -> Optional[list[nn.Parameter]]:
     return [param for stem in stems for param in stem.parameters()]
 
 
-def _is_deep_linear(backbone: StagedBackbone) -> bool:
-    return any(isinstance(part, DeepLinearKernel) for part in backbone.stem.modules())
+def _is_deep_linear(stem: nn.Module) -> bool:
+    return any(isinstance(part, DeepLinearKernel) for part in stem.modules())
 
 
 def _scales(module: nn.Module, options: dict) -> list[nn.Parameter]:
@@ -256,7 +226,7 @@ def _branches(module: nn.Module, options: dict) -> list[nn.Parameter]:
         for conv in module.modules()
         if isinstance(conv, ReparamConv2d) and not conv.deployed
         for part in conv.branches.modules()
-        if not isinstance(part, _NORMS)
+        if not is_norm(part)
         for param in part.parameters(recurse=False)
     ]
 

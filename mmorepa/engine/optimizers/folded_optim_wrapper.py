@@ -41,15 +41,6 @@ class _FoldedTraining:
             raise ValueError(f"capture is True, False or 'compiled', found {capture!r}")
         self._capture = capture
         self._has_warned = False
-        self.__setstate__({})
-
-    def __getstate__(self) -> dict:
-        # Passes and recordings are of the original's model.
-        own = ('_recorded', '_kernels')
-        return {name: value for name, value in vars(self).items() if name not in own}
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
         self._recorded: WeakKeyDictionary[nn.Module, RecordedFolds] = (
             WeakKeyDictionary()
         )
