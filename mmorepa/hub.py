@@ -140,15 +140,8 @@ def _check_variables(cfg: Config, names: list[str]) -> None:
         if setting is None or value is None:
             continue
         others = repr({k: v for k, v in cfg.to_dict().items() if k != name})
-        if isinstance(value, str):  # Under any key, and it may begin a path.
-            has_effect = f": '{value}" in others
-        else:
-            entry = f"'{name}': {value!r}"
-            # What is under no such key, something may have been computed from.
-            has_effect = f"'{name}'" not in others or any(
-                f'{entry}{end}' in others for end in ',}'
-            )
-        if not has_effect:
+        entry = f"'{name}': {value!r}"
+        if f'{entry},' not in others and f'{entry}}}' not in others:
             raise ValueError(
                 f'{name} = {value!r} has no effect, since the base config does not '
                 f'see it; set {setting}'

@@ -10,6 +10,7 @@ import torch
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.structures import BaseDataElement, InstanceData
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..layers import ReparamConv2d
 
@@ -39,7 +40,8 @@ def raw_outputs(model: nn.Module, data_batch: Any) -> list[Tensor]:
         data_batch (Any): A batch as the test dataloader yields it.
     """
     data_batch = copy.deepcopy(data_batch)
-    if isinstance(_inside_wrappers(model), BaseTTAModel):  # The first augmentation.
+    if any(isinstance(m, BaseTTAModel) for m in model.modules()):
+        # The first augmentation.
         if isinstance(data_batch, dict):
             data_batch = {key: value[0] for key, value in data_batch.items()}
         else:
@@ -53,12 +55,7 @@ def raw_outputs(model: nn.Module, data_batch: Any) -> list[Tensor]:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside wrappers for several devices and test-time augmentation."""
-    model = _inside_wrappers(model)
-    return model.module if isinstance(model, BaseTTAModel) else model
-
-
-def _inside_wrappers(model: nn.Module) -> nn.Module:
-    while is_model_wrapper(model):
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model
 
@@ -78,7 +75,7 @@ def network_outputs(model: nn.Module, *args, **kwargs) -> list[Tensor]:
     """
     if hasattr(getattr(model, 'rpn_head', None), 'prior_generator'):
         return _two_stage_outputs(model, kwargs['inputs'] if kwargs else args[0])
-    return list(_tensors(model(*args, mode='tensor', **kwargs)))
+    return _tensors(model(*args, mode='tensor', **kwargs))
 
 
 def _two_stage_outputs(model: nn.Module, inputs: Tensor) -> list[Tensor]:
@@ -91,7 +88,7 @@ def _two_stage_outputs(model: nn.Module, inputs: Tensor) -> list[Tensor]:
         proposals = [InstanceData(bboxes=boxes) for _ in inputs]
         samples = [BaseDataElement(metainfo=dict(img_shape=size)) for _ in inputs]
         outputs.append(model.roi_head(features, proposals, samples))
-    return list(_tensors(outputs))
+    return _tensors(outputs)
 
 
 def _grid_of_boxes(height: int, width: int) -> Tensor:
@@ -162,13 +159,7 @@ def _difference(a: Tensor, b: Tensor) -> tuple[float, float]:
     return absolute.item(), (absolute / a.abs().max()).item()
 
 
-def _tensors(outputs: Any) -> Iterator[Tensor]:
+def _tensors(outputs: Any) -> list[Tensor]:
     """The floating-point tensors inside nested lists, tuples and dicts."""
-    if isinstance(outputs, Tensor):
-        if outputs.is_floating_point():
-            yield outputs
-    elif isinstance(outputs, dict):
-        yield from _tensors(list(outputs.values()))
-    elif isinstance(outputs, (list, tuple)):
-        for output in outputs:
-            yield from _tensors(output)
+    leaves = tree_leaves(outputs)
+    return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]

@@ -5,7 +5,6 @@ from typing import Optional
 
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
-from mmengine.logging import print_log
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
@@ -39,7 +38,6 @@ def use_amp(cfg: Config) -> None:
         )
     kind = 'AmpOptimWrapper' if has_accelerator() else 'BFloat16OptimWrapper'
     cfg.optim_wrapper.type = name.replace('OptimWrapper', kind)
-    print_log(f'Mixed precision, by {cfg.optim_wrapper.type}.')
 
 
 def has_accelerator() -> bool:
@@ -96,17 +94,13 @@ def use_tta(cfg: Config) -> None:
     dataset.pipeline = cfg.tta_pipeline
 
 
-def use_visualization(
-    cfg: Config, show: bool, show_dir: Optional[str], interval: int, wait_time: float
-) -> None:
+def use_visualization(cfg: Config, show_dir: Optional[str], **options) -> None:
     """Turns on the toolbox's hook that draws predictions, in windows or as files.
 
     Args:
         cfg (Config): Changed in place.
-        show (bool): Whether to open windows.
         show_dir (str, optional): Where to write images.
-        interval (int): Draws every so many images.
-        wait_time (float): Seconds that a window stays.
+        **options: Of the hook: ``show``, ``interval`` and ``wait_time``.
 
     Raises:
         ValueError: If the config has no such hook.
@@ -116,7 +110,7 @@ def use_visualization(
         raise ValueError(
             '--show and --show-dir need a visualization hook in default_hooks'
         )
-    hook.update(show=show, wait_time=wait_time, interval=interval)
+    hook.update(options)
     if cfg.get('default_scope') == 'mmpretrain':
         hook.update(enable=True, out_dir=show_dir)
     else:

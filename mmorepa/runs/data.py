@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
@@ -37,7 +37,7 @@ def build_loader(cfg: Config, phase: str) -> DataLoader:
         raise ValueError(f'the config has no {phase}_dataloader')
     cfg, scope = copy.deepcopy(cfg), cfg.get('default_scope', 'mmengine')
     loader = cfg[f'{phase}_dataloader']
-    downloads = [d for d in _datasets(loader) if argument_of(d, 'download', scope)]
+    downloads = [d for d in _datasets(loader) if _is_downloaded(cfg, d)]
     for dataset in downloads:
         dataset['download'] = False
     check_data_folders(cfg, (phase,))
@@ -98,17 +98,13 @@ def check_data_folders(cfg: Config, phases: tuple[str, ...]) -> None:
 def _is_here(cfg: Config, dataset: dict) -> bool:
     """False for data that are not on this machine, and need not be."""
     root = dataset.get('data_root') or ''
-    if not root or os.path.isdir(root):
-        return True
     if '://' in root:
         return False
-    advice = cfg.get('data_preparation')
-    if advice is None and argument_of(dataset, 'download', cfg.get('default_scope')):
-        return False
-    raise FileNotFoundError(
-        f'the data folder {root!r} is missing; '
-        f'{advice or "set data_root to where it is"}'
-    )
+    if root and not os.path.isdir(root):
+        if not cfg.get('data_preparation') and _is_downloaded(cfg, dataset):
+            return False
+        _existing(cfg, root)
+    return True
 
 
 def _datasets(node: object) -> Iterator[dict]:
@@ -123,21 +119,21 @@ def _datasets(node: object) -> Iterator[dict]:
             yield from _datasets(item)
 
 
-def argument_of(dataset: dict, name: str, scope: Optional[str]) -> Any:
-    """What a dataset gets for an argument; None if it, or the type, is not known."""
+def _is_downloaded(cfg: Config, dataset: dict) -> bool:
+    """Whether a dataset gets its data by itself."""
     kind = dataset.get('type')
     if isinstance(kind, str):
-        with DATASETS.switch_scope_and_registry(scope) as registry:
+        with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
             kind = registry.get(kind)
-    known = inspect.signature(kind).parameters.get(name) if kind else None
-    return None if known is None else dataset.get(name, known.default)
+    known = inspect.signature(kind).parameters.get('download') if kind else None
+    return known is not None and dataset.get('download', known.default)
 
 
 def _classes_of_folder(cfg: Config, dataset: dict) -> tuple[str, ...]:
     prefix = dataset.get('data_prefix') or ''
     if isinstance(prefix, dict):
         prefix = prefix.get('img_path', '')
-    folder = _existing(cfg, dataset, prefix)
+    folder = _existing(cfg, os.path.join(dataset.get('data_root') or '', prefix))
     classes = tuple(sorted(e.name for e in os.scandir(folder) if e.is_dir()))
     if not classes:
         raise ValueError(f'{folder!r} has no folders in it, which are the classes')
@@ -146,8 +142,10 @@ def _classes_of_folder(cfg: Config, dataset: dict) -> tuple[str, ...]:
 
 def _classes_of_coco(cfg: Config, dataset: dict) -> tuple[str, ...]:
     """The classes of a dataset, which its annotations have to have."""
-    path = _existing(cfg, dataset, dataset.get('ann_file') or '')
-    _existing(cfg, dataset, (dataset.get('data_prefix') or {}).get('img', ''))
+    root = dataset.get('data_root') or ''
+    path = _existing(cfg, os.path.join(root, dataset.get('ann_file') or ''))
+    images = (dataset.get('data_prefix') or {}).get('img', '')
+    _existing(cfg, os.path.join(root, images))
     classes = (dataset.get('metainfo') or {}).get('classes')
     if classes is None:
         with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
@@ -183,16 +181,14 @@ def _numbers_of_classes(node: Any, where: str) -> Iterator[tuple[str, int]]:
             yield from _numbers_of_classes(value, f'{where}.{key}')
 
 
-def _existing(cfg: Config, dataset: dict, name: str) -> str:
-    """The path of a file or a folder of a dataset."""
-    root = dataset.get('data_root') or ''
-    path = os.path.join(root, name)
+def _existing(cfg: Config, path: str) -> str:
     if os.path.exists(path):
         return path
-    there = sorted(os.listdir(root or '.'))
+    parent = os.path.dirname(path.rstrip('/')) or '.'
+    there = sorted(os.listdir(parent)) if os.path.isdir(parent) else []
     advice = cfg.get('data_preparation', 'set data_root to where it is')
     raise FileNotFoundError(
-        f'{path!r} is missing; {root!r} has {_some(there) or "nothing"}; {advice}'
+        f'{path!r} is missing; {parent!r} has {_some(there) or "nothing"}; {advice}'
     )
 
 

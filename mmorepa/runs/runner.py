@@ -64,13 +64,11 @@ def set_up_distributed_cpu(cfg: Config) -> None:
     cfg.merge_from_dict({'env_cfg.dist_cfg.backend': 'gloo'})
     # Threads of gloo that still run when Python ends abort the process.
     atexit.register(_leave_process_group)
-    cfg.model_wrapper_cfg = {
-        'type': 'MMDistributedDataParallel',
-        'find_unused_parameters': cfg.get('find_unused_parameters', False),
-        **(cfg.get('model_wrapper_cfg') or {}),
-        'broadcast_buffers': False,
-        'device_ids': None,
-    }
+    unused = cfg.get('find_unused_parameters', False)
+    wrapper = cfg.get('model_wrapper_cfg') or dict(
+        broadcast_buffers=False, find_unused_parameters=unused
+    )
+    cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)
     _replace_sync_bn(cfg.model)
     print_log('Without GPUs: SyncBN is BN, with statistics per process.')
 

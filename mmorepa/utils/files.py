@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,8 +34,6 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
         yield temporary
         with temporary.open('rb') as file:
             os.fsync(file.fileno())
-        if target.exists():
-            shutil.copymode(target, temporary)
         temporary.replace(target)
     except OSError as error:
         reason = error.strerror or error

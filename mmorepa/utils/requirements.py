@@ -3,20 +3,17 @@
 from importlib import import_module
 from types import ModuleType
 
-_EITHER = (
-    'install it with `pip install {}` (OpenMMLab) or `pip install {}` (OneDL), the '
-    'same family as your other packages'
-)
-# By module: the versions that work, and how to install one.
-_REQUIREMENTS = {
-    'mmengine': (
-        '>=0.10.0,<1.0.0',
-        _EITHER.format('mmengine==0.10.7', 'onedl-mmengine==0.10.12'),
-    ),
-    'mmcv': ('>=2.0.0,<3.0.0', _EITHER.format('mmcv==2.1.0', 'onedl-mmcv==2.3.6')),
+_VERSIONS = {
+    'mmengine': '>=0.10.0,<1.0.0',
+    'mmcv': '>=2.0.0,<3.0.0',
     # The first that takes a name along with what a checkpoint may call by it.
-    'torch': ('>=2.6', 'install it as https://pytorch.org says'),
+    'torch': '>=2.6',
 }
+_ADVICE = (
+    'pip install torch, and mmengine==0.10.7 with mmcv==2.1.0 (OpenMMLab) or '
+    'onedl-mmengine==0.10.12 with onedl-mmcv==2.3.6 (OneDL), the same family as your '
+    'other packages'
+)
 
 
 def check_requirements() -> None:
@@ -25,21 +22,21 @@ def check_requirements() -> None:
     Raises:
         ImportError: If one is missing or does not fit, with what to install.
     """
-    for name, (versions, advice) in _REQUIREMENTS.items():
+    for name, versions in _VERSIONS.items():
         try:
             version = import_module(name).__version__
         except ModuleNotFoundError as error:
             if error.name != name:
                 raise
             raise ImportError(
-                f'mmorepa needs {name}, which is missing; {advice}'
+                f'mmorepa needs {name}, which is missing; {_ADVICE}'
             ) from error
         # Comes with MMEngine.
         from packaging.specifiers import SpecifierSet
 
         if not SpecifierSet(versions).contains(version, prereleases=True):
             raise ImportError(
-                f'mmorepa needs {name}{versions}, found {version}; {advice}'
+                f'mmorepa needs {name}{versions}, found {version}; {_ADVICE}'
             )
 
 

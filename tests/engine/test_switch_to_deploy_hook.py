@@ -270,8 +270,3 @@ class TestSaveAfterTrain:
         assert_near(logits_of(TinyClassifier(deploy=True), deployed), averages)
         raw = logits_of(runner.model)
         assert (averages - raw).abs().max() > 1e-2 * averages.abs().max()
-
-    def test_without_a_checkpoint(self, tmp_path, log):
-        hooks = dict(default_hooks=dict(checkpoint=None), custom_hooks=[self.HOOK])
-        make_runner(tmp_path, **hooks).train()
-        assert [text for text in log if 'No checkpoint was saved' in text]

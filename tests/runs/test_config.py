@@ -132,13 +132,14 @@ class TestVisualization:
     def test_folder(self, tmp_path, scope, name, expected):
         """The hook itself knows all of its arguments."""
         cfg = self.config(scope, dict(type=name))
-        use_visualization(cfg, False, str(tmp_path), 3, 1.5)
+        options = dict(show=False, interval=3, wait_time=1.5)
+        use_visualization(cfg, str(tmp_path), **options)
         hook = dict(cfg.default_hooks.visualization)
         if scope == 'mmpretrain':
             expected['out_dir'] = str(tmp_path)
         else:
             assert cfg.visualizer.save_dir == str(tmp_path)
-        expected.update(type=name, show=False, interval=3, wait_time=1.5)
+        expected.update(type=name, **options)
         assert hook == expected
         import_models(scope)
         from mmengine.registry import HOOKS
@@ -151,7 +152,7 @@ class TestVisualization:
     @pytest.mark.parametrize('hooks', [{}, dict(default_hooks={})])
     def test_missing(self, hooks):
         with pytest.raises(ValueError, match='need a visualization hook'):
-            use_visualization(Config(hooks), False, 'shown', 1, 2)
+            use_visualization(Config(hooks), 'shown', show=False)
 
 
 class TestAddHook:

@@ -17,7 +17,7 @@ class TestDataFolders:
         check_data_folders(Config(loaders), phases)
 
     def missing(self, dataset, **options):
-        with pytest.raises(FileNotFoundError, match="data folder 'none' is missing"):
+        with pytest.raises(FileNotFoundError, match="'none' is missing"):
             self.check(train_dataloader=dict(dataset=dataset), **options)
 
     NONE = dict(type='A', data_root='none')
@@ -29,12 +29,8 @@ class TestDataFolders:
         self.check(train_dataloader=None)
         self.check()
 
-    def test_missing(self, tmp_path):
+    def test_missing(self):
         self.missing(self.NONE)
-        (tmp_path / 'file').touch()
-        with pytest.raises(FileNotFoundError):
-            root = str(tmp_path / 'file')
-            self.check(train_dataloader=dict(dataset=dict(data_root=root)))
 
     def test_downloaded(self):
         import_models('mmpretrain')
@@ -44,7 +40,7 @@ class TestDataFolders:
         self.missing(dict(cifar, download=False), **options)
         self.missing(dict(cifar, type='ImageNet'), **options)
         loaders = dict(train_dataloader=dict(dataset=cifar), data_preparation='run: it')
-        with pytest.raises(FileNotFoundError, match='is missing; run: it$'):
+        with pytest.raises(FileNotFoundError, match='is missing; .*; run: it$'):
             self.check(**options, **loaders)
 
     def test_wrapped(self, tmp_path):

@@ -49,12 +49,6 @@ class TestAtomicWrite:
         assert path.read_text() == 'old'
         assert os.listdir(path.parent) == [path.name]
 
-    def test_keeps_the_mode(self, path):
-        path.chmod(0o600)
-        with atomic_write(path) as file:
-            file.write_text('new')
-        assert path.stat().st_mode & 0o777 == 0o600
-
     @pytest.mark.parametrize('there', [True, False])
     def test_through_links(self, path, there):
         """The link stays, and what it points to is written."""

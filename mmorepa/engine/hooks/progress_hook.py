@@ -101,7 +101,6 @@ def summary(runner: Runner) -> str:
     rows = {
         'config': cfg.filename,
         'model': f'{type(model).__name__}, {number:.3g} million weights',
-        'backbone': backbone.get('type', 'none'),
         'starts from': weights or 'random weights',
         'training data': counted(len(loader.dataset), 'image'),
         'length': f'{length}, {loader.batch_size} images each',

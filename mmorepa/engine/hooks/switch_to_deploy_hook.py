@@ -94,11 +94,7 @@ class SwitchToDeployHook(Hook):
         if not self.save_after_train:
             return
         last = find_latest_checkpoint(runner.work_dir)
-        if last is None:
-            runner.logger.warning(
-                'No checkpoint was saved, so there is none to deploy: is a '
-                'CheckpointHook among the hooks?'
-            )
+        if last is None:  # MMEngine says so.
             return
         path = f'{os.path.splitext(last)[0]}_deploy.pth'
         write_checkpoint(deploy_checkpoint(runner.model, read_checkpoint(last)), path)

@@ -1,11 +1,10 @@
 """How a model is trained where the config leaves it open: folds, memory, updates."""
 
-from typing import Any, Union
+from typing import Union
 
 from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
-from mmengine.registry import OPTIM_WRAPPERS
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -25,12 +24,6 @@ FOLDED = {
     AmpOptimWrapper: FoldedAmpOptimWrapper,
     BFloat16OptimWrapper: FoldedBFloat16OptimWrapper,
 }
-
-
-def wrapper_class(cfg: dict) -> Any:
-    """The class of an optimizer wrapper's config; None if there is no such class."""
-    kind = cfg.get('type', 'OptimWrapper')
-    return OPTIM_WRAPPERS.get(kind) if isinstance(kind, str) else kind
 
 
 def choose_memory_format(
@@ -64,12 +57,17 @@ def log_choices(
     wrapper: OptimWrapper, model: nn.Module, kernels: int, parts: list[nn.Module]
 ) -> None:
     """Logs in one line how the model will be trained."""
-    mode = 'no kernels to fold'
-    if kernels:
-        is_folded = isinstance(wrapper, tuple(FOLDED.values()))
-        is_folded = is_folded and not folds_online(model)
-        mode = f'{kernels} kernels folded '
-        mode += 'outside of the graph' if is_folded else 'online, at every forward pass'
+    mode = f'{kernels} kernels folded outside of the graph'
+    if not kernels:
+        mode = 'no kernels to fold'
+    elif not isinstance(wrapper, tuple(FOLDED.values())):
+        mode = f'{kernels} kernels folded online, at every forward pass'
+    elif folds_online(model):
+        mode = (
+            f'{kernels} kernels folded online, because of {type(model).__name__}: '
+            "model_wrapper_cfg=dict(type='FoldedDistributedDataParallel') would fold "
+            'them outside of the graph'
+        )
     folds = 'compiled' if compiled.is_available() else 'not compiled'
     update = 'fused' if wrapper.optimizer.defaults.get('fused') else 'not fused'
     names = ', '.join(type(part).__name__ for part in parts) or 'nothing'

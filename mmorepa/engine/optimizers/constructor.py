@@ -1,20 +1,20 @@
 """Learning rates and weight decays by the role of a parameter."""
 
 import logging
+from functools import partial
 from typing import Optional, Union
 
 from mmcv.cnn import is_norm
 from mmengine.logging import MMLogger
 from mmengine.optim import AmpOptimWrapper, DefaultOptimWrapperConstructor, OptimWrapper
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from torch import nn
 
 from ...backbones import StagedBackbone
 from ...layers import DeepLinearKernel, OREPAKernel, OREPAPointwiseKernel, ReparamConv2d
-from ...utils.tables import format_table
 from .bfloat16_optim_wrapper import BFloat16OptimWrapper
-from .choices import FOLDED, choose_memory_format, log_choices, wrapper_class
-from .fused_update import match_memory_when_loaded, start_momentum, with_fused_update
+from .choices import FOLDED, choose_memory_format, log_choices
+from .fused_update import match_memory, start_momentum, with_fused_update
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -46,7 +46,7 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
       mixed precision on a GPU, see :func:`mmorepa.set_channels_last`.
 
     Parameters with the same settings share one group, which PyTorch's optimizers update
-    in one fused loop where they can; one table of the groups is logged.
+    in one fused loop where they can; the groups are logged.
 
     Raises:
         ValueError: If an option is not known, a multiplier fits no parameter that is
@@ -83,7 +83,9 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             isinstance(module, ReparamConv2d) and module.is_held_in_training
             for module in model.modules()
         )
-        kind = wrapper_class(self.optim_wrapper_cfg)
+        kind = self.optim_wrapper_cfg.get('type', 'OptimWrapper')
+        if isinstance(kind, str):
+            kind = OPTIM_WRAPPERS.get(kind)
         if self.folded and kernels:
             kind = FOLDED.get(kind, kind)
             if kind in FOLDED.values():
@@ -92,7 +94,9 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         parts = choose_memory_format(model, self.channels_last, is_half)
         wrapper = super().__call__(model)
         start_momentum(wrapper.optimizer)
-        match_memory_when_loaded(wrapper.optimizer, model)
+        wrapper.optimizer.register_load_state_dict_post_hook(
+            partial(match_memory, model)
+        )
         log_choices(wrapper, model, kernels, parts)
         return wrapper
 
@@ -110,7 +114,7 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         singles: list[dict] = []
         logger = MMLogger.get_current_instance()
         level = logger.level
-        logger.setLevel(logging.ERROR)  # The table has what it logs of every tensor.
+        logger.setLevel(logging.ERROR)  # It logs every tensor.
         try:
             super().add_params(singles, module)
         finally:
@@ -150,30 +154,25 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         factor, parameters = self.paramwise_cfg[option], set(chosen)
         matches = [s for s in singles if s['params'][0] in parameters]
         if not matches:
-            reason = 'the model has nothing that it is meant for'
-            if chosen:
-                reason = 'all that it is meant for is frozen (frozen_stages)'
-            raise ValueError(f'{option}={factor} has no effect: {reason}')
+            raise ValueError(
+                f'{option}={factor} has no effect: the model has nothing that it is '
+                'meant for, or it is frozen (frozen_stages)'
+            )
         for single in matches:
             single[setting] = single.get(setting, base) * factor
 
     def _log_groups(self, groups: list[dict], module: nn.Module) -> None:
         names = {param: name for name, param in module.named_parameters()}
-        rows = [
-            (
-                names[group['params'][0]],
-                f'{len(group["params"])}',
-                f'{sum(param.numel() for param in group["params"]):,}',
-                f'{group.get("lr", self.base_lr)}',
-                f'{group.get("weight_decay", self.base_wd)}',
-            )
+        lines = [
+            f'- {len(group["params"])} tensors from {names[group["params"][0]]}: '
+            f'lr {group.get("lr", self.base_lr)}, '
+            f'weight decay {group.get("weight_decay", self.base_wd)}'
             for group in groups
         ]
         frozen = sum(not param.requires_grad for param in module.parameters())
-        headers = ('group, by its first', 'tensors', 'parameters', 'lr', 'weight decay')
         MMLogger.get_current_instance().info(
             f'Parameter groups ({frozen} tensors are frozen and in none):\n'
-            f'{format_table(headers, rows)}'
+            + '\n'.join(lines)
         )
 
 

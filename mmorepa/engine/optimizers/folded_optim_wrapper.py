@@ -1,13 +1,11 @@
 """Folded training: the fold outside of the graph, once per forward pass."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Union
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
@@ -40,7 +38,6 @@ class _FoldedTraining:
         if capture not in (False, True, 'compiled'):
             raise ValueError(f"capture is True, False or 'compiled', found {capture!r}")
         self._capture = capture
-        self._has_warned = False
         self._recorded: WeakKeyDictionary[nn.Module, RecordedFolds] = (
             WeakKeyDictionary()
         )
@@ -51,15 +48,6 @@ class _FoldedTraining:
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """Holds the kernels in the forward pass; some model wrappers fold online."""
         if folds_online(model):
-            if not self._has_warned:
-                self._has_warned = True
-                print_log(
-                    f'{type(model).__name__} trains with online folding. With '
-                    "model_wrapper_cfg=dict(type='FoldedDistributedDataParallel') it "
-                    'would train folded, and reduce the gradients of a plain network',
-                    logger='current',
-                    level=logging.WARNING,
-                )
             with super().optim_context(model):
                 yield
             return

@@ -46,16 +46,12 @@ def start_momentum(optimizer: Optimizer) -> None:
                 optimizer.state[param]['momentum_buffer'] = torch.zeros_like(param)
 
 
-def match_memory_when_loaded(optimizer: Optimizer, model: nn.Module) -> None:
-    """Gives states that are loaded from now on the memory order of their parameters.
+def match_memory(model: nn.Module, optimizer: Optimizer) -> None:
+    """Gives states that were loaded the memory order of their parameters.
 
     A fused update takes both for memory of one order, and checkpoints bring another
     one: that of an earlier version, or of a model without channels last.
     """
-    optimizer.register_load_state_dict_post_hook(partial(_match_memory, model))
-
-
-def _match_memory(model: nn.Module, optimizer: Optimizer) -> None:
     reorder = {
         kernel.get_parameter(name): partial(kernel.branch_sum.from_former, name)
         for kernel in model.modules()
