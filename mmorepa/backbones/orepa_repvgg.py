@@ -11,7 +11,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..layers import build_conv
-from .staged_backbone import StagedBackbone, scaled_channels
+from .staged_backbone import StagedBackbone, options_of_stem, scaled_channels
 
 
 class SqueezeExcitation(nn.Module):
@@ -113,14 +113,14 @@ class OREPARepVGG(StagedBackbone):
     """
 
     ARCHITECTURES = _architectures()
-    # Within this network, 'orepa' means a RepVGG block of which one branch is OREPA.
-    BLOCK_NAMES = {'orepa': 'orepa_repvgg'}
 
     def __init__(
         self,
         arch: Union[str, dict],
         block: str = 'orepa',
         block_cfg: Optional[dict] = None,
+        stem_block: Optional[str] = None,
+        stem_block_cfg: Optional[dict] = None,
         in_channels: int = 3,
         base_channels: int = 64,
         num_stages: int = 4,
@@ -139,8 +139,10 @@ class OREPARepVGG(StagedBackbone):
         super().__init__(*stages, frozen_stages, norm_eval, init_cfg)
         arch = self._architecture(arch, num_stages)
         self.arch = arch
+        # 'orepa' means a RepVGG block here, of which one branch is OREPA.
+        names = {'orepa': 'orepa_repvgg'}
         options = dict(
-            block=self.BLOCK_NAMES.get(block, block),
+            block=names.get(block, block),
             block_cfg=block_cfg,
             norm_cfg=norm_cfg or dict(type='BN', requires_grad=True),
             act_cfg=act_cfg or dict(type='ReLU', inplace=True),
@@ -153,7 +155,9 @@ class OREPARepVGG(StagedBackbone):
             for i, width in enumerate(arch['widths'])
         ]
         channels = min(base_channels, widths[0])
-        self.stem = RepVGGBlock(in_channels, channels, stride=2, **options)
+        stem_block = names.get(stem_block, stem_block)
+        stem_options = options_of_stem(options, stem_block, stem_block_cfg)
+        self.stem = RepVGGBlock(in_channels, channels, stride=2, **stem_options)
         # Every second block of the network is grouped.
         groups = itertools.cycle([1, arch.get('groups', 1)])
         for i in range(num_stages):

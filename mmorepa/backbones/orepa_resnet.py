@@ -13,7 +13,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..layers import ReparamConv2d, build_conv
-from .staged_backbone import StagedBackbone, scaled_channels
+from .staged_backbone import StagedBackbone, options_of_stem, scaled_channels
 
 _NORM_CFG = dict(type='BN', requires_grad=True)
 _ACT_CFG = dict(type='ReLU', inplace=True)
@@ -355,14 +355,7 @@ class OREPAResNet(StagedBackbone):
             act_cfg=act_cfg or _ACT_CFG,
             deploy=deploy,
         )
-        stem_options = dict(options)
-        if stem_block is not None:
-            stem_options.update(block=stem_block, block_cfg=stem_block_cfg)
-        elif stem_block_cfg is not None:
-            raise ValueError(
-                'stem_block_cfg are arguments of a stem_block, of which there is none: '
-                'name it, or use block_cfg'
-            )
+        stem_options = options_of_stem(options, stem_block, stem_block_cfg)
         stem_channels = scaled_channels(
             base_channels if stem_channels is None else stem_channels,
             width_mult,

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Union
+from typing import Optional, Union
 
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
@@ -158,6 +158,20 @@ def _after_loading(module: nn.Module, incompatible_keys: object) -> None:
 def _is_fresh(norm: _BatchNorm) -> bool:
     mean = norm.running_mean
     return mean is not None and not mean.is_meta and not mean.any()
+
+
+def options_of_stem(
+    options: dict, stem_block: Optional[str], stem_block_cfg: Optional[dict]
+) -> dict:
+    """The ``options`` of convs with the stem's own block type, if it has one."""
+    if stem_block is not None:
+        return {**options, 'block': stem_block, 'block_cfg': stem_block_cfg}
+    if stem_block_cfg is not None:
+        raise ValueError(
+            'stem_block_cfg are arguments of a stem_block, of which there is none: '
+            'name it, or use block_cfg'
+        )
+    return options
 
 
 def scaled_channels(channels: int, factor: float, name: str) -> int:

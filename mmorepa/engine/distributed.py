@@ -37,8 +37,9 @@ class FoldedDistributedDataParallel(MMDistributedDataParallel):
                 for conv in convs
             ]
         branches = {id(p) for conv in convs for p in conv.branches.parameters()}
+        ignored = getattr(module, '_ddp_params_and_buffers_to_ignore', [])
         module._ddp_params_and_buffers_to_ignore = [
-            *getattr(module, '_ddp_params_and_buffers_to_ignore', ()),
+            *ignored,
             *(n for n, p in module.named_parameters() if id(p) in branches),
         ]
         # The constructor reduces what it finds in the module. For everybody else, the
@@ -48,6 +49,8 @@ class FoldedDistributedDataParallel(MMDistributedDataParallel):
             super().__init__(module, *args, **kwargs)
         finally:
             del module.held_kernels
+            # Another wrapper, later, shall not ignore the branches.
+            module._ddp_params_and_buffers_to_ignore = ignored
         self._leaves = [KernelLeaf(parameter) for parameter in parameters]
         for conv, leaf in zip(convs, self._leaves):
             conv.training_scope = leaf

@@ -193,13 +193,15 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
 
         Raises:
             TypeError: If ``kernel()`` or ``convolve()`` was overridden, which the
-                deployed form does not call.
+                deployed form does not call, or the branches have no parameters.
         """
         if self.deployed:
             return
         check_foldable(self)
         warn_of_silent_hooks(self)
-        like = next(self.branches.parameters())
+        like = next(self.branches.parameters(), None)
+        if like is None:
+            raise TypeError(f'the branches of {type(self).__name__} have no parameters')
         # The bias of a norm that is folded in has no such parameter.
         former = None if self.last_norms else self.bias
         others = [p for p in self.parameters() if p is not former]
@@ -267,16 +269,19 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
 
     def _become_plain(self, with_bias: bool, like: Tensor) -> None:
         """Gives this module parameters of the deployed form, for the caller to fill."""
+        # First, since memory may be short.
+        options = dict(device=like.device, dtype=like.dtype)
+        weight = torch.empty(
+            self.kernel_shape, **options, memory_format=self.memory_format
+        )
+        bias = nn.Parameter(torch.empty(self.out_channels, **options))
         self.deployed = True
         del self.branches
         if self.fuses_norm:
             self.norm = None
         others = {k: v for k, v in self._parameters.items() if k != 'bias'}
         vars(self)['_parameters'] = {}  # In the order of a plain conv.
-        options = dict(device=like.device, dtype=like.dtype)
-        weight = torch.empty(self.kernel_shape, **options)
-        self.weight = nn.Parameter(weight.to(memory_format=self.memory_format))
-        bias = nn.Parameter(torch.empty(self.out_channels, **options))
+        self.weight = nn.Parameter(weight)
         self.register_parameter('bias', bias if with_bias else None)
         self._parameters.update(others)
         self.forget_folds()

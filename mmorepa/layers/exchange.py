@@ -197,11 +197,10 @@ def _training_form(
 ) -> ReparamConv2d:
     if len(set(conv.kernel_size)) > 1:
         raise ValueError(f'kernel_size={conv.kernel_size} is not square')
-    with torch.random.fork_rng(devices=[]):
-        names = ('in_channels', 'out_channels', 'stride', 'padding', 'dilation')
-        arguments = {n: getattr(conv, n) for n in (*names, 'groups', 'padding_mode')}
-        arguments.update(kernel_size=conv.kernel_size[0], bias=conv.bias is not None)
-        form = build_conv(block, block_cfg=block_cfg, **arguments)
+    names = ('in_channels', 'out_channels', 'stride', 'padding', 'dilation')
+    arguments = {n: getattr(conv, n) for n in (*names, 'groups', 'padding_mode')}
+    arguments.update(kernel_size=conv.kernel_size[0], bias=conv.bias is not None)
+    form = build_conv(block, block_cfg=block_cfg, **arguments)
     form.to(conv.weight)
     form.channels_last = not conv.weight.is_contiguous() and conv.weight.is_contiguous(
         memory_format=torch.channels_last

@@ -79,7 +79,10 @@ def norm_scale(norm: nn.Module) -> Tensor:
 def is_sharded(tensors: Collection[Tensor]) -> bool:
     """Whether FSDP has sharded all of some parameters."""
     # By fully_shard(), or by FullyShardedDataParallel, which flattens what it shards.
-    return all(hasattr(t, 'full_tensor') or t.dim() < 2 for t in tensors)
+    return all(
+        hasattr(t, 'full_tensor') or (t.dim() < 2 and hasattr(t, '_fsdp_flattened'))
+        for t in tensors
+    )
 
 
 def check_is_whole(tensors: Collection[Tensor]) -> None:

@@ -29,7 +29,8 @@ def param_groups(
     Args:
         model (nn.Module): Any model.
         weight_decay (float): That of the weights. Biases and other parameters of one
-            dimension get none. Defaults to 1e-5.
+            dimension get none; the scales of branches, (branches, O), decay, as in the
+            recipes of the papers. Defaults to 1e-5.
         no_weight_decay_list (Collection[str]): Names of others that get none.
 
     Examples:

@@ -54,23 +54,29 @@ def _replaced(value: Any, replacements: Mapping[nn.Module, nn.Module]) -> Any:
     return value
 
 
-def references(
-    value: Any, is_hidden: bool = False, depth: int = 7
-) -> Iterator[tuple[nn.Module, bool]]:
+def references(value: Any, depth: int = 7) -> Iterator[tuple[nn.Module, bool]]:
     """The modules that an attribute refers to, up to some objects deep.
 
     Each comes with whether it is hidden where :func:`replace_modules` cannot reach it:
     behind a method, a function or an object.
     """
-    if isinstance(value, nn.Module):
-        yield value, is_hidden
-    elif depth and not isinstance(value, (type, ModuleType, Tensor, str)):
-        inner = gc.get_referents(value)
-        if isinstance(value, FunctionType):  # And not all that its module has.
-            inner = [value.__closure__, value.__defaults__]
-        is_hidden = is_hidden or not isinstance(value, _CONTAINERS)
-        for item in inner:
-            yield from references(item, is_hidden, depth - 1)
+    level, seen = [(value, False)], set()
+    for _ in range(depth + 1):
+        deeper = []
+        for item, is_hidden in level:
+            key = id(item), is_hidden
+            if key in seen or isinstance(item, (type, ModuleType, Tensor, str)):
+                continue
+            seen.add(key)
+            if isinstance(item, nn.Module):
+                yield item, is_hidden
+                continue
+            inner = gc.get_referents(item)
+            if isinstance(item, FunctionType):  # And not all that its module has.
+                inner = [item.__closure__, item.__defaults__]
+            is_hidden = is_hidden or not isinstance(item, _CONTAINERS)
+            deeper += [(part, is_hidden) for part in inner]
+        level = deeper
 
 
 def hidden_modules(model: nn.Module) -> dict[nn.Module, str]:

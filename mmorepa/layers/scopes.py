@@ -30,7 +30,8 @@ def folded(model: nn.Module, in_traces: bool = False) -> Iterator[nn.Module]:
     gradient where one is asked for. A conv folds when it first runs. What is written to
     a parameter or a BatchNorm inside of the block after that is not seen;
     :meth:`~torch.nn.Module.train`, :meth:`~torch.nn.Module.eval`, loading a state dict
-    and moving the model are. Of nested blocks, the outermost one counts.
+    and moving the model are. A block is for one backward pass. Of nested blocks, the
+    outermost one counts.
 
     Args:
         model (nn.Module): A layer or a whole model, wrapped or not.
@@ -84,6 +85,8 @@ class EvaluationScope:
     def _once(
         self, conv: ReparamConv2d, name: str, make: Callable[[], Any], with_grad: bool
     ) -> Any:
+        if '_is_replica' in vars(conv):  # Of DataParallel, for one forward pass.
+            return make()
         folds = self._folds.get(conv)
         if folds is None or not (is_being_traced() or folds.are_current()):
             folds = self._folds[conv] = _Folds(conv)

@@ -124,8 +124,7 @@ class StartsFromKernels(nn.Conv2d):
         """Makes the branches fresh, unless they are so to the last bit."""
         if self._fresh == fingerprint(self.branches):
             return
-        with torch.random.fork_rng(devices=[]):
-            copy_fresh(self.branches, self.build_branches())
+        copy_fresh(self.branches, self.build_branches())
         self._fresh = fingerprint(self.branches)
         self.forget_folds()
 

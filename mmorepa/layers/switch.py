@@ -8,6 +8,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from .changes import check_foldable
 from .conv import ReparamConv2d
 from .folding import check_is_whole
 from .references import parallel_wrapper, replace_modules
@@ -49,6 +50,8 @@ def switch_to_deploy(module: nn.Module) -> nn.Module:
             check_is_whole(list(conv.parameters()))
         _refuse_training(wrapper)
         wrapper.register_forward_pre_hook(_refuse_training)
+    for conv in forms:  # All of them, before the first one is changed.
+        check_foldable(conv)
     for conv in convs:
         conv.switch_to_deploy()
     if not isinstance(module, ReparamConv2d):

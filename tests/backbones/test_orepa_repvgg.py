@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmorepa.backbones import OREPARepVGG
+from mmorepa.layers import OREPARepVGGConv2d, PlainConv2d
 
 SLIM = dict(num_blocks=(1, 2, 2, 1), widths=(0.75, 1, 1, 2.5))
 
@@ -39,6 +40,8 @@ def test_strides_dilations_and_outputs():
         dict(block='repvgg'),
         dict(block='dbb'),
         dict(block='plain'),
+        dict(block='plain', stem_block='orepa'),
+        dict(stem_block='dbb', stem_block_cfg=dict(single_init=True)),
         dict(arch=dict(SLIM, groups=2, use_se=True)),
         dict(strides=(2, 2, 1, 1), dilations=(1, 1, 2, 4)),
         dict(norm_cfg=dict(type='SyncBN'), act_cfg=dict(type='PReLU')),
@@ -58,6 +61,16 @@ def test_deployed_equals_training_form(options):
         assert_near(built(x), expected, 1e-4)
     kinds = [type(m) for m in switched.modules() if not list(m.children())]
     assert not any(issubclass(kind, _BatchNorm) for kind in kinds)
+
+
+def test_block_of_the_stem():
+    """The rest is plain; an OREPA stem is one of a RepVGG block, as with ``block``."""
+    net = tiny(block='plain', stem_block='orepa')
+    stem, *others = map(type, convs(net))
+    assert stem is OREPARepVGGConv2d
+    assert {*others} == {PlainConv2d}
+    with pytest.raises(ValueError, match='stem_block'):
+        tiny(stem_block_cfg=dict(single_init=True))
 
 
 def test_block_is_the_formula():

@@ -194,6 +194,11 @@ class TestOneProcess:
             parallel(x, mode='loss')
         FoldedDistributedDataParallel(parallel.module)(x, mode='loss')
 
+    def test_the_model_in_another_wrapper(self):
+        """It averages the gradients of all branches."""
+        model = FoldedDistributedDataParallel(Network()).module
+        assert not MMDistributedDataParallel(model).parameters_to_ignore
+
     def test_by_hand(self):
         parallel = FoldedDistributedDataParallel(Network())
         loss = parallel(torch.randn(1, 3, 9, 9), mode='loss')['loss']

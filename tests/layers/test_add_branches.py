@@ -165,3 +165,10 @@ def test_in_a_config(tmp_path):
 def test_the_former_name():
     with pytest.raises(TypeError, match='add_branches'):
         reparameterize(nn.Conv2d(1, 1, 3))
+
+
+def test_convs_of_one_shape_get_branches_of_their_own():
+    net = add_branches(nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)))
+    for name, value in net[0].branches.named_parameters():
+        other = net[1].branches.get_parameter(name)
+        assert name in ('scale', 'weight_pointwise_kxk_1') or not value.equal(other)

@@ -106,6 +106,14 @@ class TestFolded:
         (twin(x) + twin(2 * x)).square().sum().backward()
         assert_same_gradients(grads(orepa), grads(twin), 1e-11)
 
+    def test_replicas_of_a_pass_are_not_kept(self, orepa):
+        with torch.no_grad(), folded(orepa):
+            for _ in range(2):
+                replica = orepa._replicate_for_data_parallel()
+                replica._parameters.update(orepa._parameters)
+                replica(image())
+            assert not orepa.evaluation_scope._folds
+
     @pytest.mark.parametrize('change', ['load', 'train', 'to'])
     def test_what_a_module_is_told_is_seen_inside(self, orepa, change):
         x = image()

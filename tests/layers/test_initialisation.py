@@ -252,3 +252,14 @@ def test_large_kernels(kind, size, groups):
         moved = max(p.grad.norm() for p in factor.parameters())
         assert 1e-4 < moved < 1e2
     assert conv.half().kernel().abs().max() < 1
+
+
+def test_draws_from_another_generator():
+    """As on a GPU: convs of one shape get branches of their own."""
+    convs = [OREPAConv2d(4, 4, 3, **NORM) for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    for conv in convs:
+        conv.branches.weight_origin.data.add_(1)  # Not fresh any more.
+        conv.weight.data.normal_(generator=generator)
+    one, other = (conv.branches.weight_origin for conv in convs)
+    assert not one.equal(other)

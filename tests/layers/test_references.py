@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmorepa import add_branches, switch_to_deploy
 from mmorepa.layers import ReparamConv2d
+from mmorepa.layers.references import references
 
 Pair = namedtuple('Pair', 'one other')
 
@@ -89,6 +90,14 @@ def test_what_cannot_be_changed_stays(hide, log):
     add_branches(model)
     assert type(model.a) is nn.Conv2d and isinstance(model.b, ReparamConv2d)
     assert 'a: run holds it in a place that cannot be changed' in log[0]
+
+
+def test_each_object_is_looked_at_once():
+    """A structure in which there are 20^7 ways to the last object."""
+    level = [nn.Conv2d(3, 4, 3)]
+    for _ in range(6):
+        level = [[*level] for _ in range(20)]
+    assert len(list(references(level))) == 1
 
 
 def worker(rank, meeting):

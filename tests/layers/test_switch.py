@@ -1,12 +1,13 @@
 import copy
 
+import pytest
 import torch
 from helpers import assert_near, trained_like
 from mmengine.model import BaseModel
 from torch import nn
 
 from mmorepa import is_switchable, switch_to_deploy
-from mmorepa.layers import OREPAConv2d, PlainConv2d
+from mmorepa.layers import OREPAConv2d, PlainConv2d, ReparamConv2d
 
 
 class Detector(BaseModel):
@@ -69,3 +70,50 @@ def test_what_the_plain_conv_would_not_do():
     model(x).sum().backward()
     assert seen
     assert [type(m) for m in model] == [Doubled, OREPAConv2d, nn.Conv2d]
+
+
+class Halved(OREPAConv2d):
+    """A kernel that the deployed form would not have."""
+
+    def kernel(self):
+        return super().kernel() / 2
+
+
+def test_refused_as_a_whole():
+    model = nn.Sequential(OREPAConv2d(3, 4, 3), Halved(4, 4, 3))
+    with pytest.raises(TypeError, match='kernel'):
+        switch_to_deploy(model)
+    assert not any(conv.deployed for conv in model)
+
+
+class OneDimension(ReparamConv2d, nn.Conv2d):
+    """Branches whose parameters are no matrices."""
+
+    def build_branches(self):
+        return Outer(self.out_channels, self.in_channels)
+
+
+class Outer(nn.Module):
+    def __init__(self, *channels):
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.randn(n)) for n in channels)
+
+    def forward(self):
+        return torch.outer(self.a, self.b)[..., None, None].expand(-1, -1, 3, 3)
+
+
+class Fixed(ReparamConv2d, nn.Conv2d):
+    def build_branches(self):
+        module = nn.Module()
+        module.register_buffer('weight', torch.ones(self.kernel_shape))
+        module.forward = lambda: module.weight
+        return module
+
+
+def test_parameters_of_one_dimension_and_none():
+    conv = OneDimension(3, 4, 3)
+    x = torch.randn(1, 3, 9, 9)
+    expected = conv(x)
+    assert_near(switch_to_deploy(conv)(x), expected)
+    with pytest.raises(TypeError, match='no parameters'):
+        switch_to_deploy(Fixed(3, 4, 3))
