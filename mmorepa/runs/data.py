@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
+_DATASET = re.compile(r'\.(dataset|datasets\[\d+\])$')
+# Those that tell classes apart; an RPN tells objects from none.
+_HEAD = re.compile(r'\.(head|bbox_head|mask_head)(\[\d+\])*$')
 # Larger annotations would take longer to read than a mistake is worth.
 _LARGE = 100_000_000
 
@@ -87,11 +91,12 @@ def check_data_folders(cfg: Config, phases: tuple[str, ...]) -> None:
         texts = (f'{_some(names)} for {phase}' for phase, names in classes.items())
         raise ValueError(f'the phases have different classes: {"; ".join(texts)}')
     for names in {*classes.values()}:
-        for where, number in _numbers_of_classes(cfg.get('model'), 'model'):
-            if number != len(names):
+        for where, node in walk(cfg.get('model'), 'model'):
+            number = node.get('num_classes') if _HEAD.search(where) else None
+            if number is not None and number != len(names):
                 raise ValueError(
                     f'the data have {len(names)} classes ({_some(names)}), and {where} '
-                    f'is {number}; set {where}={len(names)}'
+                    f'has num_classes={number}; set {where}.num_classes={len(names)}'
                 )
 
 
@@ -107,16 +112,21 @@ def _is_here(cfg: Config, dataset: dict) -> bool:
     return True
 
 
-def _datasets(node: object) -> Iterator[dict]:
-    """Yields all dataset configs of a dataloader: wrappers, and wrapped ones."""
-    if isinstance(node, (list, tuple)):
-        for item in node:
-            yield from _datasets(item)
-    elif isinstance(node, dict):
-        for item in (node.get('dataset'), *(node.get('datasets') or ())):
-            if isinstance(item, dict):
-                yield item
-            yield from _datasets(item)
+def walk(node: Any, where: str) -> Iterator[tuple[str, dict]]:
+    """All dicts in a part of a config, with their places, as ``'model.neck[1]'``."""
+    if isinstance(node, dict):
+        yield where, node
+        for key, value in node.items():
+            yield from walk(value, f'{where}.{key}')
+    elif isinstance(node, (list, tuple)):
+        for i, item in enumerate(node):
+            yield from walk(item, f'{where}[{i}]')
+
+
+def _datasets(loader: Any) -> list[dict]:
+    """All dataset configs of a dataloader: wrappers, and wrapped ones."""
+    found = walk(loader, 'loader')
+    return [node for where, node in found if _DATASET.search(where)]
 
 
 def _is_downloaded(cfg: Config, dataset: dict) -> bool:
@@ -166,19 +176,6 @@ def _classes_of_coco(cfg: Config, dataset: dict) -> tuple[str, ...]:
             f'{path!r}, in its order ({_some(known)}); found {classes!r}'
         )
     return tuple(classes)
-
-
-def _numbers_of_classes(node: Any, where: str) -> Iterator[tuple[str, int]]:
-    """What the heads say that tell classes apart; an RPN tells objects from none."""
-    if isinstance(node, (list, tuple)):
-        for i, item in enumerate(node):
-            yield from _numbers_of_classes(item, f'{where}[{i}]')
-    elif isinstance(node, dict):
-        kind = where.rpartition('.')[2].partition('[')[0]
-        if kind in ('head', 'bbox_head', 'mask_head') and 'num_classes' in node:
-            yield f'{where}.num_classes', node['num_classes']
-        for key, value in node.items():
-            yield from _numbers_of_classes(value, f'{where}.{key}')
 
 
 def _existing(cfg: Config, path: str) -> str:

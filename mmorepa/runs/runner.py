@@ -17,6 +17,7 @@ from ..backbones import StagedBackbone
 from ..converters import load_strictly
 from .config import has_accelerator
 from .console import shorten
+from .data import walk
 from .resume import newest_resumable, read_resumable
 
 
@@ -69,7 +70,9 @@ def set_up_distributed_cpu(cfg: Config) -> None:
         broadcast_buffers=False, find_unused_parameters=unused
     )
     cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)
-    _replace_sync_bn(cfg.model)
+    for _, node in walk(cfg.model, 'model'):
+        if node.get('type') == 'SyncBN':
+            node['type'] = 'BN'
     print_log('Without GPUs: SyncBN is BN, with statistics per process.')
 
 
@@ -113,14 +116,3 @@ def _leave_process_group() -> None:
     # The threads end with the last object that holds the group: a wrapped model, in the
     # cycle of a runner and its loops.
     gc.collect()
-
-
-def _replace_sync_bn(node: object) -> None:
-    """Replaces SyncBN by BN in a model config."""
-    children = node if isinstance(node, (list, tuple)) else ()
-    if isinstance(node, dict):
-        children = node.values()
-        if node.get('type') == 'SyncBN':
-            node['type'] = 'BN'
-    for child in children:
-        _replace_sync_bn(child)
