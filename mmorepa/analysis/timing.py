@@ -85,11 +85,12 @@ def in_turn(
                 results[name].append(result)
         clock.look_around()
         if what:
-            say(f'{what}: round {max(index + 1, 0)} of {rounds}')
+            progress = f'{what}: round {max(index + 1, 0)} of {rounds}'
+            print(progress, end='\r', file=sys.stderr, flush=True)
         if index + 1 >= rounds and clock.now() >= end:
             break
     if what:
-        sys.stderr.write('\n')
+        print(file=sys.stderr)
     return results
 
 
@@ -104,9 +105,3 @@ def least_seconds(
     timed = {str(i): partial(clock.seconds, f) for i, f in enumerate(functions)}
     seconds = in_turn(timed, clock, ROUNDS, SECONDS)
     return [min(times) for times in seconds.values()], clock.core_share
-
-
-def say(text: str) -> None:
-    end = '' if sys.stderr.isatty() else '\n'
-    sys.stderr.write(f'\r{text}{end}')
-    sys.stderr.flush()
