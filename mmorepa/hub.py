@@ -12,7 +12,6 @@ from mmengine.config import Config
 
 from .utils.files import root
 
-SCHEME = 'mmorepa::'
 # Variables that people set at the top of a config, and the settings that they mean.
 _SETTINGS = {
     'data_root': 'data_root of the dataset of every dataloader',
@@ -164,7 +163,7 @@ def register_scheme() -> None:
     others = Config._get_cfg_path
 
     def _get_cfg_path(cfg_path: str, filename: str) -> tuple[str, Optional[str]]:
-        if cfg_path.startswith(SCHEME):
+        if cfg_path.startswith('mmorepa::'):
             return str(find_config(cfg_path)), None
         return others(cfg_path, filename)
 

@@ -10,8 +10,6 @@ from mmengine.device import is_cuda_available
 from ..hub import get_config
 from ..utils.errors import OutputError
 
-_LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
-
 
 def load_config(args: argparse.Namespace) -> Config:
     """Reads the config and applies the common flags.
@@ -31,7 +29,7 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = os.path.join('work_dirs', path.stem)
-    for name in _LOADERS:
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         if cfg.get(name) is not None:
             cfg[name].setdefault('pin_memory', is_cuda_available())
             if args.no_pin_memory:

@@ -10,7 +10,6 @@ from typing import Optional, Union
 from .errors import OutputError
 
 PathLike = Union[str, Path]
-_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @contextmanager
@@ -80,5 +79,6 @@ def check_outputs(
 
 def root() -> Path:
     """The folder of ``configs``, ``tools`` and ``model-index.yml``."""
-    installed = _PACKAGE / '.mim'
-    return installed if installed.is_dir() else _PACKAGE.parent
+    package = Path(__file__).resolve().parents[1]
+    installed = package / '.mim'
+    return installed if installed.is_dir() else package.parent
