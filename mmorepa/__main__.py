@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Optional
 
@@ -74,7 +75,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         return
     name, *rest = arguments
     if name not in COMMANDS:
-        sys.exit(f'error: no command {name!r}; there are: {", ".join(COMMANDS)}')
+        close = get_close_matches(name, COMMANDS, n=1)
+        advice = f'did you mean {close[0]!r}? ' if close else ''
+        sys.exit(
+            f'error: no command {name!r}; {advice}there are: {", ".join(COMMANDS)}'
+        )
     # The path of a tool begins with its own folder. ``python -m`` began with the
     # working folder, where the modules of custom_imports may lie, and this package.
     paths = [os.getcwd(), *filter(None, [os.environ.get('PYTHONPATH')])]

@@ -1,9 +1,9 @@
 """Configs, tools and models by name, the same in a clone and when installed."""
 
-import ast
 import difflib
 import fnmatch
 import os
+import traceback
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Optional, Union
@@ -11,15 +11,7 @@ from typing import Optional, Union
 from mmengine.config import Config
 
 from .utils.files import root
-
-# Variables that people set at the top of a config, and the settings that they mean.
-_SETTINGS = {
-    'data_root': 'data_root of the dataset of every dataloader',
-    'classes': 'metainfo.classes of the dataset of every dataloader',
-    'num_classes': 'model.head.num_classes',
-    'max_epochs': 'train_cfg.max_epochs',
-    'pretrained': 'model.backbone.init_cfg.checkpoint',
-}
+from .utils.variables import apply_variables, check_variables
 
 
 def list_configs(pattern: str = '*') -> list[str]:
@@ -38,9 +30,9 @@ def list_configs(pattern: str = '*') -> list[str]:
 def find_config(name: Union[str, Path]) -> Path:
     """The file of a config.
 
-    It is given by its path, which goes first; by its name in this package,
-    ``FOLDER/NAME`` or ``NAME``, with or without ``.py`` and ``mmorepa::``; or by one in
-    a toolbox, such as ``mmpretrain::NAME``. FileNotFoundError has the closest names.
+    ``name`` is a path, which takes precedence; or a name in this package,
+    ``FOLDER/NAME`` or ``NAME``, with or without ``.py`` and ``mmorepa::``; or a name in
+    a toolbox, such as ``mmpretrain::NAME``. FileNotFoundError has similar names.
     """
     name = str(name)
     if '::' not in name and os.path.isfile(name):
@@ -48,20 +40,22 @@ def find_config(name: Union[str, Path]) -> Path:
     package, _, wanted = name.rpartition('::')
     package, wanted = package or 'mmorepa', wanted.removesuffix('.py')
     folder = root() / 'configs' if package == 'mmorepa' else _configs_of(package)
-    # The pieces below _base_ are found by their paths alone.
+    # Files below _base_ have no names, and are found by their paths.
     path = folder / f'{wanted}.py'
     if wanted and os.path.isfile(path):
         return path
     names = _names(folder)
-    found = [known for known in names if known.endswith(f'/{wanted}')]
-    if len(found) == 1:
-        return folder / f'{found[0]}.py'
-    known = {name.rpartition('/')[2]: name for name in names}
-    known.update(zip(names, names))
-    close = difflib.get_close_matches(wanted, known, n=4)
+    matches = [known for known in names if known.endswith(f'/{wanted}')]
+    if len(matches) == 1:
+        return folder / f'{matches[0]}.py'
+    # Both NAME and FOLDER/NAME may be misspelt.
+    by_spelling = {known.rpartition('/')[2]: known for known in names}
+    by_spelling.update(zip(names, names))
+    close = difflib.get_close_matches(wanted, by_spelling, n=4)
     advice = f'{str(folder)!r} has the others'
     if close:
-        advice = f'close are: {", ".join(dict.fromkeys(known[c] for c in close))}'
+        close = dict.fromkeys(by_spelling[spelling] for spelling in close)
+        advice = f'close are: {", ".join(close)}'
     raise FileNotFoundError(
         f'no config at {name!r}, nor one of that name in {package}; {advice}'
     )
@@ -89,16 +83,17 @@ def get_config(name: Union[str, Path], options: Optional[dict] = None) -> Config
     Args:
         name (str | Path): A file; or a config of this package, ``FOLDER/NAME`` or
             ``NAME``; or one of a toolbox, such as ``mmpretrain::NAME``.
-        options (dict, optional): Settings that override it, as ``--cfg-options``.
-            Defaults to None.
+        options (dict, optional): Settings that override those of the config, as
+            ``--cfg-options`` does. Defaults to None.
 
     Returns:
-        Config: Its ``dump(FILE)`` writes it as one file that needs no other.
+        Config: ``cfg.dump(FILE)`` writes it as one file that needs no base.
 
     Raises:
-        FileNotFoundError: If there is none. The message has the closest names.
-        ValueError: If it, or an option, sets a variable that has no effect; the message
-            says what to set.
+        FileNotFoundError: If there is no such config. The message has similar names.
+        ValueError: If the file is not Python, YAML or JSON, or has no model; or if it
+            or an option sets a variable that has no effect. The message says what to
+            write instead.
 
     Examples:
         >>> cfg = mmorepa.get_config('imagenet/resnet50-orepa_4xb64_in1k')
@@ -106,66 +101,45 @@ def get_config(name: Union[str, Path], options: Optional[dict] = None) -> Config
         'OREPAResNet'
     """
     path = find_config(name)
-    cfg = Config.fromfile(path)
-    _hand_on(cfg, list(cfg))
-    _check_variables(cfg, _unused_names(path))
+    if path.suffix not in ('.py', '.yml', '.yaml', '.json'):
+        raise ValueError(
+            f'{str(path)!r} is no config: configs are .py, .yml or .json files'
+        )
+    try:
+        cfg = Config.fromfile(path)
+    except SyntaxError as error:
+        # It may be in a base, whose path is `filename` in MMEngine's functions, or in a
+        # module that the config imports.
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        names = [*(frame.f_locals.get('filename') for frame in frames), error.filename]
+        file = [name for name in map(str, names) if name.endswith('.py')][-1]
+        raise ValueError(f'{file!r}, line {error.lineno}: {error.msg}') from error
+    apply_variables(cfg, list(cfg))
+    check_variables(cfg)
     if options is not None:
-        cfg.merge_from_dict(options)
-        _hand_on(cfg, list(options))
-        _check_variables(cfg, list(options))
+        merge_options(cfg, options)
+    if not isinstance(cfg.get('model'), dict):
+        raise ValueError(
+            f"{str(path)!r} has no 'model', which is what a config describes"
+        )
     return cfg
 
 
-def _hand_on(cfg: Config, names: list[str]) -> None:
-    """Gives the variables of a config to the settings that its base names for them.
-
-    MMEngine does not hand a child's variable on to what its base made of it. The bases
-    for own data have a table ``variables``: for each name, settings and factors.
-    ``names`` are those that the file, or the command line, may have set; they are
-    removed.
-    """
-    table = cfg.get('variables') or {}
-    for name in [name for name in names if name in table]:
-        value = cfg.pop(name)
-        for setting, factor in table[name].items():
-            scaled = value if factor == 1 else round(value * factor)
-            cfg.merge_from_dict({setting: scaled})
-
-
-def _check_variables(cfg: Config, names: list[str]) -> None:
-    """Raises ValueError for a variable whose value no setting has."""
-    for name in names:
-        value, setting = cfg.get(name), _SETTINGS.get(name)
-        if setting is None or value is None:
-            continue
-        others = repr({k: v for k, v in cfg.to_dict().items() if k != name})
-        entry = f"'{name}': {value!r}"
-        if f'{entry},' not in others and f'{entry}}}' not in others:
-            raise ValueError(
-                f'{name} = {value!r} has no effect, since the base config does not '
-                f'see it; set {setting}'
-            )
-
-
-def _unused_names(path: Path) -> list[str]:
-    """What a config with a base sets, and does not use itself."""
-    if path.suffix != '.py':
-        return []
-    tree = ast.parse(path.read_text(encoding='utf-8'))
-    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    assigned = {node.id for node in names if isinstance(node.ctx, ast.Store)}
-    used = {node.id for node in names if isinstance(node.ctx, ast.Load)}
-    return sorted(assigned - used) if '_base_' in assigned else []
+def merge_options(cfg: Config, options: dict) -> None:
+    """Applies ``--cfg-options`` in place, or raises ValueError if one has no effect."""
+    cfg.merge_from_dict(options)
+    apply_variables(cfg, list(options))
+    check_variables(cfg, options)
 
 
 def register_scheme() -> None:
     """Lets ``_base_ = 'mmorepa::FOLDER/NAME.py'`` name a config of this package."""
-    others = Config._get_cfg_path
+    original = Config._get_cfg_path
 
     def _get_cfg_path(cfg_path: str, filename: str) -> tuple[str, Optional[str]]:
         if cfg_path.startswith('mmorepa::'):
             return str(find_config(cfg_path)), None
-        return others(cfg_path, filename)
+        return original(cfg_path, filename)
 
     Config._get_cfg_path = staticmethod(_get_cfg_path)
 

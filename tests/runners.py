@@ -208,6 +208,7 @@ def tiny_config(work_dir, **options):
 def build_runner(cfg, phases, is_verbose=True):
     """The steps of tools/train.py, or of tools/test.py for the phase 'test'."""
     runs.check_data_folders(cfg, phases)
+    runs.name_broken_images()
     if 'test' in phases and cfg.get('load_from') and not cfg.get('resume'):
         checkpoint = read_checkpoint(cfg.load_from)
     else:

@@ -64,6 +64,7 @@ from mmorepa.runs import (
     check_data_folders,
     check_start,
     make_runner,
+    name_broken_images,
     set_up_distributed_cpu,
     use_tta,
     use_visualization,
@@ -107,6 +108,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     args = parse_args(argv)
     cfg = prepare(args)
     check_data_folders(cfg, ('test',))
+    name_broken_images()
     checkpoint = read_checkpoint(cfg.load_from)
     set_up_distributed_cpu(cfg)
     runner = make_runner(cfg, args.verbose)

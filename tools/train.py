@@ -55,6 +55,7 @@ from mmorepa.runs import (
     find_start,
     keep_few_checkpoints,
     make_runner,
+    name_broken_images,
     set_up_distributed_cpu,
     use_amp,
 )
@@ -101,6 +102,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     check_data_folders(
         cfg, ('train',) if cfg.get('val_cfg') is None else ('train', 'val')
     )
+    name_broken_images()
     checkpoint = find_start(cfg)
     set_up_distributed_cpu(cfg)
     runner = make_runner(cfg, args.verbose)

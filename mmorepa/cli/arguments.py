@@ -7,7 +7,7 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.device import is_cuda_available
 
-from ..hub import get_config
+from ..hub import get_config, merge_options
 from ..utils.errors import OutputError
 
 
@@ -16,13 +16,13 @@ def load_config(args: argparse.Namespace) -> Config:
 
     Args:
         args (argparse.Namespace): With ``config`` and the flags of
-            :func:`.add_common_arguments`.
+            :func:`.add_common_arguments`. ``--cfg-options`` come last and so win.
 
     Raises:
         OutputError: If the runner's copy of the config would overwrite the config.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = get_config(args.config, args.cfg_options)
+    cfg = get_config(args.config)
     path = Path(cfg.filename)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
@@ -35,9 +35,11 @@ def load_config(args: argparse.Namespace) -> Config:
             if args.no_pin_memory:
                 cfg[name].pin_memory = False
             if cfg.get('default_scope') == 'mmpretrain':
-                # mmpretrain's preprocessor wants stacked images; its own tools set
-                # this default, which is not the runner's.
+                # MMPretrain's preprocessor needs stacked images. MMPretrain's own
+                # tools set this default, and MMEngine's runner does not.
                 cfg[name].setdefault('collate_fn', dict(type='default_collate'))
+    if args.cfg_options is not None:
+        merge_options(cfg, args.cfg_options)
     copy = Path(cfg.work_dir, path.name)
     is_same = copy.exists() and copy.samefile(path)
     if is_same and Config.fromfile(path).dump() != path.read_text():

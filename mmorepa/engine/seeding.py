@@ -10,26 +10,27 @@ from torch.utils.data import Sampler
 
 
 def seed_of(*key: int) -> int:
-    """A seed below 2³² for each key, unrelated to those of its neighbours."""
+    """A seed below 2³² for a key; the seeds of similar keys are unrelated."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 class SeededBatches:
-    """A batch sampler whose batches bring along the seed of their augmentation.
+    """A batch sampler whose batches contain the seed of their augmentation.
 
-    It depends on the batch's number in the whole training, and on no worker.
+    The seed depends on the number of the batch in the whole training, and not on the
+    worker that loads it.
 
     Args:
         batches (Sampler): A batch sampler of indices.
-        *key (int): The rest of the seed: that of the run, the rank.
+        *key (int): The rest of the key of the seed: the seed of the run, and the rank.
     """
 
     def __init__(self, batches: Sampler, *key: int) -> None:
-        vars(self).update(vars(batches))  # Others look for its sampler, for one.
+        vars(self).update(vars(batches))  # MMEngine reads its sampler, for example.
         self.batches = batches
         self.key = key
-        self.number = 0  # Of the batch to come.
-        self.first = 0  # Those before are left out, and not loaded.
+        self.number = 0  # The number of the next batch.
+        self.first = 0  # Batches with lower numbers are skipped and not loaded.
 
     def __iter__(self) -> Iterator['_SeededBatch']:
         for indices in self.batches:
@@ -43,7 +44,7 @@ class SeededBatches:
 
 
 class _SeededBatch:
-    """The indices of a batch; whoever iterates over them is seeded."""
+    """The indices of a batch; an iteration over them seeds the generators first."""
 
     def __init__(self, indices: list, seed: int) -> None:
         self.indices = indices
@@ -52,7 +53,8 @@ class _SeededBatch:
     def __iter__(self) -> Iterator[Any]:
         random.seed(self.seed)
         np.random.seed(self.seed)
-        torch.default_generator.manual_seed(self.seed)  # No image is made on a GPU.
+        # Not torch.manual_seed(), which would also seed the GPUs.
+        torch.default_generator.manual_seed(self.seed)
         yield from self.indices
 
     def __len__(self) -> int:

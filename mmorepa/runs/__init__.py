@@ -8,7 +8,7 @@ from .config import (
     use_tta,
     use_visualization,
 )
-from .data import build_loader, check_data_folders, innermost
+from .data import build_loader, check_data_folders, innermost, name_broken_images
 from .runner import check_start, find_start, make_runner, set_up_distributed_cpu
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     'innermost',
     'keep_few_checkpoints',
     'make_runner',
+    'name_broken_images',
     'set_up_distributed_cpu',
     'use_amp',
     'use_tta',

@@ -1,23 +1,26 @@
 """Changes configs as flags of a command line ask."""
 
 import copy
+import os
+import sys
 from typing import Optional
 
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
+from mmengine.logging import print_log
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from .data import innermost
 
-# The metric that is the best checkpoint's, by the evaluator; 'auto' is its first.
+# By evaluator, the metric that chooses the best checkpoint; 'auto' is its first one.
 _BEST = dict(Accuracy='auto', CocoMetric='auto', VOCMetric='auto', IoUMetric='mIoU')
 
 
 def build_model(cfg: Config) -> nn.Module:
     """The model of a config, in eval mode on the CPU, without running its init_cfg."""
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    if 'data_preprocessor' in cfg:  # The runner hands it on in the same way.
+    if 'data_preprocessor' in cfg:  # As in MMEngine's runner.
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     return MODELS.build(cfg.model).eval()
 
@@ -25,8 +28,8 @@ def build_model(cfg: Config) -> nn.Module:
 def use_amp(cfg: Config) -> None:
     """Turns on mixed-precision training; without an accelerator, in bfloat16.
 
-    Folded wrappers stay folded. ValueError says that the wrapper is another one than
-    MMEngine's and ours.
+    Folded wrappers stay folded. A wrapper that is neither MMEngine's nor of this
+    package is a ValueError.
     """
     name = _type_name({'type': 'OptimWrapper', **cfg.optim_wrapper})
     if name.removeprefix('Folded') in ('AmpOptimWrapper', 'BFloat16OptimWrapper'):
@@ -36,12 +39,15 @@ def use_amp(cfg: Config) -> None:
             f'--amp replaces OptimWrapper and FoldedOptimWrapper, found {name!r}: set '
             'mixed precision in the config'
         )
-    kind = 'AmpOptimWrapper' if has_accelerator() else 'BFloat16OptimWrapper'
+    kind = 'AmpOptimWrapper'
+    if not has_accelerator():
+        kind = 'BFloat16OptimWrapper'
+        print_log('No accelerator: --amp trains in bfloat16 on the CPU.')
     cfg.optim_wrapper.type = name.replace('OptimWrapper', kind)
 
 
 def has_accelerator() -> bool:
-    """True if MMEngine's launchers and loss scaling know the device."""
+    """True if MMEngine's launchers and loss scaling support the device."""
     return get_device() not in ('cpu', 'mps')
 
 
@@ -56,7 +62,7 @@ def add_hook(cfg: Config, name: str) -> None:
 def keep_few_checkpoints(cfg: Config) -> None:
     """Keeps the last three checkpoints, and the best where its metric is known.
 
-    MMEngine keeps one of every epoch. A config's ``max_keep_ckpts`` goes first.
+    MMEngine keeps one of every epoch. A config with ``max_keep_ckpts`` is unchanged.
     """
     hook = (cfg.get('default_hooks') or {}).get('checkpoint')
     if not hook or 'max_keep_ckpts' in hook:
@@ -69,7 +75,7 @@ def keep_few_checkpoints(cfg: Config) -> None:
 
 
 def _type_name(node: dict) -> str:
-    """The type in a config, which may be a class or a name with a scope."""
+    """The name of the type in a config, which may be a class or have a scope."""
     kind = node['type']
     return kind.__name__ if isinstance(kind, type) else kind.rpartition('.')[-1]
 
@@ -77,7 +83,7 @@ def _type_name(node: dict) -> str:
 def use_tta(cfg: Config) -> None:
     """Turns on test-time augmentation; by default, classifiers average over flips.
 
-    ValueError says that the config of another toolbox defines none.
+    Other toolboxes raise ValueError if their config does not define it.
     """
     dataset = innermost(cfg.test_dataloader.dataset)
     if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
@@ -100,11 +106,18 @@ def use_visualization(cfg: Config, show_dir: Optional[str], **options) -> None:
     Args:
         cfg (Config): Changed in place.
         show_dir (str, optional): Where to write images.
-        **options: Of the hook: ``show``, ``interval`` and ``wait_time``.
+        **options: Options of the hook: ``show``, ``interval`` and ``wait_time``.
 
     Raises:
-        ValueError: If the config has no such hook.
+        ValueError: If the config has no such hook, or windows have no display.
     """
+    displays = [os.environ.get(name) for name in ('DISPLAY', 'WAYLAND_DISPLAY')]
+    if options.get('show') and sys.platform == 'linux' and not any(displays):
+        # Matplotlib would draw and show nothing, without a warning.
+        raise ValueError(
+            '--show needs a display, and neither DISPLAY nor WAYLAND_DISPLAY is set; '
+            '--show-dir FOLDER writes files'
+        )
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
         raise ValueError(

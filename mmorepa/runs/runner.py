@@ -3,6 +3,7 @@
 import atexit
 import gc
 import os
+import subprocess
 from typing import Optional
 
 import torch
@@ -20,13 +21,19 @@ from .console import shorten
 from .data import walk
 from .resume import newest_resumable, read_resumable
 
+# By launcher, the variables with the rank, the local rank and the number of processes.
+_RANKS = {
+    'slurm': ('SLURM_PROCID', 'SLURM_LOCALID', 'SLURM_NTASKS'),
+    'mpi': tuple(f'OMPI_COMM_WORLD_{name}' for name in ('RANK', 'LOCAL_RANK', 'SIZE')),
+}
+
 
 def find_start(cfg: Config) -> Optional[dict]:
     """Finds the checkpoint that a training starts or resumes from.
 
     Args:
-        cfg (Config): Changed in place: ``load_from`` and ``resume`` say what was found,
-            and a training that is resumed gets the seed that it drew.
+        cfg (Config): Changed in place. ``load_from`` and ``resume`` are set to the
+            checkpoint, and a training that is resumed gets its former seed.
 
     Returns:
         dict | None: The checkpoint to resume from, if it is a local file.
@@ -42,7 +49,7 @@ def find_start(cfg: Config) -> Optional[dict]:
     if not cfg.get('resume'):
         return None
     if not start:
-        # MMEngine would take what the file last_checkpoint names, damaged or not.
+        # MMEngine would take the file that last_checkpoint names, even if damaged.
         cfg.load_from, checkpoint = newest_resumable(cfg.work_dir)
         cfg.resume = checkpoint is not None
     elif not is_remote:
@@ -54,44 +61,51 @@ def find_start(cfg: Config) -> Optional[dict]:
 
 
 def set_up_distributed_cpu(cfg: Config) -> None:
-    """Prepares a distributed run on CPUs; nothing where there is a GPU or the like.
+    """Sets up a distributed run on CPUs; MMEngine sets up all other runs.
 
-    The processes talk by gloo, and SyncBN becomes BN.
+    The processes communicate by gloo, and SyncBN becomes BN. If the launcher has not
+    set the rank of this process, it is a ValueError.
     """
     if cfg.launcher == 'none' or has_accelerator():
         return
-    # MMEngine's launchers call it.
-    torch.cuda.set_device = lambda device: None
-    cfg.merge_from_dict({'env_cfg.dist_cfg.backend': 'gloo'})
-    # Threads of gloo that still run when Python ends abort the process.
-    atexit.register(_leave_process_group)
-    unused = cfg.get('find_unused_parameters', False)
-    wrapper = cfg.get('model_wrapper_cfg') or dict(
-        broadcast_buffers=False, find_unused_parameters=unused
-    )
-    cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)
-    for _, node in walk(cfg.model, 'model'):
-        if node.get('type') == 'SyncBN':
-            node['type'] = 'BN'
-    print_log('Without GPUs: SyncBN is BN, with statistics per process.')
+    if not torch.distributed.is_initialized():
+        _name_ranks_as_torchrun(cfg.launcher)
+        # MMEngine's own launcher would call torch.cuda.set_device.
+        torch.distributed.init_process_group('gloo')
+        # Threads of gloo that still run when Python ends abort the process.
+        atexit.register(_leave_process_group)
+    cfg.model_wrapper_cfg = {
+        'type': 'MMDistributedDataParallel',
+        'find_unused_parameters': cfg.get('find_unused_parameters', False),
+        **(cfg.get('model_wrapper_cfg') or {}),
+        'broadcast_buffers': False,
+        'device_ids': None,
+    }
+    nodes = [node for _, node in walk(cfg.model, 'model')]
+    sync_bns = [node for node in nodes if node.get('type') == 'SyncBN']
+    for node in sync_bns:
+        node['type'] = 'BN'
+    if sync_bns:
+        print_log('SyncBN needs GPUs: training with BN, statistics per process.')
 
 
 def make_runner(cfg: Config, is_verbose: bool = True) -> Runner:
-    """Builds the runner of a config; the screen shows all of its log, or little."""
+    """Builds the runner of a config; the screen shows its whole log if verbose."""
     if 'runner_type' in cfg:
         return RUNNERS.build(cfg)
     return (Runner if is_verbose else _ShortRunner).from_cfg(cfg)
 
 
 def check_start(runner: Runner, checkpoint: Optional[dict]) -> None:
-    """Refuses weights that do not fit: MMEngine goes on with what fits, or nothing.
+    """Refuses weights that do not fit; MMEngine would load those that fit, or none.
 
     Args:
         runner (Runner): Before it trains or tests.
-        checkpoint (dict, optional): What it will load. None stands for a ``load_from``
-            that starts the backbone, which is checked when the runner loads it.
+        checkpoint (dict, optional): The checkpoint that it will load. With None,
+            ``load_from`` starts the backbone, and the backbone checks it when the
+            runner loads it.
     """
-    if not isinstance(runner.model, nn.Module):  # A FlexibleRunner builds it later.
+    if not isinstance(runner.model, nn.Module):  # FlexibleRunner builds it later.
         return
     if checkpoint is not None:
         load_strictly(unwrapped(runner.model), checkpoint['state_dict'])
@@ -110,9 +124,25 @@ class _ShortRunner(Runner):
         return logger
 
 
+def _name_ranks_as_torchrun(launcher: str) -> None:
+    """Copies the rank of this process to the variables that PyTorch reads."""
+    if launcher not in _RANKS:
+        return
+    environment = os.environ
+    for name, source in zip(('RANK', 'LOCAL_RANK', 'WORLD_SIZE'), _RANKS[launcher]):
+        if source not in environment:
+            raise ValueError(f'--launcher {launcher}, and {source} is not set')
+        environment[name] = environment[source]
+    environment.setdefault('MASTER_PORT', '29500')
+    if 'MASTER_ADDR' not in environment and launcher == 'slurm':
+        line = ['scontrol', 'show', 'hostnames', environment['SLURM_JOB_NODELIST']]
+        hosts = subprocess.run(line, check=True, capture_output=True, text=True).stdout
+        environment['MASTER_ADDR'] = hosts.split()[0]
+
+
 def _leave_process_group() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    # The threads end with the last object that holds the group: a wrapped model, in the
-    # cycle of a runner and its loops.
+    # The threads end when the last object that refers to the group is freed: the wrapped
+    # model, which is part of the reference cycle of a runner and its loops.
     gc.collect()

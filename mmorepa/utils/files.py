@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +15,12 @@ PathLike = Union[str, Path]
 
 @contextmanager
 def atomic_write(path: PathLike) -> Iterator[Path]:
-    """Gives the name to write to, which becomes ``path`` when all is written.
+    """Yields a temporary name to write to, and renames it to ``path`` at the end.
 
-    The folder is made if need be. A symbolic link stays, and what it points to is
-    written. After an error, the file is as before. Raises OutputError if it cannot be
-    written, or as :func:`check_outputs`.
+    The folder is made if need be, and a file that is replaced keeps its permissions. If
+    the path is a symbolic link, the link stays and its target is written. After an
+    error, the file is as before. Raises OutputError if it cannot be written, or as
+    :func:`check_outputs`.
 
     Examples:
         >>> with atomic_write('figures.json') as file:
@@ -33,12 +35,14 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
         yield temporary
         with temporary.open('rb') as file:
             os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, temporary)
         temporary.replace(target)
     except OSError as error:
         reason = error.strerror or error
         raise OutputError(f'{str(path)!r} cannot be written: {reason}') from error
     finally:
-        # Before that, nothing may be made or seen, as where the name is too long.
+        # Not temporary.exists(), which raises an error if the name is too long.
         if os.path.lexists(temporary):
             temporary.unlink()
 
@@ -57,9 +61,9 @@ def check_outputs(
 
     Raises:
         OutputError: If an output is a folder or a device, is protected, or is an input
-            or another output, also by way of symbolic links.
+            or another output, also by way of links.
     """
-    known = {os.path.realpath(path): path for path in inputs if path is not None}
+    known = {_identity(path): path for path in inputs if path is not None}
     for path in outputs:
         if path is None:
             continue
@@ -68,13 +72,21 @@ def check_outputs(
             raise OutputError(f'{name!r} is a folder or a device, not a file')
         if os.path.exists(path) and not os.access(path, os.W_OK):
             raise OutputError(f'{name!r} is protected from being written')
-        place = os.path.realpath(path)
-        if place in known:
+        identity = _identity(path)
+        if identity in known:
             raise OutputError(
-                f'{name!r} would take the place of {str(known[place])!r}; write to '
+                f'{name!r} would take the place of {str(known[identity])!r}; write to '
                 'another file'
             )
-        known[place] = path
+        known[identity] = path
+
+
+def _identity(path: PathLike) -> object:
+    """An identity that all names of a file share, whether it exists or not."""
+    if os.path.exists(path):
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
+    return os.path.realpath(path)
 
 
 def root() -> Path:

@@ -41,7 +41,7 @@ class TestLoadConfig:
         args = arguments('--work-dir', 'flag', config=config)
         assert load_config(args).work_dir == 'flag'
 
-    def test_flags_win(self):
+    def test_options_win(self):
         args = arguments(
             '--work-dir',
             'flag',
@@ -53,8 +53,8 @@ class TestLoadConfig:
             'train_cfg.max_epochs=3',
         )
         cfg = load_config(args)
-        assert cfg.work_dir == 'flag'
-        assert cfg.val_dataloader.pin_memory is False
+        assert cfg.work_dir == 'option'
+        assert cfg.val_dataloader.pin_memory is True
         assert cfg.test_dataloader.pin_memory is False
         assert tuple(cfg.model.backbone.strides) == (1, 2, 2, 1)
         assert cfg.train_cfg.max_epochs == 3

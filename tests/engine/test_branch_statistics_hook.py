@@ -8,6 +8,7 @@ import torch
 from mmengine.dist import utils as dist_utils
 from runners import Probe, TinyClassifier, make_runner
 
+from mmorepa import switch_to_deploy
 from mmorepa.analysis import branch_kernels, relative_step, shares
 from mmorepa.engine import BranchStatisticsHook
 from mmorepa.layers import DBBConv2d, OREPAConv2d, PlainConv2d
@@ -124,6 +125,13 @@ def test_data_parallelism(tmp_path, one_process):
     record = written(tmp_path)[2]
     assert 0 < record['kernel_step/conv1'] < 1
     assert 0 < record['branch_share/conv1/origin'] < 1
+
+
+def test_errors(tmp_path):
+    with pytest.raises(ValueError, match='at least 1'):
+        BranchStatisticsHook(interval=0)
+    with pytest.raises(ValueError, match='nothing to measure'):
+        train(tmp_path, HOOK, model=switch_to_deploy(TinyClassifier()))
 
 
 def test_a_scalar_that_is_no_number_is_left_out(tmp_path, caplog):

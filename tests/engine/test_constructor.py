@@ -135,7 +135,7 @@ def test_frozen_parameters(log):
 def test_shared_parameter():
     model = nn.ModuleDict(dict(a=nn.Linear(3, 3), b=nn.Linear(3, 3)))
     model['b'].weight = model['a'].weight
-    with pytest.raises(ValueError, match='modules share a parameter'):
+    with pytest.raises(ValueError, match=r"share the parameter 'a.weight'"):
         wrapper_of(model, bias_lr_mult=2.0)
     found = settings_by_name(
         model, wrapper_of(model, bias_lr_mult=2.0, bypass_duplicate=True)
@@ -169,6 +169,20 @@ def test_says_how_it_trains(log, model, options, expected):
     build_optim_wrapper(model(), cfg)
     assert log[-1].startswith(expected)
     assert 'SGD fused' in log[-1]
+
+
+def test_online_contradicts_a_folded_wrapper():
+    cfg = dict(type='FoldedOptimWrapper', optimizer=dict(type='SGD', lr=0.1))
+    cfg.update(constructor='OREPAOptimWrapperConstructor', folded=False)
+    with pytest.raises(ValueError, match='contradicts'):
+        build_optim_wrapper(OREPAConv2d(3, 4, 3), cfg)
+
+
+def test_capture_needs_a_folded_form():
+    cfg = dict(type='ApexOptimWrapper', optimizer=dict(type='SGD', lr=0.1))
+    cfg.update(constructor='OREPAOptimWrapperConstructor', capture=True)
+    with pytest.raises(ValueError, match="'ApexOptimWrapper' has no folded form"):
+        build_optim_wrapper(OREPAConv2d(3, 4, 3), cfg)
 
 
 @pytest.mark.parametrize(

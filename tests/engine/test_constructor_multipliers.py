@@ -203,11 +203,16 @@ class TestErrors:
         with pytest.raises(ValueError, match='stem_lr_mult=0.1 has no effect'):
             settings(built('stock'), stem_lr_mult=0.1)
 
-    def test_options(self, built):
-        with pytest.raises(ValueError, match='stem_lr_mul'):
-            settings(built('resnet50'), stem_lr_mul=0.1)
-        with pytest.raises(AttributeError, match='conv9'):
-            settings(built('resnet50'), stem_lr_mult=0.1, stem_keys=['backbone.conv9'])
+    @pytest.mark.parametrize(
+        ('options', 'words'),
+        [
+            (dict(stem_lr_mult=0.1, stem_keys=['backbone.conv9']), 'backbone.conv9'),
+            (dict(stem_lr_mul=0.1), 'stem_lr_mul'),
+        ],
+    )
+    def test_options(self, built, options, words):
+        with pytest.raises(ValueError, match=words):
+            settings(built('resnet50'), **options)
 
     @pytest.mark.parametrize('option', ['scale_decay_mult', 'branch_decay_mult'])
     def test_decay_that_is_not_set(self, option):

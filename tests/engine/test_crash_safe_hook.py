@@ -1,6 +1,9 @@
 """A killed training, resumed, goes on as if nothing had happened."""
 
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +180,16 @@ class TestLosses:
 
 
 class TestSeeding:
+    @pytest.mark.parametrize(
+        ('sampler', 'by_epoch'), [('DefaultSampler', True), ('InfiniteSampler', False)]
+    )
+    def test_a_second_training(self, tmp_path, sampler, by_epoch):
+        runner = trained(tmp_path, sampler=sampler, by_epoch=by_epoch)
+        runner.train()
+        batches = runner.train_dataloader.batch_sampler
+        assert type(batches) is SeededBatches
+        assert type(batches.batches) is torch.utils.data.BatchSampler
+
     def test_batches(self):
         batches = SeededBatches(torch.utils.data.BatchSampler(range(6), 2, False), 1)
         assert len(batches) == 3 and batches.batch_size == 2
@@ -221,12 +234,19 @@ class TestFiles:
         assert names == {f'{name}_{last - 1}.pth', f'{name}_{last}.pth'}
 
     def test_leftovers(self, tmp_path):
-        """Of a kill while saving."""
-        left, other = tmp_path / '.123.epoch_2.pth', tmp_path / '.notes.pth'
-        for path in (left, other):
+        """Of a kill while saving; another training may be writing its own file."""
+        killed = subprocess.Popen([sys.executable, '-c', ''])
+        killed.wait()
+        gone = [tmp_path / f'.{pid}.epoch_2.pth' for pid in (killed.pid, os.getpid())]
+        kept = [
+            tmp_path / name
+            for name in (f'.{os.getppid()}.epoch_2.pth', '.notes.pth', '.1-a.b.pth')
+        ]
+        for path in (*gone, *kept):
             path.touch()
         trained(tmp_path, train_cfg=dict(by_epoch=True, max_epochs=1))
-        assert other.exists() and not left.exists()
+        assert all(path.exists() for path in kept)
+        assert not any(path.exists() for path in gone)
 
     @pytest.mark.slow
     @pytest.mark.parametrize('by_epoch', [True, False])

@@ -28,6 +28,8 @@ def test_says_what_was_chosen(tmp_path, capsys):
     found = dict(line.split(None, 1) for line in lines if line.startswith(('m', 'd')))
     assert found['model'].startswith('TinyClassifier')
     assert 'length           2 epochs of 3 steps, 8 images each' in lines
+    for row in ('training data', 'validation data', 'learning rate'):
+        assert any(line.startswith(row) for line in lines)
     # No terminal: MMEngine's own lines say how far it is.
     assert sum('Epoch(train)' in line for line in lines) == 2
     log = next(tmp_path.glob('*/*.log')).read_text()
@@ -42,7 +44,7 @@ def test_one_line_moves(by_epoch, tmp_path, capsys, monkeypatch):
     runner.train()
     text = capsys.readouterr().out
     assert ('epoch 2/2  step 3/3  loss' if by_epoch else 'iteration 6/6  loss') in text
-    assert 'Epoch(train)' not in text
+    assert 'images/s' in text and 'Epoch(train)' not in text
     runner.test()
     assert 'batch 3/3' in capsys.readouterr().out
 

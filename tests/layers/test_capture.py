@@ -232,6 +232,10 @@ def test_by_the_constructor(recorder):
     plain = nn.Sequential(nn.Conv2d(2, 2, 3))
     train(plain, wrapped(plain, kind='OptimWrapper', **options), steps=1)
     assert recorder.recorded == 2
+    with pytest.raises(ValueError, match="found 'yes'"):
+        wrapped(model, kind='OptimWrapper', folded='yes', **options)
+    with pytest.raises(ValueError, match='folded=False'):
+        wrapped(model, kind='OptimWrapper', folded=False, **options)
     with pytest.raises(ValueError, match="'compiled'"):
         wrapped(model, capture='cuda')
 

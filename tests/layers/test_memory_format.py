@@ -322,6 +322,10 @@ class TestChoice:
         assert has_channels_last(net[1].weight) == channels_last
         assert has_channels_last(net[0].kernel()) == channels_last
 
+    def test_unknown(self):
+        with pytest.raises(ValueError, match="found 'yes'"):
+            wrapper_of(network(), channels_last='yes')
+
 
 def test_any_strides_of_parameters():
     """As a load by assignment, a copy or a wrapper of the parameters leaves them."""

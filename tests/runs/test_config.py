@@ -149,6 +149,14 @@ class TestVisualization:
         with DefaultScope.overwrite_default_scope(scope):
             assert HOOKS.build(cfg.default_hooks.visualization).interval == 3
 
+    def test_windows_need_a_display(self, monkeypatch):
+        monkeypatch.setattr('sys.platform', 'linux')
+        monkeypatch.delenv('DISPLAY', raising=False)
+        monkeypatch.delenv('WAYLAND_DISPLAY', raising=False)
+        cfg = self.config('mmseg', dict(type='SegVisualizationHook'))
+        with pytest.raises(ValueError, match='--show needs a display'):
+            use_visualization(cfg, None, show=True)
+
     @pytest.mark.parametrize('hooks', [{}, dict(default_hooks={})])
     def test_missing(self, hooks):
         with pytest.raises(ValueError, match='need a visualization hook'):

@@ -72,12 +72,20 @@ def folder(tmp_path):
     return cfg
 
 
+def convert_image(cfg, root):
+    """To a format that MMPretrain does not take for an image."""
+    path = root / 'train/rose/1.JPG'
+    path.rename(path.with_suffix('.heic'))
+
+
 # What is wrong, and what is said.
 WRONG_FOLDERS = [
     (lambda cfg, root: (root / 'val').rename(root / 'valid'), 'has train, valid'),
     (lambda cfg, root: cfg.model.head.update(num_classes=9), 'num_classes=3'),
     (lambda cfg, root: (root / 'val/rose').rename(root / 'val/roses'), 'roses'),
     (lambda cfg, root: [shutil.rmtree(p) for p in root.glob('train/*')], 'no folders'),
+    (lambda cfg, root: (root / 'train/rose/1.JPG').unlink(), 'no images.*rose'),
+    (convert_image, 'no images.*rose'),
 ]
 
 
@@ -96,6 +104,16 @@ class TestFolder:
         change(folder, tmp_path)
         with pytest.raises((ValueError, FileNotFoundError), match=words):
             self.check(folder)
+
+    def test_images_of_a_class_in_one_of_two_datasets(self, folder, tmp_path):
+        shutil.copytree(tmp_path / 'train', tmp_path / 'more')
+        (tmp_path / 'train' / 'rose' / '1.JPG').unlink()
+        (tmp_path / 'more' / 'tulip' / '1.JPG').unlink()
+        (tmp_path / 'more' / 'daisy' / '1.JPG').unlink()
+        dataset = folder.train_dataloader.dataset
+        datasets = [dataset, dict(dataset, data_prefix='more')]
+        folder.train_dataloader.dataset = dict(type='ConcatDataset', datasets=datasets)
+        self.check(folder)
 
     def test_annotations_and_images_alone_are_left_to_mmpretrain(
         self, folder, tmp_path
@@ -129,9 +147,9 @@ def coco(tmp_path):
 WRONG_CLASSES = [
     (('cat', 'dog'), 'different classes'),
     # MMDetection would give the labels other names.
-    (('bird', 'dog', 'cat'), "order .cat, dog, bird.; found .'bird', 'dog', 'cat'"),
-    (('cat', 'dgo', 'bird'), "cat, dog, bird.; found .'cat', 'dgo'"),
-    ('cat', "is a tuple .*; found 'cat'"),
+    (('bird', 'dog', 'cat'), 'another order .* write .cat, dog, bird'),
+    (('cat', 'dgo', 'bird'), 'dgo.*cat, dog, bird'),
+    ('cat', 'tuple'),
 ]
 
 
@@ -167,6 +185,6 @@ class TestCoco:
     def test_classes_left_out(self, coco):
         import_models('mmdet')
         del coco.train_dataloader.dataset['metainfo']
-        words = "in its order .cat, dog, bird.; found .'person', 'bicycle', "
+        words = 'person, bicycle, .*…: no such class in .*, which has cat, dog, bird'
         with pytest.raises(ValueError, match=words):
             check_data_folders(coco, ('train',))

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,6 @@ class TestBuildRunner:
 def launched(monkeypatch, tmp_path):
     """As a process of torchrun, the only one, on a machine without a GPU."""
     monkeypatch.setattr(config_module, 'get_device', lambda: 'cpu')
-    monkeypatch.setattr(torch.cuda, 'set_device', torch.cuda.set_device)
     for name, value in dict(
         RANK='0',
         LOCAL_RANK='0',
@@ -179,8 +179,18 @@ class TestDistributedWithoutGPU:
         assert not distributed.is_initialized()
         assert 'model_wrapper_cfg' not in cfg and 'SyncBN' in cfg.pretty_text
 
+    def test_ranks_of_open_mpi(self, monkeypatch):
+        monkeypatch.setattr(os, 'environ', {'MASTER_ADDR': 'here'})
+        with pytest.raises(ValueError, match='OMPI_COMM_WORLD_RANK is not set'):
+            runner_module._name_ranks_as_torchrun('mpi')
+        theirs = dict(RANK='3', LOCAL_RANK='1', SIZE='4')
+        os.environ.update({f'OMPI_COMM_WORLD_{k}': v for k, v in theirs.items()})
+        runner_module._name_ranks_as_torchrun('mpi')
+        expected = dict(RANK='3', LOCAL_RANK='1', WORLD_SIZE='4', MASTER_ADDR='here')
+        assert os.environ.items() > expected.items()
+
     def test_says_so(self, launched, capsys):
         cfg = Config(dict(model=self.norms(), launcher='pytorch'))
         set_up_distributed_cpu(cfg)
-        assert 'SyncBN is BN' in capsys.readouterr().out
+        assert 'SyncBN needs GPUs' in capsys.readouterr().out
         assert 'SyncBN' not in cfg.pretty_text

@@ -31,7 +31,7 @@ CONFIGS = {
 }
 CHECKPOINTS = ('none.pth', '.', 'notes.txt', 'empty.pth', 'cut.pth', 'zeros.pth')
 CHECKPOINTS += ('nan.pth', 'other.pth', 'list.pth', 'none.safetensors')
-OUTPUTS = ('.', 'soft.pth', 'good.pth', 'notes.txt/a.pth', 'mine.pth')
+OUTPUTS = ('.', 'soft.pth', 'hard.pth', 'good.pth', 'notes.txt/a.pth', 'mine.pth')
 OPTIONS = (
     'model=3',
     'model=None',
@@ -122,6 +122,7 @@ def folder(config, tmp_path_factory):
     torch.save([1, 2], folder / 'list.pth')
     for name in ('soft.pth', 'good.pkl'):
         (folder / name).symlink_to(good)
+    (folder / 'hard.pth').hardlink_to(good)
     bad = {key: value.clone() for key, value in state.items()}
     bad['backbone.stem.norm.running_mean'][0] = float('nan')
     torch.save(bad, folder / 'nan.pth')

@@ -1,5 +1,7 @@
 """Mistakes of newcomers: one line says what was wrong and what to do."""
 
+import shutil
+
 import pytest
 import torch
 from helpers import import_models
@@ -30,8 +32,9 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ('model', 'words'),
     [
-        ("conv_cfg=dict(type='OREPAConv2D')", 'Cannot find OREPAConv2D in registry'),
-        ("type='OREPAResNett'", 'OREPAResNett is not in the mmpretrain::model reg'),
+        ("conv_cfg=dict(type='OREPAConv2D')", "did you mean 'OREPAConv2d'?"),
+        ("type='OREPAResNett'", "did you mean 'OREPAResNet'?"),
+        ("type='Nothing'", "type='Nothing' is not in the model registry"),
     ],
 )
 def test_misspelt_type(model, words, folder):
@@ -42,6 +45,23 @@ def test_misspelt_type(model, words, folder):
         f'model = dict(backbone=dict({model}))\n'
     )
     assert words in answer(FLOPS, 'mine.py', '--shape', '32')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('workers', [0, 1])
+def test_broken_image(workers, config, digits, folder):
+    shutil.copytree(digits / 'val', folder / 'val')
+    path = sorted((folder / 'val').rglob('*.png'))[0]
+    path.write_bytes(path.read_bytes()[:40])
+    data = 'train_dataloader.dataset'
+    options = [
+        f'{data}.data_root={folder}',
+        f'{data}.data_prefix=val',
+        f'{data}.indices=16',
+        f'train_dataloader.num_workers={workers}',
+    ]
+    text = answer('train.py', config, '--work-dir', folder / 'w', options=options)
+    assert text.startswith(f"error: '{path}' cannot be read as an image")
 
 
 def test_other_checkpoints(config, folder):

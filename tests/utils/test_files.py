@@ -49,6 +49,12 @@ class TestAtomicWrite:
         assert path.read_text() == 'old'
         assert os.listdir(path.parent) == [path.name]
 
+    def test_keeps_the_mode(self, path):
+        path.chmod(0o600)
+        with atomic_write(path) as file:
+            file.write_text('new')
+        assert path.stat().st_mode & 0o777 == 0o600
+
     @pytest.mark.parametrize('there', [True, False])
     def test_through_links(self, path, there):
         """The link stays, and what it points to is written."""
@@ -116,12 +122,14 @@ class TestCheckOutputs:
     def test_inputs_and_each_other(self, path, monkeypatch):
         folder = path.parent
         (folder / 'soft').symlink_to(path)
+        (folder / 'hard').hardlink_to(path)
         (folder / 'here').symlink_to('.')
         (folder / 'new').symlink_to('not there')
         monkeypatch.chdir(folder)
         for name in (
             'a.txt',
             'soft',
+            'hard',
             'here/a.txt',
             f'here/../{folder.name}/a.txt',
         ):

@@ -15,7 +15,10 @@ def version(monkeypatch):
     """Sets the version that a package says it has."""
 
     def set_version(name, value):
-        monkeypatch.setattr(importlib.import_module(name), '__version__', value)
+        if name == 'Python':
+            monkeypatch.setattr(requirements.platform, 'python_version', lambda: value)
+        else:
+            monkeypatch.setattr(importlib.import_module(name), '__version__', value)
 
     return set_version
 
@@ -24,9 +27,20 @@ def version(monkeypatch):
     'name, value',
     [('mmengine', '0.10.12'), ('mmcv', '2.1.0'), ('torch', '2.14.1+cu130')],
 )
-def test_fits(version, name, value):
+def test_tested(version, name, value, recwarn):
     version(name, value)
     check_requirements()
+    assert not recwarn
+
+
+@pytest.mark.parametrize(
+    'name, value',
+    [('mmengine', '0.10.0'), ('torch', '2.15.0+cu130'), ('Python', '3.14.0')],
+)
+def test_fits_and_is_not_tested(version, name, value):
+    version(name, value)
+    with pytest.warns(UserWarning, match=re.escape(f'{name} {value} (tested: ')):
+        check_requirements()
 
 
 @pytest.mark.parametrize(

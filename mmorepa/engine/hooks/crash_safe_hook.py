@@ -1,5 +1,6 @@
 """Exact resumption of a training that was killed at any moment."""
 
+import os
 from pathlib import Path
 from typing import Any, Union
 
@@ -19,42 +20,40 @@ from ..seeding import SeededBatches, seed_of
 class CrashSafeHook(Hook):
     """Lets a killed training, once resumed, go on as if nothing had happened.
 
-    - Checkpoints are written under another name and renamed when whole. A
-      ``CheckpointHook`` with ``max_keep_ckpts=1`` keeps two: it removes an outdated one
-      before it writes the next.
-    - Every random number, the workers' too, is a function of the seed, the rank and
+    - Checkpoints are written under another name and renamed when they are complete. A
+      ``CheckpointHook`` with ``max_keep_ckpts=1`` keeps two, since it removes an
+      outdated checkpoint before it writes the next one.
+    - Every random number, also of the workers, is a function of the seed, the rank and
       the iteration.
-    - A checkpoint that was saved before its validation is validated first, or the best
-      score would be lost.
-    - An iteration-based loop with an ``InfiniteSampler`` resumes at its batch without
-      loading those before, as MMEngine 0.10 does.
+    - A resumed training first validates a checkpoint that was saved before its
+      validation. Otherwise the best score would be lost.
+    - An iteration-based loop with an ``InfiniteSampler`` resumes at its batch. MMEngine
+      0.10 loads all batches before it again.
 
-    Lost are gradients that were accumulated for a step, and caches of transforms
-    (mmdet's ``CachedMosaic``).
+    Two things are lost: gradients that were accumulated for a step, and caches of
+    transforms, such as mmdet's ``CachedMosaic``.
 
     Examples:
         >>> custom_hooks = [dict(type='CrashSafeHook')]
     """
 
-    # After CheckpointHook, which knows its folder then.
+    # After CheckpointHook, which sets its folder first.
     priority = 'LOWEST'
 
     _is_validated = True
 
     def before_run(self, runner: Runner) -> None:
-        """Makes MMEngine write local files atomically, and keep one that is whole."""
+        """Makes MMEngine write local files atomically, and keep a complete one."""
         register_backend('local', _WholeFileBackend, force=True, prefixes='')
         for hook in _savers(runner):
             if hook.max_keep_ckpts == 1:
                 hook.max_keep_ckpts = 2
 
     def before_train(self, runner: Runner) -> None:
-        """Removes what kills have left, seeds the data, and validates if it is due."""
+        """Removes temporary files, seeds the data, and validates if it is due."""
         if is_main_process():
             for hook in _savers(runner):
-                # What atomic_write has begun, and a kill has not let it finish.
-                for path in Path(hook.out_dir).glob('.[0-9]*.pth'):
-                    path.unlink()
+                _remove_temporary_files(Path(hook.out_dir))
         self._seed_data(runner)
         # MMEngine saves, validates, and saves again only what is better than before.
         if not self._is_validated and self._is_validation_due(runner):
@@ -72,7 +71,7 @@ class CrashSafeHook(Hook):
         )
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Notes whether these weights are validated."""
+        """Saves whether these weights are validated."""
         checkpoint.setdefault('meta', {})['is_validated'] = self._is_validated
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -87,8 +86,11 @@ class CrashSafeHook(Hook):
         loop = runner.train_loop
         loader, batches = loop.dataloader, loop.dataloader.batch_sampler
         self._by_epoch = not hasattr(loop, 'dataloader_iterator')
+        if isinstance(batches, SeededBatches):  # A second training of this runner.
+            batches = batches.batches
         sampler = getattr(batches, 'sampler', None)
-        # An iteration-based loop has begun to load already. These can start anew.
+        # An iteration-based loop has begun to load already. These samplers can be set
+        # back to their start.
         can_start_anew = type(batches) is BatchSampler and isinstance(
             sampler, (DefaultSampler, InfiniteSampler)
         )
@@ -100,17 +102,19 @@ class CrashSafeHook(Hook):
             )
             return
         self._batches = SeededBatches(batches, runner.seed, get_rank(), 0)
-        # DataLoader refuses this by its setter; a new one would start the same way.
+        # DataLoader's setter refuses a change of its batch sampler.
         vars(loader).update(batch_sampler=self._batches, _iterator=None)
         if self._by_epoch:
             return
-        endless = type(loop.dataloader_iterator)
+        former = loop.dataloader_iterator
+        if isinstance(former, _Advanced):  # A second training, again.
+            former = former.iterator
+        iterator = type(former)(loader)
         if isinstance(sampler, InfiniteSampler):
             sampler.indices = sampler._indices_of_rank()
             self._batches.first = runner.iter
-            loop.dataloader_iterator = _Advanced(endless(loader), runner.iter)
-        else:
-            loop.dataloader_iterator = endless(loader)
+            iterator = _Advanced(iterator, runner.iter)
+        loop.dataloader_iterator = iterator
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Numbers the batches of this epoch."""
@@ -130,6 +134,27 @@ def _savers(runner: Runner) -> list[CheckpointHook]:
     return [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
 
 
+def _remove_temporary_files(folder: Path) -> None:
+    """Removes files that atomic_write() began in processes that were killed."""
+    for path in folder.glob('.[0-9]*.*.pth'):
+        pid = path.name.split('.')[1]
+        if pid.isdecimal() and not _is_another_process(int(pid)):
+            path.unlink()
+
+
+def _is_another_process(pid: int) -> bool:
+    """Whether this is the id of a running process other than this one."""
+    if os.name != 'posix':
+        return True  # Not known: on Windows, os.kill() would end the process.
+    try:
+        os.kill(pid, 0)  # This sends no signal.
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # The process belongs to another user.
+        return True
+    return pid != os.getpid()
+
+
 class _WholeFileBackend(LocalBackend):
     """A local file backend that writes atomically."""
 
@@ -139,16 +164,16 @@ class _WholeFileBackend(LocalBackend):
 
 
 class _Advanced:
-    """MMEngine's endless iterator, of a sampler that has left out ``steps`` batches."""
+    """MMEngine's endless iterator, for a sampler that has skipped ``steps`` batches."""
 
     def __init__(self, iterator: Any, steps: int) -> None:
         self.iterator = iterator
-        # MMEngine calls next() for each of them, OneDL's skip_iter() for all.
-        self.left = 0 if hasattr(iterator, 'skip_iter') else steps
+        # MMEngine calls next() for each of them. OneDL calls skip_iter() once.
+        self.calls_to_ignore = 0 if hasattr(iterator, 'skip_iter') else steps
 
     def __next__(self) -> Any:
-        if self.left:
-            self.left -= 1
+        if self.calls_to_ignore:
+            self.calls_to_ignore -= 1
             return None
         return next(self.iterator)
 

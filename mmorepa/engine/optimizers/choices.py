@@ -1,10 +1,11 @@
-"""How a model is trained where the config leaves it open: folds, memory, updates."""
+"""Chooses how a model is trained if the config does not: folds, memory, updates."""
 
-from typing import Union
+from typing import Optional, Union
 
 from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -26,16 +27,22 @@ FOLDED = {
 }
 
 
+def wrapper_class(cfg: dict) -> Optional[type]:
+    """The class of an optimizer wrapper's config; None if there is no such class."""
+    kind = cfg.get('type', 'OptimWrapper')
+    return OPTIM_WRAPPERS.get(kind) if isinstance(kind, str) else kind
+
+
 def choose_memory_format(
     model: nn.Module, channels_last: Union[bool, str], is_half: bool
 ) -> list[nn.Module]:
-    """Chooses the order of memory, and returns the modules that have channels last.
+    """Chooses the memory format, and returns the modules that have channels last.
 
-    ``'auto'`` takes what was measured to be faster; ``is_half`` says that the training
-    is in mixed precision. Wrapped models stay as they are.
+    ``'auto'`` takes the format that was measured to be faster. ``is_half`` is True for
+    mixed precision. Wrapped models are not changed.
     """
     if any(map(is_model_wrapper, model.modules())):
-        # What reduces gradients has remembered their order.
+        # DDP has made buckets for gradients in the former memory format.
         if channels_last is True:
             raise ValueError(
                 'channels_last=True comes too late for a model that is wrapped: '
@@ -63,12 +70,11 @@ def log_choices(
     elif not isinstance(wrapper, tuple(FOLDED.values())):
         mode = f'{kernels} kernels folded online, at every forward pass'
     elif folds_online(model):
-        mode = (
-            f'{kernels} kernels folded online, because of {type(model).__name__}: '
-            "model_wrapper_cfg=dict(type='FoldedDistributedDataParallel') would fold "
-            'them outside of the graph'
-        )
-    folds = 'compiled' if compiled.is_available() else 'not compiled'
+        mode = f'{kernels} kernels folded online, because of {type(model).__name__}'
+    device = next(model.parameters()).device.type
+    folds = 'compiled for this CPU' if compiled.is_available() else 'not compiled'
+    if device != 'cpu':
+        folds = f'as operations on {device}'
     update = 'fused' if wrapper.optimizer.defaults.get('fused') else 'not fused'
     names = ', '.join(type(part).__name__ for part in parts) or 'nothing'
     convs = [conv for _, conv in outermost(model, _ConvNd)]
@@ -80,7 +86,7 @@ def log_choices(
             'branches: build it without deploy=True to train it re-parameterised'
         )
     logger.info(
-        f'{type(wrapper).__name__}: {mode} (folds {folds} for this CPU; '
+        f'{type(wrapper).__name__}: {mode} (folds {folds}; '
         f'{type(wrapper.optimizer).__name__} {update}; channels last in {names}); '
         f'{reparameterized} of {len(convs)} convs are re-parameterised'
     )
