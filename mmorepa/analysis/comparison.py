@@ -19,8 +19,8 @@ class Difference(NamedTuple):
     """The largest difference between two outputs.
 
     Args:
-        absolute (float): ``max |a − b|``.
-        relative (float): ``max |a − b| / max |a|``, the worst of all tensors.
+        absolute (float): ``max |a − b|``, the largest of all tensors.
+        relative (float): ``max |a − b| / max |a|``, the largest of all tensors.
     """
 
     absolute: float
@@ -36,12 +36,12 @@ def raw_outputs(model: nn.Module, data_batch: Any) -> list[Tensor]:
 
     Args:
         model (nn.Module): A model of mmpretrain, mmdet or mmseg, or any MMEngine
-            ``BaseModel`` that knows ``mode='tensor'``; wrapped or not.
-        data_batch (Any): A batch as the test dataloader yields it.
+            ``BaseModel`` that supports ``mode='tensor'``; wrapped or not.
+        data_batch (Any): A batch of the test dataloader.
     """
     data_batch = copy.deepcopy(data_batch)
     if any(isinstance(m, BaseTTAModel) for m in model.modules()):
-        # The first augmentation.
+        # Take the first augmentation of each image.
         if isinstance(data_batch, dict):
             data_batch = {key: value[0] for key, value in data_batch.items()}
         else:
@@ -66,12 +66,12 @@ def network_outputs(model: nn.Module, *args, **kwargs) -> list[Tensor]:
 
     Args:
         model (nn.Module): Not wrapped.
-        *args, **kwargs: What the model's ``forward`` takes of a batch. For the
+        *args, **kwargs: The arguments of the model's ``forward`` for a batch. For the
             toolboxes, ``inputs`` of shape (N, C, H, W) and maybe ``data_samples``.
 
     Returns:
-        list[Tensor]: Logits, feature maps or the outputs of heads; the second stage
-        of a two-stage detector is run on a fixed grid of boxes.
+        list[Tensor]: Logits, feature maps or the outputs of heads. The second stage of
+        a two-stage detector runs on a fixed grid of boxes.
     """
     if hasattr(getattr(model, 'rpn_head', None), 'prior_generator'):
         return _two_stage_outputs(model, kwargs['inputs'] if kwargs else args[0])
@@ -79,7 +79,7 @@ def network_outputs(model: nn.Module, *args, **kwargs) -> list[Tensor]:
 
 
 def _two_stage_outputs(model: nn.Module, inputs: Tensor) -> list[Tensor]:
-    """The second stage gets fixed boxes, since rounding may swap two proposals."""
+    """Runs the second stage on fixed boxes, since rounding may swap two proposals."""
     features = model.extract_feat(inputs)
     outputs = [features, model.rpn_head(features)]
     if getattr(model, 'roi_head', None) is not None:
@@ -115,7 +115,7 @@ def largest_difference(expected: list[Tensor], actual: list[Tensor]) -> Differen
     differences = torch.tensor(
         [_difference(a.double(), b.double()) for a, b in zip(expected, actual)]
     )
-    # max() of a tensor, unlike Python's, lets a NaN through.
+    # max() of a tensor returns NaN if there is one, unlike Python's max().
     return Difference(*differences.max(dim=0).values.tolist())
 
 
@@ -123,19 +123,19 @@ def largest_difference(expected: list[Tensor], actual: list[Tensor]) -> Differen
 def watched_convs(model: nn.Module) -> Iterator[dict[str, float]]:
     """Compares each re-parameterised conv with its plain form, whenever it runs.
 
-    Both see the same input, so that what one layer does wrong is not blamed on those
-    that come after it.
+    Both forms get the same input, so that an error of one layer does not count for the
+    layers after it.
 
     Yields:
         dict[str, float]: The largest relative difference by the name of the conv, in
-        the order in which they ran first; filled while the model, in eval mode, runs.
+        the order of their first runs. It fills while the model runs, in eval mode.
     """
     differences: dict[str, float] = {}
 
     def compare(name: str, conv: ReparamConv2d, inputs: tuple, output: Tensor) -> None:
         plain = copy.deepcopy(conv)
         plain.switch_to_deploy()
-        # Not plain(): hooks, this one for instance, came along.
+        # plain() would call the hooks that were copied, such as this one.
         difference = largest_difference([output], [plain.forward(*inputs)]).relative
         if not difference <= differences.setdefault(name, 0.0):  # NaN, too.
             differences[name] = difference

@@ -1,4 +1,4 @@
-"""The config that a command line asks for."""
+"""Reads the config that a command line names."""
 
 import argparse
 import os

@@ -10,11 +10,11 @@ class Parser(argparse.ArgumentParser):
     """A parser that names its command and shows an example.
 
     Args:
-        description (str): What the command does, in lines of its own.
+        description (str): Describes the command; line breaks are kept.
         example (str): The arguments of a call.
     """
 
-    # Of ``python -m mmorepa COMMAND``. What this process starts is another command.
+    # Set by ``python -m mmorepa COMMAND``. Child processes are other commands.
     command = os.environ.pop('MMOREPA_COMMAND', None)
 
     def __init__(self, description: Optional[str], example: str) -> None:
@@ -67,7 +67,7 @@ def add_shape(parser: argparse.ArgumentParser, text: str) -> None:
 
     Args:
         parser (argparse.ArgumentParser): Extended in place.
-        text (str): What has this size, and what it is by default.
+        text (str): The help: what has this size, and the default.
     """
     parser.add_argument(
         '--shape',

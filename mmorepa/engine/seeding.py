@@ -1,4 +1,4 @@
-"""Random numbers that depend on the seed and the progress of a training alone."""
+"""Random numbers that depend only on the seed and the progress of a training."""
 
 import random
 from collections.abc import Iterator

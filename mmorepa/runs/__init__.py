@@ -1,4 +1,4 @@
-"""From a config to a model, its data and a runner: what the command lines do."""
+"""The steps of the command lines: from a config to a model, its data and a runner."""
 
 from .config import (
     add_hook,

@@ -152,7 +152,7 @@ def _is_here(cfg: Config, dataset: dict) -> bool:
 
 
 def walk(node: Any, where: str) -> Iterator[tuple[str, dict]]:
-    """Yields all dicts in a part of a config with places such as ``'model.neck[1]'``."""
+    """Yields all dicts in a part of a config, with places such as 'model.neck[1]'."""
     if isinstance(node, dict):
         yield where, node
         for key, value in node.items():

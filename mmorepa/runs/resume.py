@@ -14,7 +14,7 @@ _NAME = re.compile(r'(epoch|iter)_\d+\.pth')
 
 
 def read_resumable(path: str) -> dict:
-    """As :func:`read_checkpoint`, and it must hold the whole state of a training."""
+    """Reads a checkpoint, which must hold the whole state of a training."""
     checkpoint = read_checkpoint(path)
     parts = ('message_hub', 'meta', 'optimizer')
     missing = [part for part in parts if not isinstance(checkpoint.get(part), dict)]
@@ -31,9 +31,10 @@ def read_resumable(path: str) -> dict:
 def newest_resumable(folder: str) -> tuple[Optional[str], Optional[dict]]:
     """Path and content of the last checkpoint of a training that can be read.
 
-    It is the one that ``last_checkpoint`` in the work folder names, or the newest file
-    there that is whole. A warning names those that are left out. Without any checkpoint
-    both are None; if none can be resumed from, it raises CheckpointError.
+    It is the checkpoint that ``last_checkpoint`` in the work folder names. If that is
+    damaged, it is the newest complete checkpoint in the folder, and a warning names the
+    damaged ones. Both results are None if there is no checkpoint. If there are some and
+    all are damaged, it raises CheckpointError.
     """
     skipped = ''
     for path in _candidates(Path(folder).resolve()):
@@ -60,11 +61,11 @@ def _candidates(folder: Path) -> list[Path]:
     """Checkpoints, in the order in which to try them."""
     paths = [path for path in folder.glob('*.pth') if _NAME.fullmatch(path.name)]
     paths.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    # It goes first: copies are as old as their copying, and an earlier training in this
-    # folder may have left files of later steps.
+    # The named checkpoint comes first, since times are unreliable in copied folders, and
+    # an earlier training in this folder may have left files of later steps.
     pointer = folder / 'last_checkpoint'
     if pointer.is_file():
-        # A crash of the machine may leave zeros.
+        # After a crash of the machine, the file may consist of zeros.
         text = pointer.read_text(errors='replace').strip('\0 \n')
         here = folder / Path(text).name  # The folder may have been moved, or copied.
         if text:

@@ -143,6 +143,6 @@ def _name_ranks_as_torchrun(launcher: str) -> None:
 def _leave_process_group() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    # The threads end when the last object that refers to the group is freed: the wrapped
-    # model, which is part of the reference cycle of a runner and its loops.
+    # The threads end when the wrapped model is freed, which refers to the group. It is
+    # part of the reference cycle of a runner and its loops.
     gc.collect()

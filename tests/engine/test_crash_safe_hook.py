@@ -222,7 +222,7 @@ class TestFiles:
         return states
 
     @pytest.mark.parametrize('by_epoch', [True, False])
-    def test_one_is_always_whole(self, tmp_path, monkeypatch, by_epoch):
+    def test_removes_after_saving(self, tmp_path, monkeypatch, by_epoch):
         states = self.watch(monkeypatch)
         trained(tmp_path, by_epoch=by_epoch, keep=1)
         name, last = ('epoch', 3) if by_epoch else ('iter', 12)
@@ -230,8 +230,32 @@ class TestFiles:
             (f'{name}_{n}.pth', [f'{name}_{n - 1}.pth'] if n > 1 else [])
             for n in range(1, last + 1)
         ]
+        assert [p.name for p in tmp_path.glob('*.pth')] == [f'{name}_{last}.pth']
+
+    def test_best(self, tmp_path, monkeypatch):
+        """The better one is there before the best of up to now goes."""
+        states = self.watch(monkeypatch)
+        scores = iter([0.1, 0.3, 0.2])
+        monkeypatch.setattr(
+            Logits, 'compute_metrics', lambda *_: dict(accuracy=next(scores))
+        )
+        hooks = dict(
+            checkpoint=dict(
+                type='CheckpointHook', save_best='accuracy', max_keep_ckpts=1
+            )
+        )
+        runner = make_runner(
+            tmp_path,
+            default_hooks=hooks,
+            train_cfg=dict(by_epoch=True, max_epochs=3, val_interval=1),
+            custom_hooks=[HOOK],
+        )
+        runner.train()
+        best = [whole for name, whole in states if name.startswith('best_')]
+        assert ['best_accuracy_epoch_1.pth' in whole for whole in best] == [False, True]
         names = {p.name for p in tmp_path.glob('*.pth')}
-        assert names == {f'{name}_{last - 1}.pth', f'{name}_{last}.pth'}
+        assert 'best_accuracy_epoch_2.pth' in names
+        assert 'best_accuracy_epoch_1.pth' not in names
 
     def test_leftovers(self, tmp_path):
         """Of a kill while saving; another training may be writing its own file."""

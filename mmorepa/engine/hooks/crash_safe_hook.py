@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, ClassVar, Union
 
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.dist import get_rank, is_main_process
@@ -20,9 +20,8 @@ from ..seeding import SeededBatches, seed_of
 class CrashSafeHook(Hook):
     """Lets a killed training, once resumed, go on as if nothing had happened.
 
-    - Checkpoints are written under another name and renamed when they are complete. A
-      ``CheckpointHook`` with ``max_keep_ckpts=1`` keeps two, since it removes an
-      outdated checkpoint before it writes the next one.
+    - Checkpoints are written under another name and renamed when they are complete.
+      Outdated ones are removed after that. ``CheckpointHook`` alone removes them first.
     - Every random number, also of the workers, is a function of the seed, the rank and
       the iteration.
     - A resumed training first validates a checkpoint that was saved before its
@@ -43,19 +42,20 @@ class CrashSafeHook(Hook):
     _is_validated = True
 
     def before_run(self, runner: Runner) -> None:
-        """Makes MMEngine write local files atomically, and keep a complete one."""
+        """Makes MMEngine write local files atomically."""
         register_backend('local', _WholeFileBackend, force=True, prefixes='')
-        for hook in _savers(runner):
-            if hook.max_keep_ckpts == 1:
-                hook.max_keep_ckpts = 2
 
     def before_train(self, runner: Runner) -> None:
-        """Removes temporary files, seeds the data, and validates if it is due."""
-        if is_main_process():
-            for hook in _savers(runner):
-                _remove_temporary_files(Path(hook.out_dir))
+        """Postpones removals, seeds the data, and validates if it is due."""
+        _WholeFileBackend.outdated.clear()  # The last training may have failed to save.
+        for hook in runner.hooks:
+            if isinstance(hook, CheckpointHook):
+                if isinstance(hook.file_backend, LocalBackend):
+                    hook.file_backend = _PostponedRemovals()
+                if is_main_process():
+                    _remove_temporary_files(Path(hook.out_dir))
         self._seed_data(runner)
-        # MMEngine saves, validates, and saves again only what is better than before.
+        # MMEngine saves, validates, and then saves the best checkpoint.
         if not self._is_validated and self._is_validation_due(runner):
             runner.val_loop.run()
 
@@ -130,10 +130,6 @@ class CrashSafeHook(Hook):
         set_random_seed(seed_of(runner.seed, get_rank(), 1, runner.iter))
 
 
-def _savers(runner: Runner) -> list[CheckpointHook]:
-    return [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
-
-
 def _remove_temporary_files(folder: Path) -> None:
     """Removes files that atomic_write() began in processes that were killed."""
     for path in folder.glob('.[0-9]*.*.pth'):
@@ -156,11 +152,23 @@ def _is_another_process(pid: int) -> bool:
 
 
 class _WholeFileBackend(LocalBackend):
-    """A local file backend that writes atomically."""
+    """A local file backend that writes atomically, and removes outdated files then."""
+
+    outdated: ClassVar[set[str]] = set()
 
     def put(self, obj: Union[bytes, memoryview], filepath: Union[str, Path]) -> None:
         with atomic_write(filepath) as file:
             file.write_bytes(obj)
+        for path in self.outdated - {os.path.realpath(filepath)}:
+            Path(path).unlink(missing_ok=True)
+        self.outdated.clear()
+
+
+class _PostponedRemovals(LocalBackend):
+    """A local file backend whose removals wait until the next file is written."""
+
+    def remove(self, filepath: Union[str, Path]) -> None:
+        _WholeFileBackend.outdated.add(os.path.realpath(filepath))
 
 
 class _Advanced:
