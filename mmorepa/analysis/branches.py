@@ -159,7 +159,7 @@ def _side_by_side(
         if isinstance(branch, ReparamConv2d) and isinstance(
             branch.branches, BranchKernel
         ):
-            # This branch is an OREPA conv, and its branches become branches of the layer.
+            # The branches of an OREPA conv become branches of the layer.
             (layer,) = _layers_of(branch_name, branch, dtype)
             kernels.update(layer.kernels)
             scales.update(layer.scales)

@@ -12,12 +12,12 @@ import torch
 T = TypeVar('T')
 # On a busy machine, a short function runs undisturbed in one of many rounds.
 ROUNDS, SECONDS = 15, 2.0
-# The share of the cores above which a machine is calm; without load it is about 0.95.
+# A machine with at least this share of the cores is calm; 0.95 is usual without load.
 CALM = 0.8
 
 
 class Clock:
-    """Reads the time of a device, in seconds, and measures whether other programs run."""
+    """Reads the time of a device in seconds, and measures the share of the cores."""
 
     def __init__(self, device: str = 'cpu') -> None:
         self.is_cuda = torch.device(device).type == 'cuda'
@@ -99,7 +99,7 @@ def least_seconds(
 ) -> tuple[list[float], float]:
     """The least seconds of each function over many rounds, and the share of the cores.
 
-    Other programs only lengthen a call, so the least is nearest to the time without them.
+    Other programs only lengthen a call, so the least is nearest to a calm machine's.
     """
     clock = Clock()
     timed = {str(i): partial(clock.seconds, f) for i, f in enumerate(functions)}

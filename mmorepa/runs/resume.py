@@ -61,7 +61,7 @@ def _candidates(folder: Path) -> list[Path]:
     """Checkpoints, in the order in which to try them."""
     paths = [path for path in folder.glob('*.pth') if _NAME.fullmatch(path.name)]
     paths.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    # The named checkpoint comes first, since times are unreliable in copied folders, and
+    # The named checkpoint comes first, since copies have the time of their copying, and
     # an earlier training in this folder may have left files of later steps.
     pointer = folder / 'last_checkpoint'
     if pointer.is_file():
