@@ -109,12 +109,13 @@ class CrashSafeHook(Hook):
         former = loop.dataloader_iterator
         if isinstance(former, _Advanced):  # A second training, again.
             former = former.iterator
-        iterator = type(former)(loader)
+        endless = type(former)
         if isinstance(sampler, InfiniteSampler):
             sampler.indices = sampler._indices_of_rank()
             self._batches.first = runner.iter
-            iterator = _Advanced(iterator, runner.iter)
-        loop.dataloader_iterator = iterator
+            loop.dataloader_iterator = _Advanced(endless(loader), runner.iter)
+        else:
+            loop.dataloader_iterator = endless(loader)
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Numbers the batches of this epoch."""
@@ -176,7 +177,7 @@ class _Advanced:
 
     def __init__(self, iterator: Any, steps: int) -> None:
         self.iterator = iterator
-        # MMEngine calls next() for each of them. OneDL calls skip_iter() once.
+        # MMEngine calls next() for each of the steps. OneDL calls skip_iter() once.
         self.calls_to_ignore = 0 if hasattr(iterator, 'skip_iter') else steps
 
     def __next__(self) -> Any:
