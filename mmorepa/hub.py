@@ -54,8 +54,8 @@ def find_config(name: Union[str, Path]) -> Path:
     close = difflib.get_close_matches(wanted, by_spelling, n=4)
     advice = f'{str(folder)!r} has the others'
     if close:
-        close = dict.fromkeys(by_spelling[spelling] for spelling in close)
-        advice = f'close are: {", ".join(close)}'
+        similar = dict.fromkeys(by_spelling[spelling] for spelling in close)
+        advice = f'close are: {", ".join(similar)}'
     raise FileNotFoundError(
         f'no config at {name!r}, nor one of that name in {package}; {advice}'
     )
