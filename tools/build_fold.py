@@ -7,7 +7,6 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -15,7 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from start import Parser
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     return Parser(__doc__, '').parse_args(argv)
 
 
@@ -27,7 +26,7 @@ from build_mmcv import search_path
 from mmorepa.functional import compiled
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     parse_args(argv)
     os.environ['PATH'] = search_path()
     # It warns of a missing CUDA, which is not needed.

@@ -19,7 +19,6 @@ outside the repository and serves every checkout.
 """
 
 import argparse
-import contextlib
 import fcntl
 import os
 import re
@@ -30,31 +29,35 @@ import sys
 import sysconfig
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional
 
 ROOT = Path(__file__).resolve().parent.parent
-# Includes mmcv's header that pulls in torch, as every file of the operators does.
-HEADER = 'precompiled.hpp'
-HEADER_TEXT = '#include "pytorch_cpp_helper.hpp"\n'
+# Stands in for the compiler. mmcv's header pulls in torch, as every file of the
+# operators does. Precompiled, it is only taken up with the flags that it was compiled
+# with, and those differ between versions of setuptools and torch: the first files that
+# come by tell them.
+COMPILER = """#!/bin/bash
+if [[ "$*" == *.cpp* ]]; then
+  words=()
+  for word; do
+    case $word in
+      *.cpp) word=HEADER ;;
+      *.o) word=HEADER.$$ ;;
+    esac
+    words+=("$word")
+  done
+  if [[ ! -e HEADER.gch ]]; then
+    COMPILER -x c++-header "${words[@]}" && mv HEADER.$$ HEADER.gch
+  fi
+  set -- -include HEADER "$@"
+fi
+exec COMPILER "$@"
+"""
 
 
-class BuildError(Exception):
-    """The wheel could not be built; the message says why and what to do."""
-
-
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-def pinned_mmcv(stack: str) -> tuple[str, str]:
-    """Returns the distribution name and the version of mmcv in a stack."""
-    path = ROOT / 'requirements' / f'{stack}-ops.txt'
-    match = re.search(r'^([\w-]+)==([\w.]+)$', path.read_text(), re.MULTILINE)
-    if match is None:
-        raise BuildError(f'{path} has no line like mmcv==2.1.0')
-    return match.group(1), match.group(2)
+def fail(message: str) -> None:
+    sys.exit(f'build_mmcv: {message}')
 
 
 def wants_cuda() -> bool:
@@ -71,8 +74,7 @@ def wants_cuda() -> bool:
     from torch.utils.cpp_extension import CUDA_HOME
 
     if CUDA_HOME is None:
-        say('    There is a GPU but no CUDA toolkit (nvcc): the operators will run')
-        say('    on the CPU only.')
+        print('    No nvcc: the operators will run on the CPU only.', file=sys.stderr)
     return CUDA_HOME is not None
 
 
@@ -80,94 +82,24 @@ def cache_folder(name: str, version: str, cuda: bool) -> Path:
     """Returns the folder of the cache that belongs to this Python, torch and mmcv."""
     import torch
 
-    base = os.environ.get('MMOREPA_CACHE')
-    if not base:
-        user_cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-        base = Path(user_cache) / 'mmorepa'
+    base = os.environ.get('MMOREPA_CACHE') or Path.home() / '.cache/mmorepa'
     python = f'cp{sys.version_info.major}{sys.version_info.minor}'
     platform = sysconfig.get_platform().replace('-', '_')
-    device = '-cuda' if cuda else ''
-    return (
-        Path(base).absolute()
-        / 'wheels'
-        / f'{python}-{platform}-torch{torch.__version__}-{name}-{version}{device}'
-    )
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds the lock file for the time of the block; the system frees it at exit."""
-    with path.open('w') as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-# ---- the compiler that the build is given ------------------------------------------
-
-
-def flags_of(arguments: list[str], source: str) -> list[str]:
-    """Returns a compiler's arguments less those that name its input and outputs."""
-    flags = []
-    rest = iter(arguments)
-    for argument in rest:
-        if argument in ('-o', '-MF'):
-            next(rest)
-        elif argument not in ('-c', '-MD', '-MMD', source):
-            flags.append(argument)
-    return flags
-
-
-def precompile(compiler: str, flags: list[str], header: Path) -> None:
-    """Compiles the header with the flags of a file that is about to include it."""
-    part = header.with_suffix('.part')
-    command = [compiler, *flags, '-x', 'c++-header', '-c', str(header), '-o', str(part)]
-    if subprocess.run(command).returncode == 0:
-        part.replace(precompiled(header))
-
-
-def precompiled(header: Path) -> Path:
-    """Returns the path at which the compiler looks for the precompiled header."""
-    return header.with_name(f'{header.name}.gch')
-
-
-def compile_as(compiler: str, folder: Path, arguments: list[str]) -> None:
-    """Stands in for the compiler: compiles with the header precompiled beforehand.
-
-    A precompiled header is only taken up if it was compiled with exactly the flags of
-    the file that includes it, and those differ between versions of setuptools and
-    torch. The first file that comes by tells them.
-    """
-    source = next((name for name in arguments if name.endswith('.cpp')), None)
-    if source is not None and '-c' in arguments:
-        header = folder / HEADER
-        with locked(folder / 'lock'):
-            if not header.exists():
-                header.write_text(HEADER_TEXT)
-                precompile(compiler, flags_of(arguments, source), header)
-        if precompiled(header).exists():
-            # First on the command line, since it counts only before any other code.
-            arguments = ['-include', str(header), '-Winvalid-pch', *arguments]
-    os.execvp(compiler, [compiler, *arguments])
+    place = f'{python}-{platform}-torch{torch.__version__}-{name}-{version}'
+    return Path(base).absolute() / 'wheels' / (place + '-cuda' * cuda)
 
 
 def write_compiler(folder: Path) -> Path:
-    """Writes the executable that the build takes for its compiler; see compile_as."""
-    real = shutil.which(os.environ.get('CXX', 'g++'))
-    if real is None:
-        raise BuildError(
-            'no C++ compiler: install one (on Debian and Ubuntu: apt-get install g++) '
-            'or name it in the environment variable CXX'
-        )
-    command = [sys.executable, str(Path(__file__).resolve()), '--as-compiler']
-    script = folder / 'g++'
-    script.write_text(
-        f'#!/bin/sh\nexec {shlex.join([*command, real, str(folder)])} "$@"\n'
-    )
+    """Writes the executable that the build takes for its compiler."""
+    compiler = shutil.which(os.environ.get('CXX', 'g++'))
+    if compiler is None:
+        fail('no C++ compiler: install one (g++), or name it in CXX')
+    header, script = folder / 'precompiled.hpp', folder / 'g++'
+    header.write_text('#include "pytorch_cpp_helper.hpp"\n')
+    text = COMPILER.replace('COMPILER', shlex.quote(compiler))
+    script.write_text(text.replace('HEADER', shlex.quote(str(header))))
     script.chmod(0o755)
     return script
-
-
-# ---- the build ---------------------------------------------------------------------
 
 
 def search_path() -> str:
@@ -175,88 +107,67 @@ def search_path() -> str:
     return f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
 
 
-def check_tools() -> None:
-    """Raises BuildError if something is missing that only shows minutes later."""
-    include = Path(sysconfig.get_path('include'))
-    if not (include / 'Python.h').is_file():
-        raise BuildError(
-            f'no Python.h in {include}: install the headers of this Python '
-            '(on Debian and Ubuntu: apt-get install python3-dev)'
-        )
-    if shutil.which('ninja', path=search_path()) is None:
-        raise BuildError('no ninja: pip install ninja')
-
-
-def pip(*arguments: str, environment: Optional[dict[str, str]] = None) -> None:
+def pip(*arguments: object, environment: Optional[dict[str, str]] = None) -> None:
     """Runs pip, without build isolation, which would hide the installed torch."""
-    command = [sys.executable, '-m', 'pip', *arguments]
+    command = [sys.executable, '-m', 'pip', *map(str, arguments)]
     command += ['--no-deps', '--no-build-isolation']
     if subprocess.run(command, stdout=sys.stderr, env=environment).returncode:
-        raise BuildError(
+        fail(
             f'pip {arguments[0]} failed, see above; without the operators everything '
             'but detection works'
         )
 
 
-def unpack_source(name: str, version: str, folder: Path) -> Path:
-    """Downloads and unpacks mmcv's source, and mends what torch does not compile."""
-    pip('download', '--no-binary', name, '--dest', str(folder), f'{name}=={version}')
-    archive = next(folder.glob('*.tar.gz'))
-    shutil.unpack_archive(archive, folder)
+def build(name: str, version: str, work: Path, cuda: bool) -> Path:
+    """Builds the wheel from mmcv's source, and returns its path."""
+    pip('download', '--no-binary', name, '--dest', work, f'{name}=={version}')
+    archive = next(work.glob('*.tar.gz'))
+    shutil.unpack_archive(archive, work)
     source = archive.with_name(archive.name.removesuffix('.tar.gz'))
     # torch adds the standard that its headers need if the build names none.
     setup = source / 'setup.py'
     setup.write_text(re.sub(r"'-std=c\+\+\d\d'", '', setup.read_text()))
-    return source
 
-
-def run_build(source: Path, work: Path, cuda: bool) -> Path:
-    """Builds the wheel from the unpacked source and returns its path."""
-    folder = work / 'compiler'
-    folder.mkdir()
-    environment = dict(os.environ)
-    environment.update(PATH=search_path(), CFLAGS='-g0 -O2')
-    environment['CXX'] = str(write_compiler(folder))
+    environment = {**os.environ, 'PATH': search_path(), 'CFLAGS': '-g0 -O2'}
+    environment['CXX'] = str(write_compiler(work))
     environment.setdefault('MAX_JOBS', str(len(os.sched_getaffinity(0))))
     if not cuda:
         environment.pop('FORCE_CUDA', None)
         environment['CUDA_VISIBLE_DEVICES'] = ''
-    place = ['--no-cache-dir', '--wheel-dir', str(work / 'wheels'), str(source)]
+    place = ('--no-cache-dir', '--wheel-dir', work / 'wheels', source)
     pip('wheel', '--verbose', *place, environment=environment)
     wheel = next((work / 'wheels').glob('*.whl'))
-    with zipfile.ZipFile(wheel) as archive:
-        if not any(re.match(r'mmcv/_ext.*\.so', name) for name in archive.namelist()):
-            raise BuildError('mmcv was built without operators')
+    with zipfile.ZipFile(wheel) as content:
+        if not any(re.match(r'mmcv/_ext.*\.so', file) for file in content.namelist()):
+            fail('mmcv was built without operators')
     return wheel
 
 
 def find_or_build(stack: str) -> Path:
     """Returns the path of the wheel, built now unless the cache has it."""
-    name, version = pinned_mmcv(stack)
+    pinned = (ROOT / 'requirements' / f'{stack}-ops.txt').read_text()
+    name, version = re.search(r'^([\w-]+)==([\w.]+)$', pinned, re.MULTILINE).groups()
     cuda = wants_cuda()
     cache = cache_folder(name, version, cuda)
     cache.mkdir(parents=True, exist_ok=True)
-    with locked(cache / 'lock'):
+    with (cache / 'lock').open('w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         finished = next(cache.glob('*.whl'), None)
         if finished is not None:
             return finished
-
         devices = 'CPU and GPU (30 minutes or more)' if cuda else 'CPU (3 to 6 minutes)'
-        say(f'Compiling the operators of {name} {version} for the {devices}')
-        check_tools()
+        message = f'Compiling the operators of {name} {version} for the {devices}'
+        print(message, file=sys.stderr, flush=True)
         # A build that was killed could not clean up; the lock says that none is alive.
         for leftover in cache.glob('build-*'):
             shutil.rmtree(leftover)
         with tempfile.TemporaryDirectory(prefix='build-', dir=cache) as folder:
-            work = Path(folder)
-            wheel = run_build(unpack_source(name, version, work), work, cuda)
+            wheel = build(name, version, Path(folder), cuda)
             # In one step, so that the cache never shows half a wheel.
             return wheel.replace(cache / wheel.name)
 
 
 def main() -> None:
-    if sys.argv[1:2] == ['--as-compiler']:
-        compile_as(sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         '--stack',
@@ -264,11 +175,7 @@ def main() -> None:
         default='openmmlab',
         help='whose mmcv to build: mmcv itself or onedl-mmcv (default: %(default)s)',
     )
-    arguments = parser.parse_args()
-    try:
-        print(find_or_build(arguments.stack))
-    except BuildError as error:
-        sys.exit(f'build_mmcv: {error}')
+    print(find_or_build(parser.parse_args().stack))
 
 
 if __name__ == '__main__':

@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from start import Parser, add_config_options
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = Parser(__doc__, 'my_config.py work_dirs/my_config/epoch_30.pth image.jpg')
     parser.add_argument('config', help='the config, of either form')
     parser.add_argument('checkpoint', help='the checkpoint, of either form')
@@ -74,12 +74,13 @@ def find_images(paths: Sequence[str]) -> Iterator[tuple[str, str]]:
             raise FileNotFoundError(f'no image at {path!r}')
 
 
-def predict(
-    inferencer: Any, path: str, short_edge: int, folder: str, score: float
-) -> Any:
+def predict(inferencer: Any, path: str, folder: str, score: float) -> Any:
     """The prediction for an image, drawn as the only file in a folder."""
+    image = mmcv.imread(path) if os.path.getsize(path) else None
+    if image is None:
+        raise ValueError(f'{path!r} cannot be read as an image')
     if hasattr(inferencer, 'classes'):  # MMPretrain's.
-        options = dict(show_dir=folder, resize=max(short_edge, SHORT_EDGE))
+        options = dict(show_dir=folder, resize=max(min(image.shape[:2]), SHORT_EDGE))
     else:
         options = dict(out_dir=folder)
         if 'pred_score_thr' in inferencer.visualize_kwargs:  # MMDetection's.
@@ -115,7 +116,7 @@ def _some(texts: Sequence[str]) -> str:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     images = list(find_images(args.images))
     out = args.out or Path('work_dirs', Path(args.config).stem, 'predictions')
@@ -127,12 +128,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     else:
         classes = inferencer.model.dataset_meta['classes']
     for path, name in images:
-        image = mmcv.imread(path) if os.path.getsize(path) else None
-        if image is None:
-            raise ValueError(f'{path!r} cannot be read as an image')
-        short_edge = min(image.shape[:2])
         with tempfile.TemporaryDirectory() as folder:
-            sample = predict(inferencer, path, short_edge, folder, args.score)
+            sample = predict(inferencer, path, folder, args.score)
             (drawn,) = (file for file in Path(folder).rglob('*') if file.is_file())
             with atomic_write(out / name) as file:
                 mmcv.imwrite(mmcv.imread(str(drawn)), str(file))

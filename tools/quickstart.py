@@ -7,12 +7,10 @@ segmenter with that backbone, and deploys them.
 
 import argparse
 import json
-import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Optional
@@ -21,7 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from start import Parser
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = Parser(__doc__, '')
     parser.add_argument(
         'part',
@@ -59,133 +57,98 @@ TASKS = {
         *('seg_miou', 'mIoU', 'mIoU', 100),
     ),
 }
-DATA = Path('data/digits')
 WORK = Path('work_dirs/quickstart')
 SUMMARY = WORK / 'summary.json'
 # What the branches do, at the end of each epoch of 23 steps.
-WATCHED = [
+WATCHED = (
     'default_hooks.branch_statistics.type=BranchStatisticsHook',
     'default_hooks.branch_statistics.interval=23',
-]
-# What is shown of the tools' output; all of it is in the logs.
-CLASSIFICATION = r'Epoch\((train|val|test)\)'
-SHOWN_TESTS = r'Epoch\(test\).*accuracy'
-TRANSFER = r'mAP: |mIoU: |(Epoch|Iter)\(train\)'
+)
 
 
 def step(text: str) -> None:
     print(f'\n==> {text}', flush=True)
 
 
-def run(tool: str, *arguments: object, log: Optional[Path] = None, show: str = ''):
-    """Runs a tool; with a log, only the lines that match are on the screen.
-
-    If the tool fails, this process ends with its exit status.
-    """
+def run(tool: str, *arguments: object) -> None:
+    """Runs a tool; if it fails, this process ends with its exit status."""
     line = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
-    if log is None:
-        status = subprocess.call(line)
-    else:
-        output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        text = dict(text=True, encoding='utf-8', errors='replace')
-        with (
-            log.open('w', encoding='utf-8') as file,
-            subprocess.Popen(line, **output, **text) as process,
-        ):
-            for read in process.stdout:
-                file.write(read)
-                if re.search(show, read):
-                    print(read.rstrip('\n')[:160], flush=True)
-        status = process.returncode
-    if status:
-        if log is not None:
-            print(log.read_text(encoding='utf-8')[-1500:], file=sys.stderr)
-            print(f'quickstart: all of its output is in {log}', file=sys.stderr)
+    if status := subprocess.call(line):
         print(f'quickstart: this failed: {" ".join(line)}', file=sys.stderr)
         sys.exit(status)
 
 
-def test(config: Path, checkpoint: Path, folder: Path, form: str, show: str) -> None:
+def train(config: Path, folder: Path, *options: str) -> int:
+    """Trains in ``FOLDER/train``; the seconds it took."""
+    started = time.monotonic()
+    # A run that is broken off must not leave the results of an older one behind.
+    shutil.rmtree(folder / 'train', ignore_errors=True)
+    run('train.py', config, '--work-dir', folder / 'train', '--cfg-options', *options)
+    return round(time.monotonic() - started)
+
+
+def test(config: Path, checkpoint: Path, folder: Path, form: str) -> None:
     """Tests one form; the metrics go to ``FOLDER/FORM.json``."""
-    arguments = [config, checkpoint, '--work-dir', folder / 'test']
-    arguments += ['--out', folder / f'{form}.json', '--out-item', 'metrics']
-    run('test.py', *arguments, log=folder / f'{form}.log', show=show)
+    out = ('--out', folder / f'{form}.json', '--out-item', 'metrics')
+    run('test.py', config, checkpoint, '--work-dir', folder / 'test', *out)
 
 
-def deploy(config: Path, checkpoint: Path, folder: Path, show: str) -> None:
+def deploy(config: Path, checkpoint: Path, folder: Path) -> None:
     """Tests a checkpoint, switches it to its plain form, and tests that."""
     step('Testing the training form')
-    test(config, checkpoint, folder, 'test', show)
+    test(config, checkpoint, folder, 'test')
     step('Switching to the deployed form')
-    deployed = folder / 'deploy.pth'
-    arguments = [config, checkpoint, deployed, '--json', folder / 'switch.json']
-    run('model_converters/switch_to_deploy.py', *arguments)
+    tool, deployed = 'model_converters/switch_to_deploy.py', folder / 'deploy.pth'
+    run(tool, config, checkpoint, deployed, '--json', folder / 'switch.json')
     step('Testing the deployed form')
     # The config that was written beside it builds that form.
-    test(folder / 'deploy_config.py', deployed, folder, 'test_deploy', show)
+    test(folder / 'deploy_config.py', deployed, folder, 'test_deploy')
 
 
 def pretrain(epochs: int, seconds_before: int) -> None:
     started = time.monotonic()
     step('Data: handwritten digits')
-    plain = WORK / 'plain'
-    plain.mkdir(parents=True, exist_ok=True)
-    # A run that is broken off must not leave the results of an older one behind.
-    for folder in (WORK, plain):
-        shutil.rmtree(folder / 'train', ignore_errors=True)
     SUMMARY.unlink(missing_ok=True)
-    run('dataset_converters/digits.py', '--out', DATA)
-
-    step(f'Training a slim plain ResNet-18 for {epochs} epochs (20 take a minute)')
-    plain_seconds = train(PLAIN_CONFIG, plain, epochs, [])
-    deploy(PLAIN_CONFIG, pretrained(epochs, plain), plain, SHOWN_TESTS)
-    step(f'Training a slim OREPA-ResNet-18 for {epochs} epochs')
-    training_seconds = train(CONFIG, WORK, epochs, WATCHED)
-    deploy(CONFIG, pretrained(epochs), WORK, SHOWN_TESTS)
-
+    run('dataset_converters/digits.py')
+    seconds, length = {}, f'train_cfg.max_epochs={epochs}'
+    for name, config, folder, options in (
+        ('plain', PLAIN_CONFIG, WORK / 'plain', ()),
+        ('OREPA', CONFIG, WORK, WATCHED),
+    ):
+        step(f'Training a slim {name} ResNet-18 for {epochs} epochs (20: a minute)')
+        seconds[name] = train(config, folder, length, *options)
+        deploy(config, pretrained(epochs, folder), folder)
     step('Summary')
-    seconds = seconds_before + round(time.monotonic() - started)
-    arguments = ['--seconds', seconds, '--training-seconds', training_seconds]
-    arguments += ['--plain-training-seconds', plain_seconds]
-    tool = 'analysis_tools/quickstart_summary.py'
-    run(tool, WORK, CONFIG, pretrained(epochs), *arguments)
-
-
-def train(config: Path, folder: Path, epochs: int, options: Sequence[str]) -> int:
-    """Trains a classifier in ``FOLDER/train``; the seconds it took."""
-    started = time.monotonic()
-    arguments = [config, '--work-dir', folder / 'train']
-    arguments += ['--cfg-options', f'train_cfg.max_epochs={epochs}', *options]
-    run('train.py', *arguments, log=folder / 'train.log', show=CLASSIFICATION)
-    return round(time.monotonic() - started)
+    run(
+        *('analysis_tools/quickstart_summary.py', WORK, CONFIG, pretrained(epochs)),
+        *('--seconds', seconds_before + round(time.monotonic() - started)),
+        *('--training-seconds', seconds['OREPA']),
+        *('--plain-training-seconds', seconds['plain']),
+    )
 
 
 def pretrained(epochs: int, folder: Path = WORK) -> Path:
     return folder / 'train' / f'epoch_{epochs}.pth'
 
 
-def fine_tune(task: str, config: Path, backbone: Path) -> int:
-    """Trains, tests, deploys and draws, all in ``WORK/TASK``; the seconds it took."""
-    started, folder = time.monotonic(), WORK / task
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    arguments = [config, '--work-dir', folder / 'train', '--cfg-options']
-    arguments += [f'model.backbone.init_cfg.checkpoint={backbone.as_posix()}']
-    run('train.py', *arguments, log=folder / 'train.log', show=TRANSFER)
+def fine_tune(config: Path, backbone: Path, folder: Path) -> int:
+    """Trains, tests, deploys and draws, all in the folder; the seconds it took."""
+    started = time.monotonic()
+    start = f'model.backbone.init_cfg.checkpoint={backbone.as_posix()}'
+    train(config, folder, start)
     checkpoint = Path((folder / 'train' / 'last_checkpoint').read_text())
-    deploy(config, checkpoint, folder, TRANSFER)
-    files = [checkpoint, folder / 'deploy.pth', folder / 'predictions.png']
-    tool = 'analysis_tools/draw_predictions.py'
-    run(tool, config, *files, log=folder / 'draw.log', show='^Wrote')
+    deploy(config, checkpoint, folder)
+    files = (checkpoint, folder / 'deploy.pth', folder / 'predictions.png')
+    run('analysis_tools/draw_predictions.py', config, *files)
     return round(time.monotonic() - started)
 
 
 def transfer(backbone: Path) -> None:
-    run('dataset_converters/digits.py', '--out', DATA)
+    run('dataset_converters/digits.py')
     seconds = {}
     for task, (name, config, *_) in TASKS.items():
         step(f'Fine-tuning a {name} on scenes of several digits (minutes)')
-        seconds[task] = fine_tune(task, config, backbone)
+        seconds[task] = fine_tune(config, backbone, WORK / task)
     step('Summary')
     summarize_transfer(seconds)
 
@@ -206,7 +169,7 @@ def summarize_transfer(seconds: dict[str, int]) -> None:
     print(f'Figures: {SUMMARY}')
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     backbone = pretrained(args.epochs)
     if args.part == 'transfer' and find_spec('mmcv._ext') is None:

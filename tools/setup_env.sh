@@ -51,6 +51,7 @@ parse_arguments() {
   venv=${VENV:-$ROOT/.venv}
   [[ $venv == /* ]] || venv=$PWD/$venv
   python=$venv/bin/python
+  site=$venv/lib/python3*/site-packages
   # One file per finished step. It holds the text of all that the step depends on, so
   # that a change of a requirements file makes the step run again.
   state=$venv/.mmorepa
@@ -59,16 +60,11 @@ parse_arguments() {
 
 # ---- steps -------------------------------------------------------------------------
 
-is_done() {
-  local name=$1 key=$2
-  [[ -f $state/$name && $(<"$state/$name") == "$key" ]]
-}
-
 # step NAME KEY DESCRIPTION COMMAND…: runs the command unless NAME was finished with KEY.
 step() {
   local name=$1 key=$2 description=$3
   shift 3
-  if is_done "$name" "$key"; then
+  if [[ -f $state/$name && $(<"$state/$name") == "$key" ]]; then
     return
   fi
   rm -f "$state/$name"
@@ -97,55 +93,32 @@ pip_install() {
 
 # ---- the environment ---------------------------------------------------------------
 
-check_python() {
-  local interpreter=$1
-  command -v "$interpreter" >/dev/null ||
-    fail "no interpreter '$interpreter'; set PYTHON to a Python 3.10 or later"
-  "$interpreter" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-    fail "$("$interpreter" --version 2>&1) is too old for torch; set PYTHON to 3.10 or later"
-}
-
 open_environment() {
   if [[ -d $venv && ! -d $state && ! -f $venv/pyvenv.cfg && -n $(ls -A "$venv") ]]; then
     fail "$venv exists and is not a virtual environment; set VENV to another folder"
   fi
-  [[ -f $state/venv ]] || check_python "${PYTHON:-python3}"
+  if [[ ! -f $state/venv ]]; then
+    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+      fail "'${PYTHON:-python3}' is no Python 3.10 or later; set PYTHON to one"
+  fi
   mkdir -p "$state"
   # Two runs at once would install over each other. Where flock is missing (macOS), the
   # user has to see to that.
   if command -v flock >/dev/null; then
     exec 9>"$state/lock"
-    if ! flock --nonblock 9; then
-      echo "Waiting for another set-up of $venv to finish"
-      flock 9
-    fi
+    flock --nonblock 9 || { echo "Waiting for another set-up of $venv" && flock 9; }
   fi
 }
 
-site_packages() {
-  local folder
-  for folder in "$venv"/lib/python3*/site-packages; do
-    if [[ -d $folder ]]; then
-      printf '%s' "$folder"
-    fi
-  done
-}
-
-installed_stack() {
-  if [[ -f $state/stack-name ]]; then
-    cat "$state/stack-name"
-  elif compgen -G "$(site_packages)/onedl_mm*.dist-info" >/dev/null; then
-    echo onedl
-  elif compgen -G "$(site_packages)/mmengine-*.dist-info" >/dev/null; then
-    echo openmmlab
-  fi
-}
-
+# Both stacks have the same import names.
 check_stack() {
-  local found
-  found=$(installed_stack)
-  [[ -z $found || $found == "$stack" ]] ||
-    fail "$venv holds the stack '$found', not '$stack'; remove it or set VENV to another folder"
+  local other
+  case $stack in
+    openmmlab) other=onedl_mm* ;;
+    onedl) other=mmengine-* ;;
+  esac
+  ! compgen -G "$site/$other.dist-info" >/dev/null ||
+    fail "$venv holds another stack than '$stack'; remove it or set VENV to another folder"
 }
 
 create_venv() {
@@ -157,7 +130,7 @@ create_venv() {
 # and can neither complete nor remove it.
 drop_half_installed() {
   local folder
-  for folder in "$(site_packages)"/*.dist-info; do
+  for folder in "$venv"/lib/python3*/site-packages/*.dist-info; do
     if [[ -d $folder && ! -f $folder/RECORD ]]; then
       echo "Dropping the half-installed ${folder##*/}"
       rm -r "$folder"
@@ -178,8 +151,8 @@ install_requirements() {
 
 # The RECORD tells a finished installation from an interrupted one.
 has_ops() {
-  compgen -G "$(site_packages)/mmcv/_ext*.so" >/dev/null &&
-    compgen -G "$(site_packages)/*mmcv-*.dist-info/RECORD" >/dev/null
+  compgen -G "$site/mmcv/_ext*.so" >/dev/null &&
+    compgen -G "$site/*mmcv-*.dist-info/RECORD" >/dev/null
 }
 
 # The distributions share one folder: whichever is there has to go first.
@@ -204,18 +177,13 @@ install_mmcv_without_ops() {
 }
 
 set_up_mmcv() {
-  local ops_key lite_key
-  ops_key=$(text_of torch "$stack-ops")
-  lite_key=$(text_of "$stack-lite")
-  if is_done mmcv-ops "$ops_key" && has_ops; then
-    return
-  fi
   if [[ $with_ops == true || -f $state/mmcv-ops ]]; then
-    rm -f "$state/mmcv-lite" "$state/mmcv-ops"
-    step mmcv-ops "$ops_key" 'Compile and install mmcv with operators (3 to 6 minutes)' \
-      install_mmcv_with_ops
+    rm -f "$state/mmcv-lite"
+    has_ops || rm -f "$state/mmcv-ops"
+    step mmcv-ops "$(text_of torch "$stack-ops")" \
+      'Compile and install mmcv with operators (3 to 6 minutes)' install_mmcv_with_ops
   elif ! has_ops; then
-    step mmcv-lite "$lite_key" 'Install mmcv without operators (15 s)' \
+    step mmcv-lite "$(text_of "$stack-lite")" 'Install mmcv without operators (15 s)' \
       install_mmcv_without_ops
   fi
 }
@@ -227,24 +195,10 @@ install_package() {
 }
 
 # Without a compiler everything works, training on a CPU more slowly.
-build_fold() {
-  rm -f "$state/fold-library"
-  if "$python" "$ROOT/tools/build_fold.py" >"$state/fold-library.part"; then
-    mv "$state/fold-library.part" "$state/fold-library"
-  else
-    echo 'Not compiled: folds run as operations of PyTorch'
-  fi
-}
-
 set_up_fold() {
-  local sources=("$ROOT"/mmorepa/functional/{csrc/fold.cpp,compiled.py})
-  if [[ ! -f $state/fold-library || ! -f $(<"$state/fold-library") ]]; then
-    rm -f "$state/fold"
-  fi
-  # By ATEN_CPU_CAPABILITY, PyTorch and the folds take another CPU's instructions.
-  local place="${MMOREPA_CACHE:-} ${ATEN_CPU_CAPABILITY:-}"
-  step fold "$(text_of torch && cat "${sources[@]}" && uname -n && echo "$place")" \
-    'Compile the folds for this CPU (30 s)' build_fold
+  echo '==> Compile the folds for this CPU (30 s, unless they are in the cache)'
+  "$python" "$ROOT/tools/build_fold.py" >>"$log" 2>&1 ||
+    echo '    Not compiled: folds run as operations of PyTorch'
 }
 
 main() {
@@ -252,7 +206,6 @@ main() {
   trap 'exit 130' INT TERM
   open_environment
   check_stack
-  printf '%s\n' "$stack" >"$state/stack-name"
   echo "Environment: $venv, log: $log"
 
   step venv '' "Create the environment in $venv (5 s)" create_venv

@@ -28,10 +28,9 @@ add_shape = _module.add_shape
 positive = _module.positive
 
 
-def add_model_arguments(
-    parser: argparse.ArgumentParser, out: str, also: str = ''
-) -> None:
-    """Adds those of a figure about a trained model."""
+def model_parser(description: str, out: str, also: str = '') -> argparse.ArgumentParser:
+    """The parser of a figure about a trained model."""
+    parser = Parser(description, 'my_config.py work_dirs/my_config/epoch_30.pth')
     parser.add_argument('config', help='the config of the training')
     parser.add_argument('checkpoint', help='the training checkpoint')
     parser.add_argument(
@@ -42,3 +41,4 @@ def add_model_arguments(
         + also,
     )
     add_config_options(parser)
+    return parser

@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -11,7 +10,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from start import Parser, add_common_arguments, positive
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = Parser(__doc__, 'my_config.py work_dirs/my_config/epoch_30.pth')
     parser.add_argument('config', help='the config file')
     parser.add_argument('checkpoint', help='the checkpoint file')
@@ -104,7 +103,7 @@ def prepare(args: argparse.Namespace) -> Config:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> dict:
+def main(argv: Optional[list[str]] = None) -> dict:
     args = parse_args(argv)
     cfg = prepare(args)
     check_data_folders(cfg, ('test',))

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -10,7 +9,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from start import Parser, add_common_arguments
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = Parser(__doc__, 'my_config.py')
     parser.add_argument('config', help='the config file')
     parser.add_argument(
@@ -74,7 +73,7 @@ def draw_results(folder: Path) -> None:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     cfg = load_config(args)
     if args.no_validate:

@@ -1,7 +1,8 @@
 """RepVGG networks whose 3×3 branches are re-parameterised further."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Optional, Union
 
 import torch.utils.checkpoint as cp
@@ -10,8 +11,8 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..layers import build_conv
-from .staged_backbone import StagedBackbone, options_of_stem, scaled_channels
+from .plain_names import repvgg_name
+from .staged_backbone import StagedBackbone, build_same_conv, scaled_channels
 
 
 class SqueezeExcitation(nn.Module):
@@ -39,7 +40,6 @@ class RepVGGBlock(BaseModule):
         self,
         in_channels: int,
         out_channels: int,
-        dilation: int = 1,
         use_se: bool = False,
         act_cfg: Optional[dict] = None,
         with_cp: bool = False,
@@ -47,15 +47,7 @@ class RepVGGBlock(BaseModule):
     ) -> None:
         super().__init__()
         self.with_cp = with_cp
-        self.conv = build_conv(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            kernel_size=3,
-            padding=dilation,
-            dilation=dilation,
-            bias=False,
-            **options,
-        )
+        self.conv = build_same_conv(in_channels, out_channels, 3, **options)
         self.se = SqueezeExcitation(out_channels) if use_se else None
         self.act = build_activation_layer(act_cfg)
 
@@ -118,83 +110,71 @@ class OREPARepVGG(StagedBackbone):
         self,
         arch: Union[str, dict],
         block: str = 'orepa',
-        block_cfg: Optional[dict] = None,
         stem_block: Optional[str] = None,
-        stem_block_cfg: Optional[dict] = None,
         in_channels: int = 3,
         base_channels: int = 64,
-        num_stages: int = 4,
         strides: Sequence[int] = (2, 2, 2, 2),
-        dilations: Sequence[int] = (1, 1, 1, 1),
-        out_indices: Sequence[int] = (0, 1, 2, 3),
-        frozen_stages: int = -1,
-        norm_cfg: Optional[dict] = None,
-        norm_eval: bool = False,
-        act_cfg: Optional[dict] = None,
         with_cp: bool = False,
-        deploy: bool = False,
-        init_cfg: Union[dict, list[dict], None] = None,
+        **options,
     ) -> None:
-        stages = num_stages, strides, dilations, out_indices
-        super().__init__(*stages, frozen_stages, norm_eval, init_cfg)
-        arch = self._architecture(arch, num_stages)
-        self.arch = arch
         # 'orepa' means a RepVGG block here, of which one branch is OREPA.
         names = {'orepa': 'orepa_repvgg'}
-        options = dict(
-            block=names.get(block, block),
-            block_cfg=block_cfg,
-            norm_cfg=norm_cfg or dict(type='BN', requires_grad=True),
-            act_cfg=act_cfg or dict(type='ReLU', inplace=True),
-            use_se=arch.get('use_se', False),
-            with_cp=with_cp,
-            deploy=deploy,
+        super().__init__(
+            names.get(block, block),
+            stem_block=names.get(stem_block, stem_block),
+            strides=strides,
+            **options,
+        )
+        arch = self._architecture(arch)
+        make_block = partial(
+            RepVGGBlock, use_se=arch.get('use_se', False), with_cp=with_cp
         )
         widths = [
             scaled_channels(base_channels * 2**i, width, f'stage {i + 1}')
             for i, width in enumerate(arch['widths'])
         ]
         channels = min(base_channels, widths[0])
-        stem_block = names.get(stem_block, stem_block)
-        stem_options = options_of_stem(options, stem_block, stem_block_cfg)
-        self.stem = RepVGGBlock(in_channels, channels, stride=2, **stem_options)
+        self.stem = make_block(in_channels, channels, stride=2, **self.stem_options)
         # Every second block of the network is grouped.
         groups = itertools.cycle([1, arch.get('groups', 1)])
-        for i in range(num_stages):
+        for i in range(self.num_stages):
             blocks = []
             for j in range(arch['num_blocks'][i]):
-                block = RepVGGBlock(
-                    channels,
-                    widths[i],
-                    stride=strides[i] if j == 0 else 1,
-                    dilation=dilations[i],
-                    groups=next(groups),
-                    **options,
+                blocks.append(
+                    make_block(
+                        channels,
+                        widths[i],
+                        stride=strides[i] if j == 0 else 1,
+                        dilation=self.dilations[i],
+                        groups=next(groups),
+                        **self.conv_options,
+                    )
                 )
-                blocks.append(block)
                 channels = widths[i]
             self.add_stage(*blocks)
         self.feat_dim = channels
         self.freeze_stages()
 
-    @classmethod
-    def _architecture(cls, arch: Union[str, dict], num_stages: int) -> dict:
+    def plain_name(self, name: str, names: Collection[str]) -> str:
+        return repvgg_name(name)
+
+    def _architecture(self, arch: Union[str, dict]) -> dict:
         if isinstance(arch, str):
-            if arch not in cls.ARCHITECTURES:
+            if arch not in self.ARCHITECTURES:
                 raise ValueError(
                     f'unknown arch {arch!r} of OREPARepVGG; choose one of '
-                    f'{", ".join(cls.ARCHITECTURES)}, or give a dict'
+                    f'{", ".join(self.ARCHITECTURES)}, or give a dict'
                 )
-            return cls.ARCHITECTURES[arch]
-        known = {'num_blocks', 'widths', 'groups', 'use_se'}
-        if not isinstance(arch, dict) or not arch.keys() <= known:
+            return self.ARCHITECTURES[arch]
+        needed, known = {'num_blocks', 'widths'}, {'groups', 'use_se'}
+        if not isinstance(arch, dict) or not needed <= arch.keys() <= needed | known:
             raise ValueError(
-                f'arch is a name or a dict of {", ".join(sorted(known))}, found {arch}'
+                f'arch is a name, or a dict of {", ".join(sorted(needed))} and maybe '
+                f'{", ".join(sorted(known))}, found {arch}'
             )
-        for key in ('num_blocks', 'widths'):
-            if len(arch.get(key, ())) < num_stages:
-                raise ValueError(
-                    f'arch needs {key!r}, a value for each of the {num_stages} '
-                    f'stages, found {arch}'
-                )
+        if min(len(arch[key]) for key in needed) < self.num_stages:
+            raise ValueError(
+                'num_blocks and widths of arch need a value for each of the '
+                f'{self.num_stages} stages, found {arch}'
+            )
         return dict(arch)

@@ -1,8 +1,9 @@
 """ResNets whose convs are re-parameterised."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import NamedTuple, Optional, Union
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import Optional
 
 import numpy as np
 import torch.utils.checkpoint as cp
@@ -12,44 +13,9 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..layers import ReparamConv2d, build_conv
-from .staged_backbone import StagedBackbone, options_of_stem, scaled_channels
-
-_NORM_CFG = dict(type='BN', requires_grad=True)
-_ACT_CFG = dict(type='ReLU', inplace=True)
-
-
-class _Conv(NamedTuple):
-    """The options of one conv; all others are common to the network."""
-
-    channels: int
-    kernel_size: int
-    stride: int = 1
-    dilation: int = 1
-    groups: int = 1
-    has_act: bool = True
-
-
-def _build_convs(
-    in_channels: int, *convs: _Conv, act_cfg: dict, **options
-) -> dict[str, ReparamConv2d]:
-    """Builds ``conv1``, ``conv2``, …, each for the outputs of the one before."""
-    built = {}
-    for i, conv in enumerate(convs, 1):
-        built[f'conv{i}'] = build_conv(
-            in_channels=in_channels,
-            out_channels=conv.channels,
-            kernel_size=conv.kernel_size,
-            stride=conv.stride,
-            padding=conv.dilation * (conv.kernel_size // 2),
-            dilation=conv.dilation,
-            groups=conv.groups,
-            bias=False,
-            act_cfg=act_cfg if conv.has_act else None,
-            **options,
-        )
-        in_channels = conv.channels
-    return built
+from ..layers import ReparamConv2d
+from .plain_names import resnet_name
+from .staged_backbone import StagedBackbone, build_same_conv, scaled_channels
 
 
 class _ResidualBlock(BaseModule):
@@ -82,11 +48,6 @@ class _ResidualBlock(BaseModule):
         super().__init__()
         if style not in ('pytorch', 'caffe'):
             raise ValueError(f"style is 'pytorch' or 'caffe', found {style!r}")
-        if out_channels % self.expansion:
-            raise ValueError(
-                f'out_channels is a multiple of the expansion, {self.expansion}, '
-                f'found {out_channels}'
-            )
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.stride = stride
@@ -94,38 +55,40 @@ class _ResidualBlock(BaseModule):
         self.groups = groups
         self.style = style
         self.with_cp = with_cp
-        described = self.describe(out_channels // self.expansion, width_per_group)
-        self.mid_channels = described[0].channels
-        defaults = dict(block='orepa', norm_cfg=_NORM_CFG, act_cfg=_ACT_CFG)
-        options = {**defaults, **options}
-        convs = _build_convs(in_channels, *described, **options)
-        # What the branch is made of, in order.
-        self.path: list[str] = []
+        built = self.build_convs(width_per_group, **options)
+        convs = {f'conv{i}': conv for i, conv in enumerate(built, 1)}
+        parts: list[tuple[str, nn.Module]] = []
         for name, conv in convs.items():
-            self._append(name, conv)
+            parts.append((name, conv))
             for plugin in plugins:
                 if plugin['position'] == f'after_{name}':
                     cfg = dict(plugin['cfg'])
                     postfix = cfg.pop('postfix', '')
                     # Named as in mmdet's ResNet, whose checkpoints fit.
-                    self._append(
-                        *build_plugin_layer(cfg, postfix, in_channels=conv.out_channels)
+                    parts.append(
+                        build_plugin_layer(cfg, postfix, in_channels=conv.out_channels)
                     )
-        positions = [f'after_{name}' for name in convs]
-        for plugin in plugins:
-            if plugin['position'] not in positions:
-                raise ValueError(
-                    'the position of a plugin of this block is one of '
-                    f'{", ".join(positions)}, found {plugin["position"]!r}'
-                )
+        if len(parts) < len(convs) + len(plugins):
+            raise ValueError(
+                'the position of a plugin of this block is one of '
+                f'{", ".join(f"after_{name}" for name in convs)}, found {plugins}'
+            )
+        # What the branch is made of, in order.
+        self.path = [name for name, _ in parts]
+        if len({*self.path}) < len(parts):
+            raise ValueError(
+                f'give plugins of one type a postfix in their cfg, found {plugins}'
+            )
+        for name, part in parts:
+            self.add_module(name, part)
         self.plugin_names = [name for name in self.path if name not in convs]
         self.last_conv_name = list(convs)[-1]
         self.downsample: Optional[nn.Module] = None
         if stride != 1 or in_channels != out_channels:
             pools = avg_down and stride != 1
-            projection = _Conv(out_channels, 1, 1 if pools else stride, has_act=False)
             options['block'] = self.shortcut_block or options['block']
-            self.downsample = _build_convs(in_channels, projection, **options)['conv1']
+            geometry = in_channels, out_channels, 1, 1 if pools else stride
+            self.downsample = build_same_conv(*geometry, has_act=False, **options)
             if pools:
                 pool = nn.AvgPool2d(
                     stride, stride, ceil_mode=True, count_include_pad=False
@@ -136,23 +99,14 @@ class _ResidualBlock(BaseModule):
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
         self.act = build_activation_layer(options['act_cfg'])
 
-    def describe(self, channels: int, width_per_group: int) -> list[_Conv]:
-        """The convs of a branch of this width (that without groups)."""
+    def build_convs(self, width_per_group: int, **options) -> list[ReparamConv2d]:
+        """Makes the convs of the branch."""
         raise NotImplementedError
 
     @property
     def last_conv(self) -> ReparamConv2d:
         """The last conv of the branch."""
         return getattr(self, self.last_conv_name)
-
-    def _append(self, name: str, module: nn.Module) -> None:
-        if hasattr(self, name):
-            raise ValueError(
-                f'a block has one {name}: give each plugin of this type a postfix in '
-                'its cfg'
-            )
-        self.add_module(name, module)
-        self.path.append(name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C, H, W) to (N, C', H/stride, W/stride)."""
@@ -173,16 +127,19 @@ class BasicBlock(_ResidualBlock):
     expansion = 1
     shortcut_block = 'plain'
 
-    def describe(self, channels: int, width_per_group: int) -> list[_Conv]:
+    def build_convs(self, width_per_group: int, **options) -> list[ReparamConv2d]:
         if self.groups != 1 or width_per_group != 64:
             raise ValueError(
                 'depth 18 and 34 have no grouped form: groups and width_per_group '
                 f'need a bottleneck (depth 50 and more), found groups={self.groups}, '
                 f'width_per_group={width_per_group}'
             )
+        width = self.out_channels
         return [
-            _Conv(channels, 3, self.stride, self.dilation),
-            _Conv(channels, 3, has_act=False),
+            build_same_conv(
+                self.in_channels, width, 3, self.stride, self.dilation, **options
+            ),
+            build_same_conv(width, width, 3, has_act=False, **options),
         ]
 
 
@@ -191,7 +148,8 @@ class Bottleneck(_ResidualBlock):
 
     expansion = 4
 
-    def describe(self, channels: int, width_per_group: int) -> list[_Conv]:
+    def build_convs(self, width_per_group: int, **options) -> list[ReparamConv2d]:
+        channels = self.out_channels // self.expansion
         width = channels * width_per_group // 64 * self.groups
         if width < 1:
             raise ValueError(
@@ -199,10 +157,11 @@ class Bottleneck(_ResidualBlock):
                 f'a stage of {channels} channels; it counts those of a stage of 64'
             )
         strides = (self.stride, 1) if self.style == 'caffe' else (1, self.stride)
+        grouped = dict(options, groups=self.groups)
         return [
-            _Conv(width, 1, strides[0]),
-            _Conv(width, 3, strides[1], self.dilation, self.groups),
-            _Conv(self.out_channels, 1, has_act=False),
+            build_same_conv(self.in_channels, width, 1, strides[0], **options),
+            build_same_conv(width, width, 3, strides[1], self.dilation, **grouped),
+            build_same_conv(width, self.out_channels, 1, has_act=False, **options),
         ]
 
 
@@ -299,37 +258,25 @@ class OREPAResNet(StagedBackbone):
         self,
         depth: int,
         block: str = 'orepa',
-        block_cfg: Optional[dict] = None,
-        stem_block: Optional[str] = None,
-        stem_block_cfg: Optional[dict] = None,
         in_channels: int = 3,
         stem_channels: Optional[int] = None,
         base_channels: int = 64,
         width_mult: float = 1.0,
         groups: int = 1,
         width_per_group: int = 64,
-        num_stages: int = 4,
         strides: Sequence[int] = (1, 2, 2, 2),
-        dilations: Sequence[int] = (1, 1, 1, 1),
         contract_dilation: bool = False,
         multi_grid: Optional[Sequence[int]] = None,
-        out_indices: Sequence[int] = (0, 1, 2, 3),
         style: str = 'pytorch',
         deep_stem: bool = False,
         avg_down: bool = False,
-        frozen_stages: int = -1,
-        norm_cfg: Optional[dict] = None,
-        norm_eval: bool = False,
-        act_cfg: Optional[dict] = None,
         plugins: Optional[Sequence[dict]] = None,
         drop_path_rate: float = 0.0,
         with_cp: bool = False,
         zero_init_residual: bool = False,
-        deploy: bool = False,
-        init_cfg: Union[dict, list[dict], None] = None,
+        **options,
     ) -> None:
-        stages = num_stages, strides, dilations, out_indices
-        super().__init__(*stages, frozen_stages, norm_eval, init_cfg)
+        super().__init__(block, strides=strides, **options)
         if depth not in self.ARCHITECTURES:
             raise ValueError(
                 f'unknown depth {depth!r} of OREPAResNet; choose one of '
@@ -340,48 +287,45 @@ class OREPAResNet(StagedBackbone):
             raise ValueError(
                 f'drop_path_rate is a probability below 1, found {drop_path_rate}'
             )
-        if multi_grid is not None and len(multi_grid) != depths[num_stages - 1]:
+        last = self.num_stages - 1
+        if multi_grid is not None and len(multi_grid) != depths[last]:
             raise ValueError(
-                f'multi_grid gives the dilation of each of the '
-                f'{depths[num_stages - 1]} blocks of the last stage, found {multi_grid}'
+                f'multi_grid gives the dilation of each of the {depths[last]} blocks '
+                f'of the last stage, found {multi_grid}'
             )
         self.depth = depth
         self.style = style
         self.zero_init_residual = zero_init_residual
-        options = dict(
-            block=block,
-            block_cfg=block_cfg,
-            norm_cfg=norm_cfg or _NORM_CFG,
-            act_cfg=act_cfg or _ACT_CFG,
-            deploy=deploy,
-        )
-        stem_options = options_of_stem(options, stem_block, stem_block_cfg)
         stem_channels = scaled_channels(
             base_channels if stem_channels is None else stem_channels,
             width_mult,
             f'the stem (base_channels={base_channels} and width_mult={width_mult})',
         )
         base_channels = scaled_channels(base_channels, width_mult, 'the first stage')
+        stem_conv = partial(build_same_conv, **self.stem_options)
         if deep_stem:
             half = scaled_channels(stem_channels, 0.5, 'a deep stem')
-            convs = _Conv(half, 3, 2), _Conv(half, 3), _Conv(stem_channels, 3)
-            convs = _build_convs(in_channels, *convs, **stem_options)
+            convs = dict(
+                conv1=stem_conv(in_channels, half, 3, 2),
+                conv2=stem_conv(half, half, 3),
+                conv3=stem_conv(half, stem_channels, 3),
+            )
             self.stem = nn.Sequential(OrderedDict(convs))
         else:
-            conv = _Conv(stem_channels, 7, 2)
-            (self.stem,) = _build_convs(in_channels, conv, **stem_options).values()
+            self.stem = stem_conv(in_channels, stem_channels, 7, 2)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         drop_path_rates = iter(np.linspace(0, drop_path_rate, sum(depths)).tolist())
         channels = stem_channels
-        for i in range(num_stages):
-            grid = multi_grid if i == num_stages - 1 else None
+        for i in range(self.num_stages):
             out_channels = base_channels * 2**i * residual_block.expansion
+            grid = [self.dilations[i]] * depths[i]
+            if contract_dilation and grid[0] > 1:
+                grid[0] //= 2
+            if multi_grid is not None and i == last:
+                grid = multi_grid
+            here = [plugin for plugin in plugins or () if self._has(i, **plugin)]
             blocks = []
-            first = dilations[i]
-            if contract_dilation and first > 1:
-                first //= 2
-            rest = [dilations[i]] * (depths[i] - 1)
-            for j, dilation in enumerate(grid or [first, *rest]):
+            for j, dilation in enumerate(grid):
                 blocks.append(
                     residual_block(
                         channels,
@@ -392,10 +336,10 @@ class OREPAResNet(StagedBackbone):
                         width_per_group=width_per_group,
                         style=style,
                         avg_down=avg_down,
-                        plugins=_plugins_of_stage(plugins or (), i, num_stages),
+                        plugins=here,
                         drop_path_rate=next(drop_path_rates),
                         with_cp=with_cp,
-                        **options,
+                        **self.conv_options,
                     )
                 )
                 channels = out_channels
@@ -416,24 +360,20 @@ class OREPAResNet(StagedBackbone):
                         nn.init.zeros_(norm.weight)
         super().init_weights()
 
+    def plain_name(self, name: str, names: Collection[str]) -> str:
+        return resnet_name(self, name, names)
 
-def _plugins_of_stage(
-    plugins: Sequence[dict], stage: int, num_stages: int
-) -> list[dict]:
-    """The plugins of one stage, each with its ``cfg`` and ``position``."""
-    chosen = []
-    for plugin in plugins:
-        if not {'cfg', 'position'} <= plugin.keys() <= {'cfg', 'position', 'stages'}:
+    def _has(
+        self,
+        stage: int,
+        cfg: dict,
+        position: str,
+        stages: Optional[Sequence[bool]] = None,
+    ) -> bool:
+        """Whether a stage has the plugin that is described by the other arguments."""
+        if stages is not None and len(stages) != self.num_stages:
             raise ValueError(
-                'a plugin has cfg, position and, if it is not for every stage, stages; '
-                f'found {", ".join(plugin)}'
+                f'stages of a plugin is a bool for each of the {self.num_stages} '
+                f'stages, found {tuple(stages)}'
             )
-        stages = plugin.get('stages') or (True,) * num_stages
-        if len(stages) != num_stages:
-            raise ValueError(
-                f'stages of a plugin is a bool for each of the {num_stages} stages, '
-                f'found {tuple(stages)}'
-            )
-        if stages[stage]:
-            chosen.append(plugin)
-    return chosen
+        return stages is None or stages[stage]

@@ -1,7 +1,7 @@
 """The base class of networks with a stem and stages."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Optional, Union
 
 from mmengine.logging import print_log
@@ -10,36 +10,52 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from ..layers import log_plain_starts, switch_to_deploy
-from .checks import check_fits, check_is_known, check_is_there, check_style
+from ..layers import ReparamConv2d, build_conv, log_plain_starts, switch_to_deploy
+from .checks import (
+    check_fits,
+    check_is_known,
+    check_is_there,
+    check_style,
+    require_fit,
+)
 
 
 class StagedBackbone(BaseModule):
     """A stem and up to four stages, with the options that OpenMMLab users expect.
 
     A subclass calls this constructor first, sets :attr:`stem`, calls
-    :meth:`add_stage` for each stage and :meth:`freeze_stages` in the end.
+    :meth:`add_stage` for each stage and :meth:`freeze_stages` in the end. Its convs
+    take :attr:`conv_options`, those of the stem :attr:`stem_options`.
 
     The arguments are those of :class:`OREPAResNet`.
 
     Raises:
-        ValueError: If an argument has no meaning for this number of stages.
+        ValueError: If an argument has no meaning for this network.
     """
 
     stem: nn.Module
-    # Called with every state dict before it is loaded, as PyTorch calls them;
-    # mmorepa.converters.plain translates those of plain networks.
-    load_hooks: list[Callable[..., None]] = []
+    # Of the load that is going on: the prefix of its keys, the errors that its loader
+    # collects, and whether it has to bring every weight.
+    load_prefix = ''
+    load_errors: Sequence[str] = ()
+    must_fit = False
     _has_warned = False
 
     def __init__(
         self,
-        num_stages: int,
-        strides: Sequence[int],
-        dilations: Sequence[int],
-        out_indices: Sequence[int],
-        frozen_stages: int,
-        norm_eval: bool,
+        block: str,
+        block_cfg: Optional[dict] = None,
+        stem_block: Optional[str] = None,
+        stem_block_cfg: Optional[dict] = None,
+        num_stages: int = 4,
+        strides: Sequence[int] = (1, 2, 2, 2),
+        dilations: Sequence[int] = (1, 1, 1, 1),
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        norm_cfg: Optional[dict] = None,
+        norm_eval: bool = False,
+        act_cfg: Optional[dict] = None,
+        deploy: bool = False,
         init_cfg: Union[dict, list[dict], None] = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -60,12 +76,29 @@ class StagedBackbone(BaseModule):
                 f'frozen_stages is -1 (none), 0 (stem) or up to {num_stages}, found '
                 f'{frozen_stages}'
             )
+        if stem_block is None and stem_block_cfg is not None:
+            raise ValueError(
+                'stem_block_cfg are arguments of a stem_block, of which there is none: '
+                'name it, or use block_cfg'
+            )
+        self.num_stages = num_stages
+        self.strides = strides
+        self.dilations = dilations
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.stage_names: list[str] = []
-        for hook in (*self.load_hooks, check_is_known):
-            self.register_load_state_dict_pre_hook(hook)
+        self.conv_options = dict(
+            block=block,
+            block_cfg=block_cfg,
+            norm_cfg=norm_cfg or dict(type='BN', requires_grad=True),
+            act_cfg=act_cfg or dict(type='ReLU', inplace=True),
+            deploy=deploy,
+        )
+        self.stem_options = dict(self.conv_options)
+        if stem_block is not None:
+            self.stem_options.update(block=stem_block, block_cfg=stem_block_cfg)
+        self.register_load_state_dict_pre_hook(_before_loading)
         self.register_load_state_dict_post_hook(_after_loading)
 
     def add_stage(self, *blocks: nn.Module) -> None:
@@ -121,6 +154,13 @@ class StagedBackbone(BaseModule):
             module.eval()
             module.requires_grad_(False)
 
+    def plain_name(self, name: str, names: Collection[str]) -> str:
+        """What an entry is called here that a plain network calls ``name``.
+
+        Any other entry keeps its name. ``names`` are all of the checkpoint's.
+        """
+        return name
+
     def switch_to_deploy(self) -> None:
         """Calls :func:`mmorepa.switch_to_deploy`, for mmpretrain's tool."""
         switch_to_deploy(self)
@@ -148,10 +188,32 @@ class StagedBackbone(BaseModule):
         the network in that way. ``remove()`` of what it returns allows that again, and
         so does the end of a ``with`` block.
         """
-        return self.register_load_state_dict_pre_hook(check_fits)
+        return self.register_load_state_dict_pre_hook(require_fit)
 
 
-def _after_loading(module: nn.Module, incompatible_keys: object) -> None:
+def _before_loading(
+    backbone: StagedBackbone, state_dict: dict[str, Tensor], prefix: str, *args
+) -> None:
+    """Gives the entries of a plain network the names that they have here."""
+    backbone.load_prefix, backbone.load_errors = prefix, args[-1]
+    start = 'backbone.'
+    if not prefix and any(key.startswith(start) for key in state_dict):
+        for key in list(state_dict):  # A whole model's.
+            value = state_dict.pop(key)
+            if key.startswith(start):
+                state_dict[key.removeprefix(start)] = value
+    names = [k.removeprefix(prefix) for k in state_dict if k.startswith(prefix)]
+    ours = {name: backbone.plain_name(name, names) for name in names}
+    renamed = {theirs: name for theirs, name in ours.items() if name != theirs}
+    for theirs, name in renamed.items():
+        state_dict[prefix + name] = state_dict.pop(prefix + theirs)
+    backbone.must_fit = bool(renamed)
+    check_is_known(backbone, [*ours.values()])
+
+
+def _after_loading(module: StagedBackbone, incompatible_keys: object) -> None:
+    if module.must_fit:
+        check_fits(module, incompatible_keys)
     log_plain_starts(module)
 
 
@@ -160,18 +222,28 @@ def _is_fresh(norm: _BatchNorm) -> bool:
     return mean is not None and not mean.is_meta and not mean.any()
 
 
-def options_of_stem(
-    options: dict, stem_block: Optional[str], stem_block_cfg: Optional[dict]
-) -> dict:
-    """The ``options`` of convs with the stem's own block type, if it has one."""
-    if stem_block is not None:
-        return {**options, 'block': stem_block, 'block_cfg': stem_block_cfg}
-    if stem_block_cfg is not None:
-        raise ValueError(
-            'stem_block_cfg are arguments of a stem_block, of which there is none: '
-            'name it, or use block_cfg'
-        )
-    return options
+def build_same_conv(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    stride: int = 1,
+    dilation: int = 1,
+    has_act: bool = True,
+    **options,
+) -> ReparamConv2d:
+    """Builds a conv without bias that keeps the size, or divides it by the stride."""
+    if not has_act:
+        options['act_cfg'] = None
+    return build_conv(
+        in_channels=in_channels,
+        out_channels=out_channels,
+        kernel_size=kernel_size,
+        stride=stride,
+        padding=dilation * (kernel_size // 2),
+        dilation=dilation,
+        bias=False,
+        **options,
+    )
 
 
 def scaled_channels(channels: int, factor: float, name: str) -> int:

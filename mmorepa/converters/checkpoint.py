@@ -14,6 +14,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
+from ..backbones.checks import describe_errors
 from ..layers import is_switchable, outermost, switch_to_deploy
 from ..utils.errors import COMPILED_KEYS, CheckpointError, describe_misfit
 from ..utils.files import PathLike, atomic_write
@@ -42,7 +43,6 @@ def allow_mmengine_checkpoints() -> None:
     PyTorch refuses all of them since 2.6. This allows these classes and, for
     ``getattr``, a function that serves only the four methods, in the whole process.
     """
-    scalar_types = [np.float64, np.float32, np.int64, np.int32, np.bool_]
     numpy_core = np._core if hasattr(np, '_core') else np.core
     functions = [
         (getattr(numpy_core.multiarray, name), f'numpy.{core}.multiarray.{name}')
@@ -57,7 +57,7 @@ def allow_mmengine_checkpoints() -> None:
             *functions,
             np.ndarray,
             np.dtype,
-            *{type(np.dtype(scalar)) for scalar in scalar_types},
+            *(type(np.dtype(kind)) for kind in ('f8', 'f4', 'i8', 'i4', 'bool')),
         ]
     )
 
@@ -249,11 +249,10 @@ def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
         loaded = model.load_state_dict(state_dict, strict=False)
     except CheckpointError:
         raise
-    except RuntimeError as error:  # PyTorch has a line for each shape.
-        first, *more = str(error).splitlines()[1:] or [str(error)]
+    except RuntimeError as error:
+        errors = describe_errors(str(error).splitlines()[1:] or [str(error)])
         raise CheckpointError(
-            f'the checkpoint does not fit the config: {first.strip()}'
-            + (f', and {len(more)} more' if more else '')
+            f'the checkpoint does not fit the config: {errors}'
         ) from error
     problems = describe_misfit(
         dict.fromkeys(loaded.missing_keys, ()),
@@ -267,13 +266,12 @@ def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
 
 def _origin(state_dict: dict[str, Tensor]) -> str:
     """Advice for a checkpoint that a converter takes; empty for others."""
-    keys = {key.removeprefix('module.').removeprefix('backbone.') for key in state_dict}
-    if any('.rbr_' in key or '.weight_orepa' in key for key in keys):
+    if any('.rbr_' in key or '.weight_orepa' in key for key in state_dict):
         return (
             '; it is one of the published OREPA code by its keys: convert it by '
             '`python -m mmorepa convert`'
         )
-    if {'conv1.weight', 'bn1.weight'} <= keys:
+    if 'bn1.weight' in state_dict:
         return (
             '; it is one of a plain ResNet by its keys: start from it by init_cfg, or '
             'convert it by `python -m mmorepa convert_plain`'

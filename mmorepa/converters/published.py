@@ -1,50 +1,63 @@
 """Checkpoints in the layout of the published training code.
 
 A published checkpoint has the keys ``stage0`` to ``stage4`` and ``linear``, each
-conv with the keys of its block (``weight_orepa_origin``, ``dbb_1x1.conv.weight``,
-…). The pairs of keys are made from our own network, so that every entry of both
-sides is accounted for.
+conv with the keys of its block (``weight_orepa_origin``, ``dbb_1x1.conv.weight``, …).
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from typing import NamedTuple, Optional
+from collections.abc import Mapping
+from typing import Optional
 
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..functional import BranchSum, frequency_prior, identity_1x1
-from ..layers import (
-    DBBConv2d,
-    OREPAConv2d,
-    OREPAKernel,
-    PlainConv2d,
-    ReparamConv2d,
-    RepVGGConv2d,
-    outermost,
-)
-from ..layers.deep_linear import DEEP_LINEAR_FROM
+from ..layers import OREPAKernel
 from ..utils.errors import CheckpointError, describe_misfit, name_keys
 from ..version import __version__
-from .architectures import identify, name_of
+from .architectures import identify
 
-
-class _Entry(NamedTuple):
-    """What an entry of the published layout becomes.
-
-    ``ours`` is None for entries that the published code saves though they are fixed;
-    ``fixed`` makes them.
-    """
-
-    ours: Optional[str]
-    shape: tuple[int, ...]
-    to_ours: Callable[[Tensor], Tensor] = lambda x: x
-    fixed: Optional[Callable[[], Tensor]] = None
-
-
-Entries = Iterator[tuple[str, _Entry]]
+# Parts of their names, as patterns, and the same parts here, to be replaced in turn.
+_NAMES = (
+    (r'^linear\.', 'head.fc.'),
+    (r'^stage0\.(conv1\.)?', 'stem.'),
+    (r'^stage(\d)\.', r'layer\1.'),
+    (r'\.shortcut\.', '.downsample.'),
+    (r'\.conv\.', '.branches.'),
+    (r'\.bn\.', '.norm.'),
+    (r'\.rbr_reparam\.', '.conv.'),
+    (r'\.(dbb|orepa|or1x1|or_large)_reparam\.', '.'),
+    (r'\.rbr_dense\.(branches|norm)\.', r'.conv.branches.origin.\1.'),
+    (r'\.rbr_dense\.', '.conv.branches.origin.branches.'),
+    (r'\.rbr_1x1\.', '.conv.branches.pointwise.'),
+    (r'\.rbr_identity\.', '.conv.branches.identity.norm.'),
+    (r'\.dbb_origin\.', '.branches.origin.'),
+    (r'\.dbb_1x1\.', '.branches.pointwise.'),
+    (r'\.dbb_avg\.branches\.', '.branches.average.first.branches.'),
+    (r'\.dbb_avg\.norm\.bn\.', '.branches.average.first.norm.'),
+    (r'\.dbb_avg\.avgbn\.', '.branches.average.second.norm.'),
+    (r'\.dbb_1x1_kxk\.', '.branches.pointwise_kxk.'),
+    (r'_kxk\.idconv1\.(branches\.)?', '_kxk.first.branches.'),
+    (r'_kxk\.bn1\.norm\.', '_kxk.first.norm.'),
+    (r'_kxk\.conv2\.', '_kxk.second.branches.'),
+    (r'_kxk\.bn2\.', '_kxk.second.norm.'),
+    # The weights of OREPA's kernels.
+    (r'\.weight(\d)\.', r'.branches.factors.\1.'),
+    (r'^((?!.*branches).*)\.(weight_|(or1x1_)?l2i_|vector)', r'\1.branches.\2'),
+    (r'\.vector$', '.scale'),
+    (r'\.weight_(orepa|rbr|or1x1)_', '.weight_'),
+    (r'\.weight_avg_conv$', '.weight_average'),
+    (r'\.weight_pfir_conv$', '.weight_frequency'),
+    (r'\.weight_1x1_kxk_idconv1$', '.weight_pointwise_kxk_1'),
+    (r'\.weight_1x1_kxk_conv2$', '.weight_pointwise_kxk_2'),
+    (r'\.weight_1x1$', '.weight_pointwise'),
+    (r'\.weight_gconv_dw$', '.weight_depthwise'),
+    (r'\.weight_gconv_pw$', '.weight_separable'),
+    # In several versions of the published code.
+    (r'\.(weight_)?(or1x1_)?l2i_conv1$', '.weight_first'),
+    (r'\.(weight_)?(or1x1_)?l2i_conv2$', '.weight_second'),
+)
 
 
 def from_published(
@@ -60,218 +73,97 @@ def from_published(
 
     Returns:
         dict: ``state_dict`` (``backbone.*`` and ``head.fc.*``) and ``meta``, with the
-        architecture and the backbone config.
+        ``backbone`` config and whether it is ``deployed``.
 
     Raises:
         CheckpointError: If entries, which are named, are missing, left over, misshapen
             or have other values than the published constants.
     """
-    theirs = _canonical(
-        {key.removeprefix('module.'): value for key, value in state_dict.items()}
-    )
+    theirs = {key.removeprefix('module.'): value for key, value in state_dict.items()}
     if backbone is None:
         backbone = identify(theirs)
     deployed = not any(key.endswith('running_mean') for key in theirs)
     # Only names and shapes are asked of it: no memory, no time, no random numbers.
     with torch.device('meta'):
         network = MODELS.build(dict(backbone, deploy=deployed))
-    entries = dict(_entries(network, theirs))
+    expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    specs = _specs(network)
+    for key, spec in specs.items():
+        stored = torch.empty(expected[key], device='meta')
+        expected[key] = tuple(spec.as_conv(key.rpartition('.')[2], stored).shape)
+
+    # Our names of their entries.
+    names: dict[str, str] = {}
+    wrong = []
     for key, value in theirs.items():
-        conv = key.removesuffix('.rbr_dense.vector')
-        if f'{conv}.rbr_identity.weight' in theirs and value.shape[:1] == (6,):
+        fixed = _fixed(key, value)
+        if fixed is None:
+            name = _our_name(key, deployed)
+            names[name if name not in names else key] = key
+        # Rounded as the checkpoint is.
+        elif not torch.allclose(value, fixed.to(value.dtype), atol=1e-5):
+            wrong.append(key)
+        if key.endswith('.rbr_dense.vector') and value.shape[:1] == (6,):
             # The last row is neither used nor initialised by the published code.
             theirs[key] = value[:5]
-    _check(entries, theirs)
-    ours = {
-        entry.ours: entry.to_ours(theirs[key]).clone()
-        for key, entry in entries.items()
-        if entry.ours is not None
-    }
-    meta = dict(
-        mmorepa_version=__version__,
-        architecture=name_of(backbone),
-        backbone=backbone,
-        deployed=deployed,
-    )
-    return dict(meta=meta, state_dict=ours)
-
-
-# Spellings of one entry in different versions of the published code.
-_SYNONYMS = (
-    (r'\b(weight_)?(or1x1_)?l2i_conv([12])$', r'weight_or1x1_l2i_conv\3'),
-    (r'\bdbb_1x1_kxk\.idconv1\.weight$', 'dbb_1x1_kxk.idconv1.conv.weight'),
-)
-
-
-def _canonical(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One spelling for every entry."""
-    canonical: dict[str, Tensor] = {}
-    for key, value in theirs.items():
-        name = key
-        for pattern, replacement in _SYNONYMS:
-            name = re.sub(pattern, replacement, name)
-        if name != key and (name in theirs or name in canonical):
-            name = key  # There is another one: left over.
-        canonical[name] = value
-    return canonical
-
-
-def _check(entries: Mapping[str, _Entry], theirs: Mapping[str, Tensor]) -> None:
-    expected = {key: entry.shape for key, entry in entries.items()}
-    found = {key: tuple(value.shape) for key, value in theirs.items()}
-    wrong = []
-    for key, entry in entries.items():
-        if entry.fixed is not None and found.get(key) == entry.shape:
-            value, fixed = theirs[key], entry.fixed()
-            # Rounded as the checkpoint is.
-            fixed = fixed.to(value.dtype).double()
-            if not torch.allclose(value.double(), fixed, atol=1e-5):
-                wrong.append(key)
+    if names.keys() & {'head.fc.weight', 'head.fc.bias'}:
+        # The number of classes is the checkpoint's affair.
+        key = names.get('head.fc.bias') or names['head.fc.weight']
+        classes = tuple(theirs[key].shape[:1])
+        expected['head.fc.weight'] = (*classes, network.feat_dim)
+        expected['head.fc.bias'] = classes
     problems = (
-        describe_misfit(expected, found, None),
+        describe_misfit(
+            {names.get(name, name): shape for name, shape in expected.items()},
+            {key: tuple(theirs[key].shape) for key in names.values()},
+            None,
+        ),
         name_keys('fixed in the published code, with other values', wrong, None),
     )
     if any(problems):
         raise CheckpointError(
             f'the checkpoint does not fit: {"; ".join(filter(None, problems))}'
         )
+    ours = {}
+    for name, key in names.items():
+        value = theirs[key]
+        if name in specs:
+            value = _as_stored(specs[name], name.rpartition('.')[2], value)
+        whole = name if name.startswith('head.') else f'backbone.{name}'
+        ours[whole] = value.clone()
+    meta = dict(mmorepa_version=__version__, backbone=backbone, deployed=deployed)
+    return dict(meta=meta, state_dict=ours)
 
 
-def _entries(network: nn.Module, theirs: Mapping[str, Tensor]) -> Entries:
-    """All entries of our backbone, and those of a classifier if there is one."""
-    for name, conv in outermost(network):
-        for key, entry in _conv_entries(conv):
-            key = f'{_published_name(name)}.{key}'
-            # Some versions of the published code save it.
-            if key.endswith('idconv1.id_tensor') and key not in theirs:
-                continue
-            if entry.ours is not None:
-                entry = entry._replace(ours=f'backbone.{name}.{entry.ours}')
-            yield key, entry
-    for name, value in network.state_dict().items():
-        if '.se.' in name:
-            yield _published_name(name), _Entry(f'backbone.{name}', tuple(value.shape))
-    head = [
-        theirs[f'linear.{n}'] for n in ('weight', 'bias') if f'linear.{n}' in theirs
-    ]
-    if head:
-        # The number of classes is the checkpoint's affair.
-        classes = tuple(head[0].shape[:1])
-        shape = (*classes, network.feat_dim)
-        yield 'linear.weight', _Entry('head.fc.weight', shape)
-        yield 'linear.bias', _Entry('head.fc.bias', classes)
+def _our_name(key: str, deployed: bool) -> str:
+    for pattern, replacement in _NAMES:
+        key = re.sub(pattern, replacement, key)
+    return key.replace('.branches.', '.') if deployed else key
 
 
-def _published_name(name: str) -> str:
-    """'layer1.0.downsample' becomes 'stage1.0.shortcut'."""
-    name = re.sub(r'^stem\.conv$', 'stage0', name)
-    name = re.sub(r'^stem$', 'stage0.conv1', name)
-    name = re.sub(r'^stem\.', 'stage0.', name)
-    name = re.sub(r'^layer(\d)', r'stage\1', name)
-    return re.sub(r'\.conv$', '', name.replace('.downsample', '.shortcut'))
+def _specs(network: nn.Module) -> dict[str, BranchSum]:
+    """The weights of OREPA's kernels, by their keys, with what they are part of."""
+    return {
+        f'{name}.{entry}': kernel.branch_sum
+        for name, kernel in network.named_modules()
+        if isinstance(kernel, OREPAKernel)
+        for entry in kernel.branch_sum.roles
+    }
 
 
-# The beginnings of the entries of a conv, ours and theirs.
-_PREFIXES = {
-    DBBConv2d: {
-        'branches.origin.branches.': 'dbb_origin.conv.',
-        'branches.origin.norm.': 'dbb_origin.bn.',
-        'branches.pointwise.branches.': 'dbb_1x1.conv.',
-        'branches.pointwise.norm.': 'dbb_1x1.bn.',
-        'branches.average.first.branches.': 'dbb_avg.conv.',
-        'branches.average.first.norm.': 'dbb_avg.bn.bn.',
-        'branches.average.second.norm.': 'dbb_avg.avgbn.',
-        'branches.pointwise_kxk.first.branches.': 'dbb_1x1_kxk.idconv1.conv.',
-        'branches.pointwise_kxk.first.norm.': 'dbb_1x1_kxk.bn1.bn.',
-        'branches.pointwise_kxk.second.branches.': 'dbb_1x1_kxk.conv2.',
-        'branches.pointwise_kxk.second.norm.': 'dbb_1x1_kxk.bn2.',
-    },
-    RepVGGConv2d: {
-        'branches.origin.branches.weight_': 'rbr_dense.weight_',
-        'branches.origin.branches.scale': 'rbr_dense.scale',
-        'branches.origin.branches.': 'rbr_dense.conv.',
-        'branches.origin.norm.': 'rbr_dense.bn.',
-        'branches.pointwise.branches.': 'rbr_1x1.conv.',
-        'branches.pointwise.norm.': 'rbr_1x1.bn.',
-        'branches.identity.norm.': 'rbr_identity.',
-    },
-    PlainConv2d: {'branches.': 'conv.', 'norm.': 'bn.'},
-    OREPAConv2d: {'branches.factors.': 'weight', 'branches.': '', 'norm.': 'bn.'},
-}
-# The parameters of OREPA's kernels.
-_ENTRIES = {
-    'weight_origin': 'weight_{}_origin',
-    'weight_average': 'weight_{}_avg_conv',
-    'weight_frequency': 'weight_{}_pfir_conv',
-    'weight_pointwise_kxk_1': 'weight_{}_1x1_kxk_idconv1',
-    'weight_pointwise_kxk_2': 'weight_{}_1x1_kxk_conv2',
-    'weight_pointwise': 'weight_{}_1x1',
-    'weight_depthwise': 'weight_{}_gconv_dw',
-    'weight_separable': 'weight_{}_gconv_pw',
-    'weight_first': 'weight_{}_l2i_conv1',
-    'weight_second': 'weight_{}_l2i_conv2',
-    'scale': 'vector',
-}
+def _fixed(key: str, value: Tensor) -> Optional[Tensor]:
+    """What the published code saves though it is constant; None for weights."""
+    fixed = None
+    if key.endswith('_avg_avg'):
+        fixed = torch.full_like(value, 1 / max(value.numel(), 1))
+    elif key.endswith('_prior') and value.dim() == 3:
+        fixed = frequency_prior(len(value), value.shape[-1])
+    elif key.endswith('.id_tensor') and value.dim() == 4:
+        fixed = identity_1x1(*value.shape[:2])
+    return fixed if fixed is not None and fixed.shape == value.shape else None
 
 
-def _conv_entries(conv: ReparamConv2d) -> Entries:
-    kinds = [kind for kind in _PREFIXES if isinstance(conv, kind)]
-    if not kinds:
-        raise CheckpointError(
-            f'the published code has no layout for {type(conv).__name__}'
-        )
-    prefixes = _PREFIXES[kinds[0]]
-    if conv.deployed:
-        prefixes = {'': f'{_deployed_name(conv)}.'}
-    is_rbr = isinstance(conv, RepVGGConv2d)
-    kind = 'rbr' if is_rbr else 'or1x1' if conv.kernel_size[0] == 1 else 'orepa'
-    for key, value in conv.state_dict().items():
-        here = next(prefix for prefix in prefixes if key.startswith(prefix))
-        path, dot, entry = (prefixes[here] + key.removeprefix(here)).rpartition('.')
-        there = path + dot + _ENTRIES.get(entry, entry).format(kind)
-        kernel = conv.get_submodule(key.rpartition('.')[0])
-        if isinstance(kernel, OREPAKernel):
-            value = kernel.branch_sum.as_conv(entry, value)
-            to_ours = partial(_to_ours, kernel.branch_sum, entry)
-            yield there, _Entry(key, tuple(value.shape), to_ours)
-        else:
-            yield there, _Entry(key, tuple(value.shape))
-        if entry == 'scale' and isinstance(kernel, OREPAKernel):
-            yield from _fixed_entries(kernel, path + dot, kind)
-    if isinstance(conv, DBBConv2d) and not conv.deployed:
-        shape = conv.in_channels, conv.in_channels // conv.groups
-        yield (
-            'dbb_1x1_kxk.idconv1.id_tensor',
-            _Entry(None, (*shape, 1, 1), fixed=partial(identity_1x1, *shape)),
-        )
-
-
-def _fixed_entries(kernel: OREPAKernel, there: str, kind: str) -> Entries:
-    """The constants that the published code saves."""
-    size, outputs = kernel.kernel_size, kernel.scale.shape[1]
-    square, eye = (size, size), kernel.weight_pointwise_kxk_1.shape[:2]
-    average = partial(torch.full, square, 1 / size**2)
-    prior = partial(frequency_prior, outputs, size)
-    identity = partial(identity_1x1, *eye)
-    yield f'{there}weight_{kind}_avg_avg', _Entry(None, square, fixed=average)
-    yield f'{there}weight_{kind}_prior', _Entry(None, (outputs, *square), fixed=prior)
-    yield f'{there}id_tensor', _Entry(None, (*eye, 1, 1), fixed=identity)
-
-
-def _deployed_name(conv: ReparamConv2d) -> str:
-    if isinstance(conv, RepVGGConv2d):
-        return 'rbr_reparam'
-    if isinstance(conv, DBBConv2d):
-        return 'dbb_reparam'
-    if isinstance(conv, PlainConv2d):
-        return 'conv'
-    size = conv.kernel_size[0]
-    if size == 1:
-        return 'or1x1_reparam'
-    return 'orepa_reparam' if size < DEEP_LINEAR_FROM else 'or_large_reparam'
-
-
-def _to_ours(spec: BranchSum, name: str, weight: Tensor) -> Tensor:
+def _as_stored(spec: BranchSum, name: str, weight: Tensor) -> Tensor:
     if name == 'weight_separable':
         # The published code interleaves the groups in the rows of this one.
         weight = weight.unflatten(0, (-1, spec.groups)).transpose(0, 1).flatten(0, 1)

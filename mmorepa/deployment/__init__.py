@@ -5,12 +5,11 @@ What needs the packages ``onnx`` and ``onnxruntime`` is in :mod:`.onnx_files` an
 """
 
 from .inference import build_inferencer, dataset_meta
-from .models import deployed_config, load_deployed, loaded_by_config
+from .models import load_deployed, loaded_by_config
 
 __all__ = [
     'build_inferencer',
     'dataset_meta',
-    'deployed_config',
     'load_deployed',
     'loaded_by_config',
 ]

@@ -192,17 +192,12 @@ def evaluate(cfg: Config, model: nn.Module) -> dict[str, float]:
 
 
 def layer_losses(
-    source: PathLike,
-    quantized: PathLike,
-    images: Sequence[Tensor],
-    modules: Sequence[str] = (),
+    source: PathLike, quantized: PathLike, images: Sequence[Tensor]
 ) -> list[LayerLoss]:
     """What INT8 costs each conv and each linear layer, in the order of the file.
 
     Where a layer runs several times, as on the levels of a pyramid, its worst output
     counts. Batches hold one image each; all outputs of all layers are kept in memory.
-    ``modules`` are the names of the model's, since a file may lack the first part of
-    one.
     """
     debug = require('onnxruntime.quantization.qdq_loss_debug')
     graph = require('onnx').load(str(source)).graph
@@ -219,18 +214,16 @@ def layer_losses(
         match = weights.get(node.input[1]) if node.op_type in _CONVS else None
         if match is None:
             continue
-        is_turned = node.op_type == 'Gemm' and not _attribute(node, 'transB', 0)
-        kernel, dequantized = (
-            np.moveaxis(match[form], 1 if is_turned else 0, 0)
-            for form in ('float', 'dequantized')
-        )
+        kernel, dequantized = match['float'], match['dequantized']
+        if node.op_type == 'Gemm' and not _attribute(node, 'transB', 0):
+            kernel, dequantized = kernel.T, dequantized.T
         channels = np.abs(kernel.reshape(len(kernel), -1)).max(axis=1)
         output = outputs.get(_output_of(graph, node), {})
         output_snr = float('nan')
         if 'float' in output:
             output_snr = _snr(output['float'], output['post_qdq'], len(kernel))
         loss = LayerLoss(
-            _layer_name(node, modules),
+            _layer_name(node),
             float(channels.max()),
             float(channels.max() / max(np.median(channels), 1e-12)),
             _snr([kernel], [dequantized], len(kernel)),
@@ -284,19 +277,12 @@ def _output_of(graph: Any, node: Any) -> str:
     return node.output[0]
 
 
-def _layer_name(node: Any, modules: Sequence[str] = ()) -> str:
+def _layer_name(node: Any) -> str:
     """The module of a layer, by its kernel, or by its node if a norm is folded in."""
     name = node.input[1]
     if '::' in name:
-        parts = node.name.strip('/').split('/')[:-1]
-        # A list of modules is there twice: 'layer1', 'layer1.0'.
-        pairs = zip(parts, [*parts[1:], ''])
-        name = '.'.join(one for one, other in pairs if not other.startswith(f'{one}.'))
-    name = name.removeprefix('model.').removesuffix('.weight').removesuffix('.conv')
-    if name in modules:
-        return name
-    # MMSegmentation calls the head's forward() itself, so that it is in no node's name.
-    return next((module for module in modules if module.endswith(f'.{name}')), name)
+        name = node.name.strip('/').rpartition('/')[0].replace('/', '.')
+    return name.removeprefix('model.').removesuffix('.weight').removesuffix('.conv')
 
 
 def equalize(model: Any, sweeps: int = 20) -> int:
@@ -310,47 +296,41 @@ def equalize(model: Any, sweeps: int = 20) -> int:
     """
     numpy_helper = require('onnx').numpy_helper
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    values = {
-        name: numpy_helper.to_array(tensor).astype(np.float64)
-        for name, tensor in stored.items()
-    }
     pairs = list(_pairs(model.graph, stored.keys()))
+    values = {
+        name: numpy_helper.to_array(stored[name]).astype(np.float64)
+        for name in itertools.chain(*pairs)
+    }
     for _ in range(sweeps):
-        for first, second in pairs:
-            one, other = values[first.input[1]], values[second.input[1]]
-            r1 = np.abs(one).reshape(len(one), -1).max(axis=1)
-            r2 = np.abs(other).max(axis=(0, 2, 3))
+        for first, *bias, second in pairs:
+            r1 = np.abs(values[first]).max(axis=(1, 2, 3))
+            r2 = np.abs(values[second]).max(axis=(0, 2, 3))
             # A channel of zeros on either side has no range to share.
             alive = (r1 > 0) & (r2 > 0)
-            scale = np.where(alive, np.sqrt(r1 / np.where(alive, r2, 1)), 1)
-            scale = np.where(scale > 0, scale, 1)
-            values[first.input[1]] = one / scale[:, None, None, None]
-            for bias in first.input[2:]:
-                values[bias] = values[bias] / scale
-            values[second.input[1]] = other * scale[:, None, None]
-    for name in {name for pair in pairs for name in _tensors_of(pair)}:
-        tensor = numpy_helper.from_array(values[name].astype(np.float32), name)
-        stored[name].CopyFrom(tensor)
+            scale = np.sqrt(np.divide(r1, r2, out=np.ones_like(r1), where=alive))
+            values[first] = values[first] / scale[:, None, None, None]
+            values[second] = values[second] * scale[:, None, None]
+            for name in bias:
+                values[name] = values[name] / scale
+    for name, value in values.items():
+        stored[name].CopyFrom(numpy_helper.from_array(value.astype(np.float32), name))
     return len(pairs)
 
 
-def _tensors_of(pair: tuple) -> list[str]:
-    first, second = pair
-    return [*first.input[1:], second.input[1]]
-
-
-def _pairs(graph: Any, stored: Collection[str]) -> Iterator[tuple]:
-    """Convs with nothing but a ReLU between them, and kernels of their own."""
+def _pairs(graph: Any, stored: Collection[str]) -> Iterator[list[str]]:
+    """The tensors of convs with nothing but a ReLU between them: two kernels of their
+    own, with the bias of the first conv between them if it has one.
+    """
     outputs = {output.name for output in graph.output}
     for first in graph.node:
         relu = _only_user(graph, first, 'Relu', outputs)
         second = relu and _only_user(graph, relu, 'Conv', outputs)
         if first.op_type != 'Conv' or second is None:
             continue
-        tensors = _tensors_of((first, second))
+        tensors = [*first.input[1:], second.input[1]]
         is_own = all(n in stored and len(_users(graph, n)) == 1 for n in tensors)
         if is_own and _attribute(second, 'group', 1) == 1:
-            yield first, second
+            yield tensors
 
 
 def _only_user(graph: Any, node: Any, kind: str, outputs: set[str]) -> Optional[Any]:

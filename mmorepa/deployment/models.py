@@ -14,22 +14,28 @@ from ..runs import build_model
 from ..utils.errors import CheckpointError
 
 
-def deployed_config(cfg: Config) -> Config:
-    """The config that builds the deployed form of a model.
+def loaded_by_config(cfg: Config, state_dict: dict) -> tuple[Config, nn.Module]:
+    """The config of the deployed form, and its model with these deployed weights.
 
     Backbones of this package and every ``conv_cfg`` of its convs get ``deploy=True``;
     ``Reparameterized`` modules become the modules that they were made from. ValueError
-    says that convs of this package are built without a config of theirs.
+    says that convs of this package are built without a config of theirs, or that the
+    weights do not fit.
     """
     cfg = copy.deepcopy(cfg)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     cfg.model = _deployed(cfg.model)
-    if is_switchable(build_model(copy.deepcopy(cfg))):
+    model = build_model(copy.deepcopy(cfg))
+    try:
+        if is_switchable(model):
+            raise CheckpointError('some convs have no config of their own')
+        load_strictly(model, state_dict)
+    except CheckpointError as error:
         raise ValueError(
-            'no config builds the deployed form: some convs have no config of their '
-            'own; build the training form and call mmorepa.switch_to_deploy(model)'
-        )
-    return cfg
+            f'no config builds the deployed form: {error}; build the training form and '
+            'call mmorepa.switch_to_deploy(model)'
+        ) from error
+    return cfg, model
 
 
 def _deployed(node: Any) -> Any:
@@ -65,20 +71,3 @@ def load_deployed(cfg: Config, checkpoint: dict) -> nn.Module:
         switch_to_deploy(model)
     load_strictly(model, state)
     return model
-
-
-def loaded_by_config(cfg: Config, state_dict: dict) -> tuple[Config, nn.Module]:
-    """The config of the deployed form, and its model with these deployed weights.
-
-    ValueError is as of :func:`deployed_config`, or says that the weights do not fit.
-    """
-    deployed = deployed_config(cfg)
-    model = build_model(copy.deepcopy(deployed))
-    try:
-        load_strictly(model, state_dict)
-    except CheckpointError as error:
-        raise ValueError(
-            f'no config builds the deployed form: {error}; build the training form and '
-            'call mmorepa.switch_to_deploy(model)'
-        ) from error
-    return deployed, model

@@ -1,9 +1,10 @@
 """Networks as functions of normalised images, and in the place of a model's own."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Union
 
+import torch
 from mmengine.utils import is_seq_of
 from torch import Tensor, nn
 
@@ -51,6 +52,17 @@ def flatten(outputs: Outputs) -> dict[str, Tensor]:
     return flat
 
 
+@torch.no_grad()
+def output_names(model: nn.Module, images: Tensor) -> list[str]:
+    """The names of the outputs of a model, as :func:`flatten` makes them."""
+    return list(flatten(named_outputs(model, images)))
+
+
+def as_batch(image: Tensor) -> Tensor:
+    """An image (1, C, H, W) twice: exporters take a length of one for a constant."""
+    return image.expand(2, *image.shape[1:]).contiguous()
+
+
 class DeployedNetwork(nn.Module):
     """A deployed model in eval mode as a function of images, for any exporter."""
 
@@ -70,21 +82,25 @@ def padded(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class Network:
-    """Computes the outputs of a model, without that model.
+    """An export of a model as a function: it computes the outputs without that model.
 
     Args:
-        names (Sequence[str]): Of its outputs, as :func:`flatten` makes them.
-        size (tuple[int, int]): Height and width of the images that it takes.
-        pads (bool): Pad smaller images, as those of detectors are.
+        function (Callable): Maps images (N, C, H, W) of its size to the outputs.
+        names (Sequence[str]): Of the outputs, as :func:`flatten` makes them.
+        size (tuple[int, int]): Height and width of the images.
+        pads (bool): Pad smaller images, as those of detectors are. Defaults to False.
     """
 
-    def __init__(self, names: Sequence[str], size: tuple[int, int], pads: bool) -> None:
-        self.names, self.size, self.pads = names, size, pads
+    def __init__(
+        self,
+        function: Callable[[Tensor], Iterable[Tensor]],
+        names: Sequence[str],
+        size: tuple[int, int],
+        pads: bool = False,
+    ) -> None:
+        self.function, self.names, self.size, self.pads = function, names, size, pads
 
-    def compute(self, images: Tensor) -> list[Tensor]:
-        """Maps (N, C, H, W) of its own size to the outputs."""
-        raise NotImplementedError
-
+    @torch.no_grad()
     def __call__(self, images: Tensor) -> list[Tensor]:
         """Maps (N, C, H, W) to the outputs, in the order of the names."""
         if self.pads:
@@ -95,7 +111,7 @@ class Network:
                 f'the file takes images of {self.size[0]}x{self.size[1]}, found '
                 f'{size[0]}x{size[1]}: export it for the size of the data (--shape)'
             )
-        return self.compute(images)
+        return list(self.function(images))
 
     def grouped(self, images: Tensor) -> Outputs:
         """As :func:`named_outputs`, of images (N, C, H, W)."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..runs import innermost
 from ..utils.files import PathLike
 from ..version import __version__
-from .networks import DeployedNetwork, Network, flatten, named_outputs, require
+from .networks import DeployedNetwork, Network, as_batch, output_names, require
 
 EXPORTERS = ('torchscript', 'dynamo')
 # The lowest that both exporters write.
@@ -38,7 +38,6 @@ def export_onnx(
     image: Tensor,
     path: PathLike,
     exporter: str = 'torchscript',
-    opset: int = OPSET,
     metadata: Optional[dict] = None,
 ) -> None:
     """Writes a deployed model as an ONNX file, for batches of any length.
@@ -49,47 +48,45 @@ def export_onnx(
         path (str | Path): The file to write.
         exporter (str): ``'torchscript'`` or ``'dynamo'``, which needs the package
             ``onnxscript``. Defaults to ``'torchscript'``.
-        opset (int): The version of ONNX's operators. Defaults to 18.
         metadata (dict, optional): What the file says of itself, as JSON. Defaults to
             None.
 
     Raises:
         ImportError: If a package is missing.
-        ValueError: If the exporter is not known, or cannot write this model in this
-            opset.
+        ValueError: If the exporter is not known, or cannot write this model.
     """
     if exporter not in EXPORTERS:
         raise ValueError(f'the exporters are {", ".join(EXPORTERS)}; not {exporter!r}')
     onnx = require('onnx')
     network = DeployedNetwork(model).eval()
-    # Not one image: exporters take a length of one for a constant.
-    images = image.expand(2, *image.shape[1:]).contiguous()
-    with torch.no_grad():
-        names = list(flatten(named_outputs(model, images)))
-    options = dict(input_names=[INPUT], output_names=names, opset_version=opset)
-    stream = io.BytesIO()
+    images = as_batch(image)
+    names = output_names(model, images)
     if exporter == 'dynamo':
         require('onnxscript')
-        batch = torch.export.Dim('batch')
-        options.update(
-            dynamo=True, dynamic_shapes=({0: batch},), verbose=False, optimize=True
-        )
+        shapes = ({0: torch.export.Dim('batch')},)
+        options = dict(dynamo=True, dynamic_shapes=shapes, verbose=False, optimize=True)
     else:
         axes = {name: {0: 'batch'} for name in (INPUT, *names)}
-        options.update(dynamo=False, dynamic_axes=axes)
+        options = dict(dynamo=False, dynamic_axes=axes)
+    stream = io.BytesIO()
     try:
         with _quiet(), torch.no_grad():
-            torch.onnx.export(network, (images,), stream, **options)
+            torch.onnx.export(
+                network,
+                (images,),
+                stream,
+                input_names=[INPUT],
+                output_names=names,
+                opset_version=OPSET,
+                **options,
+            )
         exported = onnx.load_from_string(stream.getvalue())
         onnx.checker.check_model(exported, full_check=True)
-        versions = {entry.domain: entry.version for entry in exported.opset_import}
-        if versions[''] != opset:
-            raise ValueError(f'it gives opset {versions[""]}')
     except Exception as error:
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise ValueError(
-            f'the exporter {exporter!r} cannot write this model in opset {opset}, and '
-            f'another exporter or opset may: {reason[0]}'
+            f'the exporter {exporter!r} cannot write this model, and another may: '
+            f'{reason[0]}'
         ) from error
     for key, value in (metadata or {}).items():
         exported.metadata_props.add(key=key, value=json.dumps(value))
@@ -129,11 +126,11 @@ class OnnxNetwork(Network):
         self.session = inference_session(str(path))
         names = [output.name for output in self.session.get_outputs()]
         size = tuple(self.session.get_inputs()[0].shape[-2:])
-        super().__init__(names, size, pads)
+        super().__init__(self._run, names, size, pads)
 
-    def compute(self, images: Tensor) -> list[Tensor]:
+    def _run(self, images: Tensor) -> Iterator[Tensor]:
         arrays = self.session.run(None, {INPUT: images.cpu().numpy()})
-        return [torch.from_numpy(array) for array in arrays]
+        return map(torch.from_numpy, arrays)
 
 
 def preprocessing(

@@ -1,11 +1,11 @@
 """Post-training quantization to INT8 by torchao, for networks that stay in PyTorch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .networks import DeployedNetwork, Network, flatten, named_outputs, require
+from .networks import DeployedNetwork, Network, as_batch, output_names, require
 
 
 def export_program(model: nn.Module, image: Tensor) -> torch.export.ExportedProgram:
@@ -16,12 +16,10 @@ def export_program(model: nn.Module, image: Tensor) -> torch.export.ExportedProg
     return _export(DeployedNetwork(model).eval(), image)
 
 
+@torch.no_grad()
 def _export(network: nn.Module, image: Tensor) -> torch.export.ExportedProgram:
-    # Not one image: a length of one would be taken for a constant.
-    images = image.expand(2, *image.shape[1:]).contiguous()
     shapes = ({0: torch.export.Dim('batch')},)
-    with torch.no_grad():
-        return torch.export.export(network, (images,), dynamic_shapes=shapes)
+    return torch.export.export(network, (as_batch(image),), dynamic_shapes=shapes)
 
 
 def quantize_program(
@@ -87,11 +85,5 @@ class ProgramNetwork(Network):
         image: Tensor,
         pads: bool = False,
     ) -> None:
-        with torch.no_grad():
-            names = list(flatten(named_outputs(model, image)))
-        super().__init__(names, tuple(image.shape[-2:]), pads)
-        self.function: Callable[[Tensor], tuple[Tensor, ...]] = program.module()
-
-    @torch.no_grad()
-    def compute(self, images: Tensor) -> list[Tensor]:
-        return list(self.function(images))
+        names = output_names(model, image)
+        super().__init__(program.module(), names, tuple(image.shape[-2:]), pads)

@@ -8,7 +8,7 @@ from torch import nn
 
 from mmorepa import is_switchable
 from mmorepa.analysis import network_outputs
-from mmorepa.deployment import deployed_config, load_deployed, loaded_by_config
+from mmorepa.deployment import load_deployed, loaded_by_config
 from mmorepa.layers import switch_to_deploy
 from mmorepa.runs import build_model
 from mmorepa.utils.errors import CheckpointError
@@ -66,7 +66,7 @@ def test_every_form_in_every_config(name):
 def test_plain_network():
     cfg = classifier(STOCK)
     state = build_model(copy.deepcopy(cfg)).state_dict()
-    assert deployed_config(cfg).model == cfg.model
+    assert loaded_by_config(cfg, state)[0].model == cfg.model
     assert not is_switchable(load_deployed(cfg, dict(state_dict=state)))
 
 

@@ -165,15 +165,11 @@ def report(out, *options):
 def test_report(out, reports, capsys):
     """Of the rows of two files, those of one length and of one machine together."""
     path = out.parent / 'page.md'
-    with pytest.raises(SystemExit, match='no document'):
-        report(out, '--document', path)
-    path.write_text('<!-- end main-10pct --><!-- begin main-10pct -->')
-    with pytest.raises(SystemExit, match='needs one'):
+    with pytest.raises(SystemExit, match='page.md'):
         report(out, '--document', path)
     assert not out.exists()
     names = [f'{name}-{data}' for data in reports.DATA for name in reports.TABLES]
     places = [f'<!-- begin {n} -->\nold\n<!-- end {n} -->' for n in names]
-    places += [f'<!-- begin {n} -->\nold\n<!-- end {n} -->' for n in reports.CAPTIONS]
     path.write_text('\n'.join(places))
     for _ in range(2):
         report(out, '--document', path)
@@ -186,7 +182,6 @@ def test_report(out, reports, capsys):
     assert '| slim ResNet-18, OREPA | 91.00 | +1.00 |  |  |' in text
     for name in ('differences', 'ablations', 'budget'):
         assert matplotlib.image.imread(out / f'{name}.png').ndim == 3
-        assert text.count(f'(out/{name}.png)') == 1
 
 
 def test_seconds(runs):
@@ -212,7 +207,7 @@ def test_best_rate_is_that_of_the_same_seeds(reports, tmp_path):
     ]
     study = study_of(reports, tmp_path, *rows)
     assert {*study.best('resnet18', 'none').lr_factor} == {'1'}
-    table = reports.markdown_table(reports.rates_rows(study))
+    table = reports.rates_table(study)
     assert '95.00 (1 diverged), 2 | **80.00 ± 11.55**, 4 | 85.00 ± 0.00, 2 |' in table
     assert study.best('resnet18', 'orepa').empty
 
@@ -229,7 +224,7 @@ def test_bad_input(out, tmp_path, monkeypatch):
     ):
         with pytest.raises(SystemExit, match=f'^error: .*{words}'):
             run_here(*line)
-    for bad in ('3-', 'a', '-1', '7-0'):
+    for bad in ('a', '-1', '7-0'):
         with pytest.raises(SystemExit):
             train(f'--seeds={bad}')
     assert not Path('new').exists()

@@ -85,7 +85,7 @@ LINES = [
     'quantize CONFIG good.pth out.onnx --images 0',
     'convert cut.pth out.pth',
     'convert good.pth good.pth',
-    'convert good.pth out.pth --arch VGG --block orepa',
+    'convert good.pth out.pth',
     'convert_plain none.pth CONFIG out.pth',
     'flops CONFIG --shape 8 8 8',
     'digits --out notes.txt',

@@ -77,9 +77,9 @@ def test_missing(folder, tmp_path):
         (lambda data: gzip.compress(data)[:-9], 'not a whole IDX file'),
         (lambda data: b'<html>', 'not a whole IDX file'),
         (lambda data: gzip.compress(data[:-1]), 'not a whole IDX file'),
-        (lambda data: gzip.compress(b'\1' + data[1:]), 'no IDX file of bytes'),
-        (lambda data: gzip.compress(idx(np.zeros((5, 32, 32)))), '(5, 32, 32'),
-        (lambda data: gzip.compress(idx(np.zeros((4, 28, 28)))), '(4, 28, 28'),
+        (lambda data: gzip.compress(b'\1' + data[1:]), 'it begins'),
+        (lambda data: gzip.compress(idx(np.zeros((5, 32, 32)))), 'not a whole'),
+        (lambda data: gzip.compress(idx(np.zeros((4, 28, 28)))), '4 images with 5'),
     ],
 )
 def test_damaged(folder, tmp_path, damage, words):
@@ -94,4 +94,4 @@ def test_label_that_is_no_class(folder, arrays, tmp_path):
     labels = arrays['t10k-labels-idx1-ubyte'] * 0 + 10
     path = folder / 't10k-labels-idx1-ubyte.gz'
     path.write_bytes(gzip.compress(idx(labels)))
-    assert 'has a label 10' in error_of(folder, '--out', tmp_path / 'out')
+    assert 'labels up to 10' in error_of(folder, '--out', tmp_path / 'out')

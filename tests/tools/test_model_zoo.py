@@ -11,11 +11,7 @@ TOOL = 'analysis_tools/model_zoo.py'
 CONFIGS = sorted((ROOT / 'configs' / 'imagenet').glob('*.py'))
 METAFILE = ROOT / 'configs' / 'imagenet' / 'metafile.yml'
 MODEL_INDEX = ROOT / 'model-index.yml'
-PAPER = tool(TOOL).PAPER
 DOCUMENT = ROOT / 'docs' / 'model_zoo.md'
-
-# As published by their own authors: parameters (millions) and GFLOPs, in training form
-# for ResNets (torchvision) and deployed for RepVGGs.
 
 
 def rows():

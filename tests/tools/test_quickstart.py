@@ -8,7 +8,7 @@ from tool_runs import run_here, run_name, skip_timing, tool
 
 @pytest.mark.slow
 def test_quickstart(config, tmp_path, monkeypatch):
-    def run(name, *args, log=None, show=''):
+    def run(name, *args):
         if name == 'train.py':
             args = [*args, run_name()]
         elif name == 'test.py':

@@ -12,22 +12,21 @@ from pathlib import Path
 from typing import Optional
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from start import Parser, add_model_arguments
+from start import model_parser
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = Parser(__doc__, 'my_config.py work_dirs/my_config/epoch_30.pth')
-    add_model_arguments(parser, 'branch_similarity.png')
-    return parser.parse_args(argv)
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
+    return model_parser(__doc__, 'branch_similarity.png').parse_args(argv)
 
 
 if __name__ == '__main__':
     parse_args()  # Before the seconds that the rest takes.
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from charts import (
+    BLACK,
+    SKY,
     branch_names,
     label_layers,
     load_model,
@@ -67,19 +66,17 @@ def plot(layers: Sequence[BranchKernels], rows: pd.DataFrame, path: Path) -> Non
     marks = {name: ''.join(w[0] for w in name.split('_')) for name in names}
     grid = below.subplots(lines, COLUMNS, squeeze=False)
     colours = plt.get_cmap('PuOr_r').with_extremes(bad='#DDDDDD')
-    for axes in grid.flat:
-        axes.axis('off')
     for axes, layer in zip(grid.flat, layers):
         own = [marks[name] for name in layer.kernels]
         cosines = cosine_similarities(layer.kernels).fill_diagonal_(float('nan'))
-        image = axes.imshow(
-            np.ma.masked_invalid(cosines.numpy()), cmap=colours, vmin=-limit, vmax=limit
-        )
-        axes.axis('on')
+        style = dict(cmap=colours, vmin=-limit, vmax=limit)
+        image = axes.imshow(cosines.numpy(), **style)
         axes.set_title(short(layer.name), fontsize=8)
         axes.set_xticks(range(len(own)), own, fontsize=7)
         axes.set_yticks(range(len(own)), own, fontsize=7)
         axes.tick_params(length=0, pad=1)
+    for axes in grid.flat[len(layers) :]:
+        axes.axis('off')
     shrink = min(1, 1.6 / lines)
     below.colorbar(image, ax=grid, label='cosine of two kernels', shrink=shrink)
     key = ', '.join(f'{mark} = {name}' for name, mark in marks.items())
@@ -91,25 +88,22 @@ def plot(layers: Sequence[BranchKernels], rows: pd.DataFrame, path: Path) -> Non
 def _plot_over_depth(axes: Axes, rows: pd.DataFrame, limit: float) -> None:
     by_layer = rows.groupby('layer', sort=False).cosine
     mean = rows.cosine.abs().groupby(rows.layer, sort=False).mean()
-    x = np.arange(len(mean))
-    style = dict(color='#56B4E9', linewidth=6, label='all pairs')
-    axes.vlines(x, by_layer.min(), by_layer.max(), **style)
-    style = dict(color='#000000', markersize=4, label='mean of |cosine|')
-    axes.plot(x, mean, 'o-', **style)
+    x, low, high = range(len(mean)), by_layer.min(), by_layer.max()
+    axes.vlines(x, low, high, color=SKY, linewidth=6, label='all pairs')
+    axes.plot(x, mean, 'o-', color=BLACK, markersize=4, label='mean of |cosine|')
     axes.axhline(0, color='grey', linewidth=0.8)
-    axes.set(
-        title='How alike the branches of a layer are (1: the same kernel up to a '
-        'factor, 0: independent)',
-        ylabel='cosine of two kernels',
-        ylim=(-1.1 * limit, 1.4 * limit),
+    axes.set_title(
+        'How alike the branches of a layer are (1: the same kernel up to a factor, '
+        '0: independent)'
     )
+    axes.set(ylabel='cosine of two kernels', ylim=(-1.1 * limit, 1.4 * limit))
     label_layers(axes, mean.index)
     axes.grid(alpha=0.3, axis='y')
     axes.legend(loc='upper left', ncols=2)
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     numbers = args.out.with_suffix('.csv')
     _, layers = load_model(args, [args.out, numbers])

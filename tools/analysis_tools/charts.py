@@ -103,9 +103,8 @@ def save(figure: Figure, path: Path) -> None:
 def write_csv(rows: Sequence[Mapping[str, object]], path: Path) -> None:
     """Writes rows of the same columns; numbers with six digits."""
     with atomic_write(path) as file, file.open('w', newline='') as stream:
-        writer = csv.DictWriter(stream, rows[0], lineterminator='\n')
-        writer.writeheader()
+        writer = csv.writer(stream, lineterminator='\n')
+        writer.writerow(rows[0])
         for row in rows:
-            writer.writerow(
-                {k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()}
-            )
+            values = row.values()
+            writer.writerow([f'{v:.6g}' if isinstance(v, float) else v for v in values])

@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from start import Parser, add_config_options, positive
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = Parser(
         __doc__, 'my_config.py work_dirs/my_config/epoch_30.pth deployed.pth drawn.png'
     )
@@ -55,15 +55,6 @@ from mmorepa.utils.files import check_outputs
 COLUMNS = ('ground truth', 'training form', 'deployed')
 
 
-def load_models(cfg: Config, checkpoint: str, deployed: str) -> tuple[nn.Module, ...]:
-    """The training form and the deployed form, each from its own file."""
-    training = MODELS.build(cfg.model).eval()
-    plain = switch_to_deploy(copy.deepcopy(training))
-    load_training_form(training, read_checkpoint(checkpoint)['state_dict'])
-    load_strictly(plain, read_checkpoint(deployed)['state_dict'])
-    return training, plain
-
-
 def draw(
     cfg: Config,
     models: Sequence[nn.Module],
@@ -92,13 +83,16 @@ def draw(
         rows = []
         for i in range(min(number, len(dataset))):
             item = dataset[i]
-            samples = [
+            training, deployed = (
                 model.test_step(pseudo_collate([copy.deepcopy(item)]))[0]
                 for model in models
-            ]
-            rows.append(
-                [drawn(samples[0], True), *(drawn(sample, False) for sample in samples)]
             )
+            row = [
+                drawn(training, True),
+                drawn(training, False),
+                drawn(deployed, False),
+            ]
+            rows.append(row)
     return rows
 
 
@@ -116,7 +110,7 @@ def write(rows: list[list[np.ndarray]], path: Path) -> None:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     check_outputs([args.out], [args.config, args.checkpoint, args.deployed])
     cfg = get_config(args.config, args.cfg_options)
@@ -127,9 +121,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         )
     check_data_folders(cfg, ('test',))
     init_default_scope(cfg.default_scope)
-    models = load_models(cfg, args.checkpoint, args.deployed)
+    training = MODELS.build(cfg.model).eval()
+    plain = switch_to_deploy(copy.deepcopy(training))
+    load_training_form(training, read_checkpoint(args.checkpoint)['state_dict'])
+    load_strictly(plain, read_checkpoint(args.deployed)['state_dict'])
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
-    write(draw(cfg, models, dataset, args.images, args.score), args.out)
+    write(draw(cfg, (training, plain), dataset, args.images, args.score), args.out)
     print(f'Wrote {args.out}.')
 
 

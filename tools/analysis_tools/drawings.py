@@ -1,7 +1,6 @@
 """Draws the figures of docs/mathematics.md and of the README."""
 
 import argparse
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -159,17 +158,9 @@ def six_branches() -> Axes:
         colour, y = COLOURS[name], 62 - i * 11
         write(axes, 1, y + 1.8, name, 13, weight='bold', ha='left')
         write(axes, 1, y - 1.8, text, 11.5, ha='left')
+        style = dict(facecolor='white', edgecolor=colour)
         for place, part in enumerate(parts):
-            box(
-                axes,
-                44 + 12 * place,
-                y,
-                9,
-                5,
-                part,
-                facecolor='white',
-                edgecolor=colour,
-            )
+            box(axes, 44 + 12 * place, y, 9, 5, part, **style)
         if '×3' in ''.join(parts):
             write(axes, 50, y, '∘', 13)
         if parts:
@@ -200,35 +191,21 @@ def deep_linear_stem() -> Axes:
     return axes
 
 
-DRAWINGS: tuple[Callable[[], Axes], ...] = (
-    branches_to_kernel,
-    two_ways_to_train,
-    six_branches,
-    deep_linear_stem,
-)
-
-
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def main(argv: Optional[list[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        '--out',
-        type=Path,
-        default=ROOT / 'docs/images',
-        help='the folder for the .svg files (default: docs/images)',
-    )
-    return parser.parse_args(argv)
-
-
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    args = parse_args(argv)
+    parser.add_argument('--out', type=Path, default=ROOT / 'docs/images')
+    args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
-        for draw in DRAWINGS:
-            figure = draw().figure
+        for draw in (
+            branches_to_kernel,
+            two_ways_to_train,
+            six_branches,
+            deep_linear_stem,
+        ):
             # No date: the same drawing is the same file.
             path, metadata = args.out / f'{draw.__name__}.svg', {'Date': None}
-            figure.savefig(path, facecolor='white', metadata=metadata)
-            plt.close(figure)
+            draw().figure.savefig(path, facecolor='white', metadata=metadata)
 
 
 if __name__ == '__main__':

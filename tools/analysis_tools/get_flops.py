@@ -9,7 +9,6 @@ and by branches that run on the images, as those of DBB and RepVGG do.
 import argparse
 import copy
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -17,7 +16,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from start import Parser, add_config_options, add_shape
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = Parser(__doc__, 'my_config.py --shape 224')
     parser.add_argument('config', help='the config, in either form')
     add_shape(parser, 'the image (default: as the test images, or 224)')
@@ -40,7 +39,7 @@ from mmorepa.utils.tables import format_table
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> dict:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     cfg = get_config(args.config, args.cfg_options)
     model = build_model(cfg)
@@ -52,28 +51,19 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
             'deployed': switch_to_deploy(copy.deepcopy(model)),
         }
     image = torch.zeros(1, *shape)
-    figures = {
-        name: dict(
-            params=count_parameters(form),
-            gflops=count_gflops(form, image),
-            megabytes=count_bytes(form) / 1e6,
-        )
-        for name, form in forms.items()
-    }
     rows = [
         (
             name,
-            f'{found["params"]:,}',
-            f'{found["gflops"]:.4g}',
-            f'{found["megabytes"]:.2f}',
+            f'{count_parameters(form):,}',
+            f'{count_gflops(form, image):.4g}',
+            f'{count_bytes(form) / 1e6:.2f}',
         )
-        for name, found in figures.items()
+        for name, form in forms.items()
     ]
     print(f'\nOne image of {shape[1]}x{shape[2]}; a multiply-add counts as one FLOP:')
     print(format_table(('form', 'parameters', 'GFLOPs', 'size (MB)'), rows))
     if hasattr(model, 'roi_head'):
         print('The second stage of the detector is counted for 84 boxes.')
-    return figures
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Writes docs/model_zoo.md and the metafile: what every ImageNet config costs.
+"""Fills in docs/model_zoo.md and the metafile: what every ImageNet config costs.
 
 Parameters, GFLOPs and sizes are computed from the models that the configs build.
 The accuracies are those of the OREPA paper, and marked as such wherever they appear.
@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
+import pandas as pd
 import torch
 import yaml
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / 'benchmarks'))
-from studies import ROOT, markdown_table
+from studies import ROOT, fill, markdown_table
 
 from mmorepa import switch_to_deploy
 from mmorepa.analysis.complexity import count_bytes, count_gflops, count_parameters
@@ -30,52 +31,7 @@ SIZE = 224
 
 # Tables 2 and 4 of the OREPA paper: top-1 accuracy (%), GPU memory (GB) and seconds a
 # batch (64 images on a V100) by config name. None of these is a figure of ours.
-PAPER = {
-    'resnet18': (71.21, 4.2, 0.086),
-    'resnet18-dbb': (71.77, 7.5, 0.241),
-    'resnet18-orepa': (72.13, 5.2, 0.120),
-    'resnet34': (74.13, 5.2, 0.116),
-    'resnet34-dbb': (74.83, 11.1, 0.424),
-    'resnet34-orepa': (75.04, 6.7, 0.182),
-    'resnet50': (76.70, 10.3, 0.204),
-    'resnet50-dbb': (76.89, 13.7, 0.380),
-    'resnet50-orepa': (77.31, 11.2, 0.252),
-    'resnet101': (77.71, 14.5, 0.382),
-    'resnet101-dbb': (78.02, 19.7, 0.641),
-    'resnet101-orepa': (78.29, 16.1, 0.445),
-    'resnext50-32x4d': (77.14, 12.4, 0.286),
-    'resnext50-32x4d-orepa': (77.66, 13.0, 0.343),
-    'resnet18-1.5x': (73.69, 6.0, 0.121),
-    'resnet18-1.5x-orepa': (74.51, 7.4, 0.164),
-    'resnet18-2x': (74.74, 7.4, 0.161),
-    'resnet18-2x-orepa': (75.61, 10.4, 0.229),
-    'repvgg-a0': (72.41, 3.8, 0.100),
-    'repvgg-a0-orepa': (73.04, 4.2, 0.136),
-    'repvgg-a1': (74.46, 4.8, 0.121),
-    'repvgg-a1-orepa': (74.85, 5.5, 0.147),
-    'repvgg-a2': (76.48, 5.8, 0.170),
-    'repvgg-a2-orepa': (76.72, 7.4, 0.210),
-}
-
-HEADER = f"""# Model zoo
-
-Written by `python tools/analysis_tools/model_zoo.py` from the configs in
-`configs/imagenet`: do not edit it by hand. Parameters, GFLOPs (multiply-adds of one
-{SIZE}×{SIZE} image in eval mode, the fold, which is done once, not counted) and sizes
-(float32) are those of the models that the configs build.
-
-The last three columns are **the paper's figures** (Hu et al., CVPR 2022, Tables 2 and
-4; memory and time for 64 images on a V100), not results of this repository. We publish
-no weights: convert the authors' with `tools/model_converters/published_to_mmorepa.py`,
-or train with the configs.
-
-**What to choose.** With an hour, take an OREPA stem (`…-orepa-stem_…`): it trains at
-the plain network's price, and on a tenth of Fashion-MNIST it brought [most of the
-gain](evidence.md#which-part-earns-it). With ImageNet and four GPUs, take OREPA in all
-convs (`…-orepa_…`): the paper's figures are for all parts together, and nobody has
-trained the stem alone there.
-
-"""
+PAPER = pd.read_csv(ROOT / 'docs/evidence/paper.csv', index_col=0, dtype=str).T
 
 
 def name_of(path: Path) -> str:
@@ -106,10 +62,7 @@ def to_rows(entries: Sequence[dict]) -> list[dict[str, str]]:
     """The rows of the Markdown table, by the head of the column."""
     rows = []
     for entry in entries:
-        accuracy, memory, seconds = '–', '–', '–'
-        if entry['name'] in PAPER:
-            figures = zip(('{:.2f}', '{} G', '{:.3f} s'), PAPER[entry['name']])
-            accuracy, memory, seconds = (text.format(x) for text, x in figures)
+        accuracy, memory, seconds = PAPER.get(entry['name'], ('–', '–', '–'))
         rows.append(
             {
                 'config': f'[{entry["name"]}](../{entry["config"]})',
@@ -126,70 +79,45 @@ def to_rows(entries: Sequence[dict]) -> list[dict[str, str]]:
     return rows
 
 
-def to_document(entries: Sequence[dict]) -> str:
-    """docs/model_zoo.md."""
-    return f'{HEADER}{markdown_table(to_rows(entries))}\n'
-
-
-def to_metafile(entries: Sequence[dict]) -> str:
-    """configs/imagenet/metafile.yml, in the format that mim and mmpretrain read."""
-    collections = [
-        dict(
-            Name=name,
-            Metadata={
-                'Training Data': 'ImageNet-1k',
-                'Training Techniques': ['SGD with Momentum', 'Weight Decay'],
-                'Epochs': 120,
-                'Batch Size': 256,
-                'Architecture': [name],
-            },
-            Paper=dict(
-                Title='Online Convolutional Re-parameterization',
-                URL='https://arxiv.org/abs/2204.00826',
-            ),
-            README='configs/imagenet/README.md',
-        )
-        for name in ('OREPAResNet', 'OREPARepVGG')
-    ]
+def to_models(entries: Sequence[dict]) -> list[dict]:
+    """The models of the metafile, in the format that mim and mmpretrain read."""
     models = []
     for entry in entries:
         is_repvgg = entry['name'].startswith('repvgg')
-        model = dict(
-            Name=Path(entry['config']).stem,
-            Metadata=dict(
+        model = {
+            'Name': Path(entry['config']).stem,
+            'Metadata': dict(
                 FLOPs=round(entry['deployed_gflops'] * 1e9),
                 Parameters=entry['deployed_params'],
             ),
-            Config=entry['config'],
-        )
-        model['In Collection'] = 'OREPARepVGG' if is_repvgg else 'OREPAResNet'
+            'Config': entry['config'],
+            'In Collection': 'OREPARepVGG' if is_repvgg else 'OREPAResNet',
+        }
         if entry['name'] in PAPER:
             result = dict(Dataset='ImageNet-1k', Task='Image Classification')
-            result['Metrics'] = {'Top 1 Accuracy': PAPER[entry['name']][0]}
+            result['Metrics'] = {'Top 1 Accuracy': float(PAPER[entry['name']].iloc[0])}
             model['Results'] = [result]
         models.append(model)
-    document = dict(Collections=collections, Models=models)
-    return (
-        '# Written by tools/analysis_tools/model_zoo.py. FLOPs and parameters are '
-        'those\n# of the deployed form; the accuracies are the figures of the paper.\n'
-        + yaml.safe_dump(document, sort_keys=False, width=88)
-    )
+    return models
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     argparse.ArgumentParser(description=__doc__).parse_args(argv)
     paths = sorted(CONFIGS.glob('*.py'))
     entries = []
     for i, path in enumerate(paths, 1):
         print(f'[{i}/{len(paths)}] {name_of(path)}', file=sys.stderr)
         entries.append(measure(path))
-    for path, text in (
-        (DOCUMENT, to_document(entries)),
-        (METAFILE, to_metafile(entries)),
-    ):
+    document = fill(
+        DOCUMENT.read_text(), dict(imagenet=markdown_table(to_rows(entries)))
+    )
+    # The collections before them stay.
+    collections, _, _ = METAFILE.read_text().partition('Models:')
+    models = yaml.safe_dump(dict(Models=to_models(entries)), sort_keys=False, width=88)
+    for path, text in ((DOCUMENT, document), (METAFILE, collections + models)):
         with atomic_write(path) as file:
-            file.write_text(text, encoding='utf-8')
+            file.write_text(text)
         print(f'Wrote {path}.')
 
 

@@ -13,9 +13,8 @@ import start  # noqa: F401  Sets how threads wait, before PyTorch is loaded.
 
 # isort: split
 
-import matplotlib.pyplot as plt
 import torch
-from charts import SERIES, save
+from charts import SERIES, panels, save
 from training_curves import Run, draw_losses, draw_metric, plot_branches, read_run
 
 from mmorepa.analysis import network_outputs
@@ -30,13 +29,14 @@ from mmorepa.utils.files import check_outputs, write_json
 from mmorepa.utils.tables import format_table
 
 ACCURACY = 'accuracy/top1'
-FORMS = ('train_form', 'deploy', 'plain')
-INPUTS = ('switch.json', 'test.json', 'test_deploy.json')
-# Of the plain twin, in its folder.
-INPUTS += ('plain/switch.json', 'plain/test.json')
+# What the tools have written; the plain twin has a folder of its own.
+INPUTS = (
+    *('switch.json', 'test.json', 'test_deploy.json'),
+    *('plain/switch.json', 'plain/test.json'),
+)
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Sums up what the quickstart did.')
     parser.add_argument('work_dir', type=Path, help='the folder of the quickstart')
     parser.add_argument('config', help='the config of the training form')
@@ -47,15 +47,13 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def time_forms(
-    work_dir: Path, config: str, checkpoint: str
-) -> tuple[list[float], float]:
+def time_forms(args: argparse.Namespace) -> tuple[list[float], float]:
     """Times training form, deployed form and plain twin: see :func:`least_seconds`."""
-    cfg = get_config(config)
+    cfg = get_config(args.config)
     training = build_model(cfg)
-    load_training_form(training, read_checkpoint(checkpoint)['state_dict'])
+    load_training_form(training, read_checkpoint(args.checkpoint)['state_dict'])
     models = [training]
-    for folder in (work_dir, work_dir / 'plain'):
+    for folder in (args.work_dir, args.work_dir / 'plain'):
         deployed = get_config(str(folder / 'deploy_config.py'))
         weights = read_checkpoint(str(folder / 'deploy.pth'))
         models.append(load_deployed(deployed, weights))
@@ -65,22 +63,22 @@ def time_forms(
 
 def summarize(args: argparse.Namespace) -> dict:
     """Collects the figures from the files that the tools have written."""
-    work_dir = args.work_dir
     switch, test, test_deploy, plain_switch, plain_test = (
-        json.loads((work_dir / name).read_text()) for name in INPUTS
+        json.loads((args.work_dir / name).read_text()) for name in INPUTS
     )
-    before, after = switch['training_form'], switch['deployed']
-    plain = plain_switch['deployed']
-    seconds, core_share = time_forms(work_dir, args.config, args.checkpoint)
+    latencies, core_share = time_forms(args)
+    train, deploy, plain = (1000 * seconds for seconds in latencies)
     return dict(
         train_top1=test[ACCURACY],
         deploy_top1=test_deploy[ACCURACY],
         plain_top1=plain_test[ACCURACY],
         max_abs_logit_diff=switch['differences']['test images']['absolute'],
-        params_train=before['params'],
-        params_deploy=after['params'],
-        params_plain=plain['params'],
-        **{f'latency_ms_{form}': 1000 * time for form, time in zip(FORMS, seconds)},
+        params_train=switch['training_form']['params'],
+        params_deploy=switch['deployed']['params'],
+        params_plain=plain_switch['deployed']['params'],
+        latency_ms_train_form=train,
+        latency_ms_deploy=deploy,
+        latency_ms_plain=plain,
         core_share=core_share,
         training_seconds=args.training_seconds,
         plain_training_seconds=args.plain_training_seconds,
@@ -90,24 +88,21 @@ def summarize(args: argparse.Namespace) -> dict:
 
 def plot(runs: Sequence[Run], summary: dict, path: Path) -> None:
     """Draws loss and accuracy over the epochs, side by side."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout='constrained')
+    figure, ((left, right),) = panels(1, 2, 9, 4)
     draw_losses(left, runs)
     draw_metric(right, runs, ACCURACY)
-    right.axhline(
-        summary['deploy_top1'],
-        color=SERIES[len(runs)],
-        linestyle='--',
-        label=f'OREPA, deployed: {summary["deploy_top1"]:.2f} %',
-    )
+    deployed = summary['deploy_top1']
+    label = f'OREPA, deployed: {deployed:.2f} %'
+    right.axhline(deployed, color=SERIES[len(runs)], linestyle='--', label=label)
     right.set_ylabel('top-1 (%)')
-    handles, labels = right.get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside lower center', ncols=3)
+    handles = right.get_legend_handles_labels()
+    figure.legend(*handles, loc='outside lower center', ncols=3)
     figure.suptitle('ResNet-18 (slim) on handwritten digits')
     save(figure, path)
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     names = ('curves.png', 'branches.png', 'summary.json')
     curves, branches, target = (args.work_dir / name for name in names)
@@ -120,10 +115,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         plot_branches(orepa, branches)
     write_json(summary, target)
 
+    times = ('latency_ms_train_form', 'latency_ms_deploy', 'latency_ms_plain')
     rows = [
         ('top-1 accuracy (%)', '.2f', 'train_top1', 'deploy_top1', 'plain_top1'),
         ('parameters', ',d', 'params_train', 'params_deploy', 'params_plain'),
-        ('latency (ms)', '.2f', *(f'latency_ms_{form}' for form in FORMS)),
+        ('latency (ms)', '.2f', *times),
     ]
     table = [
         (name, *(format(summary[key], spec) for key in keys))

@@ -9,7 +9,6 @@ gradients differ, and they part (paper, section 3.2).
 
 import argparse
 import itertools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -55,7 +54,7 @@ class SummedConv2d(nn.Module):
         return (self.scale[..., None, None, None] * self.weight).detach()
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -75,21 +74,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_digits() -> tuple[Tensor, Tensor]:
-    """The 1,797 images of scikit-learn, shape (N, 1, 8, 8), and their classes."""
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32)[:, None]
-    return (images - images.mean()) / images.std(), torch.tensor(data.target)
-
-
 def mean_cosine(kernels: list[Tensor]) -> float:
     """The mean over convs and pairs of branches."""
     above = torch.ones(BRANCHES, BRANCHES).triu(1).bool()
-    means = []
-    for each in kernels:
-        rows = F.normalize(each.flatten(1), dim=1)
-        means.append((rows @ rows.T)[above].mean())
-    return torch.stack(means).mean().item()
+    rows = [F.normalize(each.flatten(1), dim=1) for each in kernels]
+    return torch.stack([(r @ r.T)[above].mean() for r in rows]).mean().item()
 
 
 def train(
@@ -115,15 +104,10 @@ def train(
             if epoch == 0:
                 break  # Nothing but the gradients at the start.
             optimizer.step()
-        rows.append(
-            dict(
-                seed=seed,
-                epoch=epoch,
-                loss=sum(losses) / len(losses),
-                gradients=mean_cosine([conv.weight.grad for conv in convs]),
-                kernels=mean_cosine([conv.kernels() for conv in convs]),
-            )
-        )
+        row = dict(seed=seed, epoch=epoch, loss=sum(losses) / len(losses))
+        row['gradients'] = mean_cosine([conv.weight.grad for conv in convs])
+        row['kernels'] = mean_cosine([conv.kernels() for conv in convs])
+        rows.append(row)
     return rows
 
 
@@ -145,11 +129,14 @@ def plot(rows: pd.DataFrame) -> Figure:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     numbers = args.out.with_suffix('.csv')
     check_outputs([args.out, numbers])
-    data, found = read_digits(), []
+    # Shape (1797, 1, 8, 8), and the classes.
+    digits, found = load_digits(), []
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None]
+    data = (images - images.mean()) / images.std(), torch.tensor(digits.target)
     for arm, is_scaled in ARMS.items():
         for seed in range(args.seeds):
             print(f'Training {arm}, {seed + 1} of {args.seeds} …', flush=True)

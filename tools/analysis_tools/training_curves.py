@@ -1,13 +1,12 @@
 """Draws the losses and metrics of several trainings in one figure.
 
-A run is the work folder of a training. Its line is named after its config. The axes of
-the metrics are zoomed to the values of their second half, where runs differ.
+A run is the work folder of a training, and names its line. The axes of the metrics are
+zoomed to the values of their second half, where runs differ.
 """
 
 import argparse
 import json
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -16,7 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from start import Parser
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = Parser(__doc__, 'work_dirs/my_config')
     parser.add_argument('runs', nargs='+', type=Path, help='the work folders')
     parser.add_argument(
@@ -37,9 +36,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 if __name__ == '__main__':
     parse_args()  # Before the seconds that the rest takes.
 
-import matplotlib.pyplot as plt
 import numpy as np
-from charts import SERIES, colour_of, panels, save, short, write_csv
+from charts import BLACK, SERIES, VERMILION, colour_of, panels, save, short, write_csv
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
@@ -72,7 +70,7 @@ class Run(NamedTuple):
 def read_run(folder: Path, name: Optional[str] = None) -> Run:
     """Reads the logs in a work folder, those before the training was resumed too.
 
-    The name defaults to that of the config.
+    The name defaults to that of the folder.
     """
     files = sorted(folder.glob('*/vis_data/scalars.json'))
     if not files:
@@ -81,7 +79,10 @@ def read_run(folder: Path, name: Optional[str] = None) -> Run:
         )
     unit, series = 'iteration', {}
     for file in files:
-        records = _records(file)
+        try:
+            records = [json.loads(line) for line in file.read_text().splitlines()]
+        except ValueError as error:
+            raise ValueError(f"'{file}' is damaged: {error}") from error
         trained = [record for record in records if 'loss' in record]
         if not trained:
             continue
@@ -104,19 +105,7 @@ def read_run(folder: Path, name: Optional[str] = None) -> Run:
     losses, rates = series.pop('loss'), series.pop('base_lr', [])
     branches = {k: v for k, v in series.items() if k.startswith(BRANCH_KINDS)}
     metrics = {k: v for k, v in series.items() if k not in branches}
-    return Run(name or _name_of(folder), unit, losses, rates, metrics, branches)
-
-
-def _records(file: Path) -> list[dict]:
-    try:
-        return [json.loads(line) for line in file.read_text().splitlines()]
-    except ValueError as error:
-        raise ValueError(f"'{file}' is damaged: {error}") from error
-
-
-def _name_of(folder: Path) -> str:
-    configs = sorted(folder.glob('*.py'))
-    return configs[0].stem if len(configs) == 1 else str(folder)
+    return Run(name or str(folder), unit, losses, rates, metrics, branches)
 
 
 def _finish(axes: Axes, unit: str) -> None:
@@ -180,43 +169,42 @@ def plot(runs: Sequence[Run], path: Path) -> None:
 
 def plot_branches(run: Run, path: Path) -> None:
     """What each branch puts in while a network trains, and how far kernels move."""
-    by_branch: dict[str, list[Series]] = {}
+    shares: dict[str, list[Series]] = {}
     steps: dict[str, Series] = {}
     for name, series in run.branches.items():
         kind, layer, *branch = name.split('/')
         if kind == 'branch_share':
-            by_branch.setdefault(branch[0], []).append(series)
+            shares.setdefault(branch[0], []).append(series)
         elif kind == 'kernel_step':
             steps[layer] = series
-    if not by_branch or not steps:
+    if not shares or not steps:
         raise ValueError(
             f'{run.name} has no statistics of branches: train with custom_hooks='
             "[dict(type='BranchStatisticsHook')]"
         )
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
-    highest = 0.0
-    for branch, all_series in by_branch.items():
+    figure, ((left, right),) = panels(1, 2, 11, 4)
+    for branch, all_series in shares.items():
         x, y = np.mean(all_series, axis=0).T
         left.plot(x, y, '.-', color=colour_of(branch), label=branch)
-        highest = max(highest, *y)
+    # The legend is above the lines.
+    highest = max(line.get_ydata().max() for line in left.lines)
     left.set(
         title='What each branch puts into the kernels\n(share of the norms, mean of '
         'the layers)',
         ylabel='share',
-        # The legend is above the lines.
         ylim=(0, 1.4 * highest),
     )
     left.legend(loc='upper center', fontsize='small', ncols=3)
 
     first, *rest = steps
-    right.plot(*zip(*steps[first]), '.-', color='#D55E00', label=short(first))
+    right.plot(*zip(*steps[first]), '.-', color=VERMILION, label=short(first))
     if rest:
-        x, *_ = zip(*steps[rest[0]])
-        values = np.array([[y for _, y in steps[name]] for name in rest])
-        style = dict(color='#000000', label='median of the other convs')
-        right.plot(x, np.median(values, axis=0), '.-', **style)
+        x, values = np.array([steps[name] for name in rest]).transpose(2, 1, 0)
+        x = x[:, 0]
+        style = dict(color=BLACK, label='median of the other convs')
+        right.plot(x, np.median(values, axis=1), '.-', **style)
         style = dict(color='#BBBBBB', alpha=0.5, linewidth=0, label='all of them')
-        right.fill_between(x, values.min(axis=0), values.max(axis=0), **style)
+        right.fill_between(x, values.min(axis=1), values.max(axis=1), **style)
     right.set(
         title='How far a step moves a folded kernel,\nrelative to the kernel',
         ylabel='relative step',
@@ -239,24 +227,15 @@ def table_of(runs: Sequence[Run]) -> list[dict]:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     numbers = args.out.with_suffix('.csv')
     check_outputs([args.out, numbers, args.branches])
     if len(args.runs) > len(SERIES):
         raise ValueError(f'at most {len(SERIES)} runs can be told apart in a figure')
-    runs = []
-    for folder in args.runs:
-        print(f'Reading {folder} …', flush=True)
-        runs.append(read_run(folder))
+    runs = [read_run(folder) for folder in args.runs]
     if len({run.unit for run in runs}) > 1:
         raise ValueError('some runs count epochs, and others iterations')
-    # Trainings of one config are told apart by their folders.
-    names = Counter(run.name for run in runs)
-    runs = [
-        run._replace(name=f'{run.name} ({folder})') if names[run.name] > 1 else run
-        for run, folder in zip(runs, args.runs)
-    ]
     for run in runs:
         last = [f'{name} {series[-1][1]:.4g}' for name, series in run.metrics.items()]
         print(f'Last validation of {run.name}: {", ".join(last) or "none"}.')

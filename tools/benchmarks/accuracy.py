@@ -8,8 +8,6 @@ goes on where it was, and the rows of several machines can be merged.
 
 import argparse
 import os
-import re
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Optional
@@ -18,9 +16,8 @@ from typing import Optional
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import accuracy_runs as runs
-from accuracy_report import CAPTIONS, report
-from studies import Job, Results, run_study, study_parser
-from torch.cuda import is_available as is_gpu_there
+from accuracy_report import report
+from studies import Key, Results, run_study, study_parser
 
 from mmorepa.cli import one_line_errors, positive
 from mmorepa.runs import check_data_folders
@@ -28,74 +25,44 @@ from mmorepa.runs import check_data_folders
 
 def seeds(text: str) -> list[int]:
     """``0-7`` or ``3``, as the type of an argument."""
-    match = re.fullmatch(r'(\d+)(?:-(\d+))?', text)
-    if not match:
-        raise argparse.ArgumentTypeError(f'{text!r} is neither like 3 nor like 0-7')
-    first, last = int(match[1]), int(match[2] or match[1])
-    if last < first:
-        raise argparse.ArgumentTypeError(f'{text!r} ends before it begins')
-    return [*range(first, last + 1)]
+    first, _, last = text.partition('-')
+    return [*range(int(first), int(last or first) + 1)]
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
+    texts = [f'  {name}: {v.text}' for name, v in runs.VARIANTS.items() if v.text]
     parser = study_parser(
         __doc__,
         'accuracy',
         'trainings, on a GPU too,',
-        epilog='variants:\n'
-        + '\n'.join(f'  {n}: {v.text}' for n, v in runs.VARIANTS.items() if v.text),
+        epilog='\n'.join(['variants:', *texts]),
     )
-    parser.add_argument(
-        '--data',
-        nargs='+',
-        choices=runs.DATA,
-        default=['10pct', 'full'],
-        help='(default: 10pct full)',
-    )
-    parser.add_argument(
-        '--networks',
-        nargs='+',
-        choices=runs.NETWORKS,
-        default=['resnet18', 'repvgg-a0'],
-        help='(default: resnet18 repvgg-a0)',
-    )
-    parser.add_argument(
-        '--blocks',
-        nargs='+',
-        choices=runs.ALL_BLOCKS,
-        default=[*runs.ALL_BLOCKS],
-        help='a network goes without those that are not its own (default: all)',
-    )
-    parser.add_argument(
-        '--lr-factors',
-        nargs='+',
-        choices=runs.FACTORS,
-        default=[*runs.FACTORS],
-        metavar='FACTOR',
-        help="learning rates, in units of the recipe's: 1/3, 1 and 3 (default: all)",
-    )
-    parser.add_argument(
-        '--variants',
-        nargs='+',
-        choices=(*runs.VARIANTS, 'ablations'),
-        default=[runs.STANDARD],
-        metavar='VARIANT',
-        help='changes to the trainings, see below; standard is none, ablations stands '
-        f'for {runs.ABLATIONS[0]} and all after it (default: standard)',
-    )
+    for name, choices, default, text in (
+        ('data', runs.DATA, ['10pct', 'full'], 'data sets'),
+        ('networks', runs.NETWORKS, ['resnet18', 'repvgg-a0'], 'networks'),
+        ('blocks', runs.ALL_BLOCKS, runs.ALL_BLOCKS, 'where the network has them'),
+        ('lr-factors', runs.FACTORS, runs.FACTORS, "learning rates over the recipe's"),
+        (
+            'variants',
+            (*runs.VARIANTS, 'ablations'),
+            [runs.STANDARD],
+            'changes to the trainings, see below; ablations stands for '
+            f'{runs.ABLATIONS[0]} and all after it',
+        ),
+    ):
+        parser.add_argument(
+            f'--{name}',
+            nargs='+',
+            choices=choices,
+            default=[*default],
+            metavar='NAME',
+            help=f'{text}, of {", ".join(choices)} (default: {" ".join(default)})',
+        )
     parser.add_argument(
         '--seeds', type=seeds, default=seeds('0-7'), help='like 0-7, the default'
     )
     parser.add_argument(
         '--epochs', type=positive, help='of each training (default: as in the config)'
-    )
-    parser.add_argument(
-        '--workers',
-        type=int,
-        choices=(0, 1, 2),
-        default=int(is_gpu_there()),
-        help='processes that load the data of a training (default: 1 with a GPU, 0 '
-        'without)',
     )
     parser.add_argument(
         '--merge',
@@ -113,27 +80,27 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     results = Results(args.out / 'results.csv', runs.KEY, runs.VALUES)
 
-    def make_jobs() -> list[Job]:
+    def make_keys() -> list[Key]:
         keys = [*runs.keys_of(args)]
         if not keys:
-            raise ValueError('these blocks and variants do not go together')
+            raise ValueError('these blocks, variants and seeds do not go together')
         runs.check_recipes(results, keys)
         if not {tuple(key.values()) for key in keys} <= results.keys():
             for data in args.data:
                 config = runs.base_config(data, args.networks[0])
                 check_data_folders(config, ('train', 'val'))
-        return [runs.job_of(key, args.workers, args.out / 'runs') for key in keys]
+        return keys
 
     run_study(
         args,
         results,
-        make_jobs,
+        make_keys,
+        partial(runs.measure, runs=args.out / 'runs'),
         partial(report, epochs=args.epochs),
-        CAPTIONS,
         inputs=args.merge,
     )
 

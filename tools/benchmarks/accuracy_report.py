@@ -2,48 +2,31 @@
 
 import itertools
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from functools import partial
 from typing import Optional
 
+import accuracy_runs as runs
 import matplotlib.pyplot as plt
 import pandas as pd
-from accuracy_runs import (
-    ABLATIONS,
-    BLOCKS,
-    DATA,
-    DECAYS,
-    FACTORS,
-    LONGER,
-    NETWORKS,
-    REFERENCE,
-    STANDARD,
-    STEMS,
-    VARIANTS,
-    curve_of,
-    standard_epochs,
-    training_seconds,
-)
+from accuracy_runs import BLOCKS, DATA, LONGER, NETWORKS, REFERENCE, STANDARD, VARIANTS
 from studies import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    VERMILION,
     Line,
     Report,
+    charts,
     draw_differences,
     markdown_table,
     mean_and_deviation,
     mean_and_interval,
     paired_differences,
-    panels,
 )
 
 from mmorepa.utils.tables import counted
 
-COLOURS = dict(none=BLACK, dbb=ORANGE, orepa=BLUE, repvgg=GREEN)
+COLOURS = dict(
+    none=charts.BLACK, dbb=charts.ORANGE, orepa=charts.BLUE, repvgg=charts.GREEN
+)
 ACCURACY = 'top-1 accuracy (%)'
 
 
@@ -56,11 +39,11 @@ class Study:
     def __init__(
         self, rows: pd.DataFrame, data: str, epochs: Optional[int] = None
     ) -> None:
-        self.data, standard = data, standard_epochs(data, epochs)
+        self.data, standard = data, runs.standard_epochs(data, epochs)
         lengths = {name: str(v.epochs(standard)) for name, v in VARIANTS.items()}
         is_ours = (rows.data == data) & (rows.epochs == rows.variant.map(lengths))
         rows = rows[is_ours].set_index('seed')
-        seconds = [training_seconds(row) for row in rows.to_dict('records')]
+        seconds = [runs.training_seconds(row) for row in rows.to_dict('records')]
         rows = rows.assign(accuracy=rows.accuracy.astype(float), training=seconds)
         self.rows, names = rows, ['network', 'block', 'variant', 'lr_factor']
         self._groups = dict(iter(rows.groupby(names)))
@@ -80,10 +63,44 @@ class Study:
 
         A training that diverged is the worst.
         """
-        found = {f: self.of(network, block, factor=f) for f in FACTORS}
+        found = {f: self.of(network, block, factor=f) for f in runs.FACTORS}
         every = {f: rows.accuracy for f, rows in found.items()}
         every = pd.concat(every, axis=1, join='inner').fillna(-float('inf'))
         return found[every.mean().idxmax()] if len(every) else self.rows.iloc[:0]
+
+    def line(
+        self, network: str, block: str, variant: str = STANDARD, factor: str = '1'
+    ) -> dict[str, str]:
+        """What tables say of these trainings, by column; empty where there are none."""
+        found = self.of(network, block, variant, factor)
+        if found.empty:
+            return {}
+        plain, orepa, unchanged = (
+            self.of(network, kind, factor=factor)
+            for kind in (REFERENCE, 'orepa', block)
+        )
+        plain_as_long = self.of(network, REFERENCE, variant, factor)
+        change, name = VARIANTS[variant], BLOCKS[network][block]
+        changed = f'{name}, {change.text}' if change.text else name
+        orepa_minus_this = _minus(orepa, found, found)
+        return {
+            'network': f'{NETWORKS[network]}, {name}',
+            'changed network': f'{NETWORKS[network]}, {changed}',
+            'epochs': f'{NETWORKS[network]}, {name}, {found.epochs.iloc[0]} epochs',
+            'changed': changed,
+            'data': DATA[self.data],
+            'learning rate x': factor,
+            ACCURACY: mean_and_deviation(found.accuracy),
+            'minus unchanged': _minus(found, unchanged),
+            'minus plain': _minus(found, plain),
+            'minus plain of as many epochs': _minus(found, plain_as_long),
+            'OREPA minus this': orepa_minus_this,
+            'standard OREPA minus this': orepa_minus_this,
+            # An epoch takes as long, however many there are.
+            'training time / plain': _relative_time(unchanged, plain, change.length),
+            'deployed parameters': f'{int(found.deployed_parameters.iloc[0]):,}',
+            'seeds': str(len(found)),
+        }
 
 
 def _minus(
@@ -98,9 +115,7 @@ def _minus(
     return text if is_whole else f'{text} ({counted(len(found), "pair")})'
 
 
-def _relative_time(
-    rows: pd.DataFrame, plain: pd.DataFrame, length: Fraction = Fraction(1)
-) -> str:
+def _relative_time(rows: pd.DataFrame, plain: pd.DataFrame, length: Fraction) -> str:
     """Ratios of training time, of those seeds that are of one device."""
     if rows is plain:
         return f'{float(length):.2f}'
@@ -109,152 +124,108 @@ def _relative_time(
     return mean_and_deviation(both.training / both.training_plain * float(length))
 
 
-def _blocks() -> Iterator[tuple[str, str, str]]:
-    for network, blocks in BLOCKS.items():
-        for block, text in blocks.items():
-            yield network, block, f'{NETWORKS[network]}, {text}'
+def _table(lines: Iterable[dict[str, str]], first: str, *others: str, head='') -> str:
+    """The lines of trainings that there are: these columns, the first with a head."""
+    return markdown_table(
+        {head: line[first], **{column: line[column] for column in others}}
+        for line in lines
+        if line
+    )
 
 
-# What each of these yields is a line of a table, by the heads of its columns.
-Rows = Iterator[dict[str, str]]
+PLACES = [(network, block) for network, blocks in BLOCKS.items() for block in blocks]
 
 
-def main_rows(study: Study) -> Rows:
+def main_table(study: Study) -> str:
     """One recipe for all, that of the plain network."""
-    for network, block, text in _blocks():
-        found, plain = study.of(network, block), study.of(network, REFERENCE)
-        if len(found):
-            yield {
-                '': text,
-                ACCURACY: mean_and_deviation(found.accuracy),
-                'minus plain': _minus(found, plain),
-                'OREPA minus this': _minus(study.of(network, 'orepa'), found, found),
-                'training time / plain': _relative_time(found, plain),
-                'deployed parameters': f'{int(found.deployed_parameters.iloc[0]):,}',
-                'seeds': str(len(found)),
-            }
+    lines = [study.line(*place) for place in PLACES]
+    columns = (ACCURACY, 'minus plain', 'OREPA minus this', 'training time / plain')
+    return _table(lines, 'network', *columns, 'deployed parameters', 'seeds')
 
 
-def rates_rows(study: Study) -> Rows:
+def rates_table(study: Study) -> str:
     """Each block's best learning rate, with the number of seeds of each."""
-    for network, block, text in _blocks():
+    rows = []
+    for network, block in PLACES:
         best = study.best(network, block)
+        text = f'{NETWORKS[network]}, {BLOCKS[network][block]}'
         row = {f'{ACCURACY}, seeds': text}
-        for factor in FACTORS:
+        for factor in runs.FACTORS:
             found = study.of(network, block, factor=factor)
             mark = '**' if found is best else ''
             cell = f'{mark}{mean_and_deviation(found.accuracy)}{mark}, {len(found)}'
             row[f'learning rate x {factor}'] = cell
         row['best minus best plain'] = _minus(best, study.best(network, REFERENCE))
         if len(best):
-            yield row
+            rows.append(row)
+    return markdown_table(rows)
 
 
-def variants_rows(study: Study, names: Sequence[str]) -> Rows:
+def variants_table(study: Study, names: Sequence[str]) -> str:
     """Blocks with each of these changes, beside the whole and the plain network."""
-    network = 'resnet18'
-    plain, orepa = study.of(network, REFERENCE), study.of(network, 'orepa')
-    for block, text in BLOCKS[network].items():
-        whole = study.of(network, block)
-        changed = {n: study.of(network, block, n) for n in names}
-        changed = {n: found for n, found in changed.items() if len(found)}
-        if whole.empty or not changed:
-            continue
-        for name, found in {STANDARD: whole, **changed}.items():
-            yield {
-                'slim ResNet-18': _with_variant(text, name),
-                ACCURACY: mean_and_deviation(found.accuracy),
-                'minus unchanged': _minus(found, whole),
-                'minus plain': _minus(found, plain),
-                'OREPA minus this': (
-                    '' if block == 'orepa' else _minus(orepa, found, found)
-                ),
-                'seeds': str(len(found)),
-            }
+    every = []
+    for block in BLOCKS['resnet18']:
+        lines = [study.line('resnet18', block, name) for name in (STANDARD, *names)]
+        if block == 'orepa':
+            lines = [line and {**line, 'OREPA minus this': ''} for line in lines]
+        if lines[0] and any(lines[1:]):
+            every += lines
+    columns = (ACCURACY, 'minus unchanged', 'minus plain', 'OREPA minus this', 'seeds')
+    return _table(every, 'changed', *columns, head='slim ResNet-18')
 
 
-def _with_variant(text: str, variant: str) -> str:
-    return text if variant == STANDARD else f'{text}, {VARIANTS[variant].text}'
-
-
-def budget_rows(study: Study) -> Rows:
+def budget_table(study: Study) -> str:
     """OREPA beside trainings that take longer than it, or as long."""
     longer = study.rows[study.rows.variant.isin(LONGER)]
-    for network, block, text in _blocks():
-        standard, plain = study.of(network, block), study.of(network, REFERENCE)
-        orepa = study.of(network, 'orepa')
-        is_longer = any((longer.network == network) & (longer.block == block))
-        if not is_longer and (block != 'orepa' or network not in {*longer.network}):
-            continue
-        for name in (STANDARD, *LONGER):
-            found, plain_as_long = (
-                study.of(network, kind, name) for kind in (block, REFERENCE)
-            )
-            # An epoch takes as long, however many there are.
-            length = VARIANTS[name].length
-            if len(found):
-                yield {
-                    '': f'{text}, {found.epochs.iloc[0]} epochs',
-                    ACCURACY: mean_and_deviation(found.accuracy),
-                    'training time / plain': _relative_time(standard, plain, length),
-                    'minus plain of as many epochs': _minus(found, plain_as_long),
-                    'standard OREPA minus this': _minus(orepa, found, found),
-                    'seeds': str(len(found)),
-                }
+    places = {*zip(longer.network, longer.block)}
+    places |= {(network, 'orepa') for network in longer.network}
+    lines = [
+        study.line(*place, name)
+        for place in PLACES
+        for name in (STANDARD, *LONGER)
+        if place in places
+    ]
+    columns = ('minus plain of as many epochs', 'standard OREPA minus this', 'seeds')
+    return _table(lines, 'epochs', ACCURACY, 'training time / plain', *columns)
 
 
-def stems_rows(studies: Sequence[Study]) -> Rows:
+def stems_table(studies: Sequence[Study]) -> str:
     """The stem alone, the stages alone, and both, wherever one stem was trained."""
-    forms = [(REFERENCE, STANDARD), *((REFERENCE, name) for name in STEMS)]
-    forms += [('orepa', 'plain_stem'), ('orepa', STANDARD)]
-    for study, network, factor in itertools.product(studies, NETWORKS, FACTORS):
-        by_form = {form: study.of(network, *form, factor) for form in forms}
-        plain, *stems, _, orepa = by_form.values()
-        for (block, variant), form in by_form.items():
-            if len(form) and any(map(len, stems)):
-                text = _with_variant(BLOCKS[network][block], variant)
-                yield {
-                    '': f'{NETWORKS[network]}, {text}',
-                    'data': DATA[study.data],
-                    'learning rate x': factor,
-                    ACCURACY: mean_and_deviation(form.accuracy),
-                    'minus plain': _minus(form, plain),
-                    'OREPA minus this': _minus(orepa, form, form),
-                    'seeds': str(len(form)),
-                }
+    stems = [(REFERENCE, name) for name in runs.STEMS]
+    forms = [
+        (REFERENCE, STANDARD),
+        *stems,
+        ('orepa', 'plain_stem'),
+        ('orepa', STANDARD),
+    ]
+    every = []
+    for study, network, factor in itertools.product(studies, NETWORKS, runs.FACTORS):
+        lines = {form: study.line(network, *form, factor) for form in forms}
+        if any(lines[stem] for stem in stems):
+            every += lines.values()
+    columns = ('data', 'learning rate x', ACCURACY, 'minus plain', 'OREPA minus this')
+    return _table(every, 'changed network', *columns, 'seeds')
 
 
-TABLES: dict[str, Callable[[Study], Rows]] = dict(
-    main=main_rows,
-    rates=rates_rows,
-    budget=budget_rows,
-    ablations=partial(variants_rows, names=ABLATIONS),
-    decays=partial(variants_rows, names=DECAYS),
+TABLES: dict[str, Callable[[Study], str]] = dict(
+    main=main_table,
+    rates=rates_table,
+    budget=budget_table,
+    ablations=partial(variants_table, names=runs.ABLATIONS),
+    decays=partial(variants_table, names=runs.DECAYS),
 )
-
-
-def tables_of(studies: Sequence[Study]) -> dict[str, str]:
-    """Markdown tables by name, like ``main-10pct``; those without rows are left out."""
-    tables = {
-        f'{name}-{study.data}': markdown_table(rows(study))
-        for study in studies
-        for name, rows in TABLES.items()
-    }
-    tables['stems'] = markdown_table(stems_rows(studies))
-    return {name: table for name, table in tables.items() if table}
 
 
 def block_lines(study: Study) -> list[Line]:
     """Each block beside plain, by one recipe and by the best learning rates."""
     lines = []
-    for network, blocks in BLOCKS.items():
-        for block, text in blocks.items():
-            for kind, of in {'': study.of, ', best rates': study.best}.items():
-                found, plain = of(network, block), of(network, REFERENCE)
-                each = paired_differences(found.accuracy, plain.accuracy)
-                if len(each) and block != REFERENCE:
-                    name = f'{text}{kind}\n{NETWORKS[network]}'
-                    lines.append(Line(name, COLOURS[block], each, not kind))
+    for network, block in PLACES:
+        for kind, of in {'': study.of, ', best rates': study.best}.items():
+            found, plain = of(network, block), of(network, REFERENCE)
+            each = paired_differences(found.accuracy, plain.accuracy)
+            if len(each) and block != REFERENCE:
+                name = f'{BLOCKS[network][block]}{kind}\n{NETWORKS[network]}'
+                lines.append(Line(name, COLOURS[block], each, not kind))
     return lines
 
 
@@ -262,7 +233,7 @@ def ablation_lines(study: Study) -> list[Line]:
     """Plain and each ablation beside the whole; none without ablations."""
     whole, plain = (study.of('resnet18', b).accuracy for b in ('orepa', REFERENCE))
     lines = []
-    for name in ABLATIONS:
+    for name in runs.ABLATIONS:
         found = study.of('resnet18', 'orepa', name).accuracy
         each = paired_differences(found, whole)
         if len(each):
@@ -283,7 +254,7 @@ def plot_differences(
     if not lines:
         return None
     width, height = 5.2 * len(lines), 1.6 + 0.36 * max(map(len, lines.values()))
-    figure, grid = panels(1, len(lines), max(6.5, width), height, sharex=True)
+    figure, grid = charts.panels(1, len(lines), max(6.5, width), height, sharex=True)
     for axes, data in zip(grid[0], lines):
         draw_differences(axes, lines[data])
         axes.set(title=DATA[data], xlabel=f'{label}\n← worse          better →')
@@ -310,7 +281,7 @@ def plot_budget(studies: Sequence[Study]) -> Optional[plt.Figure]:
         return None
     columns, lines = min(2, len(places)), -(-len(places) // 2)
     size = max(6.5, 5.2 * columns), 0.5 + 3.6 * lines
-    figure, grid = panels(lines, columns, *size)
+    figure, grid = charts.panels(lines, columns, *size)
     for axes in grid.flat[len(places) :]:
         axes.axis('off')
     for axes, place in zip(grid.flat, places):
@@ -327,9 +298,9 @@ def plot_budget(studies: Sequence[Study]) -> Optional[plt.Figure]:
 def _mean_curve(rows: pd.DataFrame) -> pd.DataFrame:
     """Means of seconds and accuracies, and deviations of these, for each epoch."""
     points = pd.DataFrame(
-        (point.epoch, training_seconds(row, point), point.metric)
+        (point.epoch, runs.training_seconds(row, point), point.metric)
         for row in rows.to_dict('records')
-        for point in curve_of(row)
+        for point in runs.curve_of(row)
     ).groupby(0)
     return pd.DataFrame(
         dict(x=points[1].mean(), mean=points[2].mean(), std=points[2].std().fillna(0))
@@ -367,9 +338,9 @@ def _draw_budget(axes: plt.Axes, study: Study, network: str) -> None:
             # An epoch takes as long, however many there are.
             if len(longer := of(block, name)):
                 mark(x * float(length), longer, 'o', color=colour, mfc='none')
-    if len(rows := of(REFERENCE, STEMS[0])):
-        label = f'plain, {VARIANTS[STEMS[0]].text} ({len(rows)})'
-        mark(STEM_TIME * plain_end, rows, 'D', color=VERMILION, label=label)
+    if len(rows := of(REFERENCE, runs.STEMS[0])):
+        label = f'plain, {VARIANTS[runs.STEMS[0]].text} ({len(rows)})'
+        mark(STEM_TIME * plain_end, rows, 'D', color=charts.VERMILION, label=label)
     # The first epochs would take all of the height, and a curve of several times the
     # others' length all of the width.
     most = MOST_TIME * plain_end
@@ -388,15 +359,8 @@ def _draw_budget(axes: plt.Axes, study: Study, network: str) -> None:
     )
 
 
-CAPTIONS = dict(
-    differences='Differences to plain, seed by seed, with their means and intervals',
-    ablations='Differences to OREPA without its parts, or changed',
-    budget='Accuracy over seconds of training',
-)
-
-
 def report(rows: pd.DataFrame, epochs: Optional[int] = None) -> Report:
-    """Tables and figures of all rows; none where no row can be compared."""
+    """Those tables and figures of all rows that have something to show."""
     studies = [Study(rows, data, epochs) for data in DATA]
     left_out = len(rows) - sum(len(study.rows) for study in studies)
     if left_out:
@@ -404,12 +368,13 @@ def report(rows: pd.DataFrame, epochs: Optional[int] = None) -> Report:
             f'Left out: {left_out} rows of other numbers of epochs, or of variants '
             'that are not known.'
         )
-    tables = tables_of(studies)
-    if not tables:
-        print(
-            f"No tables yet: each compares with trainings of '--variants {STANDARD} "
-            "--lr-factors 1' of as many epochs as the config has, or --epochs."
-        )
+    # By name, like main-10pct.
+    tables = {
+        f'{name}-{study.data}': make(study)
+        for study in studies
+        for name, make in TABLES.items()
+    }
+    tables['stems'] = stems_table(studies)
     marks = 'small dots are seeds, the large mark is their mean, with its 95 % interval'
     figures = dict(
         differences=plot_differences(
@@ -427,4 +392,5 @@ def report(rows: pd.DataFrame, epochs: Optional[int] = None) -> Report:
         ),
         budget=plot_budget(studies),
     )
+    tables = {name: table for name, table in tables.items() if table}
     return tables, {name: figure for name, figure in figures.items() if figure}

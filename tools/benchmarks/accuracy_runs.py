@@ -7,12 +7,12 @@ import itertools
 import json
 from collections.abc import Iterator
 from fractions import Fraction
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Optional
 
 from mmengine.config import Config
-from studies import ROOT, Job, Results
+from studies import ROOT, Key, Results
 from trainings import Point, epochs_options, train
 
 from mmorepa.layers import OREPAKernel
@@ -181,7 +181,7 @@ def standard_epochs(data: str, given: Optional[int]) -> int:
     return given or base_config(data, 'resnet18').train_cfg.max_epochs
 
 
-def keys_of(args: argparse.Namespace) -> Iterator[dict[str, str]]:
+def keys_of(args: argparse.Namespace) -> Iterator[Key]:
     """The keys of all rows that are asked for.
 
     Seed by seed, so that a part of the study is one of fewer seeds, and blocks in turn,
@@ -199,11 +199,11 @@ def keys_of(args: argparse.Namespace) -> Iterator[dict[str, str]]:
             yield dict(zip(KEY, parts))
 
 
-def options_of(key: dict[str, str], workers: int = 0) -> dict:
+def options_of(key: Key) -> dict:
     """What the training of a row changes in its config."""
     recipe = base_config(key['data'], key['network']).optim_wrapper.optimizer.lr
     options = {
-        **epochs_options(int(key['epochs']), workers),
+        **epochs_options(int(key['epochs'])),
         'model.backbone.block': key['block'],
         'optim_wrapper.optimizer.lr': recipe * float(Fraction(key['lr_factor'])),
         'randomness.seed': int(key['seed']),
@@ -218,7 +218,7 @@ def options_of(key: dict[str, str], workers: int = 0) -> dict:
     return options
 
 
-def recipe_of(key: dict[str, str]) -> str:
+def recipe_of(key: Key) -> str:
     """A fingerprint of all in its config that changes what a training learns."""
     cfg = copy.deepcopy(base_config(key['data'], key['network']))
     cfg.merge_from_dict(options_of(key))
@@ -233,9 +233,9 @@ def recipe_of(key: dict[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def measure(key: dict[str, str], workers: int, runs: Path) -> dict[str, str]:
+def measure(key: Key, runs: Path) -> dict[str, str]:
     """Trains what a row stands for, and gives its other columns."""
-    options = options_of(key, workers)
+    options = options_of(key)
     config = config_of(key['data'], key['network'])
     training = train(config, options, folder_of(key, runs), METRIC)
     return dict(
@@ -253,12 +253,7 @@ def measure(key: dict[str, str], workers: int, runs: Path) -> dict[str, str]:
     )
 
 
-def job_of(key: dict[str, str], workers: int, runs: Path) -> Job:
-    """The training that gives a row."""
-    return Job(key, partial(measure, key, workers, runs))
-
-
-def check_recipes(results: Results, keys: list[dict[str, str]]) -> None:
+def check_recipes(results: Results, keys: list[Key]) -> None:
     """Raises a ValueError for rows of these keys that the configs no longer give."""
     for row in results.rows.to_dict('records'):
         key = {name: row[name] for name in KEY}
@@ -270,7 +265,7 @@ def check_recipes(results: Results, keys: list[dict[str, str]]) -> None:
             )
 
 
-def folder_of(key: dict[str, str], runs: Path) -> Path:
+def folder_of(key: Key, runs: Path) -> Path:
     """Where the training of a row leaves its logs and its last weights."""
     return runs / '-'.join(key[name] for name in KEY).replace('/', 'of')
 

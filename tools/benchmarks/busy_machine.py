@@ -11,7 +11,6 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Optional
 
@@ -68,7 +67,7 @@ def measure_beside(busy: int, setting: str) -> list[float]:
     return [*map(float, text.splitlines()[-1].split())]
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--measure', action='store_true', help=argparse.SUPPRESS)
     if parser.parse_args(argv).measure:

@@ -13,11 +13,9 @@ downloaded. A stopped run goes on where it was.
 
 import argparse
 import copy
-import fnmatch
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Optional
 
@@ -27,7 +25,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
-from studies import Job, Report, Results, markdown_table, run_study, study_parser
+from studies import ROOT, Key, Report, Results, markdown_table, run_study, study_parser
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -39,55 +37,8 @@ from mmorepa.layers import ReparamConv2d
 # Of the largest output, in float32.
 TOLERANCE = 1e-3
 
-CONV_CFG = (
-    'mmdet:retinanet/retinanet_r18_fpn_1x_coco.py',
-    'mmdet:retinanet/retinanet_r50_fpn_1x_coco.py',
-    'mmdet:regnet/retinanet_regnetx-800MF_fpn_1x_coco.py',
-    'mmdet:faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
-    'mmdet:faster_rcnn/faster-rcnn_x101-32x4d_fpn_1x_coco.py',
-    'mmdet:mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
-    'mmdet:cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py',
-    'mmdet:pafpn/faster-rcnn_r50_pafpn_1x_coco.py',
-    'mmdet:fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py',
-    'mmdet:atss/atss_r50_fpn_1x_coco.py',
-    'mmdet:gfl/gfl_r50_fpn_1x_coco.py',
-    'mmdet:foveabox/fovea_r50_fpn_4xb4-1x_coco.py',
-    'mmdet:free_anchor/freeanchor_r50_fpn_1x_coco.py',
-    'mmdet:ssd/ssd300_coco.py',
-    'mmdet:yolof/yolof_r50-c5_8xb8-1x_coco.py',
-    'mmdet:rtmdet/rtmdet_tiny_8xb32-300e_coco.py',
-    'mmseg:fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py',
-    'mmseg:pspnet/pspnet_r50-d8_4xb2-40k_cityscapes-512x1024.py',
-    'mmseg:deeplabv3plus/deeplabv3plus_r50-d8_4xb2-40k_cityscapes-512x1024.py',
-    'mmseg:upernet/upernet_r50_4xb2-40k_cityscapes-512x1024.py',
-    'mmseg:hrnet/fcn_hr18s_4xb2-40k_cityscapes-512x1024.py',
-    'mmseg:unet/unet-s5-d16_fcn_4xb4-40k_drive-64x64.py',
-    'mmpretrain:resnet/resnet50_8xb32_in1k.py',
-    'mmpretrain:resnet/resnetv1d50_8xb32_in1k.py',
-    'mmpretrain:resnext/resnext50-32x4d_8xb32_in1k.py',
-    'mmpretrain:vgg/vgg11_8xb32_in1k.py',
-    'mmpretrain:mobilenet_v2/mobilenet-v2_8xb32_in1k.py',
-    'mmpretrain:shufflenet_v2/shufflenet-v2-1x_16xb64_in1k.py',
-    'mmpretrain:seresnet/seresnet50_8xb32_in1k.py',
-    'mmpretrain:regnet/regnetx-400mf_8xb128_in1k.py',
-)
-ADD_BRANCHES = (
-    'torchvision:resnet50',
-    'torchvision:vgg11',
-    'torchvision:densenet121',
-    'torchvision:mobilenet_v2',
-    'torchvision:efficientnet_b0',
-    'torchvision:regnet_y_400mf',
-    'torchvision:mnasnet1_0',
-    'timm:resnet50d',
-    'timm:resnext50_32x4d',
-    'timm:res2net50_26w_4s',
-    'timm:mobilenetv3_small_100',
-    'timm:hrnet_w18_small',
-    'timm:convnext_atto',
-    'timm:ghostnet_100',
-    'timm:dla34',
-)
+# The rows of the documented tables name their models.
+DOCUMENTED = ROOT / 'docs/evidence/compatibility/results.csv'
 KEY = ('table', 'model')
 COLUMNS = dict(
     convs='convs turned',
@@ -97,13 +48,15 @@ COLUMNS = dict(
 )
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = study_parser(__doc__, 'compatibility')
     parser.add_argument(
-        '--only',
-        default='*',
-        metavar='PATTERN',
-        help="models whose name matches, such as 'mmdet:retinanet*'",
+        '--models',
+        nargs='+',
+        default=pd.read_csv(DOCUMENTED).model.tolist(),
+        metavar='MODEL',
+        help="such as 'mmdet:ssd/ssd300_coco.py', 'torchvision:vgg11' or 'timm:dla34' "
+        '(default: those of docs/compatibility.md)',
     )
     return parser.parse_args(argv)
 
@@ -259,10 +212,8 @@ def add_branches_row(name: str) -> dict:
     """A class of torchvision or timm, plain and re-parameterised."""
     library, model = name.split(':')
     torch.manual_seed(0)
-    if library == 'timm':
-        plain = importlib.import_module('timm').create_model(model)
-    else:
-        plain = getattr(importlib.import_module('torchvision.models'), model)()
+    models = importlib.import_module(f'{library}.models')
+    plain = getattr(models, model)()
     make_trained_like(plain).eval()
     training = mmorepa.add_branches(copy.deepcopy(plain))
     images = torch.randn(2, 3, 128, 128)
@@ -280,17 +231,17 @@ def add_branches_row(name: str) -> dict:
     return compare(plain, training, outputs, step)
 
 
-TABLES = dict(
-    conv_cfg=(CONV_CFG, conv_cfg_row), add_branches=(ADD_BRANCHES, add_branches_row)
-)
+def table_of(name: str) -> str:
+    is_package = name.startswith(('torchvision:', 'timm:'))
+    return 'add_branches' if is_package else 'conv_cfg'
 
 
-def row(table: str, name: str) -> dict[str, str]:
-    """One row. What fails is noted in it."""
+def measure(key: Key) -> dict[str, str]:
+    """The other columns of a row. What fails is noted in it."""
     MMLogger.get_instance('mmorepa', log_level='ERROR')
+    row = add_branches_row if key['table'] == 'add_branches' else conv_cfg_row
     try:
-        _, measure = TABLES[table]
-        found = measure(name)
+        found = row(key['model'])
     except Exception as error:
         found = dict(note=f'{type(error).__name__}: {" ".join(str(error).split())}')
     return {column: str(found.get(column, ''))[:200] for column in COLUMNS}
@@ -307,22 +258,14 @@ def report(rows: pd.DataFrame) -> Report:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     results = Results(args.out / 'results.csv', KEY, [*COLUMNS])
 
-    def make_jobs() -> list[Job]:
-        jobs = [
-            Job(dict(table=table, model=name), partial(row, table, name))
-            for table, (names, _) in TABLES.items()
-            for name in names
-            if fnmatch.fnmatchcase(name, args.only)
-        ]
-        if not jobs:
-            raise ValueError(f'no model has a name like {args.only!r}')
-        return jobs
+    def make_keys() -> list[Key]:
+        return [dict(table=table_of(name), model=name) for name in args.models]
 
-    run_study(args, results, make_jobs, report, {})
+    run_study(args, results, make_keys, measure, report)
     failed = results.rows[results.rows.note != ''].model
     if len(failed):
         raise ValueError(f'these have a note: {", ".join(failed)}')

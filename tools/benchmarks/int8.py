@@ -10,7 +10,6 @@ import argparse
 import itertools
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -25,6 +24,7 @@ import pandas as pd
 import studies
 import torch
 from accuracy_report import COLOURS
+from studies import charts
 from trainings import last_checkpoint
 
 from mmorepa.cli import one_line_errors, positive
@@ -62,7 +62,7 @@ HEADERS = {
 VALUES = ('float32', *HEADERS, 'outlier', 'kernel_snr')
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = studies.study_parser(__doc__, 'int8', 'networks')
     parser.add_argument(
         '--study',
@@ -79,23 +79,20 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def trained(study: Path) -> Iterator[tuple[dict[str, str], Path]]:
-    """The networks of a study whose weights are there: keys and folders."""
-    results = studies.Results(study / 'results.csv', runs.KEY, runs.VALUES)
-    for row in results.rows.to_dict('records'):
-        folder = runs.folder_of(row, study / 'runs')
-        if (
-            row['variant'] in DECAYS
-            and row['lr_factor'] == '1'
-            and last_checkpoint(folder) is not None
-        ):
-            yield {name: row[name] for name in runs.KEY}, folder
+def trained(study: Path) -> list[studies.Key]:
+    """The networks of a study whose weights are there."""
+    rows = studies.Results(study / 'results.csv', runs.KEY, runs.VALUES).rows
+    rows = rows[rows.variant.isin(DECAYS) & (rows.lr_factor == '1')]
+    keys = rows[[*runs.KEY]].to_dict('records')
+    folders = {runs.folder_of(key, study / 'runs'): key for key in keys}
+    return [key for folder, key in folders.items() if last_checkpoint(folder)]
 
 
 @torch.no_grad()
-def measure(folder: Path, number: int) -> dict[str, str]:
-    """Quantizes the network of a folder in each way; gives :data:`VALUES`."""
+def measure(key: studies.Key, study: Path, number: int) -> dict[str, str]:
+    """Quantizes the network of a row in each way; gives :data:`VALUES`."""
     torch.set_num_threads(1)
+    folder = runs.folder_of(key, study / 'runs')
     cfg = get_config(str(folder / 'run.py'))
     model = load_deployed(cfg, read_checkpoint(str(last_checkpoint(folder))))
     images = calibration_images(cfg, model, number)
@@ -156,8 +153,7 @@ def table(groups: Groups) -> str:
         row = {'': text, 'weight decay of': decay}
         row['float32 (%)'] = studies.mean_and_deviation(found.float32)
         for scheme, header in HEADERS.items():
-            each = studies.paired_differences(found[scheme], found.float32)
-            row[header] = studies.mean_and_interval(each)
+            row[header] = studies.difference(found[scheme], found.float32)
         row['outlier'] = f'{fmean(found.outlier):.1f}'
         row['kernel SNR (dB)'] = f'{fmean(found.kernel_snr):.1f}'
         rows.append({**row, 'seeds': str(len(found))})
@@ -166,16 +162,14 @@ def table(groups: Groups) -> str:
 
 def plot(groups: Groups) -> plt.Figure:
     """Each seed's difference to float, by scheme."""
-    figure, grid = studies.panels(2, 2, 10.5, 1.6 + 0.56 * len(groups), sharex=True)
+    figure, grid = charts.panels(2, 2, 10.5, 1.6 + 0.56 * len(groups), sharex=True)
     for axes, (scheme, title) in zip(grid.flat, HEADERS.items()):
         lines = []
         for (data, network, block, variant), found in groups.items():
             text = ': '.join(texts_of(network, block, variant))
             each = studies.paired_differences(found[scheme], found.float32)
-            is_dot = 'kernel' in variant
-            lines.append(
-                studies.Line(f'{data}, {text}', COLOURS[block], each, not is_dot)
-            )
+            line = (f'{data}, {text}', COLOURS[block], each, 'kernel' not in variant)
+            lines.append(studies.Line(*line))
         studies.draw_differences(axes, lines)
         # One kind of network loses a hundred times what the others do.
         axes.set_xscale('symlog', linthresh=1)
@@ -203,31 +197,29 @@ def report(rows: pd.DataFrame) -> studies.Report:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     for package in ('onnx', 'onnxruntime'):
         require(package)
 
-    def make_jobs() -> list[studies.Job]:
-        networks = [*trained(args.study)]
-        if not networks:
+    def make_keys() -> list[studies.Key]:
+        keys = trained(args.study)
+        if not keys:
             raise FileNotFoundError(
                 f"no trained networks in '{args.study}': run "
                 'tools/benchmarks/accuracy.py --lr-factors 1 first, with '
                 '--variants standard kernel_decay'
             )
         # The networks of a study share their data.
-        for folder in {key['data']: folder for key, folder in networks}.values():
+        for key in {key['data']: key for key in keys}.values():
+            folder = runs.folder_of(key, args.study / 'runs')
             check_data_folders(get_config(str(folder / 'run.py')), ('train', 'val'))
-        return [
-            studies.Job(key, partial(measure, folder, args.images))
-            for key, folder in networks
-        ]
+        return keys
 
     results = studies.Results(args.out / 'results.csv', runs.KEY, VALUES)
+    run = partial(measure, study=args.study, number=args.images)
     inputs = [args.study / 'results.csv']
-    captions = dict(int8='What INT8 changes, network by network')
-    studies.run_study(args, results, make_jobs, report, captions, inputs)
+    studies.run_study(args, results, make_keys, run, report, inputs)
 
 
 if __name__ == '__main__':

@@ -11,38 +11,40 @@ differences are taken within a seed. A stopped run goes on where it was.
 """
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Optional
 
 import pandas as pd
 import studies
-from trainings import Training, epochs_options, last_checkpoint, merged, train
+from studies import charts
+from trainings import epochs_options, last_checkpoint, merged, train
 
 from mmorepa.cli import one_line_errors, positive
 from mmorepa.runs import check_data_folders
 
 KEY = ('task', 'name', 'seed', 'epochs')
 VALUES = ('value', 'seconds')
-STEM_LR_MULT = 'optim_wrapper.paramwise_cfg.stem_lr_mult'
-# By block type.
-PRETRAININGS = {'plain': 'pretrained plain', 'orepa': 'pretrained OREPA'}
-# The block types of pretraining and fine-tuning, and the multiplier of the stem's
-# learning rate, if it is not the config's. From a plain kernel, a step moves that of
-# the deep linear stem about 50 times as far: see docs/transfer.md.
+# The block types of pretraining and fine-tuning, if there is one, and the multiplier of
+# the stem's learning rate, if it is not the config's. From a plain kernel, a step moves
+# that of the deep linear stem about 50 times as far: see docs/transfer.md.
 ARMS = {
+    'pretrained plain': ('plain', None, None),
+    'pretrained OREPA': ('orepa', None, None),
     'plain': ('plain', 'plain', 1.0),
     'quiet': ('plain', 'orepa', 0.02),
     'scratch': ('orepa', 'orepa', None),
 }
 # Names and colours in tables and figures.
 TEXTS = {
-    'plain': ('plain', studies.BLACK),
-    'quiet': ('OREPA, quiet start', studies.BLUE),
+    'pretrained plain': ('pretrained plain, top-1 accuracy (%)', ''),
+    'pretrained OREPA': ('pretrained OREPA, top-1 accuracy (%)', ''),
+    'plain': ('plain', charts.BLACK),
+    'quiet': ('OREPA, quiet start', charts.BLUE),
     # Of earlier versions, which had it.
-    'balanced': ('OREPA, balanced start', studies.VERMILION),
-    'scratch': ('OREPA, from scratch', studies.GREEN),
+    'balanced': ('OREPA, balanced start', charts.VERMILION),
+    'scratch': ('OREPA, from scratch', charts.GREEN),
 }
 # What is compared with each of these.
 COMPARED = {
@@ -56,15 +58,16 @@ class Phase(NamedTuple):
 
     config: Path
     metric: str
+    # That of the metric: 1 for per cent.
+    unit: float
     epochs: int
     options: dict
 
 
 class Task(NamedTuple):
-    """A pretraining of a classifier, and a fine-tuning, whose metric is multiplied."""
+    """A pretraining of a classifier, and a fine-tuning."""
 
     text: str
-    unit: float
     # The option that names the pretrained weights.
     start: str
     pretraining: Phase
@@ -96,24 +99,24 @@ _OTHERS = {
 TASKS = {
     'classifier': Task(
         text='Fashion-MNIST, top-1 accuracy (%)',
-        unit=1.0,
         start='load_from',
-        pretraining=Phase(_FASHION, _TOP1, 8, {}),
-        fine_tuning=Phase(_FASHION, _TOP1, 8, _OTHERS),
+        pretraining=Phase(_FASHION, _TOP1, 1, 8, {}),
+        fine_tuning=Phase(_FASHION, _TOP1, 1, 8, _OTHERS),
     ),
     'detector': Task(
         text='scenes of digits, box AP (%)',
-        unit=100.0,
         start='model.backbone.init_cfg.checkpoint',
         pretraining=Phase(
             _DIGITS / 'resnet18-slim_1xb64_digits.py',
             _TOP1,
+            1,
             8,
             {**_GREY, 'data_preprocessor': dict(_GREY_PIXELS, to_rgb=False)},
         ),
         fine_tuning=Phase(
             _DIGITS / 'faster-rcnn_r18-slim-orepa_fpn_1xb2-10e_digits.py',
             'coco/bbox_mAP',
+            100,
             5,
             {**_GREY, 'model.data_preprocessor': dict(_GREY_PIXELS, bgr_to_rgb=False)},
         ),
@@ -121,44 +124,48 @@ TASKS = {
 }
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = studies.study_parser(__doc__, 'plain_start')
+def task_parser(description: str, name: str) -> argparse.ArgumentParser:
+    """That of a study of these tasks."""
+    parser = studies.study_parser(description, name)
     parser.add_argument('--tasks', nargs='+', choices=TASKS, default=[*TASKS])
     parser.add_argument(
         '--seeds', type=positive, default=5, help='how many of them (default: 5)'
     )
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
+    return task_parser(__doc__, 'plain_start').parse_args(argv)
 
 
 def run_phase(
     phase: Phase,
     block: str,
-    seed: int,
+    seed: str,
     folder: Path,
     stem_lr_mult: Optional[float] = None,
     **more: str,
-) -> Training:
-    """Trains; a multiplier of None is what the config has."""
+) -> dict[str, str]:
+    """Trains; a multiplier of None is what the config has. Gives :data:`VALUES`."""
     options = {
         **epochs_options(phase.epochs),
         **phase.options,
-        **({} if stem_lr_mult is None else {STEM_LR_MULT: stem_lr_mult}),
         **more,
         'model.backbone.block': block,
-        'randomness.seed': seed,
+        'randomness.seed': int(seed),
     }
-    return train(phase.config, options, folder, phase.metric)
+    if stem_lr_mult is not None:
+        options['optim_wrapper.paramwise_cfg.stem_lr_mult'] = stem_lr_mult
+    training = train(phase.config, options, folder, phase.metric)
+    return dict(
+        value=f'{training.metric * phase.unit:.3f}', seconds=f'{training.seconds:.0f}'
+    )
 
 
 def fine_tune(
-    task: Task,
-    blocks: tuple[str, str],
-    seed: int,
-    folder: Path,
-    stem_lr_mult: Optional[float],
-) -> Training:
+    task: Task, before: str, block: str, seed: str, folder: Path, stem_lr_mult: float
+) -> dict[str, str]:
     """Fine-tunes from a pretrained network, which is trained if it is not there."""
-    before, block = blocks
     start = folder.with_name(f'pretraining-{before}-{seed}')
     if last_checkpoint(start) is None:
         run_phase(task.pretraining, before, seed, start)
@@ -166,29 +173,15 @@ def fine_tune(
     return run_phase(task.fine_tuning, block, seed, folder, stem_lr_mult, **weights)
 
 
-def measured(unit: float, run: partial) -> dict[str, str]:
-    """The values of a row, from a training."""
-    training = run()
-    return dict(
-        value=f'{training.metric * unit:.3f}', seconds=f'{training.seconds:.0f}'
-    )
-
-
-def jobs_of(name: str, seed: int, runs: Path) -> Iterator[studies.Job]:
-    """Those of a task with one seed: two pretrainings, and the arms."""
-    task = TASKS[name]
-    folder = runs / f'{name}-{task.epochs()}'
-    works = {}
-    for block, text in PRETRAININGS.items():
-        place = folder / f'pretraining-{block}-{seed}'
-        run = partial(run_phase, task.pretraining, block, seed, place)
-        works[text] = partial(measured, 1.0, run)
-    for arm, (*blocks, stem_lr_mult) in ARMS.items():
-        place = folder / f'{arm}-{seed}'
-        run = partial(fine_tune, task, blocks, seed, place, stem_lr_mult)
-        works[arm] = partial(measured, task.unit, run)
-    for text, work in works.items():
-        yield studies.Job(dict(zip(KEY, (name, text, str(seed), task.epochs()))), work)
+def measure(key: studies.Key, runs: Path) -> dict[str, str]:
+    """Trains what a row stands for."""
+    task, name, seed, epochs = key.values()
+    folder, (before, block, stem_lr_mult) = runs / f'{task}-{epochs}', ARMS[name]
+    if block is None:
+        place = folder / f'pretraining-{before}-{seed}'
+        return run_phase(TASKS[task].pretraining, before, seed, place)
+    place = folder / f'{name}-{seed}'
+    return fine_tune(TASKS[task], before, block, seed, place, stem_lr_mult)
 
 
 def values_of(rows: pd.DataFrame, task: str) -> dict[str, pd.Series]:
@@ -196,21 +189,18 @@ def values_of(rows: pd.DataFrame, task: str) -> dict[str, pd.Series]:
     is_ours = (rows.task == task) & (rows.epochs == TASKS[task].epochs())
     rows = rows[is_ours].set_index('seed')
     groups = dict(iter(rows.value.astype(float).groupby(rows.name)))
-    names = (*PRETRAININGS.values(), *TEXTS)
-    return {name: groups[name] for name in names if name in groups}
+    return {name: groups[name] for name in TEXTS if name in groups}
 
 
 def table(task: str, values: dict[str, pd.Series]) -> str:
     """What each network reaches, and differences within seeds."""
     rows = []
     for name, found in values.items():
-        text, _ = TEXTS.get(name, (f'{name}, top-1 accuracy (%)', None))
-        row = {TASKS[task].text: text}
+        row = {TASKS[task].text: TEXTS[name][0]}
         row['mean ± deviation'] = studies.mean_and_deviation(found)
         for reference, names in COMPARED.items():
             base = values[reference] if name in names else found[:0]
-            each = studies.paired_differences(found, base)
-            row[f'minus {TEXTS[reference][0]}'] = studies.mean_and_interval(each)
+            row[f'minus {TEXTS[reference][0]}'] = studies.difference(found, base)
         rows.append({**row, 'seeds': str(len(found))})
     return studies.markdown_table(rows)
 
@@ -219,7 +209,7 @@ def report(rows: pd.DataFrame) -> studies.Report:
     """A table for each task, and the differences to plain of each arm."""
     found = {task: values_of(rows, task) for task in TASKS}
     found = {task: values for task, values in found.items() if values}
-    figure, grid = studies.panels(1, len(found), 5.5 * len(found), 3)
+    figure, grid = charts.panels(1, len(found), 5.5 * len(found), 3)
     for axes, (task, values) in zip(grid[0], found.items()):
         lines = []
         for name in COMPARED['plain']:
@@ -241,22 +231,22 @@ def check_data(tasks: Iterable[str]) -> None:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
 
-    def make_jobs() -> list[studies.Job]:
+    def make_keys() -> list[studies.Key]:
         check_data(args.tasks)
         # Seed by seed, so that a part of the study is one of fewer seeds.
         return [
-            job
+            dict(task=task, name=arm, seed=str(seed), epochs=TASKS[task].epochs())
             for seed in range(args.seeds)
             for task in args.tasks
-            for job in jobs_of(task, seed, args.out / 'runs')
+            for arm in ARMS
         ]
 
     results = studies.Results(args.out / 'results.csv', KEY, VALUES)
-    captions = dict(plain_start='The differences to plain, seed by seed')
-    studies.run_study(args, results, make_jobs, report, captions)
+    run = partial(measure, runs=args.out / 'runs')
+    studies.run_study(args, results, make_keys, run, report)
 
 
 if __name__ == '__main__':

@@ -13,16 +13,13 @@ Every few steps, of the folded kernel W, shape (O, I·k²), and its gradient G:
 """
 
 import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import pandas as pd
 import studies
 import torch
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor
 from torch.func import functional_call, jvp, vjp
@@ -30,6 +27,7 @@ from trainings import merged
 
 import mmorepa  # noqa: F401
 from mmorepa.layers import ReparamConv2d
+from mmorepa.utils.files import atomic_write
 
 CONFIG = (
     studies.ROOT / 'configs/fashion_mnist/resnet18-slim_1xb64_fashion-mnist-10pct.py'
@@ -47,47 +45,39 @@ VARIANTS = {
 QUANTITIES = ('rate', 'angle', 'rank', 'roughness', 'signal', 'gamma')
 
 
-@HOOKS.register_module()
 class StemDynamicsHook(Hook):
-    """Measures every so many steps, and keeps the rows in :attr:`rows`."""
-
-    rows: list[dict[str, float]] = []
+    """Measures after every so many steps, and keeps the rows in :attr:`rows`."""
 
     def __init__(self, interval: int) -> None:
         self.interval = interval
+        self.rows: list[dict[str, float]] = []
+        # Of the steps since the last measurement.
+        self.gradients: list[Tensor] = []
 
     def before_train(self, runner: Runner) -> None:
         """Looks for the stem, and waits for its gradients."""
-        type(self).rows = []
-        self.stem = runner.model.backbone.stem
-        self.sum, self.squares, self.count = 0.0, 0.0, 0
-        self.handle: Any = None
-        self.gradient: Optional[Tensor] = None
+        self.stem, self.handle = runner.model.backbone.stem, None
         self.stem.register_forward_pre_hook(self._listen)
 
     def _listen(self, stem: ReparamConv2d, args: tuple) -> None:
-        if not stem.training:
-            return
-        if self.handle is not None:
-            self.handle.remove()
-        self.handle = stem.kernel().register_hook(self._take)
+        if stem.training:
+            if self.handle is not None:
+                self.handle.remove()
+            self.handle = stem.kernel().register_hook(self._take)
 
     def _take(self, gradient: Tensor) -> None:
-        self.gradient = gradient.detach().double().clone()
+        self.gradients.append(gradient.detach().double())
 
     def after_train_iter(self, runner: Runner, batch_idx: int, *args, **kwargs) -> None:
         """Measures."""
-        assert self.gradient is not None
-        self.sum = self.sum + self.gradient
-        self.squares = self.squares + self.gradient.square().sum()
-        self.count += 1
-        if not self.every_n_train_iters(runner, self.interval):
-            return
-        row = dict(epoch=(runner.iter + 1) / len(runner.train_dataloader))
-        signal = (self.sum / self.count).square().sum() / (self.squares / self.count)
-        row.update(measure(self.stem, self.gradient), signal=signal.item())
-        self.rows.append(row)
-        self.sum, self.squares, self.count = 0.0, 0.0, 0
+        if self.every_n_train_iters(runner, self.interval):
+            gradients = torch.stack(self.gradients)
+            power = gradients.square().flatten(1).sum(1).mean()
+            row = measure(self.stem, gradients[-1])
+            row['epoch'] = (runner.iter + 1) / len(runner.train_dataloader)
+            row['signal'] = (gradients.mean(0).square().sum() / power).item()
+            self.rows.append(row)
+            self.gradients.clear()
 
 
 def measure(stem: ReparamConv2d, gradient: Tensor) -> dict[str, float]:
@@ -129,10 +119,11 @@ def train(options: dict, seed: int, epochs: int, folder: Path) -> pd.DataFrame:
         'default_hooks.checkpoint': None,
         'experiment_name': folder.name,
     }
-    cfg = merged(CONFIG, {**options, **changes})
-    cfg.custom_hooks = [dict(type='StemDynamicsHook', interval=10)]
-    Runner.from_cfg(cfg).train()
-    return pd.DataFrame(StemDynamicsHook.rows)
+    runner = Runner.from_cfg(merged(CONFIG, {**options, **changes}))
+    hook = StemDynamicsHook(interval=10)
+    runner.register_hook(hook)
+    runner.train()
+    return pd.DataFrame(hook.rows)
 
 
 def table(results: dict[str, pd.DataFrame]) -> str:
@@ -146,21 +137,7 @@ def table(results: dict[str, pd.DataFrame]) -> str:
     return studies.markdown_table(lines)
 
 
-def draw(results: dict[str, pd.DataFrame], path: Path) -> None:
-    """All quantities against the epochs."""
-    figure, axes = studies.panels(2, 3, 12, 6, sharex=True)
-    for axis, quantity in zip(axes.flat, QUANTITIES):
-        for name, rows in results.items():
-            axis.plot(rows.epoch, rows[quantity], label=name)
-        axis.set(title=quantity, xlabel='epoch')
-        if quantity in ('rate', 'angle', 'signal'):
-            axis.set_yscale('log')
-    handles = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, loc='outside lower center', ncols=len(results))
-    studies.save(figure, path)
-
-
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--seeds', type=int, default=3, help='default: 3')
     parser.add_argument('--epochs', type=int, default=20, help='default: 20')
@@ -169,8 +146,8 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Trains every variant with every seed; prints a table and draws a figure."""
+def main(argv: Optional[list[str]] = None) -> None:
+    """Trains every variant with every seed, and prints a table."""
     args = parse_args(argv)
     results = {}
     for name in args.variants:
@@ -179,14 +156,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             folder = args.out / f'{[*VARIANTS].index(name)}-{seed}-{args.epochs}'
             rows = folder / 'rows.csv'
             if not rows.is_file():  # A run that was killed left those before.
-                print(f'{name}, seed {seed}', file=sys.stderr)
                 measured = train(VARIANTS[name], seed, args.epochs, folder)
-                measured.to_csv(f'{rows}.part')
-                Path(f'{rows}.part').replace(rows)
+                with atomic_write(rows) as file:
+                    measured.to_csv(file)
             trainings.append(pd.read_csv(rows, index_col=0))
         # The mean of all seeds, moment by moment.
         results[name] = pd.concat(trainings).groupby(level=0).mean()
-    draw(results, args.out / 'stem_dynamics.png')
     print(table(results))
 
 

@@ -11,112 +11,102 @@ that differences are taken within a seed. A stopped run goes on where it was.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Optional
 
 import pandas as pd
 import studies
-from plain_start import TASKS, check_data, fine_tune, measured, run_phase
+from plain_start import TASKS, VALUES, check_data, fine_tune, run_phase, task_parser
+from studies import charts
 
-from mmorepa.cli import one_line_errors, positive
+from mmorepa.cli import one_line_errors
 
 KEY = ('task', 'stem_lr_mult', 'seed', 'epochs')
-VALUES = ('value', 'seconds')
 MULTIPLIERS = (0.02, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
-# What the others are compared with.
-REFERENCE = 1.0
 TEXTS = {
     'classifier': 'Fashion-MNIST from initial weights, top-1 accuracy (%)',
     'detector': 'Scenes of digits from an OREPA backbone, box AP (%)',
 }
 EPOCHS = {
-    'classifier': TASKS['classifier'].pretraining.epochs,
-    'detector': TASKS['detector'].fine_tuning.epochs,
+    'classifier': str(TASKS['classifier'].pretraining.epochs),
+    'detector': str(TASKS['detector'].fine_tuning.epochs),
 }
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = studies.study_parser(__doc__, 'stem_lr_sweep')
-    parser.add_argument('--tasks', nargs='+', choices=TEXTS, default=[*TEXTS])
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
+    parser = task_parser(__doc__, 'stem_lr_sweep')
     parser.add_argument(
         '--multipliers', nargs='+', type=float, default=[*MULTIPLIERS], metavar='M'
     )
-    parser.add_argument(
-        '--seeds', type=positive, default=5, help='how many of them (default: 5)'
-    )
-    args = parser.parse_args(argv)
-    if min(args.multipliers) < 0:
-        parser.error(f'--multipliers are at least 0, found {min(args.multipliers)}')
-    return args
+    return parser.parse_args(argv)
 
 
-def job_of(name: str, multiplier: float, seed: int, runs: Path) -> studies.Job:
-    """One training."""
-    task, folder = TASKS[name], runs / name / f'{multiplier:g}-{seed}'
+def measure(key: studies.Key, runs: Path) -> dict[str, str]:
+    """Trains what a row stands for."""
+    name, multiplier, seed, _ = key.values()
+    task, folder = TASKS[name], runs / name / f'{multiplier}-{seed}'
     if name == 'classifier':
-        run = partial(run_phase, task.pretraining, 'orepa', seed, folder, multiplier)
-    else:
-        run = partial(fine_tune, task, ('orepa', 'orepa'), seed, folder, multiplier)
-    parts = (name, f'{multiplier:g}', str(seed), str(EPOCHS[name]))
-    return studies.Job(dict(zip(KEY, parts)), partial(measured, task.unit, run))
+        return run_phase(task.pretraining, 'orepa', seed, folder, float(multiplier))
+    return fine_tune(task, 'orepa', 'orepa', seed, folder, float(multiplier))
 
 
 def report(rows: pd.DataFrame) -> studies.Report:
     """A table for each task, and each seed and their mean over the multipliers."""
     # Those of the schedule that the task has now.
-    rows = rows[rows.epochs == rows.task.map(EPOCHS).astype(str)].set_index('seed')
+    rows = rows[rows.epochs == rows.task.map(EPOCHS)].set_index('seed')
     rows = rows.astype(dict(value=float, stem_lr_mult=float))
     tasks = [task for task in TEXTS if task in {*rows.task}]
-    figure, grid = studies.panels(1, len(tasks), 6 * len(tasks), 4)
+    figure, grid = charts.panels(1, len(tasks), 6 * len(tasks), 4)
     tables = {}
     for axes, task in zip(grid[0], tasks):
         own = rows[rows.task == task]
-        values = dict(iter(own.value.groupby(own.stem_lr_mult)))
-        tables[task] = studies.markdown_table(_lines(TEXTS[task], values))
-        axes.scatter(own.stem_lr_mult, own.value, s=16, color=studies.SKY)
-        means = own.groupby('stem_lr_mult').value.mean()
-        axes.plot(means, 'o-', color=studies.BLACK, label='mean of the seeds')
+        groups = own.value.groupby(own.stem_lr_mult)
+        tables[task] = table(TEXTS[task], dict(iter(groups)))
+        axes.scatter(own.stem_lr_mult, own.value, s=16, color=charts.SKY)
+        means = groups.mean()
+        axes.plot(means, 'o-', color=charts.BLACK, label='mean of the seeds')
         axes.set(title=TEXTS[task], xlabel='stem_lr_mult', xscale='log')
-        axes.set_xticks(means.index, [f'{multiplier:g}' for multiplier in values])
+        axes.set_xticks(means.index, [f'{multiplier:g}' for multiplier in means.index])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend()
     return tables, dict(results=figure)
 
 
-def _lines(text: str, values: dict[float, pd.Series]) -> Iterator[dict[str, str]]:
-    """Means, and differences to the reference."""
+def table(text: str, values: dict[float, pd.Series]) -> str:
+    """Means, and differences to a multiplier of one, if it is there."""
+    rows = []
     for multiplier, found in values.items():
-        each = found[:0]
-        if multiplier != REFERENCE and REFERENCE in values:
-            each = studies.paired_differences(found, values[REFERENCE])
-        yield {
-            'stem_lr_mult': f'{multiplier:g}',
-            text: studies.mean_and_deviation(found),
-            f'minus that of {REFERENCE:g}': studies.mean_and_interval(each),
-            'seeds': str(len(found)),
-        }
+        base = values.get(1, found[:0]) if multiplier != 1 else found[:0]
+        rows.append(
+            {
+                'stem_lr_mult': f'{multiplier:g}',
+                text: studies.mean_and_deviation(found),
+                'minus that of 1': studies.difference(found, base),
+                'seeds': str(len(found)),
+            }
+        )
+    return studies.markdown_table(rows)
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
 
-    def make_jobs() -> list[studies.Job]:
+    def make_keys() -> list[studies.Key]:
         check_data(args.tasks)
         # Seed by seed, so that a part of the study is one of fewer seeds.
         return [
-            job_of(task, multiplier, seed, args.out / 'runs')
+            dict(zip(KEY, (task, f'{multiplier:g}', str(seed), EPOCHS[task])))
             for seed in range(args.seeds)
             for task in args.tasks
             for multiplier in args.multipliers
         ]
 
     results = studies.Results(args.out / 'results.csv', KEY, VALUES)
-    caption = "Accuracy and box AP over the multiplier of the stem's learning rate"
-    studies.run_study(args, results, make_jobs, report, dict(results=caption))
+    run = partial(measure, runs=args.out / 'runs')
+    studies.run_study(args, results, make_keys, run, report)
 
 
 if __name__ == '__main__':

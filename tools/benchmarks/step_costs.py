@@ -3,11 +3,9 @@
 import copy
 import functools
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple, Optional
 
 import pandas as pd
 import torch
@@ -35,96 +33,55 @@ from mmorepa.layers import (
 )
 
 
-def quartiles(values: pd.Series) -> list[float]:
-    """The median, and the quartiles below and above it."""
-    return values.quantile([0.5, 0.25, 0.75]).tolist()
+def times(seconds: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """The median of each column, and the quartiles of its ratio to one of them.
 
-
-def measure_seconds(
-    functions: dict[str, Callable[[], object]],
-    reference: str,
-    rounds: int,
-    what: str,
-    clock: Clock,
-    before: Callable[[], object] = lambda: None,
-) -> dict[str, dict]:
-    """Seconds of each function, in turn, and over those of ``reference``.
-
-    ``before`` is called before each, and not counted.
+    Ratios are taken within rounds, since a machine's speed changes between them.
     """
-
-    def timed(function: Callable[[], object]) -> float:
-        before()
-        return clock.seconds(function)
-
-    named = {name: functools.partial(timed, f) for name, f in functions.items()}
-    seconds = pd.DataFrame(in_turn(named, clock, rounds, what=what))
-    # Within each round, since a machine's speed changes between rounds.
     ratio = seconds.div(seconds[reference], axis=0)
-    return {
-        name: dict(seconds=quartiles(seconds[name]), ratio=quartiles(ratio[name]))
-        for name in functions
-    }
+    low, middle, high = (ratio.quantile(part) for part in (0.25, 0.5, 0.75))
+    columns = dict(seconds=seconds.median(), ratio=middle, low=low, high=high)
+    return pd.DataFrame(columns)
 
 
-class Variant(NamedTuple):
-    """One way to train."""
-
-    # The block type; empty for the network of MMPretrain.
-    block: str
-    # Whether the fold is outside of the graph.
-    folded: bool = False
-    # Whether every pass differentiates the plain formulas.
-    naive: bool = False
-    channels_last: bool = True
-    # The block type of the stem, where it is another one.
-    stem: str = ''
-    # Whether CUDA graphs replay the folds.
-    capture: bool = False
-
-
-VARIANTS = {
-    'stock': Variant('', channels_last=False),
-    'plain, default layout': Variant('plain', channels_last=False),
-    'plain': Variant('plain'),
-    'plain, OREPA stem': Variant('plain', folded=True, stem='orepa'),
-    'DBB': Variant('dbb'),
-    'OREPA, naive': Variant('orepa', naive=True),
-    'OREPA, online': Variant('orepa'),
-    'OREPA, folded, default layout': Variant('orepa', True, channels_last=False),
-    'OREPA, folded': Variant('orepa', folded=True),
-    'OREPA, captured': Variant('orepa', folded=True, capture=True),
+_PLAIN, _OREPA = dict(block='plain'), dict(block='orepa')
+# What each way to train changes in the backbone and in the optimizer wrapper. What is
+# not folded outside of the graph folds online, and naively by the plain formulas.
+VARIANTS: dict[str, tuple[dict, dict]] = {
+    'stock': ({}, {}),
+    'plain, default layout': (_PLAIN, dict(channels_last=False)),
+    'plain': (_PLAIN, {}),
+    'plain, OREPA stem': (dict(_PLAIN, stem_block='orepa'), dict(folded=True)),
+    'DBB': (dict(block='dbb'), {}),
+    'OREPA, naive': (_OREPA, {}),
+    'OREPA, online': (_OREPA, {}),
+    'OREPA, folded, default layout': (_OREPA, dict(folded=True, channels_last=False)),
+    'OREPA, folded': (_OREPA, dict(folded=True)),
+    # CUDA graphs replay the folds.
+    'OREPA, captured': (_OREPA, dict(folded=True, capture=True)),
 }
 # What a user has today, and what others are compared with; the same network with the
 # layout of this package's; and the result.
 STOCK, PLAIN, OREPA = 'stock', 'plain', 'OREPA, folded'
+NAIVE = 'OREPA, naive'
 
 
 class Trainer:
     """A variant of an OREPA classifier with its optimizer, one step at a time."""
 
-    def __init__(
-        self, cfg: Config, variant: Variant, device: str, amp: Optional[str] = None
-    ) -> None:
+    def __init__(self, cfg: Config, variant: str, device: str) -> None:
         torch.manual_seed(0)
         model = copy.deepcopy(cfg.model)
+        backbone, changes = VARIANTS[variant]
+        model.backbone.update(backbone)
         options = copy.deepcopy(cfg.optim_wrapper)
-        if variant.block:
-            model.backbone.block = variant.block
-            if variant.stem:
-                model.backbone.stem_block = variant.stem
-            options.update(folded=variant.folded, channels_last=variant.channels_last)
-            options.update(capture=variant.capture)
-        else:
+        options.update({'folded': False, 'channels_last': True, **changes})
+        if variant == STOCK:
             model.backbone = stock_backbone(model.backbone)
             options = dict(optimizer=options.optimizer)
-        if amp:
-            is_cpu = device == 'cpu' and amp == 'bfloat16'
-            kind = dict(type='BFloat16OptimWrapper')
-            options.update(kind if is_cpu else dict(type='AmpOptimWrapper', dtype=amp))
         self.network = MODELS.build(model).to(device).train()
         self.model: nn.Module = self.network
-        if variant.naive:
+        if variant == NAIVE:
             for conv in folded_convs(self.network):
                 conv.kernel = functools.partial(naive_kernel, conv.branches)
         self.wrapper: OptimWrapper = build_optim_wrapper(self.network, options)
@@ -155,8 +112,8 @@ class Trainer:
             parameters += [leaf.leaf for leaf in leaves if leaf]
         return parameters
 
-    def gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.parameters() if p.grad is not None]
+    def gradient_bytes(self) -> int:
+        return nbytes(p.grad for p in self.parameters() if p.grad is not None)
 
 
 def stock_backbone(backbone: dict) -> dict:
@@ -184,8 +141,8 @@ def naive_kernel(branches: nn.Module) -> Tensor:
 
 def measure_steps(
     trainers: dict[str, Trainer], batch: tuple, rounds: int, clock: Clock
-) -> dict[str, dict]:
-    """Seconds of a step, and of its two phases."""
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Seconds of the two phases of a step: a row for each round."""
 
     def step_of(trainer: Trainer) -> Callable[[], tuple[float, float]]:
         return lambda: (
@@ -194,23 +151,8 @@ def measure_steps(
         )
 
     steps = {name: step_of(trainer) for name, trainer in trainers.items()}
-    phases = in_turn(steps, clock, rounds, what='steps')
-    forward_backward, optimizer = (
-        pd.DataFrame({name: [pair[i] for pair in phases[name]] for name in phases})
-        for i in (0, 1)
-    )
-    step = forward_backward + optimizer
-    measured = dict(
-        step=step,
-        forward_backward=forward_backward,
-        optimizer=optimizer,
-        ratio=step.div(step[STOCK], axis=0),
-        added=step.sub(step[PLAIN], axis=0),
-    )
-    return {
-        name: {kind: quartiles(frame[name]) for kind, frame in measured.items()}
-        for name in trainers
-    }
+    phases = pd.DataFrame(in_turn(steps, clock, rounds, what='steps'))
+    return phases.map(lambda pair: pair[0]), phases.map(lambda pair: pair[1])
 
 
 def measure_bytes(trainer: Trainer, batch: tuple) -> dict[str, int]:
@@ -227,21 +169,18 @@ def measure_bytes(trainer: Trainer, batch: tuple) -> dict[str, int]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = trainer.forward(*batch)
     trainer.wrapper.backward(loss)
-    gradients = nbytes(trainer.gradients())
+    gradients = trainer.gradient_bytes()
     trainer.wrapper.step()
-    gradients = max(gradients, nbytes(trainer.gradients()))
+    gradients = max(gradients, trainer.gradient_bytes())
     trainer.wrapper.zero_grad()
     states = trainer.wrapper.optimizer.state.values()
+    values = [value for state in states for value in state.values()]
     return dict(
         saved_bytes=sum(n for pointer, n in saved.items() if pointer not in parameters),
         parameter_bytes=nbytes(trainer.parameters()),
         gradient_bytes=gradients,
-        optimizer_bytes=nbytes(
-            value
-            for state in states
-            for value in state.values()
-            if isinstance(value, Tensor)
-        ),
+        optimizer_bytes=nbytes(v for v in values if isinstance(v, Tensor)),
+        all_reduced_bytes=measure_all_reduced(trainer, batch),
     )
 
 
@@ -263,21 +202,9 @@ def measure_all_reduced(trainer: Trainer, batch: tuple) -> int:
     wrap = FoldedDistributedDataParallel if is_folded else MMDistributedDataParallel
     trainer.model = wrap(trainer.network)
     trainer.model.register_comm_hook(None, hook)
-    try:
-        trainer.step(*batch)
-    finally:
-        trainer.model = trainer.network
+    trainer.step(*batch)
+    trainer.model = trainer.network
     return sum(sent)
-
-
-@contextmanager
-def process_group(device: str) -> Iterator[None]:
-    backend = 'nccl' if torch.device(device).type == 'cuda' else 'gloo'
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def measure_peak_memory(trainer: Trainer, batch: tuple) -> int:
@@ -288,8 +215,8 @@ def measure_peak_memory(trainer: Trainer, batch: tuple) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def measure_fold(network: nn.Module, rounds: int, clock: Clock) -> dict[str, dict]:
-    """Seconds of all folds of a network with their derivatives, and of their floor.
+def measure_fold(network: nn.Module, rounds: int, clock: Clock) -> pd.DataFrame:
+    """Times of all folds of a network with their derivatives, and of their floor.
 
     The floor is what no fold can do without: for each product of two weights, itself
     and the two products of its derivative.
@@ -323,12 +250,13 @@ def measure_fold(network: nn.Module, rounds: int, clock: Clock) -> dict[str, dic
                 kernel.leaf.grad = grad
             backward_to_branches(kernels)
 
+    def seconds(function: Callable[[], None]) -> float:
+        network.zero_grad()
+        return clock.seconds(function)
+
     functions = dict(floor=floor, naive=naive, online=online, folded=fold_and_backward)
-    figures = measure_seconds(
-        functions, 'floor', rounds, 'folds', clock, before=network.zero_grad
-    )
-    network.zero_grad()
-    return figures
+    timed = {name: functools.partial(seconds, f) for name, f in functions.items()}
+    return times(pd.DataFrame(in_turn(timed, clock, rounds, what='folds')), 'floor')
 
 
 @torch.no_grad()
@@ -342,15 +270,14 @@ def factors(kernel: nn.Module) -> tuple[Tensor, Tensor]:
         second, first = kernel.weight_pointwise_kxk_2, kernel.weight_pointwise_kxk_1
         second = second.reshape(groups, -1, second.shape[-1])
     first = first.reshape(groups, -1, first.shape[1])
-    pair = second.detach(), first.detach()
-    return tuple(x.squeeze(0) for x in pair)
+    return second.detach().squeeze(0), first.detach().squeeze(0)
 
 
 @torch.no_grad()
 def measure_inference(
     cfg: Config, images: Tensor, rounds: int, clock: Clock
-) -> dict[str, dict]:
-    """Seconds of a forward pass in eval mode, over the plain network's folded one."""
+) -> pd.DataFrame:
+    """Times of a forward pass in eval mode, over the plain network's folded one."""
     device = str(images.device)
 
     def build(block: str, channels_last: bool) -> nn.Module:
@@ -371,12 +298,15 @@ def measure_inference(
             'OREPA, in a folded() block' + layout: in_blocks[-1],
             'OREPA, deployed' + layout: switch_to_deploy(copy.deepcopy(orepa)),
         }
-    functions = {n: lambda net=net: net(images) for n, net in networks.items()}
     if find_spec('onnx') and find_spec('onnxruntime') and not images.is_cuda:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, 'network.onnx')
             export_onnx(networks['OREPA, deployed'], images[:1], path)
-            network = OnnxNetwork(path)
-        functions['OREPA, deployed, ONNX Runtime'] = lambda: network(images)
+            networks['OREPA, deployed, ONNX Runtime'] = OnnxNetwork(path)
+    timed = {
+        name: functools.partial(clock.seconds, functools.partial(network, images))
+        for name, network in networks.items()
+    }
     with folded(in_blocks[0]), folded(in_blocks[1]):
-        return measure_seconds(functions, reference, rounds, 'inference', clock)
+        seconds = pd.DataFrame(in_turn(timed, clock, rounds, what='inference'))
+    return times(seconds, reference)

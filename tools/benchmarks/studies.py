@@ -7,7 +7,6 @@ after every job, so that a study which was stopped goes on with the missing rows
 import argparse
 import multiprocessing
 import os
-import re
 import signal
 import statistics
 import sys
@@ -17,34 +16,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from scipy import stats
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / 'analysis_tools'))
-from charts import (  # noqa: F401  (for the studies)
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILION,
-    YELLOW,
-    panels,
-    save,
-)
+import charts
 
 from mmorepa.cli import positive
-from mmorepa.utils.errors import OutputError
 from mmorepa.utils.files import atomic_write, check_outputs
 
 ROOT = Path(__file__).resolve().parents[2]
+# What names a row, by column, and what gives its other columns.
+Key = dict[str, str]
+Run = Callable[[Key], dict[str, str]]
 # Markdown tables, and figures, by name.
 Report = tuple[dict[str, str], dict[str, plt.Figure]]
 
@@ -83,7 +72,7 @@ def study_parser(
     parser.add_argument(
         '--document',
         type=Path,
-        help='put tables and figures into this Markdown file instead of tables.md, '
+        help='put the tables into this Markdown file instead of tables.md, '
         'between its comments <!-- begin NAME --> and <!-- end NAME -->',
     )
     parser.add_argument(
@@ -105,15 +94,12 @@ class Results:
 
     def __init__(self, path: Path, key: Sequence[str], values: Sequence[str]) -> None:
         self.path, self.key, self.fields = path, [*key], [*key, *values]
-        self.rows = self._read(path)
+        self.rows = pd.DataFrame(columns=self.fields, dtype=str)
+        if path.is_file():
+            self.rows = self._read(path)
 
     def _read(self, path: Path) -> pd.DataFrame:
-        if not path.is_file():
-            return pd.DataFrame(columns=self.fields, dtype=str)
-        try:
-            rows = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
-        except ValueError as error:  # Not in UTF-8, or no table.
-            raise ValueError(f"'{path}' cannot be read: {error}") from error
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
         if [*rows] != self.fields:
             raise ValueError(
                 f"'{path}' has the columns {[*rows]}, not those of this study, "
@@ -127,41 +113,25 @@ class Results:
     def locked(self) -> Iterator[None]:
         """Keeps other processes from writing; takes the rows that they have written."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = self.path.with_name('.lock')
-        try:
-            with FileLock(lock).acquire(timeout=0):
-                try:
-                    self.rows = self._read(self.path)
-                    yield
-                finally:
-                    lock.unlink(missing_ok=True)
-        except Timeout as error:
-            raise OutputError(
-                f"another process works in '{self.path.parent}'; wait for it, or "
-                'choose another folder'
-            ) from error
+        with FileLock(self.path.with_name('.lock'), timeout=0):
+            if self.path.is_file():
+                self.rows = self._read(self.path)
+            yield
 
     def keys(self) -> set[tuple[str, ...]]:
         """The keys of all rows."""
         return {*self.rows[self.key].itertuples(index=False, name=None)}
 
-    def merge(self, *paths: Path) -> None:
-        """Takes the rows of other files whose keys are not here, and counts them.
-
-        All files are read before anything is written.
-        """
-        for path in paths:
-            if not path.is_file():
-                raise FileNotFoundError(f"no results at '{path}'")
-        files = {path: self._read(path) for path in paths}
+    def merge(self, paths: Sequence[Path]) -> None:
+        """Takes the rows of other files whose keys are not here."""
+        others = [self._read(path) for path in paths]
         with self.locked():
-            for path, rows in files.items():
-                every = pd.concat([self.rows, rows]).drop_duplicates()
-                known, merged = len(self.rows), every.drop_duplicates(self.key)
-                self._write(merged)
-                print(f"{len(merged) - known} rows are new in '{path}'.")
-                if differ := len(every) - len(merged):
-                    print(f'{differ} others have other values than here, which stay.')
+            known = len(self.rows)
+            every = pd.concat([self.rows, *others]).drop_duplicates()
+            self._write(every.drop_duplicates(self.key))
+        print(f'{len(self.rows) - known} rows are new.')
+        if differ := len(every) - len(self.rows):
+            print(f'{differ} others have other values than here, which stay.')
 
     def add(self, *rows: Mapping[str, str]) -> None:
         """Appends rows, and writes the file."""
@@ -173,54 +143,43 @@ class Results:
             self.rows.to_csv(file, index=False, lineterminator='\n')
 
 
-class Job(NamedTuple):
-    """What gives one row."""
-
-    # The columns that name it.
-    key: dict[str, str]
-    # Gives the other columns; it can be pickled.
-    run: Callable[[], dict[str, str]]
-
-
 def end_with_parent() -> None:
-    """Ends a forked process when its parent ends, even if that is killed."""
+    """Ends a forked process when its parent ends, and by nothing else."""
 
     def watch() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent takes it.
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _begin_worker() -> None:
-    end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent takes it.
-
-
-def _run(job: Job) -> dict[str, str]:
+def _values(run: Run, key: Key) -> dict[str, str]:
     try:
-        return job.run()
+        return run(key)
     except Exception as error:  # Some exceptions cannot be pickled.
         raise RuntimeError(str(error)) from None
 
 
-def run_jobs(jobs: Sequence[Job], results: Results, processes: int = 1) -> list[str]:
-    """Runs the jobs that have no row yet, in processes, and tells the progress.
+def run_jobs(
+    keys: Sequence[Key], run: Run, results: Results, processes: int = 1
+) -> list[str]:
+    """Runs what has no row yet, in processes, and tells the progress.
 
     Returns a line for each job that failed; the others ran.
     """
     context, failures = multiprocessing.get_context('fork'), []
     with (
         results.locked(),
-        ProcessPoolExecutor(processes, context, _begin_worker) as pool,
+        ProcessPoolExecutor(processes, context, end_with_parent) as pool,
     ):
         done, began = results.keys(), time.perf_counter()
-        left = [job for job in jobs if tuple(job.key.values()) not in done]
-        print(f'{len(left)} of {len(jobs)} jobs to do.', flush=True)
-        futures = {pool.submit(_run, job): job for job in left}
+        left = [key for key in keys if tuple(key.values()) not in done]
+        print(f'{len(left)} of {len(keys)} jobs to do.', flush=True)
+        futures = {pool.submit(_values, run, key): key for key in left}
         try:
             for i, future in enumerate(as_completed(futures), 1):
-                key = futures[future].key
+                key = futures[future]
                 text = ', '.join(f'{name} {value}' for name, value in key.items())
                 if error := future.exception():
                     failures.append(f'{text}: {error}')
@@ -243,9 +202,9 @@ def run_jobs(jobs: Sequence[Job], results: Results, processes: int = 1) -> list[
 def run_study(
     args: argparse.Namespace,
     results: Results,
-    make_jobs: Callable[[], Sequence[Job]],
+    make_keys: Callable[[], Sequence[Key]],
+    run: Run,
     report: Callable[[pd.DataFrame], Report],
-    captions: Mapping[str, str],
     inputs: Sequence[Path] = (),
 ) -> None:
     """Runs the jobs that have no row, and reports all rows, also where jobs failed.
@@ -254,29 +213,27 @@ def run_study(
         args (argparse.Namespace): Of :func:`study_parser`; with ``merge``, the rows of
             these files are taken first.
         results (Results): The rows.
-        make_jobs (Callable): Checks the data, and gives the jobs.
+        make_keys (Callable): Checks the data, and gives the keys of all jobs.
+        run (Callable): Gives the other columns of a key. It can be pickled.
         report (Callable): Makes tables and figures of rows.
-        captions (Mapping[str, str]): Of all figures that it may make, by name.
         inputs (Sequence[Path]): Files that must not be overwritten. Defaults to none.
     """
-    names = ('results.csv', 'tables.md', *(f'{name}.png' for name in captions))
-    check_outputs([*(args.out / name for name in names), args.document], inputs)
+    files = (args.out / 'results.csv', args.out / 'tables.md', args.document)
+    check_outputs(files, inputs)
     if args.document:
-        read_document(args.document)  # Before hours of work, not after.
+        args.document.read_text()  # Before hours of work, not after.
     if getattr(args, 'merge', ()):
-        results.merge(*args.merge)
+        results.merge(args.merge)
     failures = []
     if not args.report_only:
-        failures = run_jobs(make_jobs(), results, args.jobs)
-    try:
-        if len(results.rows):
-            write_report(report(results.rows), captions, args.out, args.document)
-    finally:
-        if failures:
-            raise ValueError(
-                f'{len(failures)} jobs failed, run the same line again to repeat them: '
-                + '; '.join(failures)
-            )
+        failures = run_jobs(make_keys(), run, results, args.jobs)
+    if len(results.rows):
+        write_report(*report(results.rows), args)
+    if failures:
+        raise ValueError(
+            f'{len(failures)} jobs failed, run the same line again to repeat them: '
+            + '; '.join(failures)
+        )
     if results.rows.empty:
         raise ValueError(f"no rows in '{results.path}'; run without --report-only")
 
@@ -294,8 +251,7 @@ def reach_of(differences: pd.Series) -> float:
 
     NaN for a single one.
     """
-    pairs = len(differences)
-    return differences.sem() * stats.t.ppf(0.975, pairs - 1) if pairs > 1 else np.nan
+    return differences.sem() * stats.t.ppf(0.975, len(differences) - 1)
 
 
 def mean_and_interval(differences: pd.Series) -> str:
@@ -306,6 +262,11 @@ def mean_and_interval(differences: pd.Series) -> str:
     if np.isnan(reach):
         return f'{mean:+.2f}'
     return f'{mean:+.2f} [{mean - reach:+.2f}, {mean + reach:+.2f}]'
+
+
+def difference(values: pd.Series, reference: pd.Series) -> str:
+    """That of the means by seed, as :func:`mean_and_interval` writes it."""
+    return mean_and_interval(paired_differences(values, reference))
 
 
 def mean_and_deviation(values: pd.Series) -> str:
@@ -330,62 +291,41 @@ def markdown_table(rows: Iterable[Mapping[str, str]]) -> str:
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
-def read_document(path: Path) -> str:
-    """The text of a Markdown file; raises an error if its comments are no pairs."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no document '{path}'")
-    text = path.read_text()
-    found = re.findall('<!-- (begin|end) (.+?) -->', text)
-    if found[::2] != [('begin', name) for _, name in found[1::2]] or (
-        len({*found}) < len(found)
-    ):
-        raise ValueError(f"'{path}' needs one '<!-- end NAME -->' after each begin")
-    return text
-
-
-def fill_document(path: Path, parts: Mapping[str, str]) -> list[str]:
-    """Replaces what is between the comments of each part of a Markdown file.
-
-    Returns the names of those that have no place in it.
-    """
-    text, without = read_document(path), []
-    for name, part in parts.items():
-        begin, end = f'<!-- begin {name} -->', f'<!-- end {name} -->'
-        if begin not in text:
-            without.append(name)
-            continue
-        before, rest = text.split(begin)
-        text = f'{before}{begin}\n\n{part}\n\n{end}{rest.split(end)[1]}'
-    with atomic_write(path) as file:
-        file.write_text(text)
-    return without
-
-
 def write_report(
-    report: Report, captions: Mapping[str, str], out: Path, document: Optional[Path]
+    tables: Mapping[str, str],
+    figures: Mapping[str, plt.Figure],
+    args: argparse.Namespace,
 ) -> None:
     """Prints the tables of a study, if there are any, and writes them and figures.
 
     Without a document, the tables go to ``tables.md`` in the folder of the figures.
     """
-    tables, figures = report
     if not tables:
         return
+    for name, figure in figures.items():
+        charts.save(figure, args.out / f'{name}.png')
     text = '\n\n'.join(f'### {name}\n\n{table}' for name, table in tables.items())
     print(f'{text}\n')
-    images = {}
-    for name, figure in figures.items():
-        path = out / f'{name}.png'
-        save(figure, path)
-        if document:
-            place = os.path.relpath(path, document.parent)
-            images[name] = f'![{captions[name]}]({place})'
-    if document is None:
-        with atomic_write(out / 'tables.md') as file:
-            file.write_text(text + '\n')
-    elif without := fill_document(document, {**tables, **images}):
-        print(f"'{document}' has no place for: {', '.join(without)}.")
-    print(f"Wrote tables to '{document or out / 'tables.md'}', figures to '{out}'.")
+    target = args.document or args.out / 'tables.md'
+    with atomic_write(target) as file:
+        if args.document:
+            file.write_text(fill(target.read_text(), tables))
+        else:
+            file.write_text(f'{text}\n')
+    print(f"Wrote tables to '{target}', figures to '{args.out}'.")
+
+
+def fill(text: str, parts: Mapping[str, str]) -> str:
+    """Replaces what is between the comments of each part of a Markdown text."""
+    for name, part in parts.items():
+        begin, end = f'<!-- begin {name} -->', f'<!-- end {name} -->'
+        before, _, rest = text.partition(begin)
+        _, found, after = rest.partition(end)
+        if found:
+            text = f'{before}{begin}\n\n{part}\n\n{end}{after}'
+        else:
+            print(f'The document has no place for {name}.')
+    return text
 
 
 class Line(NamedTuple):

@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple, Optional
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from start import positive  # Sets how threads wait, before PyTorch is loaded.
@@ -24,10 +24,11 @@ import pandas as pd
 import step_costs as costs
 import studies
 import torch
-from mmengine.config import Config
+import torch.distributed as dist
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmpretrain.structures import DataSample
+from studies import charts
 
 from mmorepa.analysis.timing import Clock, busy_warning
 from mmorepa.cli import one_line_errors
@@ -36,90 +37,68 @@ from mmorepa.hub import get_config
 from mmorepa.utils.files import check_outputs, write_json
 
 # The networks that this is about, with as many images as suit a small machine.
-DEFAULT = (
-    ('configs/imagenet/resnet18-orepa_4xb64_in1k.py', 16),
-    ('configs/imagenet/resnet50-orepa_4xb64_in1k.py', 8),
-)
+DEFAULT = {
+    'configs/imagenet/resnet18-orepa_4xb64_in1k.py': 16,
+    'configs/imagenet/resnet50-orepa_4xb64_in1k.py': 8,
+}
 # The batch of the paper, for each GPU.
 PAPER_BATCH = 64
 COLOURS = {
-    'plain, default layout': studies.GREY,
-    'plain': studies.BLACK,
-    'plain, OREPA stem': studies.VERMILION,
-    'DBB': studies.ORANGE,
-    'OREPA, naive': studies.PURPLE,
-    'OREPA, online': studies.SKY,
-    'OREPA, folded, default layout': studies.GREEN,
-    'OREPA, folded': studies.BLUE,
-    'OREPA, captured': studies.YELLOW,
+    'plain, default layout': charts.GREY,
+    'plain': charts.BLACK,
+    'plain, OREPA stem': charts.VERMILION,
+    'DBB': charts.ORANGE,
+    'OREPA, naive': charts.PURPLE,
+    'OREPA, online': charts.SKY,
+    'OREPA, folded, default layout': charts.GREEN,
+    'OREPA, folded': charts.BLUE,
+    'OREPA, captured': charts.YELLOW,
 }
 
 
-def device(text: str) -> str:
-    """A device that is there, as the type of an argument."""
-    try:
-        torch.empty(0, device=text)
-    except Exception as error:
-        raise argparse.ArgumentTypeError(f'{text!r} cannot be used: {error}') from error
-    return text
-
-
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description='Measures what training a re-parameterised network costs.'
     )
     parser.add_argument(
         'configs',
         nargs='*',
+        default=[*DEFAULT],
         help='configs of OREPA classifiers; ResNet-18 and ResNet-50 by default',
     )
     parser.add_argument(
         '--batch-size',
         type=positive,
-        nargs='+',
-        help='images a step: one figure, or one for each config; default 16, but 8 '
-        'for the default ResNet-50',
+        help='images a step (default: 16, but 8 for the default ResNet-50)',
     )
     parser.add_argument('--size', type=positive, default=224, help='of the images')
     parser.add_argument('--rounds', type=positive, default=15)
     parser.add_argument('--threads', type=positive, default=2, help='of the CPU')
     parser.add_argument(
-        '--device', type=device, default='cuda' if torch.cuda.is_available() else 'cpu'
-    )
-    parser.add_argument(
-        '--amp', choices=('bfloat16', 'float16'), help='train in mixed precision'
+        '--device', default='cuda' if torch.cuda.is_available() else 'cpu'
     )
     parser.add_argument('--out', type=Path, default=Path('work_dirs/train_cost'))
-    args = parser.parse_args(argv)
-    defaults = DEFAULT if not args.configs else [(c, 16) for c in args.configs]
-    sizes = args.batch_size or [size for _, size in defaults]
-    if len(sizes) == 1:
-        sizes = sizes * len(defaults)
-    if len(sizes) != len(defaults):
-        parser.error(
-            f'--batch-size takes one figure, or one for each of the {len(defaults)} '
-            f'configs; found {len(sizes)}'
-        )
-    args.runs = [(config, size) for (config, _), size in zip(defaults, sizes)]
-    return args
+    return parser.parse_args(argv)
 
 
-def load(path: str) -> Config:
+class Costs(NamedTuple):
+    """All figures of one config; frames have a row for each way to train or infer."""
+
+    name: str
+    batch_size: int
+    steps: pd.DataFrame
+    fold: pd.DataFrame
+    inference: pd.DataFrame
+    # What folded training adds to the plain step, in seconds.
+    added: float
+    core_share: float
+
+
+def measure(path: str, args: argparse.Namespace) -> Costs:
+    """Measures one config."""
     cfg = get_config(str(studies.ROOT / path))
-    if (
-        cfg.model.get('type') != 'ImageClassifier'
-        or cfg.model.backbone.get('block') != 'orepa'
-    ):
-        raise ValueError(
-            f"{path}: this takes classifiers whose backbone has block='orepa'"
-        )
-    return cfg
-
-
-def measure(path: str, cfg: Config, batch_size: int, args: argparse.Namespace) -> dict:
-    """All figures of one config."""
     init_default_scope(cfg.get('default_scope', 'mmpretrain'))
-    clock = Clock(args.device)
+    clock, batch_size = Clock(args.device), args.batch_size or DEFAULT.get(path, 16)
     torch.manual_seed(1)
     channels = cfg.model.backbone.get('in_channels', 3)
     shape = batch_size, channels, args.size, args.size
@@ -130,125 +109,109 @@ def measure(path: str, cfg: Config, batch_size: int, args: argparse.Namespace) -
 
     is_resnet = cfg.model.backbone.type.endswith('ResNet')
     trainers = {
-        name: costs.Trainer(cfg, variant, args.device, args.amp)
-        for name, variant in costs.VARIANTS.items()
-        if (is_resnet or not variant.stem) and (clock.is_cuda or not variant.capture)
+        name: costs.Trainer(cfg, name, args.device)
+        for name, (backbone, options) in costs.VARIANTS.items()
+        if (is_resnet or 'stem_block' not in backbone)
+        and (clock.is_cuda or 'capture' not in options)
     }
-    steps = costs.measure_steps(trainers, batch, args.rounds, clock)
-    for name, trainer in trainers.items():
-        steps[name].update(costs.measure_bytes(trainer, batch))
-        steps[name]['all_reduced_bytes'] = costs.measure_all_reduced(trainer, batch)
-        if clock.is_cuda:
-            steps[name]['peak_memory_bytes'] = costs.measure_peak_memory(trainer, batch)
+    forward_backward, optimizer = costs.measure_steps(
+        trainers, batch, args.rounds, clock
+    )
+    seconds = forward_backward + optimizer
+    kept = {n: costs.measure_bytes(trainer, batch) for n, trainer in trainers.items()}
+    steps = costs.times(seconds, costs.STOCK).assign(
+        forward_backward=forward_backward.median(), optimizer=optimizer.median()
+    )
+    steps = steps.join(pd.DataFrame(kept).T)
+    if clock.is_cuda:
+        steps['peak_memory_bytes'] = [
+            costs.measure_peak_memory(trainer, batch) for trainer in trainers.values()
+        ]
     fold = costs.measure_fold(trainers['OREPA, online'].network, args.rounds, clock)
     trainers.clear()
-    inference = costs.measure_inference(cfg, images, args.rounds, clock)
-    (plain, *_), (added, *_) = steps[costs.PLAIN]['step'], steps[costs.OREPA]['added']
-    return dict(
-        config=path,
+    return Costs(
+        name=Path(path).stem,
         batch_size=batch_size,
-        image_size=args.size,
-        rounds=args.rounds,
         steps=steps,
         fold=fold,
-        inference=inference,
+        inference=costs.measure_inference(cfg, images, args.rounds, clock),
+        added=(seconds[costs.OREPA] - seconds[costs.PLAIN]).median(),
         core_share=clock.core_share,
-        added_over_floor=added / fold['floor']['seconds'][0],
-        # The fold does not know the batch, and the plain step grows with it.
-        ratio_at_64=1 + added / (plain * PAPER_BATCH / batch_size),
     )
 
 
-def _ms(seconds: list[float]) -> str:
-    return f'{seconds[0] * 1e3:.1f}'
-
-
-def _times(ratio: list[float]) -> str:
-    median, low, high = ratio
-    return f'{median:.2f} [{low:.2f}, {high:.2f}]'
-
-
-def _megabytes(number: int) -> str:
-    return f'{number / 1e6:.1f}'
-
-
-def _print_table(head: str, found: dict[str, dict], columns: dict[str, tuple]) -> None:
-    """Prints a line for each entry; a column is a key and how its value is shown."""
-    cells = {
-        text: [show(entry[key]) for entry in found.values()]
-        for text, (key, show) in columns.items()
-        if key in found[[*found][0]]
-    }
-    frame = pd.DataFrame(cells, index=[*found])
-    print(frame.rename_axis(columns=head).to_string(), end='\n\n')
-
-
-def print_tables(result: dict) -> None:
+def print_tables(found: Costs, args: argparse.Namespace) -> None:
     """Prints the figures of one config as tables."""
-    steps, size = result['steps'], result['image_size']
     print(
-        f'\n{Path(result["config"]).stem}: {result["batch_size"]} images of '
-        f'{size}x{size}, medians over {result["rounds"]} rounds in turn, [quartiles]\n'
+        f'\n{found.name}: {found.batch_size} images of {args.size}x{args.size}, '
+        f'medians over {args.rounds} rounds in turn, [quartiles]\n'
     )
+
+    def show(head: str, columns: dict[str, pd.Series]) -> None:
+        table = pd.DataFrame(columns).rename_axis(columns=head)
+        print(table.to_string(float_format='{:.1f}'.format), end='\n\n')
+
+    def ratios(times: pd.DataFrame) -> list[str]:
+        rows = zip(times.ratio, times.low, times.high)
+        return [f'{ratio:.2f} [{low:.2f}, {high:.2f}]' for ratio, low, high in rows]
+
+    steps, fold, inference = found.steps, found.fold, found.inference
     columns = {
-        'step (ms)': ('step', _ms),
-        'x stock': ('ratio', _times),
-        'forward+backward': ('forward_backward', _ms),
-        'optimizer phase': ('optimizer', _ms),
+        'step (ms)': steps.seconds * 1e3,
+        'x stock': ratios(steps),
+        'forward+backward': steps.forward_backward * 1e3,
+        'optimizer phase': steps.optimizer * 1e3,
     }
-    _print_table('training', steps, columns)
-    columns = {
-        'saved for backward': ('saved_bytes', _megabytes),
-        'parameters': ('parameter_bytes', _megabytes),
-        'gradients': ('gradient_bytes', _megabytes),
-        'optimizer': ('optimizer_bytes', _megabytes),
-        'all-reduced': ('all_reduced_bytes', _megabytes),
-        'peak of a step': ('peak_memory_bytes', _megabytes),
+    show('training', columns)
+    kept = {
+        'saved_bytes': 'saved for backward',
+        'parameter_bytes': 'parameters',
+        'gradient_bytes': 'gradients',
+        'optimizer_bytes': 'optimizer',
+        'all_reduced_bytes': 'all-reduced',
+        'peak_memory_bytes': 'peak of a step',
     }
-    _print_table('MB', steps, columns)
-    columns = {'ms': ('seconds', _ms), 'x floor': ('ratio', _times)}
-    _print_table('all folds, with derivatives', result['fold'], columns)
+    show('MB', {text: steps[key] / 1e6 for key, text in kept.items() if key in steps})
+    columns = {'ms': fold.seconds * 1e3, 'x floor': ratios(fold)}
+    show('all folds, with derivatives', columns)
+    plain = steps.seconds[costs.PLAIN] * PAPER_BATCH / found.batch_size
+    # The fold does not know the batch, and the plain step grows with it.
     print(
-        f'Folded training adds {_ms(steps[costs.OREPA]["added"])} ms to the plain '
-        f'step: {result["added_over_floor"]:.2f} x the floor. With {PAPER_BATCH} '
-        f'images a step, that would be {result["ratio_at_64"]:.3f} x plain.\n'
+        f'Folded training adds {found.added * 1e3:.1f} ms to the plain step: '
+        f'{found.added / fold.seconds["floor"]:.2f} x the floor. With {PAPER_BATCH} '
+        f'images a step, that would be {1 + found.added / plain:.3f} x plain.\n'
     )
-    columns = {'ms': ('seconds', _ms), 'x plain, folded': ('ratio', _times)}
-    _print_table('inference', result['inference'], columns)
-    if warning := busy_warning(result['core_share']):
+    columns = {'ms': inference.seconds * 1e3, 'x plain, folded': ratios(inference)}
+    show('inference', columns)
+    if warning := busy_warning(found.core_share):
         print(warning)
 
 
-def plot(results: list[dict], path: Path) -> None:
+def plot(results: Sequence[Costs], path: Path) -> None:
     """Draws what a step costs over the stock network's, one panel for each budget."""
-    titles = dict(ratio='time of a step', saved_bytes='saved for backward')
+    titles = dict(seconds='time of a step', saved_bytes='saved for backward')
     titles['all_reduced_bytes'] = 'all-reduced'
-    figure, ((*axes,),) = studies.panels(1, len(titles), 10, 4.8)
-    labels = [
-        f'{Path(r["config"]).stem.split("-orepa")[0]}\n{r["batch_size"]} images'
-        for r in results
-    ]
+    figure, ((*axes,),) = charts.panels(1, len(titles), 10, 4.8)
     for axis, (key, title) in zip(axes, titles.items()):
-        frame = pd.DataFrame(
-            [{name: step[key] for name, step in r['steps'].items()} for r in results],
-            index=labels,
-        )
-        if key == 'ratio':
-            frame = frame.map(lambda ratio: ratio[0])
-        else:
-            frame = frame.div(frame[costs.STOCK], axis=0)
-        frame.drop(columns=costs.STOCK).plot.bar(
+        bars = {}
+        for found in results:
+            network = found.name.split('-orepa')[0]
+            values = found.steps.ratio
+            if key != 'seconds':
+                values = found.steps[key] / found.steps[key][costs.STOCK]
+            bars[f'{network}\n{found.batch_size} images'] = values
+        pd.DataFrame(bars).T.drop(columns=costs.STOCK).plot.bar(
             ax=axis, color=COLOURS, width=0.8, rot=0, legend=False
         )
-        for bars in axis.containers:
-            axis.bar_label(bars, fmt='%.2f', rotation=90, padding=3)
+        for bar in axis.containers:
+            axis.bar_label(bar, fmt='%.2f', rotation=90, padding=3)
         axis.axhline(1, color='black', linewidth=0.8)
         axis.set_title(f'{title}, x stock')
         axis.margins(y=0.18)
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4
     )
-    studies.save(figure, path)
+    charts.save(figure, path)
 
 
 def machine(args: argparse.Namespace) -> str:
@@ -266,20 +229,28 @@ def machine(args: argparse.Namespace) -> str:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     figures, chart = args.out / 'train_cost.json', args.out / 'train_cost.png'
-    check_outputs([figures, chart], [studies.ROOT / path for path, _ in args.runs])
-    configs = {path: load(path) for path, _ in args.runs}
+    check_outputs([figures, chart], [studies.ROOT / path for path in args.configs])
     torch.set_num_threads(args.threads)
     # Without the tables of parameter groups.
     MMLogger.get_instance('train_cost', log_level='WARNING')
+    backend = 'nccl' if torch.device(args.device).type == 'cuda' else 'gloo'
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     results = []
-    with costs.process_group(args.device):
-        for path, batch_size in args.runs:
-            results.append(measure(path, configs[path], batch_size, args))
-            print_tables(results[-1])
-    document = dict(machine=machine(args), results=results)
+    for path in args.configs:
+        results.append(measure(path, args))
+        print_tables(results[-1], args)
+    dist.destroy_process_group()
+    document = dict(machine=machine(args), size=args.size, rounds=args.rounds)
+    document['results'] = [
+        {
+            key: value.to_dict('index') if isinstance(value, pd.DataFrame) else value
+            for key, value in found._asdict().items()
+        }
+        for found in results
+    ]
     write_json(document, figures)
     plot(results, chart)
     print(f'\n{document["machine"]}')

@@ -63,19 +63,26 @@ class RecordHook(Hook):
     priority = 'VERY_HIGH'
 
     def before_train(self, runner: Runner) -> None:
-        self._spent, self._curve = (0.0, 0.0), []
+        self._seconds = self._cpu_seconds = 0.0
+        self._curve = []
 
     def before_train_epoch(self, runner: Runner) -> None:
-        self._began = self._now()
+        self._count(-1)
 
     def after_train_epoch(self, runner: Runner) -> None:
-        parts = zip(self._spent, self._began, self._now())
-        self._spent = tuple(spent + now - began for spent, began, now in parts)
+        self._count(1)
+
+    def _count(self, sign: int) -> None:
+        if torch.cuda.is_available():  # Which may still be at work.
+            torch.cuda.synchronize()
+        self._seconds += sign * time.perf_counter()
+        self._cpu_seconds += sign * time.process_time()
 
     def after_val_epoch(
         self, runner: Runner, metrics: Optional[dict[str, float]] = None
     ) -> None:
-        self._curve.append((runner.epoch, metrics, *self._spent))
+        point = (runner.epoch, metrics, self._seconds, self._cpu_seconds)
+        self._curve.append(point)
 
     def after_train(self, runner: Runner) -> None:
         parameters = [*runner.model.parameters()]
@@ -90,18 +97,12 @@ class RecordHook(Hook):
         )
         (Path(runner.work_dir) / 'record.json').write_text(json.dumps(record))
 
-    @staticmethod
-    def _now() -> tuple[float, float]:
-        if torch.cuda.is_available():  # Which may still be at work.
-            torch.cuda.synchronize()
-        return time.perf_counter(), time.process_time()
 
-
-def epochs_options(epochs: int, workers: int = 0) -> dict:
+def epochs_options(epochs: int) -> dict:
     """The options that give the recipes of ``configs/`` another length.
 
     The recipes have a warm-up and then a cosine. The one validation comes after the
-    last epoch. Without workers, a process loads its own data and keeps to one core.
+    last epoch. Without a GPU, a process loads its own data and keeps to one core.
     """
     options = {
         'train_cfg.max_epochs': epochs,
@@ -111,6 +112,7 @@ def epochs_options(epochs: int, workers: int = 0) -> dict:
         'default_hooks.checkpoint.interval': epochs,
         'default_hooks.checkpoint.save_optimizer': False,
     }
+    workers = int(torch.cuda.is_available())
     for split in ('train', 'val'):
         options[f'{split}_dataloader.num_workers'] = workers
         options[f'{split}_dataloader.persistent_workers'] = workers > 0
@@ -134,7 +136,7 @@ def train(config: Path, options: Mapping, work_dir: Path, metric: str) -> Traini
         metric (str): The name of what the validation measures.
 
     Raises:
-        RuntimeError: If the training fails, or validates nothing by that name.
+        RuntimeError: If the training fails.
     """
     shutil.rmtree(work_dir, ignore_errors=True)
     work_dir.mkdir(parents=True)
@@ -161,10 +163,7 @@ def train(config: Path, options: Mapping, work_dir: Path, metric: str) -> Traini
     curve = [
         Point(epoch, metrics[metric], *spent)
         for epoch, metrics, *spent in record['curve']
-        if metric in metrics
     ]
-    if not curve:
-        raise RuntimeError(f'no {metric!r} was measured, see {log}')
     return Training(
         metric=math.nan if record['diverged'] else curve[-1].metric,
         seconds=seconds,
@@ -195,7 +194,4 @@ def _run_script(line: Sequence[str], log: Path) -> None:
 def last_checkpoint(work_dir: Path) -> Optional[Path]:
     """The weights that a training in this folder ended with, if it did."""
     path = work_dir / 'last_checkpoint'
-    if not path.is_file():
-        return None
-    checkpoint = Path(path.read_text().strip())
-    return checkpoint if checkpoint.is_file() else None
+    return Path(path.read_text().strip()) if path.is_file() else None

@@ -13,10 +13,10 @@ OUT/digits.json says that the folders are this tool's, which may replace them.
 """
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from start import Parser
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = Parser(__doc__, '--out data/digits')
     parser.add_argument(
         '--out', type=Path, default=Path('data/digits'), help='the folder to write'
@@ -43,7 +43,7 @@ from sklearn.datasets import load_digits
 
 from mmorepa.cli import one_line_errors
 from mmorepa.utils.errors import OutputError
-from mmorepa.utils.files import atomic_write, check_outputs
+from mmorepa.utils.files import check_outputs, write_json
 
 SPLITS = ('train', 'val')
 FOLDERS = (*SPLITS, 'coco', 'cityscapes')
@@ -81,15 +81,13 @@ class Scene(NamedTuple):
 
 def split_digits() -> dict[str, list[Digit]]:
     """The digits of each split; no image is in both."""
-    data = load_digits()
+    data, ranks = load_digits(), Counter()
     splits: dict[str, list[Digit]] = {split: [] for split in SPLITS}
-    ranks = dict.fromkeys(range(10), 0)
-    for index, (image, target) in enumerate(zip(data.images, data.target)):
-        label = int(target)
-        is_val = ranks[label] % VAL_EVERY == VAL_EVERY - 1
+    for index, (image, label) in enumerate(zip(data.images, data.target.tolist())):
         ranks[label] += 1
         # 17 grey levels, 0 to 16.
-        splits['val' if is_val else 'train'].append(Digit(index, label, image / 16))
+        digit = Digit(index, label, image / 16)
+        splits['train' if ranks[label] % VAL_EVERY else 'val'].append(digit)
     return splits
 
 
@@ -159,21 +157,18 @@ def write_coco(splits: dict[str, list[Digit]], out: Path) -> None:
             annotation = dict(id=len(file['annotations']), image_id=number)
             annotation.update(category_id=label, bbox=box, area=box[2] * box[3])
             file['annotations'].append({**annotation, 'iscrowd': 0})
-    (out / 'annotations').mkdir()
     for split, file in files.items():
-        path = out / 'annotations' / f'instances_{split}2017.json'
-        path.write_text(json.dumps(file))
+        write_json(file, out / 'annotations' / f'instances_{split}2017.json')
 
 
 def write_cityscapes(splits: dict[str, list[Digit]], out: Path) -> None:
     """Writes OUT/leftImg8bit and OUT/gtFine, label 0 background, 1 + d digit d."""
     for split, number, scene in make_scenes(splits, seed=1):
-        for folder, kind, pixels in (
-            ('leftImg8bit', 'leftImg8bit', scene.image),
-            ('gtFine', 'gtFine_labelTrainIds', scene.labels),
-        ):
-            name = f'digits_{number:06d}_000000_{kind}.png'
-            _write_image(pixels, out / folder / split / 'digits' / name)
+        name, place = f'digits_{number:06d}_000000', f'{split}/digits'
+        image = out / 'leftImg8bit' / place / f'{name}_leftImg8bit.png'
+        _write_image(scene.image, image)
+        labels = out / 'gtFine' / place / f'{name}_gtFine_labelTrainIds.png'
+        _write_image(scene.labels, labels)
 
 
 def write_all(out: Path) -> dict[str, int]:
@@ -184,16 +179,12 @@ def write_all(out: Path) -> dict[str, int]:
     Raises:
         OutputError: If a folder is there that this tool has not written, or a link.
     """
-    foreign = [f for f in FOLDERS if (out / f).exists()]
-    if foreign and not (out / MARKER).exists():
-        raise OutputError(
-            f"'{out / foreign[0]}' is there and was not written by this tool (there "
-            f'is no {MARKER}); choose another folder'
-        )
     for folder in FOLDERS:
-        if (out / folder).is_symlink():
+        path = out / folder
+        if path.is_symlink() or (path.exists() and not (out / MARKER).exists()):
             raise OutputError(
-                f"'{out / folder}' is a link, and what it points to would be lost"
+                f"'{path}' is a link or was not written by this tool (there is no "
+                f'{MARKER}), and would be lost; choose another folder'
             )
     check_outputs([out / MARKER])
     splits = split_digits()
@@ -204,8 +195,7 @@ def write_all(out: Path) -> dict[str, int]:
         write_coco(splits, Path(temporary, 'coco'))
         write_cityscapes(splits, Path(temporary, 'cityscapes'))
         # Before the folders, so that an interrupted run can be repeated.
-        with atomic_write(out / MARKER) as file:
-            file.write_text(json.dumps(counts) + '\n')
+        write_json(counts, out / MARKER)
         for folder in FOLDERS:
             shutil.rmtree(out / folder, ignore_errors=True)
             Path(temporary, folder).rename(out / folder)
@@ -213,7 +203,7 @@ def write_all(out: Path) -> dict[str, int]:
 
 
 @one_line_errors()
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     counts = write_all(args.out)
     print(

@@ -48,7 +48,7 @@ if __name__ == '__main__':
 
 import torch
 
-from mmorepa.analysis import Difference, largest_difference
+from mmorepa.analysis import largest_difference
 from mmorepa.analysis.complexity import count_bytes
 from mmorepa.analysis.timing import busy_warning, least_seconds
 from mmorepa.cli import one_line_errors
@@ -56,28 +56,14 @@ from mmorepa.converters import read_checkpoint
 from mmorepa.deployment import dataset_meta, load_deployed
 from mmorepa.deployment.inputs import image_shape, test_batch
 from mmorepa.deployment.networks import DeployedNetwork, require
-from mmorepa.deployment.onnx_files import (
-    OnnxNetwork,
-    export_onnx,
-    preprocessing,
-)
+from mmorepa.deployment.onnx_files import OnnxNetwork, export_onnx, preprocessing
 from mmorepa.hub import get_config
 from mmorepa.utils.files import atomic_write, check_outputs, write_json
 from mmorepa.utils.tables import counted, format_table
 
 
-@torch.no_grad()
-def compare(
-    network: DeployedNetwork, exported: OnnxNetwork, images: dict[str, torch.Tensor]
-) -> dict[str, Difference]:
-    """The largest difference between PyTorch and ONNX Runtime, by kind of images."""
-    return {
-        kind: largest_difference(list(network(batch)), exported(batch))
-        for kind, batch in images.items()
-    }
-
-
 @one_line_errors()
+@torch.no_grad()
 def main(argv: Optional[Sequence[str]] = None) -> dict:
     args = parse_args(argv)
     check_outputs([args.out, args.json], [args.config, args.checkpoint])
@@ -104,17 +90,19 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
         metadata = preprocessing(cfg, shape[0], classes)
         export_onnx(model, image, file, args.exporter, metadata=metadata)
         exported = OnnxNetwork(file)
-        differences = compare(network, exported, images)
+        differences = {
+            kind: largest_difference(list(network(batch)), exported(batch))
+            for kind, batch in images.items()
+        }
         worst = max(difference.relative for difference in differences.values())
         if not worst <= args.tolerance:
             raise SystemExit(
                 f'error: ONNX Runtime differs from PyTorch by {worst:.2e} of the '
                 f'largest output, tolerance {args.tolerance:.0e}; nothing was written'
             )
-        with torch.no_grad():
-            seconds, core_share = least_seconds(
-                [lambda: network(image), lambda: exported(image)]
-            )
+        seconds, core_share = least_seconds(
+            [lambda: network(image), lambda: exported(image)]
+        )
         data = file.read_bytes()
     with atomic_write(args.out) as file:
         file.write_bytes(data)

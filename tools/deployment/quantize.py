@@ -77,16 +77,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--json', help='a file for all figures, of every layer')
     add_config_options(parser)
     args = parser.parse_args(argv)
-    if args.backend == 'torchao' and (
-        args.per_tensor
-        or args.equalize
-        or args.calibration != 'average'
-        or args.activations != 'uint8'
-    ):
-        parser.error(
-            '--per-tensor, --equalize, --calibration and --activations are options of '
-            'onnxruntime, not of torchao'
-        )
+    if args.backend == 'torchao':
+        for name in ('per_tensor', 'equalize', 'calibration', 'activations'):
+            if getattr(args, name) != parser.get_default(name):
+                flag = name.replace('_', '-')
+                parser.error(f'--{flag} is an option of onnxruntime, not of torchao')
     return args
 
 
@@ -126,14 +121,12 @@ NAMES = FLOAT, INT8 = 'float32', 'INT8'
 
 
 class Quantized(NamedTuple):
-    """What a backend made, in float and in INT8."""
+    """What a backend made, in float and in INT8; ``losses`` where it tells them."""
 
     networks: list[Network]
     files: list[Path]
-    # Of the layers, where the backend tells them.
     losses: list[LayerLoss]
-    # The pairs of convs that were equalized.
-    pairs: int
+    equalized_pairs: int
 
 
 def by_onnxruntime(
@@ -141,9 +134,9 @@ def by_onnxruntime(
     image: Tensor,
     images: list[Tensor],
     pads: bool,
-    about: dict,
     folder: Path,
     args: argparse.Namespace,
+    about: dict,
 ) -> Quantized:
     """Exports the model as an ONNX file, and quantizes that."""
     exported = folder / 'exported.onnx'
@@ -157,18 +150,10 @@ def by_onnxruntime(
     pairs = prepare(exported, float32, args.equalize)
     networks = [OnnxNetwork(float32, pads)]
     networks[0](images[0])  # Raises for images of another size.
-    quantize_onnx(
-        float32,
-        int8,
-        images,
-        not args.per_tensor,
-        args.activations,
-        args.calibration,
-        args.reduce_range,
-    )
+    options = args.activations, args.calibration, args.reduce_range
+    quantize_onnx(float32, int8, images, not args.per_tensor, *options)
     networks.append(OnnxNetwork(int8, pads))
-    modules = [name for name, _ in model.named_modules()]
-    losses = layer_losses(float32, int8, images[:LAYER_IMAGES], modules)
+    losses = layer_losses(float32, int8, images[:LAYER_IMAGES])
     return Quantized(networks, files, losses, pairs)
 
 
@@ -178,13 +163,14 @@ def by_torchao(
     images: list[Tensor],
     pads: bool,
     folder: Path,
-    reduce_range: bool,
+    args: argparse.Namespace,
+    about: dict,
 ) -> Quantized:
     """Exports the model as a program of PyTorch, and quantizes that."""
     program = export_program(model, image)
     networks = [ProgramNetwork(program, model, image, pads)]
     networks[0](images[0])  # Raises for images of another size.
-    quantized = quantize_program(program, images, reduce_range)
+    quantized = quantize_program(program, images, args.reduce_range)
     networks.append(ProgramNetwork(quantized, model, image, pads))
     files = [folder / f'{name}.pt2' for name in NAMES]
     for each, path in zip((program, quantized), files):
@@ -216,14 +202,8 @@ def print_losses(losses: list[LayerLoss]) -> None:
     )
     headers = ('layer', 'range', 'outlier', 'kernel SNR (dB)', 'output SNR (dB)')
     rows = [
-        (
-            loss.name,
-            f'{loss.weight_range:.3g}',
-            f'{loss.outlier:.1f}',
-            f'{loss.kernel_snr:.1f}',
-            f'{loss.output_snr:.1f}',
-        )
-        for loss in ranked[:MOST]
+        (name, f'{weight_range:.3g}', *(f'{value:.1f}' for value in others))
+        for name, weight_range, *others in ranked[:MOST]
     ]
     print(f'\nThe layers that lose most, {len(rows)} of {len(losses)}:')
     print(format_table(headers, rows))
@@ -259,13 +239,12 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         print('Quantizing …', flush=True)
-        image, place = torch.randn(1, *shape), Path(folder)
-        if is_onnx:
-            classes = dataset_meta(cfg, checkpoint).get('classes')
-            about = preprocessing(cfg, shape[0], classes)
-            made = by_onnxruntime(model, image, images, pads, about, place, args)
-        else:
-            made = by_torchao(model, image, images, pads, place, args.reduce_range)
+        image = torch.randn(1, *shape)
+        about = preprocessing(
+            cfg, shape[0], dataset_meta(cfg, checkpoint).get('classes')
+        )
+        quantize = by_onnxruntime if is_onnx else by_torchao
+        made = quantize(model, image, images, pads, Path(folder), args, about)
         metrics = {}
         for name, network in zip(NAMES, made.networks):
             print(f'Testing {name} …', flush=True)
@@ -286,7 +265,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
         latency_ms={name: 1000 * time for name, time in zip(NAMES, seconds)},
         core_share=core_share,
         megabytes=dict(zip(NAMES, sizes)),
-        equalized_pairs=made.pairs,
+        equalized_pairs=made.equalized_pairs,
         # JSON knows no NaN.
         layers=[
             {key: None if value != value else value for key, value in loss.items()}
@@ -309,7 +288,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     number = counted(len(images), 'image')
     print(f'\nINT8 by {library}, {kind}, calibrated with {number},')
     if args.equalize:
-        print(f'{counted(made.pairs, "pair")} of convs equalized,')
+        print(f'{counted(made.equalized_pairs, "pair")} of convs equalized,')
     print(f'one image of {shape[1]}x{shape[2]}{where}:')
     print(format_table(('', *NAMES, 'difference'), rows))
     if is_onnx and (warning := busy_warning(core_share)):

@@ -45,16 +45,10 @@ import torch
 
 from mmorepa import __version__
 from mmorepa.analysis import largest_difference, network_outputs
+from mmorepa.backbones import OREPARepVGG
 from mmorepa.backbones.checks import check_style
 from mmorepa.cli import one_line_errors
-from mmorepa.converters import (
-    entries_of_twin,
-    load_strictly,
-    plain_twin,
-    read_checkpoint,
-    start_from_plain,
-    write_checkpoint,
-)
+from mmorepa.converters import read_checkpoint, start_from_plain, write_checkpoint
 from mmorepa.hub import get_config
 from mmorepa.layers import is_switchable
 from mmorepa.runs import build_model
@@ -70,10 +64,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     model = build_model(cfg)
     count = start_from_plain(model, checkpoint['state_dict'])
     check_style(model.backbone, args.source)
-    cfg.model = plain_twin(cfg.model)
+    block = 'repvgg' if isinstance(model.backbone, OREPARepVGG) else 'plain'
+    plain = dict(block=block, block_cfg=None, stem_block=None, stem_block_cfg=None)
+    cfg.model.backbone.update(plain, deploy=False)
     twin = build_model(cfg)
-    entries = entries_of_twin(twin, model.backbone, checkpoint['state_dict'])
-    load_strictly(twin, entries)
+    start_from_plain(twin, checkpoint['state_dict'])
 
     channels = cfg.model.backbone.get('in_channels', 3)
     height, width = args.shape or (224, 224)

@@ -47,15 +47,9 @@ if __name__ == '__main__':
     parse_args()  # Before the seconds that the rest takes.
 
 import torch
-from torch import Tensor, nn
 
 from mmorepa import switch_to_deploy
-from mmorepa.analysis import (
-    Difference,
-    largest_difference,
-    network_outputs,
-    raw_outputs,
-)
+from mmorepa.analysis import largest_difference, network_outputs, raw_outputs
 from mmorepa.analysis.complexity import count_bytes, count_gflops, count_parameters
 from mmorepa.analysis.timing import busy_warning, least_seconds
 from mmorepa.cli import one_line_errors
@@ -94,42 +88,6 @@ def config_beside(out: str) -> str:
     return path
 
 
-def compare(
-    training: nn.Module, deployed: nn.Module, image: Tensor, batch: Optional[dict]
-) -> dict[str, Difference]:
-    """The largest difference for random and, if there is any, real input."""
-    differences = {
-        'random input': largest_difference(
-            network_outputs(training, image), network_outputs(deployed, image)
-        )
-    }
-    if batch is not None:
-        differences['test images'] = largest_difference(
-            raw_outputs(training, batch), raw_outputs(deployed, batch)
-        )
-    return differences
-
-
-def measure(
-    training: nn.Module, deployed: nn.Module, image: Tensor
-) -> tuple[list[dict], float]:
-    """The figures of both forms, and the share of the cores while they were timed."""
-    forms = (training, deployed)
-    seconds, core_share = least_seconds(
-        [partial(network_outputs, model, image) for model in forms]
-    )
-    figures = [
-        dict(
-            params=count_parameters(model),
-            gflops=count_gflops(model, image),
-            latency_ms=latency * 1000,
-            megabytes=count_bytes(model) / 1e6,
-        )
-        for model, latency in zip(forms, seconds)
-    ]
-    return figures, core_share
-
-
 @one_line_errors()
 def main(argv: Optional[Sequence[str]] = None) -> dict:
     args = parse_args(argv)
@@ -154,7 +112,11 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     shape = image_shape(training, batch, args.shape)
     image = torch.randn(1, *shape)
 
-    differences = compare(training, deployed, image, batch)
+    forms = (training, deployed)
+    outputs = {'random input': [network_outputs(form, image) for form in forms]}
+    if batch is not None:
+        outputs['test images'] = [raw_outputs(form, batch) for form in forms]
+    differences = {kind: largest_difference(*both) for kind, both in outputs.items()}
     worst = max(difference.relative for difference in differences.values())
     if not worst <= args.tolerance:
         raise SystemExit(
@@ -162,10 +124,21 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
             f'tolerance {args.tolerance:.0e}; nothing was written. Are the running '
             'variances of the checkpoint near zero, or its weights in half precision?'
         )
-    (before, after), core_share = measure(training, deployed, image)
+    seconds, core_share = least_seconds(
+        [partial(network_outputs, form, image) for form in forms]
+    )
+    names = ('training_form', 'deployed')
+    measured = {
+        name: dict(
+            params=count_parameters(form),
+            gflops=count_gflops(form, image),
+            latency_ms=latency * 1000,
+            megabytes=count_bytes(form) / 1e6,
+        )
+        for name, form, latency in zip(names, forms, seconds)
+    }
     figures = dict(
-        training_form=before,
-        deployed=after,
+        **measured,
         core_share=core_share,
         differences={k: d._asdict() for k, d in differences.items()},
     )
@@ -180,13 +153,13 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
 
     rows = [
         (
-            name,
+            name.replace('_', ' '),
             f'{form["params"]:,}',
             f'{form["gflops"]:.4g}',
             f'{form["latency_ms"]:.2f}',
             f'{form["megabytes"]:.2f}',
         )
-        for name, form in (('training form', before), ('deployed', after))
+        for name, form in measured.items()
     ]
     headers = ('form', 'parameters', 'GFLOPs', 'latency (ms)', 'size (MB)')
     threads = counted(torch.get_num_threads(), 'thread')

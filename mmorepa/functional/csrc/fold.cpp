@@ -3,30 +3,24 @@
 // Between the matrix products, all that is done to a row of the kernel, (K, I), is done
 // in one walk through memory, for which a fold waits more than it computes. Names and
 // shapes are those of closed_forms.py. Input channels are the lanes of the vectors.
-
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/cpu/vec/intrinsics.h>
 #include <torch/library.h>
 
-#define INLINE inline __attribute__((always_inline))
-#define INLINE_LAMBDA __attribute__((always_inline))
+#define INLINE __attribute__((always_inline))
 
 namespace {
-using at::IntArrayRef;
-using at::Tensor;
-using at::TensorList;
-using OptionalTensor = std::optional<Tensor>;
+using at::IntArrayRef, at::Tensor, at::TensorList;
 
 // The elements of a block of rows, which the caches are to hold between two steps.
 constexpr int64_t BLOCK = 1 << 19;
-
-#ifdef __AVX512F__
-constexpr int BYTES = 64;
-#else
-constexpr int BYTES = 32;
-#endif
+constexpr int GROUP = 4;  // The rows of a kernel whose gradients are taken together.
+constexpr size_t LARGE = 1 << 20;  // The bytes of a kernel that leaves the caches.
+constexpr int BYTES = __BIGGEST_ALIGNMENT__;  // Of a vector.
 
 template <typename S> using Vector [[gnu::vector_size(BYTES)]] = S;
+template <int N> using Number = std::integral_constant<int, N>;
 
 // `n` lanes: all of them, known to the compiler, or fewer.
 template <typename S, typename N>
@@ -36,16 +30,14 @@ INLINE Vector<S> load(const S* from, N n) {
   return v;
 }
 
+// Past the caches if `is_large`: a whole line need not be fetched to be written then.
 template <typename S, typename V, typename N>
-INLINE void store(S* to, const V& v, N n) {
+INLINE void store(S* to, const V& v, N n, bool is_large = false) {
+#ifdef __AVX512F__
+  if (is_large && n * sizeof(S) == BYTES && uintptr_t(to) % BYTES == 0)
+    return _mm512_stream_si512((__m512i*)to, (__m512i)v);
+#endif
   std::memcpy(to, &v, n * sizeof(S));
-}
-
-template <typename S, typename V>
-INLINE S sum(const V& v) {
-  S total = 0;
-  for (size_t j = 0; j < BYTES / sizeof(S); ++j) total += v[j];
-  return total;
 }
 
 // Calls f(i, n) for every n numbers from i on.
@@ -53,8 +45,14 @@ template <typename S, typename F>
 INLINE void for_lanes(int64_t size, F f) {
   constexpr int LANES = BYTES / sizeof(S);
   int64_t i = 0;
-  for (; i + LANES <= size; i += LANES) f(i, std::integral_constant<int, LANES>{});
+  for (; i + LANES <= size; i += LANES) f(i, Number<LANES>{});
   if (i < size) f(i, static_cast<int>(size - i));
+}
+
+template <typename S>
+INLINE S sum(Vector<S> v) {
+  for (size_t j = 1; j < BYTES / sizeof(S); ++j) v[0] += v[j];
+  return v[0];
 }
 
 // The parts of the sum, in the order of `rows`: their rows of `scale`, or -1 if missing.
@@ -66,11 +64,12 @@ struct Terms {
   S *scale[PARTS] = {}, *origin = nullptr, *second = nullptr, *weight[3] = {};
   S *separable = nullptr, *depthwise = nullptr, *filter[3] = {};
   int64_t maps = 0;
+  bool is_large;
 
   Terms(TensorList tensors, IntArrayRef shape, IntArrayRef rows,
-        const OptionalTensor& filters) {
-    int next = 1;
-    auto take = [&] { return tensors[next++].data_ptr<S>(); };
+        const std::optional<Tensor>& filters) {
+    is_large = c10::multiply_integers(shape.slice(0, 4)) * sizeof(S) >= LARGE;
+    auto take = [&, next = 1]() mutable { return tensors[next++].data_ptr<S>(); };
     for (const Tensor& t : tensors)
       TORCH_CHECK(t.const_data_ptr(), "a parameter of a kernel has no memory");
     for (int part = 0; part < PARTS; ++part)
@@ -85,19 +84,19 @@ struct Terms {
   }
 };
 
-// A row of the kernel; `product` is that of B·(C + E).
+// A row of the kernel; `product` is that of B·(C + E). Terms come by value, since the
+// compiler would read others anew after every store.
 template <typename S, int K>
-INLINE void fold_row(int64_t I, int64_t o, S* kernel, const S* product,
-                     const Terms<S>& p) {
-  const S *origin = p.origin + o * K * I, *separable = p.separable + o * p.maps * I;
-  for_lanes<S>(I, [&](int64_t i, auto n) INLINE_LAMBDA {
+INLINE void fold_row(int64_t I, int64_t o, S* kernel, const S* product, Terms<S> p) {
+  for_lanes<S>(I, [&](int64_t i, auto n) INLINE {
     Vector<S> w[K] = {};
     for (int k = 0; k < K; ++k) {
+      const int64_t at = (o * K + k) * I + i;
       if (p.second) w[k] += p.scale[COMPOSED][o] * load(product + k * I + i, n);
-      if (p.origin) w[k] += p.scale[ORIGIN][o] * load(origin + k * I + i, n);
+      if (p.origin) w[k] += p.scale[ORIGIN][o] * load(p.origin + at, n);
     }
     for (int64_t m = 0; m < p.maps; ++m) {
-      const auto x = p.scale[SEPARABLE][o] * load(separable + m * I + i, n);
+      auto x = p.scale[SEPARABLE][o] * load(p.separable + (o * p.maps + m) * I + i, n);
       for (int k = 0; k < K; ++k)
         w[k] += x * load(p.depthwise + (m * K + k) * I + i, n);
     }
@@ -106,58 +105,86 @@ INLINE void fold_row(int64_t I, int64_t o, S* kernel, const S* product,
       const auto x = p.scale[FILTERED + q][o] * load(p.weight[q] + o * I + i, n);
       for (int k = 0; k < K; ++k) w[k] += p.filter[q][o * K + k] * x;
     }
-    for (int k = 0; k < K; ++k) store(kernel + k * I + i, w[k], n);
+    for (int k = 0; k < K; ++k) store(kernel + k * I + i, w[k], n, p.is_large);
   });
 }
 
-// The gradients of all branches but the composed one, from a row of that of the kernel;
-// `scaled` gets this row, scaled as the composed branch, `d_depthwise` is added to.
+// Writes by·x, and returns the inner product of x and y.
+template <typename S>
+INLINE S scale(int64_t size, const S* x, const S* y, S by, S* to, bool is_large) {
+  Vector<S> total{};
+  for_lanes<S>(size, [&](int64_t i, auto n) INLINE {
+    const auto v = load(x + i, n);
+    total += v * load(y + i, n);
+    store(to + i, by * v, n, is_large);
+  });
+  return sum<S>(total);
+}
+
+// The gradients of all branches but the composed one, from a group of rows of that of
+// the kernel, o to end; `scaled` gets them, scaled as the composed branch. The sums over
+// all rows, `d_depthwise`, are added to once for a group: they are in no fast cache.
 template <typename S, int K>
-INLINE void gradient_row(int64_t I, int64_t o, const S* grad, S* scaled, S* d_depthwise,
-                         const Terms<S>& p, const Terms<S>& d) {
-  Vector<S> total[PARTS] = {};
-  for_lanes<S>(I, [&](int64_t i, auto n) INLINE_LAMBDA {
-    Vector<S> g[K];
-    for (int k = 0; k < K; ++k) {
-      g[k] = load(grad + k * I + i, n);
-      if (p.second) store(scaled + k * I + i, p.scale[COMPOSED][o] * g[k], n);
-      if (!p.origin) continue;
-      const int64_t at = (o * K + k) * I + i;
-      total[ORIGIN] += g[k] * load(p.origin + at, n);
-      store(d.origin + at, p.scale[ORIGIN][o] * g[k], n);
-    }
+INLINE void gradient_rows(int64_t I, int64_t o, int64_t end, const S* grad, S* scaled,
+                          S* d_depthwise, Terms<S> p, Terms<S> d) {
+  for (int64_t row = o; row < end; ++row, scaled += K * I) {
+    const S* g = grad + row * K * I;
+    if (p.second) scale(K * I, g, g, p.scale[COMPOSED][row], scaled, false);
+    if (p.origin)
+      d.scale[ORIGIN][row] =
+          scale(K * I, g, p.origin + row * K * I, p.scale[ORIGIN][row],
+                d.origin + row * K * I, p.is_large);
     for (int q = 0; q < 3; ++q) {
       if (!p.weight[q]) continue;
-      Vector<S> x{};
-      for (int k = 0; k < K; ++k) x += p.filter[q][o * K + k] * g[k];
-      total[FILTERED + q] += x * load(p.weight[q] + o * I + i, n);
-      store(d.weight[q] + o * I + i, p.scale[FILTERED + q][o] * x, n);
+      const S by = p.scale[FILTERED + q][row], *filter = p.filter[q] + row * K;
+      Vector<S> total{};
+      for_lanes<S>(I, [&](int64_t i, auto n) INLINE {
+        Vector<S> x{};
+        for (int k = 0; k < K; ++k) x += filter[k] * load(g + k * I + i, n);
+        total += x * load(p.weight[q] + row * I + i, n);
+        store(d.weight[q] + row * I + i, by * x, n, p.is_large);
+      });
+      d.scale[FILTERED + q][row] = sum<S>(total);
     }
+  }
+  if (!p.maps) return;
+  Vector<S> total[GROUP] = {};
+  int64_t row[GROUP];  // What is missing is the last row once more, and adds nothing.
+  for (int r = 0; r < GROUP; ++r) row[r] = std::min(o + r, end - 1);
+  for_lanes<S>(I, [&](int64_t i, auto n) INLINE {
     for (int64_t m = 0; m < p.maps; ++m) {
-      const int64_t at = (o * p.maps + m) * I + i;
-      const auto weight = load(p.separable + at, n);
-      const auto by = p.scale[SEPARABLE][o] * weight;
-      Vector<S> x{};
+      Vector<S> weight[GROUP], added[GROUP], x[GROUP] = {};
+      for (int r = 0; r < GROUP; ++r) {
+        weight[r] = load(p.separable + (row[r] * p.maps + m) * I + i, n);
+        added[r] = (o + r < end ? p.scale[SEPARABLE][row[r]] : 0) * weight[r];
+      }
       for (int k = 0; k < K; ++k) {
         const int64_t tap = (m * K + k) * I + i;
-        x += load(p.depthwise + tap, n) * g[k];
-        store(d_depthwise + tap, load(d_depthwise + tap, n) + by * g[k], n);
+        const auto depthwise = load(p.depthwise + tap, n);
+        auto change = load(d_depthwise + tap, n);
+        for (int r = 0; r < GROUP; ++r) {
+          const auto g = load(grad + (row[r] * K + k) * I + i, n);
+          x[r] += depthwise * g;
+          change += added[r] * g;
+        }
+        store(d_depthwise + tap, change, n);
       }
-      total[SEPARABLE] += x * weight;
-      store(d.separable + at, p.scale[SEPARABLE][o] * x, n);
+      for (int r = 0; r < GROUP; ++r) {
+        total[r] += x[r] * weight[r];
+        store(d.separable + (row[r] * p.maps + m) * I + i,
+              p.scale[SEPARABLE][row[r]] * x[r], n, p.is_large);
+      }
     }
   });
-  for (int part = 0; part < PARTS; ++part)
-    if (d.scale[part] && part != COMPOSED) d.scale[part][o] = sum<S>(total[part]);
+  for (int r = 0; r < GROUP; ++r) d.scale[SEPARABLE][row[r]] = sum<S>(total[r]);
 }
 
-// What is needed for the time of a call, kept for the next one: the system clears fresh
-// memory, page by page, which takes as long as half of a small fold.
-enum Purpose { ROWS, PRODUCT, MATRIX, D_DEPTHWISE, PURPOSES };
-
-Tensor scratch(Purpose purpose, IntArrayRef shape, const Tensor& like) {
-  static thread_local Tensor kept[PURPOSES];
-  Tensor& tensor = kept[purpose];
+// Memory for the time of a call, kept for the next one: the system clears fresh memory,
+// page by page, which takes as long as half of a small fold.
+enum Purpose { ROWS, PRODUCT, MATRIX, D_DEPTHWISE };
+template <Purpose>
+Tensor scratch(IntArrayRef shape, const Tensor& like) {
+  static thread_local Tensor tensor;
   const int64_t size = c10::multiply_integers(shape);
   if (!tensor.defined() || tensor.numel() < size || tensor.dtype() != like.dtype())
     tensor = at::empty({size}, like.options());
@@ -167,44 +194,26 @@ Tensor scratch(Purpose purpose, IntArrayRef shape, const Tensor& like) {
 // The factors of the composed branch: C, (T, I), with the identity, and B, (O·K, T).
 std::tuple<Tensor, Tensor> factors(TensorList t, IntArrayRef rows, bool has_identity) {
   const int at = rows[ORIGIN] < 0 ? 1 : 2;
+  if (rows[COMPOSED] < 0) return {};
   const Tensor first = t[at].flatten(1), second = t[at + 1].view({-1, first.size(0)});
   if (!has_identity) return {first, second};
-  const Tensor sum = scratch(MATRIX, first.sizes(), first).copy_(first);
+  const Tensor sum = scratch<MATRIX>(first.sizes(), first).copy_(first);
   return {(sum.diagonal().add_(1), sum), second};
 }
 
 // Calls f(S, K) with the number type and the taps of a kernel.
 template <typename F>
 void dispatch(const Tensor& like, int64_t taps, F f) {
-  auto with_type = [&](auto zero) {
-    if (taps == 1) f(zero, std::integral_constant<int, 1>{});
-    if (taps == 9) f(zero, std::integral_constant<int, 9>{});
-    if (taps == 25) f(zero, std::integral_constant<int, 25>{});
+  TORCH_CHECK(taps == 1 || taps == 9 || taps == 25, taps, " taps are not compiled");
+  auto with_taps = [&](auto k) {
+    if (taps == k) like.dtype() == at::kFloat ? f(float(), k) : f(double(), k);
   };
-  like.dtype() == at::kFloat ? with_type(float()) : with_type(double());
-}
-
-// Calls f(start, stop) for blocks of rows of a kernel.
-template <typename F>
-void for_blocks(int64_t rows, int64_t size, F f) {
-  const int64_t step = std::max<int64_t>(BLOCK / size, 1);
-  for (int64_t i = 0; i < rows; i += step) f(i, std::min(i + step, rows));
-}
-
-// Calls f(o, task) for the rows from start to stop, as many tasks as there are threads.
-template <typename F>
-void for_rows(int64_t start, int64_t stop, F f) {
-  const int64_t tasks = at::get_num_threads(), rows = stop - start;
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task)
-      for (int64_t o = rows * task / tasks; o < rows * (task + 1) / tasks; ++o)
-        f(start + o, task);
-  });
+  with_taps(Number<1>{}), with_taps(Number<9>{}), with_taps(Number<25>{});
 }
 
 // The kernel, (O, I, k, k), from parameters in one piece.
 Tensor fold(TensorList t, IntArrayRef shape, IntArrayRef rows, bool has_identity,
-            const OptionalTensor& filters) {
+            const std::optional<Tensor>& filters) {
   at::AutoDispatchBelowADInplaceOrView guard;  // What follows is written in place.
   const int64_t O = shape[0], I = shape[1], k = shape[2];
   const Tensor kernel =
@@ -213,27 +222,28 @@ Tensor fold(TensorList t, IntArrayRef shape, IntArrayRef rows, bool has_identity
     using S = decltype(zero);
     constexpr int K = taps;
     const Terms<S> p(t, shape, rows, filters);
-    Tensor first, second, composed;
-    if (p.second) std::tie(first, second) = factors(t, rows, has_identity);
-    for_blocks(O, K * I, [&](int64_t start, int64_t stop) {
-      const int64_t count = (stop - start) * K;
-      composed = scratch(PRODUCT, {count, I}, kernel);
-      if (p.second) at::mm_out(composed, second.narrow(0, start * K, count), first);
-      for_rows(start, stop, [&](int64_t o, int64_t) {
-        fold_row<S, K>(I, o, kernel.data_ptr<S>() + o * K * I,
-                       composed.data_ptr<S>() + (o - start) * K * I, p);
+    const auto [first, second] = factors(t, rows, has_identity);
+    const int64_t step = std::max<int64_t>(BLOCK / (K * I), 1);
+    for (int64_t start = 0; start < O; start += step) {
+      const int64_t stop = std::min(start + step, O), count = (stop - start) * K;
+      Tensor product = scratch<PRODUCT>({count, I}, kernel);
+      if (p.second) at::mm_out(product, second.narrow(0, start * K, count), first);
+      at::parallel_for(start, stop, 1, [&](int64_t o, int64_t end) {
+        for (; o < end; ++o)
+          fold_row<S, K>(I, o, kernel.data_ptr<S>() + o * K * I,
+                         product.data_ptr<S>() + (o - start) * K * I, p);
       });
-    });
+    }
   });
   return kernel;
 }
 
 // The gradients of the parameters, in their order.
-std::vector<Tensor> fold_gradients(const Tensor& gradient, TensorList t,
-                                   IntArrayRef shape, IntArrayRef rows,
-                                   bool has_identity, const OptionalTensor& filters) {
+std::vector<Tensor> fold_gradients(
+    const Tensor& gradient, TensorList t, IntArrayRef shape, IntArrayRef rows,
+    bool has_identity, const std::optional<Tensor>& filters) {
   at::AutoDispatchBelowADInplaceOrView guard;
-  const int64_t O = shape[0], I = shape[1], tasks = at::get_num_threads();
+  const int64_t O = shape[0], I = shape[1];
   const Tensor grad = gradient.permute({0, 2, 3, 1}).contiguous().view({-1, I});
   std::vector<Tensor> gradients;
   for (const Tensor& tensor : t) gradients.push_back(at::empty_like(tensor));
@@ -242,38 +252,34 @@ std::vector<Tensor> fold_gradients(const Tensor& gradient, TensorList t,
     constexpr int K = taps;
     const Terms<S> p(t, shape, rows, filters), d(gradients, shape, rows, filters);
     const int64_t size = p.maps * K * I;
-    // A sum for every task: added up in the order in which threads finish, it would be
-    // another one in every run.
-    Tensor sums = scratch(D_DEPTHWISE, {tasks, size}, grad).zero_();
-    Tensor first, second, d_first, product;
-    if (p.second) {
-      std::tie(first, second) = factors(t, rows, has_identity);
-      d_first = gradients[p.origin ? 2 : 1].view(first.sizes());
-    }
-    for_blocks(O, K * I, [&](int64_t start, int64_t stop) {
-      const int64_t count = (stop - start) * K;
-      const Tensor scaled = scratch(ROWS, {count, I}, grad);
-      for_rows(start, stop, [&](int64_t o, int64_t task) {
-        gradient_row<S, K>(I, o, grad.data_ptr<S>() + o * K * I,
-                           scaled.data_ptr<S>() + (o - start) * K * I,
-                           sums.data_ptr<S>() + task * size, p, d);
+    // One sum for each thread: their order is the same in every run.
+    Tensor sums = scratch<D_DEPTHWISE>({at::get_num_threads(), size}, grad).zero_();
+    const auto [first, second] = factors(t, rows, has_identity);
+    const int64_t step = std::max<int64_t>(BLOCK / (K * I), 1);
+    for (int64_t start = 0; start < O; start += step) {
+      const int64_t stop = std::min(start + step, O), count = (stop - start) * K;
+      const Tensor scaled = scratch<ROWS>({count, I}, grad);
+      at::parallel_for(start, stop, 1, [&](int64_t o, int64_t end) {
+        S* d_depthwise = sums.data_ptr<S>() + at::get_thread_num() * size;
+        for (; o < end; o += GROUP)
+          gradient_rows<S, K>(I, o, std::min(o + GROUP, end), grad.data_ptr<S>(),
+                              scaled.data_ptr<S>() + (o - start) * K * I, d_depthwise,
+                              p, d);
       });
-      if (!p.second) return;
+      if (!p.second) continue;
       const int64_t T = first.size(0);
-      product = scratch(PRODUCT, {count, T}, grad);
+      Tensor product = scratch<PRODUCT>({count, T}, grad);
       at::mm_out(product, grad.narrow(0, start * K, count), first.t());
-      for_rows(start, stop, [&](int64_t o, int64_t) {
-        Vector<S> total{};
-        for_lanes<S>(K * T, [&](int64_t j, auto n) INLINE_LAMBDA {
-          const auto x = load(product.data_ptr<S>() + (o - start) * K * T + j, n);
-          total += x * load(p.second + o * K * T + j, n);
-          store(d.second + o * K * T + j, p.scale[COMPOSED][o] * x, n);
-        });
-        d.scale[COMPOSED][o] = sum<S>(total);
+      at::parallel_for(start, stop, 1, [&](int64_t o, int64_t end) {
+        for (; o < end; ++o)
+          d.scale[COMPOSED][o] =
+              scale(K * T, product.data_ptr<S>() + (o - start) * K * T,
+                    p.second + o * K * T, p.scale[COMPOSED][o], d.second + o * K * T,
+                    p.is_large);
       });
-      at::addmm_out(d_first, d_first, second.narrow(0, start * K, count).t(), scaled,
-                    start > 0);
-    });
+      gradients[p.origin ? 2 : 1].view(first.sizes()).addmm_(
+          second.narrow(0, start * K, count).t(), scaled, start > 0);
+    }
     if (p.maps) gradients.back().view({size}).copy_(sums.sum(0));
   });
   return gradients;
@@ -285,16 +291,10 @@ TORCH_LIBRARY(mmorepa, library) {
 #define ARGS "Tensor[] t, int[] shape, int[] rows, bool has_identity, Tensor? filters)"
   library.def("fold(" ARGS " -> Tensor");
   library.def("fold_gradients(Tensor grad, " ARGS " -> Tensor[]");
-}
-
-// For the CPU alone, so that tracers and other modes see whole folds.
-TORCH_LIBRARY_IMPL(mmorepa, CPU, library) {
-  library.impl("fold", fold);
-  library.impl("fold_gradients", fold_gradients);
-}
-
-// No graph is built: the caller says what the derivative is.
-TORCH_LIBRARY_IMPL(mmorepa, Autograd, library) {
-  library.impl("fold", torch::CppFunction::makeFallthrough());
-  library.impl("fold_gradients", torch::CppFunction::makeFallthrough());
+  // For the CPU alone, so that tracers and other modes see whole folds.
+  library.impl("fold", at::kCPU, fold);
+  library.impl("fold_gradients", at::kCPU, fold_gradients);
+  // No graph is built: the caller says what the derivative is.
+  for (const char* name : {"fold", "fold_gradients"})
+    library.impl(name, c10::DispatchKey::Autograd, torch::CppFunction::makeFallthrough());
 }
