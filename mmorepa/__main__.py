@@ -13,7 +13,7 @@ from typing import Optional
 from .utils.files import root
 from .version import __version__
 
-# What a clone is worked on with, such as the compiler of mmcv, is not among them.
+# Tools for work on a clone, such as the compiler of mmcv, are not among them.
 COMMANDS = {
     'quickstart': 'quickstart.py',
     'train': 'train.py',
@@ -36,7 +36,7 @@ COMMANDS = {
 
 
 def usage() -> str:
-    """The commands, each with the first line that its tool says of itself."""
+    """The commands, each with the first line of the docstring of its tool."""
     width = max(map(len, COMMANDS))
     lines = [
         'usage: python -m mmorepa COMMAND …',
@@ -53,7 +53,7 @@ def usage() -> str:
 
 
 def versions() -> str:
-    """Two lines: this package's version, and those of what it works with."""
+    """Two lines: the version of this package, and the versions of related packages."""
     packages = []
     for name in ('torch', 'mmengine', 'mmcv', 'mmpretrain', 'mmdet', 'mmseg'):
         try:
@@ -88,13 +88,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         'PYTHONPATH': os.pathsep.join(paths),
         'MMOREPA_COMMAND': name,
     }
-    # By a fresh interpreter, in which this package is imported as a whole, after the
-    # tool has set how threads wait.
+    # A new interpreter imports this package as a whole, after the tool has set how
+    # threads wait.
     line = [sys.executable, str(root() / 'tools' / COMMANDS[name]), *rest]
     if os.name == 'posix':
         sys.stdout.flush()
         os.execve(line[0], line, environment)
-    # On Windows, exec leaves the shell to believe that the program has ended.
+    # On Windows, the shell would take exec for the end of the program.
     sys.exit(subprocess.call(line, env=environment))
 
 

@@ -3,7 +3,7 @@
 import difflib
 import fnmatch
 import os
-from collections.abc import Iterable
+import traceback
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Optional, Union
@@ -11,8 +11,7 @@ from typing import Optional, Union
 from mmengine.config import Config
 
 from .utils.files import root
-
-SCHEME = 'mmorepa::'
+from .utils.variables import apply_variables, check_variables
 
 
 def list_configs(pattern: str = '*') -> list[str]:
@@ -31,9 +30,9 @@ def list_configs(pattern: str = '*') -> list[str]:
 def find_config(name: Union[str, Path]) -> Path:
     """The file of a config.
 
-    It is given by its path, which goes first; by its name in this package,
-    ``FOLDER/NAME`` or ``NAME``, with or without ``.py`` and ``mmorepa::``; or by one in
-    a toolbox, such as ``mmpretrain::NAME``. FileNotFoundError has the closest names.
+    ``name`` is a path, which takes precedence; or a name in this package,
+    ``FOLDER/NAME`` or ``NAME``, with or without ``.py`` and ``mmorepa::``; or a name in
+    a toolbox, such as ``mmpretrain::NAME``. FileNotFoundError has similar names.
     """
     name = str(name)
     if '::' not in name and os.path.isfile(name):
@@ -41,21 +40,22 @@ def find_config(name: Union[str, Path]) -> Path:
     package, _, wanted = name.rpartition('::')
     package, wanted = package or 'mmorepa', wanted.removesuffix('.py')
     folder = root() / 'configs' if package == 'mmorepa' else _configs_of(package)
-    # The pieces below _base_ are found by their paths alone.
+    # Files below _base_ have no names, and are found by their paths.
     path = folder / f'{wanted}.py'
     if wanted and os.path.isfile(path):
         return path
-    stems: dict[str, list[str]] = {}
-    for known in _names(folder):
-        stems.setdefault(known.rpartition('/')[2], []).append(known)
-    if len(stems.get(wanted, ())) == 1:
-        return folder / f'{stems[wanted][0]}.py'
-    close = difflib.get_close_matches(wanted, _names(folder), cutoff=0.7)
-    for stem in difflib.get_close_matches(wanted, stems):
-        close += stems[stem]
+    names = _names(folder)
+    matches = [known for known in names if known.endswith(f'/{wanted}')]
+    if len(matches) == 1:
+        return folder / f'{matches[0]}.py'
+    # Both NAME and FOLDER/NAME may be misspelt.
+    by_spelling = {known.rpartition('/')[2]: known for known in names}
+    by_spelling.update(zip(names, names))
+    close = difflib.get_close_matches(wanted, by_spelling, n=4)
     advice = f'{str(folder)!r} has the others'
     if close:
-        advice = f'close are: {", ".join(dict.fromkeys(close[:4]))}'
+        similar = dict.fromkeys(by_spelling[spelling] for spelling in close)
+        advice = f'close are: {", ".join(similar)}'
     raise FileNotFoundError(
         f'no config at {name!r}, nor one of that name in {package}; {advice}'
     )
@@ -83,52 +83,63 @@ def get_config(name: Union[str, Path], options: Optional[dict] = None) -> Config
     Args:
         name (str | Path): A file; or a config of this package, ``FOLDER/NAME`` or
             ``NAME``; or one of a toolbox, such as ``mmpretrain::NAME``.
-        options (dict, optional): Settings that override it, as ``--cfg-options``.
-            Defaults to None.
+        options (dict, optional): Settings that override those of the config, as
+            ``--cfg-options`` does. Defaults to None.
 
     Returns:
-        Config: Its ``dump(FILE)`` writes it as one file that needs no other.
+        Config: ``cfg.dump(FILE)`` writes it as one file that needs no base.
 
     Raises:
-        FileNotFoundError: If there is none. The message has the closest names.
+        FileNotFoundError: If there is no such config. The message has similar names.
+        ValueError: If the file is not Python, YAML or JSON, or has no model; or if it
+            or an option sets a variable that has no effect. The message says what to
+            write instead.
 
     Examples:
         >>> cfg = mmorepa.get_config('imagenet/resnet50-orepa_4xb64_in1k')
         >>> cfg.model.backbone.type
         'OREPAResNet'
     """
-    cfg = Config.fromfile(find_config(name))
+    path = find_config(name)
+    if path.suffix not in ('.py', '.yml', '.yaml', '.json'):
+        raise ValueError(
+            f'{str(path)!r} is no config: configs are .py, .yml or .json files'
+        )
+    try:
+        cfg = Config.fromfile(path)
+    except SyntaxError as error:
+        # It may be in a base, whose path is `filename` in MMEngine's functions, or in a
+        # module that the config imports.
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        names = [*(frame.f_locals.get('filename') for frame in frames), error.filename]
+        file = [name for name in map(str, names) if name.endswith('.py')][-1]
+        raise ValueError(f'{file!r}, line {error.lineno}: {error.msg}') from error
     apply_variables(cfg, list(cfg))
+    check_variables(cfg)
     if options is not None:
-        cfg.merge_from_dict(options)
-        apply_variables(cfg, options)
+        merge_options(cfg, options)
+    if not isinstance(cfg.get('model'), dict):
+        raise ValueError(
+            f"{str(path)!r} has no 'model', which is what a config describes"
+        )
     return cfg
 
 
-def apply_variables(cfg: Config, names: Iterable[str]) -> None:
-    """Gives the variables of a config to the settings that its base names for them.
-
-    MMEngine does not hand a child's variable on to what its base made of it. The bases
-    for own data have a table ``variables``: for each name, settings and factors.
-    ``names`` are those that the file, or the command line, may have set; they are
-    removed.
-    """
-    table = cfg.get('variables') or {}
-    for name in [name for name in names if name in table]:
-        value = cfg.pop(name)
-        for setting, factor in table[name].items():
-            scaled = value if factor == 1 else round(value * factor)
-            cfg.merge_from_dict({setting: scaled})
+def merge_options(cfg: Config, options: dict) -> None:
+    """Applies ``--cfg-options`` in place, or raises ValueError if one has no effect."""
+    cfg.merge_from_dict(options)
+    apply_variables(cfg, list(options))
+    check_variables(cfg, options)
 
 
 def register_scheme() -> None:
     """Lets ``_base_ = 'mmorepa::FOLDER/NAME.py'`` name a config of this package."""
-    others = Config._get_cfg_path
+    original = Config._get_cfg_path
 
     def _get_cfg_path(cfg_path: str, filename: str) -> tuple[str, Optional[str]]:
-        if cfg_path.startswith(SCHEME):
+        if cfg_path.startswith('mmorepa::'):
             return str(find_config(cfg_path)), None
-        return others(cfg_path, filename)
+        return original(cfg_path, filename)
 
     Config._get_cfg_path = staticmethod(_get_cfg_path)
 

@@ -60,6 +60,32 @@ def test_every_config_is_listed_and_read():
         assert mmorepa.get_config(name).model
 
 
+class TestMistakes:
+    def test_syntax(self, tmp_path):
+        """The line may be in a base, or in a module that is imported."""
+        (tmp_path / 'base.py').write_text('model = dict()\nmodel = (\n')
+        (tmp_path / 'own.py').write_text("_base_ = './base.py'\n")
+        for name in ('base', 'own'):
+            with pytest.raises(ValueError, match="base.py', line 2: "):
+                mmorepa.get_config(tmp_path / f'{name}.py')
+
+    def test_syntax_of_a_module(self, tmp_path, monkeypatch):
+        monkeypatch.syspath_prepend(tmp_path)
+        (tmp_path / 'broken_module.py').write_text('(\n')
+        path = tmp_path / 'own.py'
+        path.write_text("custom_imports = dict(imports=['broken_module'])\n")
+        with pytest.raises(ValueError, match="broken_module.py', line 1: "):
+            mmorepa.get_config(path)
+
+    @pytest.mark.parametrize(
+        ('name', 'words'), [('a.txt', 'is no config'), ('a.py', "has no 'model'")]
+    )
+    def test_no_config(self, tmp_path, name, words):
+        (tmp_path / name).write_text('a = 1\n')
+        with pytest.raises(ValueError, match=words):
+            mmorepa.get_config(tmp_path / name)
+
+
 class TestScheme:
     def test_base(self, tmp_path):
         path = tmp_path / 'own.py'

@@ -47,7 +47,7 @@ from mmengine.logging import MMLogger
 
 from mmorepa.cli import one_line_errors
 from mmorepa.deployment import build_inferencer
-from mmorepa.runs import read_config
+from mmorepa.hub import get_config
 from mmorepa.utils.files import atomic_write, check_outputs
 from mmorepa.utils.tables import counted
 
@@ -121,7 +121,7 @@ def main(argv: Optional[list[str]] = None) -> None:
     images = list(find_images(args.images))
     out = args.out or Path('work_dirs', Path(args.config).stem, 'predictions')
     check_outputs([out / name for _, name in images], [path for path, _ in images])
-    cfg = read_config(args.config, args.cfg_options)
+    cfg = get_config(args.config, args.cfg_options)
     inferencer = build_inferencer(cfg, args.checkpoint, args.device)
     if hasattr(inferencer, 'classes'):
         classes = inferencer.classes

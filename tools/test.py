@@ -91,7 +91,8 @@ def prepare(args: argparse.Namespace) -> Config:
     if args.amp:
         cfg.test_cfg.fp16 = True
     if args.show or args.show_dir is not None:
-        use_visualization(cfg, args.show, args.show_dir, args.interval, args.wait_time)
+        options = dict(interval=args.interval, wait_time=args.wait_time)
+        use_visualization(cfg, args.show_dir, show=args.show, **options)
     if args.tta:
         use_tta(cfg)
     if args.deploy:

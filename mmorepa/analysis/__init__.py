@@ -1,6 +1,6 @@
-"""Differences between outputs, what the branches give, and cost.
+"""Compares the outputs of two forms of a model, and the branches of its layers.
 
-Parameters and FLOPs are counted in :mod:`.complexity`, time is taken in :mod:`.timing`.
+:mod:`.complexity` counts parameters and FLOPs, and :mod:`.timing` measures time.
 """
 
 from .branches import (

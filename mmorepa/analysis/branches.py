@@ -1,4 +1,4 @@
-"""The equivalent kernel of each branch: how alike they are, and what each gives."""
+"""The equivalent kernels of branches, their similarities and their shares."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -21,35 +21,31 @@ class BranchKernels(NamedTuple):
     """The branches of a layer.
 
     Args:
-        name (str): The conv's name in its network; a deep linear conv has a layer
+        name (str): The conv's name in its network. A deep linear conv has a layer
             ``NAME.1``, ``NAME.2``, … for each of its factors.
-        kernels (dict[str, Tensor]): By branch, (O, Ig, k, k), with its scale and all
-            BatchNorms. They add up to the folded kernel.
-        scales (dict[str, Tensor]): By branch, its factor for each output channel, (O,):
-            a row of ``scale``, or ``γ/√(σ²+ε)`` of its last BatchNorm.
+        kernels (dict[str, Tensor]): The kernel of each branch, (O, Ig, k, k), with its
+            scale and all BatchNorms. They add up to the folded kernel.
+        scales (dict[str, Tensor]): The factor of each branch by output channel, (O,): a
+            row of ``scale``, or ``γ/√(σ²+ε)`` of its last BatchNorm.
     """
 
     name: str
     kernels: dict[str, Tensor]
     scales: dict[str, Tensor]
 
-    def folded(self) -> Tensor:
-        """Their sum, shape (O, Ig, k, k)."""
-        return sum(self.kernels.values())
-
 
 class Share(NamedTuple):
-    """What a branch puts into a folded kernel ``K = Σ_b K_b``.
+    """The share of a branch in a folded kernel ``K = Σ_b K_b``.
 
-    What follows undoes the scale of an output channel, so that all channels o count the
-    same: each is divided by ``t_o = Σ_b ‖K_b,o‖`` before. Each of both adds up to 1
-    over the branches of a layer.
+    A BatchNorm after the conv undoes the scale of its output channels. So that all
+    channels o count the same, their kernels are divided by ``t_o = Σ_b ‖K_b,o‖`` first.
+    Both shares add up to 1 over the branches of a layer.
 
     Args:
-        size (float): The mean of ``‖K_b,o‖ / t_o`` over o: the branch's part of all
-            that is added up, at least 0.
-        projection (float): ``⟨K_b, K⟩ / ⟨K, K⟩`` of the divided kernels: its part of
-            what comes out; a branch that others cancel is near 0 or below.
+        size (float): The mean of ``‖K_b,o‖ / t_o`` over o, at least 0: the share of the
+            branch in the summands.
+        projection (float): ``⟨K_b, K⟩ / ⟨K, K⟩`` of the divided kernels: the share of
+            the branch in the sum. It is near 0 or below if other branches cancel it.
     """
 
     size: float
@@ -63,9 +59,9 @@ def branch_kernels(
     """The branches of every re-parameterised layer of a model, in order.
 
     Args:
-        model (nn.Module): In training form. What is deployed or has a single branch is
-            left out.
-        dtype (torch.dtype): What OREPA's branches are computed in; those with a
+        model (nn.Module): In training form. Layers that are deployed or have a single
+            branch are left out.
+        dtype (torch.dtype): The precision for OREPA's branches. Branches with a
             BatchNorm each are always in float64. Defaults to float64.
     """
     return [
@@ -85,36 +81,34 @@ def cosine_similarities(kernels: Mapping[str, Tensor]) -> Tensor:
     Returns:
         Tensor: Shape (B, B); NaN where a kernel is zero.
     """
-    rows = torch.stack([kernel.flatten(1) for kernel in kernels.values()])
-    sizes = rows.norm(dim=2, keepdim=True).sum(dim=0)
-    rows = torch.where(sizes > 0, rows / sizes, 0).flatten(1)
-    # 0/0 for a kernel of zeros, which has no direction.
+    rows = _balanced(kernels).flatten(1)
+    # A kernel of zeros has no direction, and gives 0/0.
     rows = rows / rows.norm(dim=1, keepdim=True)
     return rows @ rows.T
 
 
 def shares(kernels: Mapping[str, Tensor]) -> dict[str, Share]:
-    """What each branch puts into the folded kernel, by branch; NaN if all are zero."""
-    rows = [kernel.flatten(1) for kernel in kernels.values()]
-    total = sum(rows)
-    norms = torch.stack([row.norm(dim=1) for row in rows])
-    products = torch.stack([torch.einsum('on,on->o', row, total) for row in rows])
-    # A channel of zeros has no part in it.
-    weights = 1 / norms.sum(dim=0)
-    weights = torch.where(weights.isfinite(), weights, 0)
-    sizes, projections = norms @ weights, products @ weights.square()
-    parts = zip(
-        (sizes / sizes.sum()).tolist(), (projections / projections.sum()).tolist()
-    )
-    return {name: Share(*part) for name, part in zip(kernels, parts)}
+    """The share of each branch in the folded kernel; NaN if all kernels are zero."""
+    rows = _balanced(kernels)
+    sizes = rows.norm(dim=2).sum(1)
+    projections = (rows * rows.sum(0)).sum((1, 2))
+    parts = torch.stack([sizes / sizes.sum(), projections / projections.sum()], dim=1)
+    return {name: Share(*part) for name, part in zip(kernels, parts.tolist())}
+
+
+def _balanced(kernels: Mapping[str, Tensor]) -> Tensor:
+    """Shape (B, O, Ig·k²), each output channel divided by its ``Σ_b ‖K_b,o‖``."""
+    rows = torch.stack([kernel.flatten(1) for kernel in kernels.values()])
+    sizes = rows.norm(dim=2, keepdim=True).sum(dim=0)
+    return torch.where(sizes > 0, rows / sizes, 0)
 
 
 def relative_step(before: Tensor, after: Tensor) -> float:
-    """How far a kernel of shape (O, Ig, k, k) moved, as a BatchNorm after it sees it.
+    """The size of a change of a kernel (O, Ig, k, k), relative in each output channel.
 
-    It undoes the scale of each output channel, so that the step of a channel counts
-    relative to that channel: the root of the mean of ``‖ΔW_o‖² / ‖W_o‖²`` over them.
-    Channels of zeros are left out; it is 0 if there are no others.
+    It is the root of the mean of ``‖ΔW_o‖² / ‖W_o‖²`` over the channels, since a
+    BatchNorm after the conv undoes their scales. Channels of zeros are left out. The
+    result is 0 if all channels are zero.
     """
     sizes = before.float().square().flatten(1).sum(1)
     moved = (after - before).float().square().flatten(1).sum(1)
@@ -131,7 +125,7 @@ def _layers_of(
     if isinstance(conv, MultiBranchConv2d):
         return [_side_by_side(name, conv, dtype)]
     if isinstance(branches, DeepLinearKernel):
-        # The norm belongs to what the factors make, not to one of them.
+        # The norm belongs to the product of the factors, and to none of them.
         return [
             _sum_of_branches(f'{name}.{i}', factor, dtype)
             for i, factor in enumerate(branches.factors, 1)
@@ -165,7 +159,7 @@ def _side_by_side(
         if isinstance(branch, ReparamConv2d) and isinstance(
             branch.branches, BranchKernel
         ):
-            # An OREPA conv as a branch: its own branches are those of the layer.
+            # The branches of an OREPA conv become branches of the layer.
             (layer,) = _layers_of(branch_name, branch, dtype)
             kernels.update(layer.kernels)
             scales.update(layer.scales)

@@ -10,6 +10,7 @@ import torch
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.structures import BaseDataElement, InstanceData
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..layers import ReparamConv2d
 
@@ -18,8 +19,8 @@ class Difference(NamedTuple):
     """The largest difference between two outputs.
 
     Args:
-        absolute (float): ``max |a − b|``.
-        relative (float): ``max |a − b| / max |a|``, the worst of all tensors.
+        absolute (float): ``max |a − b|``, the largest of all tensors.
+        relative (float): ``max |a − b| / max |a|``, the largest of all tensors.
     """
 
     absolute: float
@@ -35,11 +36,12 @@ def raw_outputs(model: nn.Module, data_batch: Any) -> list[Tensor]:
 
     Args:
         model (nn.Module): A model of mmpretrain, mmdet or mmseg, or any MMEngine
-            ``BaseModel`` that knows ``mode='tensor'``; wrapped or not.
-        data_batch (Any): A batch as the test dataloader yields it.
+            ``BaseModel`` that supports ``mode='tensor'``; wrapped or not.
+        data_batch (Any): A batch of the test dataloader.
     """
     data_batch = copy.deepcopy(data_batch)
-    if isinstance(_inside_wrappers(model), BaseTTAModel):  # The first augmentation.
+    if any(isinstance(m, BaseTTAModel) for m in model.modules()):
+        # Take the first augmentation of each image.
         if isinstance(data_batch, dict):
             data_batch = {key: value[0] for key, value in data_batch.items()}
         else:
@@ -53,12 +55,7 @@ def raw_outputs(model: nn.Module, data_batch: Any) -> list[Tensor]:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside wrappers for several devices and test-time augmentation."""
-    model = _inside_wrappers(model)
-    return model.module if isinstance(model, BaseTTAModel) else model
-
-
-def _inside_wrappers(model: nn.Module) -> nn.Module:
-    while is_model_wrapper(model):
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model
 
@@ -69,20 +66,20 @@ def network_outputs(model: nn.Module, *args, **kwargs) -> list[Tensor]:
 
     Args:
         model (nn.Module): Not wrapped.
-        *args, **kwargs: What the model's ``forward`` takes of a batch. For the
+        *args, **kwargs: The arguments of the model's ``forward`` for a batch. For the
             toolboxes, ``inputs`` of shape (N, C, H, W) and maybe ``data_samples``.
 
     Returns:
-        list[Tensor]: Logits, feature maps or the outputs of heads; the second stage
-        of a two-stage detector is run on a fixed grid of boxes.
+        list[Tensor]: Logits, feature maps or the outputs of heads. The second stage of
+        a two-stage detector runs on a fixed grid of boxes.
     """
     if hasattr(getattr(model, 'rpn_head', None), 'prior_generator'):
         return _two_stage_outputs(model, kwargs['inputs'] if kwargs else args[0])
-    return list(_tensors(model(*args, mode='tensor', **kwargs)))
+    return _tensors(model(*args, mode='tensor', **kwargs))
 
 
 def _two_stage_outputs(model: nn.Module, inputs: Tensor) -> list[Tensor]:
-    """The second stage gets fixed boxes, since rounding may swap two proposals."""
+    """Runs the second stage on fixed boxes, since rounding may swap two proposals."""
     features = model.extract_feat(inputs)
     outputs = [features, model.rpn_head(features)]
     if getattr(model, 'roi_head', None) is not None:
@@ -91,7 +88,7 @@ def _two_stage_outputs(model: nn.Module, inputs: Tensor) -> list[Tensor]:
         proposals = [InstanceData(bboxes=boxes) for _ in inputs]
         samples = [BaseDataElement(metainfo=dict(img_shape=size)) for _ in inputs]
         outputs.append(model.roi_head(features, proposals, samples))
-    return list(_tensors(outputs))
+    return _tensors(outputs)
 
 
 def _grid_of_boxes(height: int, width: int) -> Tensor:
@@ -118,7 +115,7 @@ def largest_difference(expected: list[Tensor], actual: list[Tensor]) -> Differen
     differences = torch.tensor(
         [_difference(a.double(), b.double()) for a, b in zip(expected, actual)]
     )
-    # max() of a tensor, unlike Python's, lets a NaN through.
+    # max() of a tensor returns NaN if there is one, unlike Python's max().
     return Difference(*differences.max(dim=0).values.tolist())
 
 
@@ -126,19 +123,19 @@ def largest_difference(expected: list[Tensor], actual: list[Tensor]) -> Differen
 def watched_convs(model: nn.Module) -> Iterator[dict[str, float]]:
     """Compares each re-parameterised conv with its plain form, whenever it runs.
 
-    Both see the same input, so that what one layer does wrong is not blamed on those
-    that come after it.
+    Both forms get the same input, so that an error of one layer does not count for the
+    layers after it.
 
     Yields:
         dict[str, float]: The largest relative difference by the name of the conv, in
-        the order in which they ran first; filled while the model, in eval mode, runs.
+        the order of their first runs. It fills while the model runs, in eval mode.
     """
     differences: dict[str, float] = {}
 
     def compare(name: str, conv: ReparamConv2d, inputs: tuple, output: Tensor) -> None:
         plain = copy.deepcopy(conv)
         plain.switch_to_deploy()
-        # Not plain(): hooks, this one for instance, came along.
+        # plain() would call the hooks that were copied, such as this one.
         difference = largest_difference([output], [plain.forward(*inputs)]).relative
         if not difference <= differences.setdefault(name, 0.0):  # NaN, too.
             differences[name] = difference
@@ -162,13 +159,7 @@ def _difference(a: Tensor, b: Tensor) -> tuple[float, float]:
     return absolute.item(), (absolute / a.abs().max()).item()
 
 
-def _tensors(outputs: Any) -> Iterator[Tensor]:
+def _tensors(outputs: Any) -> list[Tensor]:
     """The floating-point tensors inside nested lists, tuples and dicts."""
-    if isinstance(outputs, Tensor):
-        if outputs.is_floating_point():
-            yield outputs
-    elif isinstance(outputs, dict):
-        yield from _tensors(list(outputs.values()))
-    elif isinstance(outputs, (list, tuple)):
-        for output in outputs:
-            yield from _tensors(output)
+    leaves = tree_leaves(outputs)
+    return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]

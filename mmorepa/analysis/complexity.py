@@ -1,4 +1,4 @@
-"""What a network costs: parameters, bytes, multiply-adds."""
+"""Counts parameters, bytes and multiply-adds of a network."""
 
 import torch
 from mmengine.analysis import FlopAnalyzer
@@ -26,21 +26,21 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_bytes(model: nn.Module) -> int:
-    """The bytes of what a checkpoint stores of the model."""
+    """The bytes of all tensors in the state dict of a model."""
     return sum(t.numel() * t.element_size() for t in model.state_dict().values())
 
 
 def count_gflops(model: nn.Module, inputs: Tensor) -> float:
-    """Multiply-adds of one forward pass in eval mode, in 1e9, as papers count.
+    """Multiply-adds of one forward pass in eval mode, in units of 1e9, as in papers.
 
-    ``inputs`` have the shape (1, C, H, W). The fold of a training form is not counted:
-    it is done once for many forward passes.
+    ``inputs`` have the shape (1, C, H, W). The fold of a training form is not counted,
+    since one fold serves many forward passes.
     """
     analyzer = FlopAnalyzer(RawNetwork(model).eval(), (inputs,))
-    # Losses are never called, and additions and pooling are not counted by anyone.
+    # Do not warn of losses, which do not run, or of additions, which nobody counts.
     analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     with torch.no_grad(), folded(model, in_traces=True):
         for module in model.modules():
             if isinstance(module, ReparamConv2d) and module.folds_online:
-                module.kernel()  # Before the trace, which would record the fold.
+                module.kernel()  # Otherwise the trace would record the fold.
         return analyzer.total() / 1e9

@@ -1,4 +1,4 @@
-"""Times functions in turn, so that all of them meet the same machine."""
+"""Times functions in turn, so that other programs disturb all of them alike."""
 
 import itertools
 import sys
@@ -10,14 +10,14 @@ from typing import TypeVar
 import torch
 
 T = TypeVar('T')
-# Beside busy processes, a short function has some round to itself among many.
+# On a busy machine, a short function runs undisturbed in one of many rounds.
 ROUNDS, SECONDS = 15, 2.0
-# The share of a calm machine is about 0.95.
+# A machine with at least this share of the cores is calm; 0.95 is usual without load.
 CALM = 0.8
 
 
 class Clock:
-    """Reads the time of a device, in seconds, and sees whether other programs run."""
+    """Reads the time of a device in seconds, and measures the share of the cores."""
 
     def __init__(self, device: str = 'cpu') -> None:
         self.is_cuda = torch.device(device).type == 'cuda'
@@ -35,9 +35,9 @@ class Clock:
         return self.now() - start
 
     def look_around(self) -> None:
-        """Runs all threads for some milliseconds, none of which waits for another.
+        """Runs all threads for some milliseconds, without waiting for each other.
 
-        On a calm machine, each has a core all the time.
+        On a calm machine, each thread has a core all the time.
         """
         start, used = time.perf_counter(), time.process_time()
         self._numbers.digamma()
@@ -46,12 +46,12 @@ class Clock:
 
     @property
     def core_share(self) -> float:
-        """The part of the time that the threads of this process had a core."""
+        """The fraction of the time in which the threads of this process had a core."""
         return min(1.0, self._used / self._given)
 
 
 def busy_warning(core_share: float) -> str:
-    """Two lines about figures that were taken beside other programs, or nothing."""
+    """A warning of two lines about figures of a busy machine, or ''."""
     if core_share >= CALM:
         return ''
     return (
@@ -68,11 +68,11 @@ def in_turn(
     seconds: float = 0.0,
     what: str = '',
 ) -> dict[str, list[T]]:
-    """Calls all functions once in each round, and returns what each has returned.
+    """Calls all functions once in each round, and returns their results by name.
 
-    There are at least so many rounds, and as many as the seconds allow. Each begins
-    with another function; two rounds before are not counted. The clock looks around
-    after each, and ``what`` names the measurement in a line of progress.
+    There are at least so many rounds, and more while the seconds last. Each round
+    begins with another function. Two rounds come before and are not counted. The clock
+    looks around after each round. ``what`` names the measurement in a line of progress.
     """
     names = list(functions)
     results: dict[str, list[T]] = {name: [] for name in names}
@@ -85,11 +85,12 @@ def in_turn(
                 results[name].append(result)
         clock.look_around()
         if what:
-            say(f'{what}: round {max(index + 1, 0)} of {rounds}')
+            progress = f'{what}: round {max(index + 1, 0)} of {rounds}'
+            print(progress, end='\r', file=sys.stderr, flush=True)
         if index + 1 >= rounds and clock.now() >= end:
             break
     if what:
-        sys.stderr.write('\n')
+        print(file=sys.stderr)
     return results
 
 
@@ -104,9 +105,3 @@ def least_seconds(
     timed = {str(i): partial(clock.seconds, f) for i, f in enumerate(functions)}
     seconds = in_turn(timed, clock, ROUNDS, SECONDS)
     return [min(times) for times in seconds.values()], clock.core_share
-
-
-def say(text: str) -> None:
-    end = '' if sys.stderr.isatty() else '\n'
-    sys.stderr.write(f'\r{text}{end}')
-    sys.stderr.flush()

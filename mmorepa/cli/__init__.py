@@ -2,20 +2,6 @@
 
 from .arguments import load_config
 from .errors import one_line_errors
-from .parser import (
-    Parser,
-    add_common_arguments,
-    add_config_options,
-    add_shape,
-    positive,
-)
+from .parser import positive
 
-__all__ = [
-    'Parser',
-    'add_common_arguments',
-    'add_config_options',
-    'add_shape',
-    'load_config',
-    'one_line_errors',
-    'positive',
-]
+__all__ = ['load_config', 'one_line_errors', 'positive']

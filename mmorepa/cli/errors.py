@@ -20,8 +20,9 @@ _USER_ERRORS = (KeyError, OSError, ValueError, CheckpointError, DataError)
 def one_line_errors() -> Iterator[None]:
     """Ends the program with one line for errors that the user can fix.
 
-    Before the first batch, these are all errors; in a loop, those of checkpoints,
-    images and outputs. ``MMOREPA_TRACEBACK=1`` shows where they come from.
+    Before the first batch, this holds for all errors. In a loop, it holds for errors of
+    checkpoints, images and outputs, and all others show their traceback.
+    ``MMOREPA_TRACEBACK=1`` shows every traceback.
 
     Examples:
         >>> @one_line_errors()
@@ -34,11 +35,11 @@ def one_line_errors() -> Iterator[None]:
         if os.environ.get('MMOREPA_TRACEBACK') or (not is_ours and _in_loop(error)):
             raise
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        # What a worker of a dataloader raises brings its whole traceback along.
+        # An error of a dataloader's worker has the whole traceback as its text.
         if str(text).startswith('Caught ') and is_ours:
             text = str(text).strip().splitlines()[-1].partition(': ')[2]
         text = _explained(error) or ' '.join(str(text).split())
-        # A bare key, for one, says nothing on its own.
+        # One word, such as a missing key, does not explain itself.
         if ' ' not in text or not isinstance(error, _USER_ERRORS):
             text = f'{type(error).__name__}: {text} (MMOREPA_TRACEBACK=1 shows where)'
         # MMEngine quotes whole configs and search paths.
@@ -46,7 +47,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _explained(error: Exception) -> str:
-    """What a library's error leaves out, as far as its own frames know it."""
+    """A text for errors of libraries that need one, or ''; it reads their frames."""
     frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
     if isinstance(error, URLError):
         known = next((f for f in frames if isinstance(f.get('url'), str)), {})
@@ -77,7 +78,7 @@ def _explained(error: Exception) -> str:
 
 
 def _in_loop(error: Exception) -> bool:
-    """Whether a runner's loop was under way."""
+    """Whether a loop of a runner raised the error."""
     return any(
         frame.f_code.co_name == 'run'
         and isinstance(frame.f_locals.get('self'), BaseLoop)

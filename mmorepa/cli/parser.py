@@ -10,11 +10,11 @@ class Parser(argparse.ArgumentParser):
     """A parser that names its command and shows an example.
 
     Args:
-        description (str): What the command does, in lines of its own.
+        description (str): Describes the command; line breaks are kept.
         example (str): The arguments of a call.
     """
 
-    # Of ``python -m mmorepa COMMAND``. What this process starts is another command.
+    # Set by ``python -m mmorepa COMMAND``. Child processes are other commands.
     command = os.environ.pop('MMOREPA_COMMAND', None)
 
     def __init__(self, description: Optional[str], example: str) -> None:
@@ -36,14 +36,10 @@ class _Settings(argparse.Action):
         # Not at the top: help needs no MMEngine.
         from mmengine.config import DictAction
 
-        read = DictAction(self.option_strings, self.dest)
-        for value in values:
-            try:
-                read(parser, namespace, [value], option_string)
-            except Exception as error:
-                parser.error(
-                    f'{option_string} takes KEY=VALUE, found {value!r} ({error})'
-                )
+        try:
+            DictAction(self.option_strings, self.dest)(parser, namespace, values)
+        except Exception as error:
+            parser.error(f'{option_string} takes KEY=VALUE, found {values} ({error})')
 
 
 class _Shape(argparse.Action):
@@ -71,7 +67,7 @@ def add_shape(parser: argparse.ArgumentParser, text: str) -> None:
 
     Args:
         parser (argparse.ArgumentParser): Extended in place.
-        text (str): What has this size, and what it is by default.
+        text (str): The help: what has this size, and the default.
     """
     parser.add_argument(
         '--shape',

@@ -9,7 +9,8 @@ from mmengine.registry import DATASETS
 from torch import nn
 
 from ..converters import read_checkpoint
-from ..runs import innermost, read_config
+from ..hub import get_config
+from ..runs import innermost
 from ..utils.files import PathLike
 from .models import load_deployed
 
@@ -43,7 +44,7 @@ def build_inferencer(
         >>> inferencer('rose.jpg')[0]['pred_class']
         'rose'
     """
-    cfg = config if isinstance(config, Config) else read_config(str(config))
+    cfg = config if isinstance(config, Config) else get_config(config)
     scope = cfg.get('default_scope')
     if scope not in _INFERENCERS:
         raise ValueError(

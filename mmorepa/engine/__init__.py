@@ -1,4 +1,4 @@
-"""Extensions of MMEngine's runner: hooks, optimizer wrappers, set-up."""
+"""Hooks, optimizer wrappers and a model wrapper for MMEngine's runner."""
 
 from .distributed import FoldedDistributedDataParallel
 from .hooks.branch_statistics_hook import BranchStatisticsHook

@@ -11,10 +11,11 @@ from ..layers import KernelLeaf, ReparamConv2d, held
 
 @MODEL_WRAPPERS.register_module()
 class FoldedDistributedDataParallel(MMDistributedDataParallel):
-    """Averages the gradients of folded kernels: as many bytes as for plain ones.
+    """Averages the gradients of folded kernels, so that it sends as few bytes as DDP
+    does for a plain network.
 
-    Goes with the ``Folded…OptimWrapper``, which pass the averages on to the branches.
-    With any other one, wrap the model in ``MMDistributedDataParallel``.
+    It needs a ``Folded…OptimWrapper``, which passes the averages on to the branches.
+    With any other wrapper of the optimizer, use ``MMDistributedDataParallel``.
 
     Args:
         module (nn.Module): The model.
@@ -42,25 +43,25 @@ class FoldedDistributedDataParallel(MMDistributedDataParallel):
             *ignored,
             *(n for n, p in module.named_parameters() if id(p) in branches),
         ]
-        # The constructor reduces what it finds in the module. For everybody else, the
-        # branches are the parameters.
+        # DDP registers the parameters that it finds at construction. So the kernels are
+        # parameters of the module for that moment only.
         module.add_module('held_kernels', nn.ParameterList(parameters))
         try:
             super().__init__(module, *args, **kwargs)
         finally:
             del module.held_kernels
-            # Another wrapper, later, shall not ignore the branches.
+            # A later wrapper must not ignore the branches.
             module._ddp_params_and_buffers_to_ignore = ignored
         self._leaves = [KernelLeaf(parameter) for parameter in parameters]
         for conv, leaf in zip(convs, self._leaves):
             conv.training_scope = leaf
-            # DDP does not broadcast at the start what it does not reduce.
+            # DDP broadcasts only what it reduces, which excludes the branches.
             for tensor in conv.branches.state_dict().values():
                 source = dist.get_global_rank(self.process_group, 0)
                 dist.broadcast(tensor, source, group=self.process_group)
 
     def forward(self, *args, **kwargs) -> object:
-        """As the base class, with kernels held if gradients are asked for."""
+        """Runs the model, with held kernels if gradients are enabled."""
         if not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
         with held(self.module) as leaves:
@@ -75,7 +76,7 @@ class FoldedDistributedDataParallel(MMDistributedDataParallel):
             return super().forward(*args, **kwargs)
 
     def __getstate__(self) -> dict:
-        # The convs of a copy have no leaves, see forward().
+        # The leaves belong to the convs of the original, see forward().
         return {**super().__getstate__(), '_leaves': []}
 
     def zero_grad(self, set_to_none: bool = True) -> None:

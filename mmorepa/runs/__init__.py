@@ -1,11 +1,9 @@
-"""From a config to a model, its data and a runner: what the command lines do."""
+"""The steps of the command lines: from a config to a model, its data and a runner."""
 
 from .config import (
     add_hook,
     build_model,
     keep_few_checkpoints,
-    merge_options,
-    read_config,
     use_amp,
     use_tta,
     use_visualization,
@@ -23,9 +21,7 @@ __all__ = [
     'innermost',
     'keep_few_checkpoints',
     'make_runner',
-    'merge_options',
     'name_broken_images',
-    'read_config',
     'set_up_distributed_cpu',
     'use_amp',
     'use_tta',

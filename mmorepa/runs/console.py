@@ -1,13 +1,13 @@
-"""What a runner's logger shows on the screen; its file has everything."""
+"""Shortens the log of a runner on the screen; the log file has everything."""
 
 import logging
 import re
 import sys
 import warnings
 
-# By how they start: the environment, the whole config, the table of hooks and that of
-# the parameter groups; advice of libraries to their developers; and weights of a
-# classifier that a backbone has no use for.
+# Messages that start so are not shown: the environment, the whole config, the tables of
+# hooks and parameter groups; advice of libraries to their developers; and weights of a
+# classifier that a backbone does not use.
 _LEFT_OUT = re.compile(
     r'\s*-{20,}|Config:|Hooks will be executed|Parameter groups|Exp name:'
     r'|Distributed training is not used|"FileClient" will|"HardDiskBackend" is'
@@ -19,11 +19,11 @@ _STEPS = re.compile(r'(Epoch|Iter)\(train\)')
 
 
 def shorten(logger: logging.Logger) -> None:
-    """Leaves out what is for the log file alone, on the streams of a logger."""
+    """Hides messages that only the log file needs from the streams of a logger."""
     warnings.filterwarnings(
         'ignore', module=r'(mm(cv|det|engine|pretrain|seg)|torch)\b'
     )
-    # Where ProgressHook shows a line that moves.
+    # On terminals, ProgressHook shows a moving line instead.
     left_out = [_LEFT_OUT, *([_STEPS] if sys.stdout.isatty() else [])]
 
     def is_shown(record: logging.LogRecord) -> bool:

@@ -10,11 +10,11 @@ from mmengine.logging import print_log
 from ..converters import read_checkpoint
 from ..utils.errors import CheckpointError
 
-_STEP = re.compile(r'_(\d+)\.pth$')
+_NAME = re.compile(r'(epoch|iter)_\d+\.pth')
 
 
 def read_resumable(path: str) -> dict:
-    """As :func:`read_checkpoint`, and it must hold the whole state of a training."""
+    """Reads a checkpoint, which must hold the whole state of a training."""
     checkpoint = read_checkpoint(path)
     parts = ('message_hub', 'meta', 'optimizer')
     missing = [part for part in parts if not isinstance(checkpoint.get(part), dict)]
@@ -31,10 +31,10 @@ def read_resumable(path: str) -> dict:
 def newest_resumable(folder: str) -> tuple[Optional[str], Optional[dict]]:
     """Path and content of the last checkpoint of a training that can be read.
 
-    It is the one that ``last_checkpoint`` in the work folder names, unless that is
-    damaged, or one of a later step was written since: a kill may come between the two
-    files. A warning names those that are left out. Without any checkpoint both are
-    None; if none can be resumed from, it raises CheckpointError.
+    It is the checkpoint that ``last_checkpoint`` in the work folder names. If that is
+    damaged, it is the newest complete checkpoint in the folder, and a warning names the
+    damaged ones. Both results are None if there is no checkpoint. If there are some and
+    all are damaged, it raises CheckpointError.
     """
     skipped = ''
     for path in _candidates(Path(folder).resolve()):
@@ -59,41 +59,18 @@ def newest_resumable(folder: str) -> tuple[Optional[str], Optional[dict]]:
 
 def _candidates(folder: Path) -> list[Path]:
     """Checkpoints, in the order in which to try them."""
-    named = _named(folder)
-    paths = {
-        path
-        for place in {folder, named.parent if named else folder}
-        for path in place.glob('*.pth')
-        if _STEP.search(path.name) and not path.name.startswith(('best_', '.'))
-    }
-    paths = sorted(paths, key=_age, reverse=True)
-    if named is None:
-        return paths
-    # Neither time nor step alone tells: files of an earlier training in this folder may
-    # be of later steps, and copies are as old as their copying.
-    time, step = _age(named)
-    later = [p for p in paths if _age(p)[0] >= time and _age(p)[1] > step]
-    return [*dict.fromkeys([*later, named, *paths])]
-
-
-def _named(folder: Path) -> Optional[Path]:
-    """The checkpoint that ``last_checkpoint`` names."""
+    paths = [path for path in folder.glob('*.pth') if _NAME.fullmatch(path.name)]
+    paths.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    # The named checkpoint comes first, since copies have the time of their copying, and
+    # an earlier training in this folder may have left files of later steps.
     pointer = folder / 'last_checkpoint'
-    if not pointer.is_file():
-        return None
-    # A crash of the machine may leave zeros.
-    text = pointer.read_text(errors='replace').strip('\0 \n')
-    named = Path(text).resolve() if text else None
-    if named and (folder / named.name).exists():
-        return folder / named.name  # The folder may have been moved, or copied.
-    return named
-
-
-def _age(path: Path) -> tuple[int, int]:
-    """The time and the step of a checkpoint."""
-    step = _STEP.search(path.name)
-    time = path.stat().st_mtime_ns if path.exists() else 0
-    return time, int(step[1]) if step else -1
+    if pointer.is_file():
+        # After a crash of the machine, the file may consist of zeros.
+        text = pointer.read_text(errors='replace').strip('\0 \n')
+        here = folder / Path(text).name  # The folder may have been moved, or copied.
+        if text:
+            paths.insert(0, here if here.exists() else Path(text))
+    return list(dict.fromkeys(paths))
 
 
 def _warn(text: str) -> None:

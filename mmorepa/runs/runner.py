@@ -18,8 +18,10 @@ from ..backbones import StagedBackbone
 from ..converters import load_strictly
 from .config import has_accelerator
 from .console import shorten
+from .data import walk
 from .resume import newest_resumable, read_resumable
 
+# By launcher, the variables with the rank, the local rank and the number of processes.
 _RANKS = {
     'slurm': ('SLURM_PROCID', 'SLURM_LOCALID', 'SLURM_NTASKS'),
     'mpi': tuple(f'OMPI_COMM_WORLD_{name}' for name in ('RANK', 'LOCAL_RANK', 'SIZE')),
@@ -30,8 +32,8 @@ def find_start(cfg: Config) -> Optional[dict]:
     """Finds the checkpoint that a training starts or resumes from.
 
     Args:
-        cfg (Config): Changed in place: ``load_from`` and ``resume`` say what was found,
-            and a training that is resumed gets the seed that it drew.
+        cfg (Config): Changed in place. ``load_from`` and ``resume`` are set to the
+            checkpoint, and a training that is resumed gets its former seed.
 
     Returns:
         dict | None: The checkpoint to resume from, if it is a local file.
@@ -47,7 +49,7 @@ def find_start(cfg: Config) -> Optional[dict]:
     if not cfg.get('resume'):
         return None
     if not start:
-        # MMEngine would take what the file last_checkpoint names, damaged or not.
+        # MMEngine would take the file that last_checkpoint names, even if damaged.
         cfg.load_from, checkpoint = newest_resumable(cfg.work_dir)
         cfg.resume = checkpoint is not None
     elif not is_remote:
@@ -59,10 +61,10 @@ def find_start(cfg: Config) -> Optional[dict]:
 
 
 def set_up_distributed_cpu(cfg: Config) -> None:
-    """Sets up a distributed run on CPUs; where MMEngine can, it is left to MMEngine.
+    """Sets up a distributed run on CPUs; MMEngine sets up all other runs.
 
-    The processes talk by gloo, and SyncBN becomes BN. ValueError says that the launcher
-    has not set the rank of this process.
+    The processes communicate by gloo, and SyncBN becomes BN. If the launcher has not
+    set the rank of this process, it is a ValueError.
     """
     if cfg.launcher == 'none' or has_accelerator():
         return
@@ -79,26 +81,31 @@ def set_up_distributed_cpu(cfg: Config) -> None:
         'broadcast_buffers': False,
         'device_ids': None,
     }
-    if _replace_sync_bn(cfg.model):
+    nodes = [node for _, node in walk(cfg.model, 'model')]
+    sync_bns = [node for node in nodes if node.get('type') == 'SyncBN']
+    for node in sync_bns:
+        node['type'] = 'BN'
+    if sync_bns:
         print_log('SyncBN needs GPUs: training with BN, statistics per process.')
 
 
 def make_runner(cfg: Config, is_verbose: bool = True) -> Runner:
-    """Builds the runner of a config; the screen shows all of its log, or little."""
+    """Builds the runner of a config; the screen shows its whole log if verbose."""
     if 'runner_type' in cfg:
         return RUNNERS.build(cfg)
     return (Runner if is_verbose else _ShortRunner).from_cfg(cfg)
 
 
 def check_start(runner: Runner, checkpoint: Optional[dict]) -> None:
-    """Refuses weights that do not fit: MMEngine goes on with what fits, or nothing.
+    """Refuses weights that do not fit; MMEngine would load those that fit, or none.
 
     Args:
         runner (Runner): Before it trains or tests.
-        checkpoint (dict, optional): What it will load. None stands for a ``load_from``
-            that starts the backbone, which is checked when the runner loads it.
+        checkpoint (dict, optional): The checkpoint that it will load. With None,
+            ``load_from`` starts the backbone, and the backbone checks it when the
+            runner loads it.
     """
-    if not isinstance(runner.model, nn.Module):  # A FlexibleRunner builds it later.
+    if not isinstance(runner.model, nn.Module):  # FlexibleRunner builds it later.
         return
     if checkpoint is not None:
         load_strictly(unwrapped(runner.model), checkpoint['state_dict'])
@@ -118,13 +125,14 @@ class _ShortRunner(Runner):
 
 
 def _name_ranks_as_torchrun(launcher: str) -> None:
+    """Copies the rank of this process to the variables that PyTorch reads."""
     if launcher not in _RANKS:
         return
     environment = os.environ
-    for name, theirs in zip(('RANK', 'LOCAL_RANK', 'WORLD_SIZE'), _RANKS[launcher]):
-        if theirs not in environment:
-            raise ValueError(f'--launcher {launcher}, and {theirs} is not set')
-        environment[name] = environment[theirs]
+    for name, source in zip(('RANK', 'LOCAL_RANK', 'WORLD_SIZE'), _RANKS[launcher]):
+        if source not in environment:
+            raise ValueError(f'--launcher {launcher}, and {source} is not set')
+        environment[name] = environment[source]
     environment.setdefault('MASTER_PORT', '29500')
     if 'MASTER_ADDR' not in environment and launcher == 'slurm':
         line = ['scontrol', 'show', 'hostnames', environment['SLURM_JOB_NODELIST']]
@@ -135,19 +143,6 @@ def _name_ranks_as_torchrun(launcher: str) -> None:
 def _leave_process_group() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    # The threads end with the last object that holds the group: a wrapped model, in the
-    # cycle of a runner and its loops.
+    # The threads end when the wrapped model is freed, which refers to the group. It is
+    # part of the reference cycle of a runner and its loops.
     gc.collect()
-
-
-def _replace_sync_bn(node: object) -> bool:
-    """Replaces SyncBN by BN in a model config; returns True if there was any."""
-    if isinstance(node, (list, tuple)):
-        found = [_replace_sync_bn(value) for value in node]  # In all of them.
-        return any(found)
-    if not isinstance(node, dict):
-        return False
-    is_one = node.get('type') == 'SyncBN'
-    if is_one:
-        node['type'] = 'BN'
-    return _replace_sync_bn([*node.values()]) or is_one

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Optional
 
-# Of a state dict that torch.compile has wrapped.
+# An error about a state dict of a model that torch.compile has wrapped.
 COMPILED_KEYS = (
     "its keys have '_orig_mod.', as those of a model that torch.compile wraps: save "
     'compiled._orig_mod.state_dict() instead, or take it out of the keys with '
@@ -24,15 +24,15 @@ class OutputError(OSError):
 
 
 def name_keys(what: str, keys: Collection[str], most: Optional[int] = 4) -> str:
-    """A text for an error: '3 keys WHAT: a, b, c and 5 more', or '' without keys.
+    """A text for an error: '9 keys WHAT: a, b, c, d and 5 more', or '' without keys.
 
-    At most so many are named; None names all.
+    ``most`` is the number of keys that are named; None names all.
     """
     if not keys:
         return ''
     keys = sorted(keys)
-    left = 0 if most is None else len(keys) - most
-    more = f' and {left} more' if left > 0 else ''
+    unnamed = 0 if most is None else len(keys) - most
+    more = f' and {unnamed} more' if unnamed > 0 else ''
     noun = 'key' if len(keys) == 1 else 'keys'
     return f'{len(keys)} {noun} {what}: {", ".join(keys[:most])}{more}'
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,16 +11,16 @@ from typing import Optional, Union
 from .errors import OutputError
 
 PathLike = Union[str, Path]
-_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @contextmanager
 def atomic_write(path: PathLike) -> Iterator[Path]:
-    """Gives the name to write to, which becomes ``path`` when all is written.
+    """Yields a temporary name to write to, and renames it to ``path`` at the end.
 
-    The folder is made if need be. A symbolic link stays, and what it points to is
-    written. After an error, the file is as before. Raises OutputError if it cannot be
-    written, or as :func:`check_outputs`.
+    The folder is made if need be, and a file that is replaced keeps its permissions. If
+    the path is a symbolic link, the link stays and its target is written. After an
+    error, the file is as before. Raises OutputError if it cannot be written, or as
+    :func:`check_outputs`.
 
     Examples:
         >>> with atomic_write('figures.json') as file:
@@ -43,7 +42,7 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
         reason = error.strerror or error
         raise OutputError(f'{str(path)!r} cannot be written: {reason}') from error
     finally:
-        # Before that, nothing may be made or seen, as where the name is too long.
+        # Not temporary.exists(), which raises an error if the name is too long.
         if os.path.lexists(temporary):
             temporary.unlink()
 
@@ -61,27 +60,18 @@ def check_outputs(
     """Checks that writing these files destroys nothing else; None is no file.
 
     Raises:
-        OutputError: If an output is a folder or a device, cannot be reached, is
-            protected, or is an input or another output, also by way of links.
+        OutputError: If an output is a folder or a device, is protected, or is an input
+            or another output, also by way of links.
     """
     known = {_identity(path): path for path in inputs if path is not None}
     for path in outputs:
         if path is None:
             continue
         name = str(path)
-        try:
-            mode = os.stat(name or '.').st_mode
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise OutputError(
-                f'{name!r} cannot be written: {error.strerror}'
-            ) from error
-        else:
-            if not stat.S_ISREG(mode):
-                raise OutputError(f'{name!r} is a folder or a device, not a file')
-            if not os.access(name, os.W_OK):
-                raise OutputError(f'{name!r} is protected from being written')
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OutputError(f'{name!r} is a folder or a device, not a file')
+        if os.path.exists(path) and not os.access(path, os.W_OK):
+            raise OutputError(f'{name!r} is protected from being written')
         identity = _identity(path)
         if identity in known:
             raise OutputError(
@@ -93,16 +83,14 @@ def check_outputs(
 
 def _identity(path: PathLike) -> object:
     """An identity that all names of a file share, whether it exists or not."""
-    try:
+    if os.path.exists(path):
         status = os.stat(path)
-    except OSError:
-        return os.path.realpath(path)
-    return status.st_dev, status.st_ino
+        return status.st_dev, status.st_ino
+    return os.path.realpath(path)
 
 
 def root() -> Path:
-    """The folder of ``configs``, ``tools`` and ``model-index.yml``: in a clone, its
-    top.
-    """
-    installed = _PACKAGE / '.mim'
-    return installed if installed.is_dir() else _PACKAGE.parent
+    """The folder of ``configs``, ``tools`` and ``model-index.yml``."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / '.mim'
+    return installed if installed.is_dir() else package.parent

@@ -5,26 +5,19 @@ import warnings
 from importlib import import_module
 from types import ModuleType
 
-_EITHER = (
-    'install it with `pip install {}` (OpenMMLab) or `pip install {}` (OneDL), the '
-    'same family as your other packages'
-)
-# By module: the versions that work, those that were tested, and how to install one.
-_REQUIREMENTS = {
-    'mmengine': (
-        '>=0.10.0,<1.0.0',
-        '>=0.10.7,<=0.10.12',
-        _EITHER.format('mmengine==0.10.7', 'onedl-mmengine==0.10.12'),
-    ),
-    'mmcv': (
-        '>=2.0.0,<3.0.0',
-        '>=2.1.0,<=2.3.6',
-        _EITHER.format('mmcv==2.1.0', 'onedl-mmcv==2.3.6'),
-    ),
-    # The first that takes a name along with what a checkpoint may call by it.
-    'torch': ('>=2.6', '>=2.6,<2.15', 'install it as https://pytorch.org says'),
+# By module: the versions that work, and those that were tested.
+_VERSIONS = {
+    'mmengine': ('>=0.10.0,<1.0.0', '>=0.10.7,<=0.10.12'),
+    'mmcv': ('>=2.0.0,<3.0.0', '>=2.1.0,<=2.3.6'),
+    # The first whose add_safe_globals() takes pairs of a class and a name.
+    'torch': ('>=2.6', '>=2.6,<2.15'),
 }
 _TESTED_PYTHON = '>=3.10,<3.14'
+_ADVICE = (
+    'pip install torch, and mmengine==0.10.7 with mmcv==2.1.0 (OpenMMLab) or '
+    'onedl-mmengine==0.10.12 with onedl-mmcv==2.3.6 (OneDL), the same family as your '
+    'other packages'
+)
 
 
 def check_requirements() -> None:
@@ -33,24 +26,24 @@ def check_requirements() -> None:
     Raises:
         ImportError: If one is missing or does not fit, with what to install.
     """
-    found = {'Python': (platform.python_version(), _TESTED_PYTHON)}
-    for name, (versions, tested, advice) in _REQUIREMENTS.items():
+    installed = {'Python': (platform.python_version(), _TESTED_PYTHON)}
+    for name, (versions, tested) in _VERSIONS.items():
         try:
             version = import_module(name).__version__
         except ModuleNotFoundError as error:
             if error.name != name:
                 raise
             raise ImportError(
-                f'mmorepa needs {name}, which is missing; {advice}'
+                f'mmorepa needs {name}, which is missing; {_ADVICE}'
             ) from error
         if not _fits(version, versions):
             raise ImportError(
-                f'mmorepa needs {name}{versions}, found {version}; {advice}'
+                f'mmorepa needs {name}{versions}, found {version}; {_ADVICE}'
             )
-        found[name] = version, tested
+        installed[name] = version, tested
     untested = [
         f'{name} {version} (tested: {tested})'
-        for name, (version, tested) in found.items()
+        for name, (version, tested) in installed.items()
         if not _fits(version, tested)
     ]
     if untested:

@@ -20,7 +20,7 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     for row in rows:
         table.add_row(*row)
     text = io.StringIO()
-    # Wide enough for any row: a log is no terminal, and must not be cut.
+    # The width fits any row, since a log must not be cut.
     Console(file=text, width=400, color_system=None, emoji=False).print(
         table, markup=False
     )

@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 _WEIGHTS = ('weight', 'bias', 'running_mean', 'running_var', 'scale', 'vector')
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# The list of errors of the last load with a warning: all modules of one load_state_dict
-# are given the same list, so that each load warns once. It is kept, or another list
-# could have its identity.
+# The list of errors of the last load that warned. All modules of one load_state_dict()
+# get the same list, so that each load warns once. This reference keeps the list alive,
+# since a later list could have the same id().
 _warned: Optional[list] = None
 
 
 def describe_damage(key: str, value: Tensor) -> str:
-    """What is wrong with an entry of a state dict, to go on after its key; or ''.
+    """Describes the damage of an entry of a state dict, or returns ''.
 
-    The key tells weights and variances.
+    The text follows the key in an error. The name of the key shows whether the entry is
+    a weight or a variance.
     """
     if value.layout is not torch.strided or value.is_quantized or value.is_meta:
         return 'is sparse, quantised or without values'
@@ -28,9 +29,9 @@ def describe_damage(key: str, value: Tensor) -> str:
         is_weight = entry in _WEIGHTS or entry.startswith('weight_')
         return f'holds {value.dtype}, where weights are' if is_weight else ''
     if key.endswith('rbr_dense.vector'):
-        # The published code leaves a sixth row as the memory was.
+        # The published code never writes the sixth row.
         value = value[:5]
-    # Masks of attention are made of -Inf.
+    # Attention masks contain -Inf.
     if 'mask' not in key and not value.isfinite().all():
         return 'holds NaN' if value.isnan().any() else 'holds Inf'
     if entry == 'running_var' and (value < 0).any():
@@ -41,15 +42,15 @@ def describe_damage(key: str, value: Tensor) -> str:
 def warn_of_flaws(
     state_dict: Mapping[str, Tensor], prefix: str, error_msgs: list[str]
 ) -> None:
-    """Warns once per load of NaN, Inf or a negative variance under a prefix.
+    """Warns once per load if entries under a prefix are damaged.
 
-    All modules of one load are given the same ``error_msgs``.
+    All modules of one load get the same ``error_msgs``.
     """
     global _warned
     if _warned is error_msgs:
         return
     for key, value in state_dict.items():
-        # Not of parts of tensors on other devices and processes.
+        # Subclasses of Tensor may be parts of tensors on other processes.
         if not key.startswith(prefix) or type(value) not in (Tensor, nn.Parameter):
             continue
         words = '' if value.is_meta else describe_damage(key, value)

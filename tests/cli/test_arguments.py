@@ -6,7 +6,8 @@ import pytest
 from mmengine.config import Config
 
 import mmorepa.cli.arguments as arguments_module
-from mmorepa.cli import add_common_arguments, load_config
+from mmorepa.cli import load_config
+from mmorepa.cli.parser import add_common_arguments
 from mmorepa.utils.errors import OutputError
 
 DIGITS = (

@@ -15,7 +15,7 @@ from tool_runs import ROOT, tool
 from torch.distributed.run import get_args_parser
 
 from mmorepa.__main__ import COMMANDS as TOOLS
-from mmorepa.runs import read_config
+from mmorepa.hub import get_config
 
 COMMANDS = commands()
 # Configs of the reader's own, by the documents that print them.
@@ -61,7 +61,7 @@ def check_tool(document, words):
     if isinstance(config, str) and not is_of_the_reader(config, document):
         path = ROOT / config  # Or the name of a config.
         options = getattr(args, 'cfg_options', None)
-        read_config(str(path) if path.is_file() else config, options)
+        get_config(str(path) if path.is_file() else config, options)
 
 
 @each(is_tool)

@@ -13,7 +13,8 @@ from mmengine.registry import HOOKS, MODEL_WRAPPERS
 from tool_runs import ROOT
 
 import mmorepa
-from mmorepa.runs import build_model, check_data_folders, read_config
+from mmorepa.hub import get_config
+from mmorepa.runs import build_model, check_data_folders
 
 # What a config may be a part of, where a document does not name its _base_.
 BASES = {'docs/transfer.md': 'coco/faster-rcnn_r50-orepa_fpn_1x_coco.py'}
@@ -65,7 +66,7 @@ def load(tmp_path, monkeypatch):
         if '::' in code and _is_onedl():
             pytest.skip("the OneDL forks know no '_base_' of another package")
         (tmp_path / 'my_config.py').write_text(code)
-        return read_config('my_config.py')
+        return get_config('my_config.py')
 
     return read
 

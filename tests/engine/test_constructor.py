@@ -3,7 +3,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import settings_by_name
-from mmcv.cnn import ConvModule
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
@@ -11,7 +10,7 @@ from runners import TinyClassifier
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmorepa.layers import DBBConv2d, OREPAConv2d, build_conv
+from mmorepa.layers import DBBConv2d, OREPAConv2d
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 RECIPE = dict(
@@ -179,18 +178,11 @@ def test_online_contradicts_a_folded_wrapper():
         build_optim_wrapper(OREPAConv2d(3, 4, 3), cfg)
 
 
-@pytest.mark.parametrize(('norm_cfg', 'count'), [(None, 0), (dict(type='BN'), 1)])
-def test_says_where_norms_follow_norms(log, norm_cfg, count):
-    conv_cfg = dict(type='DBBConv2d')
-    model = nn.Sequential(
-        ConvModule(3, 4, 3, padding=1, conv_cfg=conv_cfg, norm_cfg=norm_cfg),
-        # This one is the norm that the network has here.
-        build_conv('dbb', 4, 4, 3, padding=1, bias=False, norm_cfg=dict(type='BN')),
-    )
-    wrapper_of(model)
-    assert ('the norms of 1 are followed by another one' in log[-1]) is bool(count)
-    assert model[0].conv.has_second_norm is bool(count)
-    assert not model[1].has_second_norm
+def test_capture_needs_a_folded_form():
+    cfg = dict(type='ApexOptimWrapper', optimizer=dict(type='SGD', lr=0.1))
+    cfg.update(constructor='OREPAOptimWrapperConstructor', capture=True)
+    with pytest.raises(ValueError, match="'ApexOptimWrapper' has no folded form"):
+        build_optim_wrapper(OREPAConv2d(3, 4, 3), cfg)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ def test_says_what_was_chosen(tmp_path, capsys):
     found = dict(line.split(None, 1) for line in lines if line.startswith(('m', 'd')))
     assert found['model'].startswith('TinyClassifier')
     assert 'length           2 epochs of 3 steps, 8 images each' in lines
+    for row in ('training data', 'validation data', 'learning rate'):
+        assert any(line.startswith(row) for line in lines)
     # No terminal: MMEngine's own lines say how far it is.
     assert sum('Epoch(train)' in line for line in lines) == 2
     log = next(tmp_path.glob('*/*.log')).read_text()
@@ -56,10 +58,10 @@ def test_warnings_stay(tmp_path, capsys):
 
 class TestCheckpoints:
     def kept(self, evaluator, **hook):
-        hooks = dict(own=dict(type='CheckpointHook', interval=1, **hook), timer=None)
+        hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1, **hook))
         cfg = Config(dict(default_hooks=hooks, val_evaluator=evaluator))
         keep_few_checkpoints(cfg)
-        found = cfg.default_hooks.own
+        found = cfg.default_hooks.checkpoint
         return found.max_keep_ckpts, found.get('save_best')
 
     def test_three_and_the_best(self):

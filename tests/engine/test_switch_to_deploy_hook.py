@@ -145,7 +145,7 @@ class TestWrappers:
     def test_distributed(self, tmp_path, one_process):
         runner = make_runner(
             tmp_path / 'train',
-            custom_hooks=[EMA, dict(HOOK, save_after_train=True)],
+            custom_hooks=[EMA, HOOK],
             default_hooks=SAVING,
             **self.DDP,
         )
@@ -153,8 +153,6 @@ class TestWrappers:
         runner.train()
         path = os.path.join(runner.work_dir, 'epoch_2.pth')
         expected = logits_of(TinyClassifier(), read_checkpoint(path)['state_dict'])
-        deployed = read_checkpoint(path.replace('.pth', '_deploy.pth'))['state_dict']
-        assert_near(logits_of(TinyClassifier(deploy=True), deployed), expected)
 
         test = make_test_runner(
             tmp_path / 'test', custom_hooks=[EMA, HOOK], load_from=path, **self.DDP
@@ -235,43 +233,3 @@ class TestTolerance:
             RuntimeError, match='nan of .*no re-parameterised conv is beyond'
         ):
             runner.test()
-
-
-class TestSaveAfterTrain:
-    HOOK = dict(HOOK, save_after_train=True)
-
-    def test_writes_beside_the_last(self, tmp_path):
-        checkpoint, path, runner = trained_state(tmp_path, custom_hooks=[self.HOOK])
-        names = {n for n in os.listdir(runner.work_dir) if n.endswith('.pth')}
-        assert names == {'epoch_1.pth', 'epoch_2.pth', 'epoch_2_deploy.pth'}
-        deployed = read_checkpoint(path.replace('.pth', '_deploy.pth'))
-        assert set(deployed) == {'meta', 'state_dict'}
-        assert deployed['meta']['epoch'] == 2 and deployed['meta']['deployed'] is True
-        assert is_switchable(runner.model)
-
-        model = TinyClassifier(deploy=True)
-        model.load_state_dict(deployed['state_dict'])
-        expected = logits_of(TinyClassifier(), checkpoint['state_dict'])
-        assert_near(logits_of(model), expected)
-
-        # It is one that MMEngine tests, too.
-        test = make_test_runner(
-            tmp_path / 'test', model, load_from=path.replace('.pth', '_deploy.pth')
-        )
-        test.test()
-        assert_near(logits_tested(test), expected)
-
-    def test_holds_the_averages(self, tmp_path):
-        checkpoint, path, runner = trained_state(
-            tmp_path, custom_hooks=[EMA, self.HOOK]
-        )
-        deployed = read_checkpoint(path.replace('.pth', '_deploy.pth'))['state_dict']
-        averages = logits_of(TinyClassifier(), checkpoint['state_dict'])
-        assert_near(logits_of(TinyClassifier(deploy=True), deployed), averages)
-        raw = logits_of(runner.model)
-        assert (averages - raw).abs().max() > 1e-2 * averages.abs().max()
-
-    def test_without_a_checkpoint(self, tmp_path, log):
-        hooks = dict(default_hooks=dict(checkpoint=None), custom_hooks=[self.HOOK])
-        make_runner(tmp_path, **hooks).train()
-        assert [text for text in log if 'No checkpoint was saved' in text]

@@ -5,7 +5,8 @@ import pytest
 from helpers import import_models
 from mmengine.config import Config
 
-from mmorepa.runs import check_data_folders, read_config
+from mmorepa.hub import get_config
+from mmorepa.runs import check_data_folders
 
 FOLDER = 'custom/resnet18-orepa_1xb32_folder'
 COCO = 'custom/faster-rcnn_r50-orepa_fpn_1xb2_coco-format'
@@ -16,7 +17,7 @@ class TestDataFolders:
         check_data_folders(Config(loaders), phases)
 
     def missing(self, dataset, **options):
-        with pytest.raises(FileNotFoundError, match="data folder 'none' is missing"):
+        with pytest.raises(FileNotFoundError, match="'none' is missing"):
             self.check(train_dataloader=dict(dataset=dataset), **options)
 
     NONE = dict(type='A', data_root='none')
@@ -28,12 +29,8 @@ class TestDataFolders:
         self.check(train_dataloader=None)
         self.check()
 
-    def test_missing(self, tmp_path):
+    def test_missing(self):
         self.missing(self.NONE)
-        (tmp_path / 'file').touch()
-        with pytest.raises(FileNotFoundError):
-            root = str(tmp_path / 'file')
-            self.check(train_dataloader=dict(dataset=dict(data_root=root)))
 
     def test_downloaded(self):
         import_models('mmpretrain')
@@ -43,7 +40,7 @@ class TestDataFolders:
         self.missing(dict(cifar, download=False), **options)
         self.missing(dict(cifar, type='ImageNet'), **options)
         loaders = dict(train_dataloader=dict(dataset=cifar), data_preparation='run: it')
-        with pytest.raises(FileNotFoundError, match='is missing; run: it$'):
+        with pytest.raises(FileNotFoundError, match='is missing; .*; run: it$'):
             self.check(**options, **loaders)
 
     def test_wrapped(self, tmp_path):
@@ -69,7 +66,7 @@ def folder(tmp_path):
         for name in ('daisy', 'rose', 'tulip'):
             (tmp_path / split / name).mkdir(parents=True)
             (tmp_path / split / name / '1.JPG').touch()
-    cfg = read_config(FOLDER, {'model.head.num_classes': 3})
+    cfg = get_config(FOLDER, {'model.head.num_classes': 3})
     for phase in ('train', 'val', 'test'):
         cfg[f'{phase}_dataloader'].dataset.data_root = str(tmp_path)
     return cfg
@@ -140,7 +137,7 @@ def coco(tmp_path):
     for split in ('train', 'val'):
         (tmp_path / f'{split}2017').mkdir()
         (tmp_path / 'annotations' / f'instances_{split}2017.json').write_text(text)
-    cfg = read_config(COCO, {'model.roi_head.bbox_head.num_classes': 3})
+    cfg = get_config(COCO, {'model.roi_head.bbox_head.num_classes': 3})
     for phase in ('train', 'val', 'test'):
         dataset = cfg[f'{phase}_dataloader'].dataset
         dataset.update(data_root=str(tmp_path), metainfo=dict(classes=names))
@@ -148,7 +145,9 @@ def coco(tmp_path):
 
 
 WRONG_CLASSES = [
-    (('bird', 'dog', 'cat'), 'different classes'),
+    (('cat', 'dog'), 'different classes'),
+    # MMDetection would give the labels other names.
+    (('bird', 'dog', 'cat'), 'another order .* write .cat, dog, bird'),
     (('cat', 'dgo', 'bird'), 'dgo.*cat, dog, bird'),
     ('cat', 'tuple'),
 ]
@@ -158,7 +157,7 @@ class TestCoco:
     def test_right(self, coco):
         check_data_folders(coco, ('train', 'val'))
         dataset = coco.train_dataloader.dataset
-        dataset.metainfo.classes = ('bird', 'cat')
+        dataset.metainfo.classes = ('cat', 'bird')
         coco.model.roi_head.bbox_head.num_classes = 2
         check_data_folders(coco, ('train',))
 

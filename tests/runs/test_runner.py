@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.model.wrappers import MMDistributedDataParallel
 from mmengine.utils import digit_version
 from runners import Probe, TinyClassifier, build_runner, tiny_config
@@ -147,9 +147,10 @@ class TestDistributedWithoutGPU:
             neck=dict(norm_cfg=dict(type='GN', num_groups=2)),
         )
 
-    def test_replaces_every_sync_bn(self):
-        model = ConfigDict(self.norms())
-        assert runner_module._replace_sync_bn(model)
+    def test_replaces_every_sync_bn(self, launched):
+        cfg = Config(dict(model=self.norms(), launcher='pytorch'))
+        set_up_distributed_cpu(cfg)
+        model = cfg.model
         assert 'SyncBN' not in repr(model)
         assert repr(model).count("'BN'") == 5
         assert model.neck.norm_cfg == dict(type='GN', num_groups=2)

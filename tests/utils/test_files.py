@@ -93,7 +93,6 @@ class TestCheckOutputs:
     def kinds(self, tmp_path):
         (tmp_path / 'file').touch()
         (tmp_path / 'device').symlink_to('/dev/full')
-        (tmp_path / 'circle').symlink_to('circle')
         return tmp_path
 
     @pytest.mark.parametrize(
@@ -101,16 +100,17 @@ class TestCheckOutputs:
         [
             ('', 'is a folder'),
             ('device', 'is a folder or a device'),
-            ('file/a', 'Not a directory'),
-            ('circle', 'symbolic links'),
+            ('file/a', 'cannot be written'),
             ('x' * 300, 'too long'),
         ],
     )
     def test_no_files(self, kinds, name, words):
-        for check in (lambda path: check_outputs([path]), write_nothing):
-            with pytest.raises(OutputError, match=words):
-                check(kinds / name)
-        assert sorted(os.listdir(kinds)) == ['circle', 'device', 'file']
+        with (
+            pytest.raises(OutputError, match=words),
+            atomic_write(kinds / name) as file,
+        ):
+            file.touch()
+        assert sorted(os.listdir(kinds)) == ['device', 'file']
         assert not os.path.isfile('/dev/full')
 
     def test_protected(self, path, monkeypatch):
@@ -147,8 +147,3 @@ class TestCheckOutputs:
         check_outputs([path.parent / 'b', path.parent / 'c', None], [path, path, None])
         check_outputs([path])
         assert path.read_text() == 'old'
-
-
-def write_nothing(path):
-    with atomic_write(path) as file:
-        file.touch()

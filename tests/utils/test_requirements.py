@@ -7,7 +7,7 @@ from mmorepa.utils import requirements
 from mmorepa.utils.requirements import check_requirements
 
 # What an error proposes.
-ADVICE = {'mmengine': 'onedl-', 'mmcv': 'onedl-mmcv', 'torch': 'pytorch.org'}
+ADVICE = {'mmengine': 'onedl-', 'mmcv': 'onedl-mmcv', 'torch': 'install torch'}
 
 
 @pytest.fixture

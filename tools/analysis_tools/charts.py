@@ -16,7 +16,8 @@ from torch import nn
 
 from mmorepa.analysis import BranchKernels, branch_kernels
 from mmorepa.converters import load_training_form, read_checkpoint
-from mmorepa.runs import build_model, read_config
+from mmorepa.hub import get_config
+from mmorepa.runs import build_model
 from mmorepa.utils.files import atomic_write, check_outputs
 
 # Okabe and Ito's colours, which differ for every kind of colour vision.
@@ -43,7 +44,7 @@ def load_model(
 ) -> tuple[nn.Module, list[BranchKernels]]:
     """The trained model of these arguments, and the branches of its layers."""
     check_outputs(outputs, [args.config, args.checkpoint])
-    model = build_model(read_config(args.config, args.cfg_options))
+    model = build_model(get_config(args.config, args.cfg_options))
     load_training_form(model, read_checkpoint(args.checkpoint)['state_dict'])
     print('Computing the kernels of the branches …', flush=True)
     layers = branch_kernels(model)

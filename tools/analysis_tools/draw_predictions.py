@@ -48,7 +48,8 @@ from torch.utils.data import Dataset
 from mmorepa import switch_to_deploy
 from mmorepa.cli import one_line_errors
 from mmorepa.converters import load_strictly, load_training_form, read_checkpoint
-from mmorepa.runs import check_data_folders, read_config
+from mmorepa.hub import get_config
+from mmorepa.runs import check_data_folders
 from mmorepa.utils.files import check_outputs
 
 COLUMNS = ('ground truth', 'training form', 'deployed')
@@ -112,7 +113,7 @@ def write(rows: list[list[np.ndarray]], path: Path) -> None:
 def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
     check_outputs([args.out], [args.config, args.checkpoint, args.deployed])
-    cfg = read_config(args.config, args.cfg_options)
+    cfg = get_config(args.config, args.cfg_options)
     if cfg.get('default_scope') not in ('mmdet', 'mmseg'):
         raise ValueError(
             'this draws detectors and segmenters (default_scope mmdet or mmseg), '

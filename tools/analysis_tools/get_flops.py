@@ -33,14 +33,15 @@ from mmorepa import is_switchable, switch_to_deploy
 from mmorepa.analysis.complexity import count_bytes, count_gflops, count_parameters
 from mmorepa.cli import one_line_errors
 from mmorepa.deployment.inputs import image_shape, test_batch
-from mmorepa.runs import build_model, read_config
+from mmorepa.hub import get_config
+from mmorepa.runs import build_model
 from mmorepa.utils.tables import format_table
 
 
 @one_line_errors()
 def main(argv: Optional[list[str]] = None) -> None:
     args = parse_args(argv)
-    cfg = read_config(args.config, args.cfg_options)
+    cfg = get_config(args.config, args.cfg_options)
     model = build_model(cfg)
     shape = image_shape(model, None if args.shape else test_batch(cfg), args.shape)
     forms = {'as in the config': model}

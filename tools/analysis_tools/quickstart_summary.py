@@ -23,7 +23,8 @@ from mmorepa.cli import one_line_errors
 from mmorepa.converters import load_training_form, read_checkpoint
 from mmorepa.deployment import load_deployed
 from mmorepa.deployment.inputs import image_shape, test_batch
-from mmorepa.runs import build_model, read_config
+from mmorepa.hub import get_config
+from mmorepa.runs import build_model
 from mmorepa.utils.files import check_outputs, write_json
 from mmorepa.utils.tables import format_table
 
@@ -48,12 +49,12 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
 
 def time_forms(args: argparse.Namespace) -> tuple[list[float], float]:
     """Times training form, deployed form and plain twin: see :func:`least_seconds`."""
-    cfg = read_config(args.config)
+    cfg = get_config(args.config)
     training = build_model(cfg)
     load_training_form(training, read_checkpoint(args.checkpoint)['state_dict'])
     models = [training]
     for folder in (args.work_dir, args.work_dir / 'plain'):
-        deployed = read_config(str(folder / 'deploy_config.py'))
+        deployed = get_config(str(folder / 'deploy_config.py'))
         weights = read_checkpoint(str(folder / 'deploy.pth'))
         models.append(load_deployed(deployed, weights))
     image = torch.randn(1, *image_shape(training, test_batch(cfg)))

@@ -40,7 +40,8 @@ from mmorepa.deployment.int8 import (
 )
 from mmorepa.deployment.networks import network_from, require
 from mmorepa.deployment.onnx_files import OnnxNetwork, export_onnx, preprocessing
-from mmorepa.runs import check_data_folders, read_config
+from mmorepa.hub import get_config
+from mmorepa.runs import check_data_folders
 
 # By the variants of the trainings.
 DECAYS = {
@@ -92,7 +93,7 @@ def measure(key: studies.Key, study: Path, number: int) -> dict[str, str]:
     """Quantizes the network of a row in each way; gives :data:`VALUES`."""
     torch.set_num_threads(1)
     folder = runs.folder_of(key, study / 'runs')
-    cfg = read_config(str(folder / 'run.py'))
+    cfg = get_config(str(folder / 'run.py'))
     model = load_deployed(cfg, read_checkpoint(str(last_checkpoint(folder))))
     images = calibration_images(cfg, model, number)
     shape = image_shape(model, None, images[0].shape[-2:])
@@ -212,7 +213,7 @@ def main(argv: Optional[list[str]] = None) -> None:
         # The networks of a study share their data.
         for key in {key['data']: key for key in keys}.values():
             folder = runs.folder_of(key, args.study / 'runs')
-            check_data_folders(read_config(str(folder / 'run.py')), ('train', 'val'))
+            check_data_folders(get_config(str(folder / 'run.py')), ('train', 'val'))
         return keys
 
     results = studies.Results(args.out / 'results.csv', runs.KEY, VALUES)

@@ -33,7 +33,7 @@ from studies import charts
 from mmorepa.analysis.timing import Clock, busy_warning
 from mmorepa.cli import one_line_errors
 from mmorepa.functional import compiled
-from mmorepa.runs import read_config
+from mmorepa.hub import get_config
 from mmorepa.utils.files import check_outputs, write_json
 
 # The networks that this is about, with as many images as suit a small machine.
@@ -96,7 +96,7 @@ class Costs(NamedTuple):
 
 def measure(path: str, args: argparse.Namespace) -> Costs:
     """Measures one config."""
-    cfg = read_config(str(studies.ROOT / path))
+    cfg = get_config(str(studies.ROOT / path))
     init_default_scope(cfg.get('default_scope', 'mmpretrain'))
     clock, batch_size = Clock(args.device), args.batch_size or DEFAULT.get(path, 16)
     torch.manual_seed(1)

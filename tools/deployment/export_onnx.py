@@ -57,7 +57,7 @@ from mmorepa.deployment import dataset_meta, load_deployed
 from mmorepa.deployment.inputs import image_shape, test_batch
 from mmorepa.deployment.networks import DeployedNetwork, require
 from mmorepa.deployment.onnx_files import OnnxNetwork, export_onnx, preprocessing
-from mmorepa.runs import read_config
+from mmorepa.hub import get_config
 from mmorepa.utils.files import atomic_write, check_outputs, write_json
 from mmorepa.utils.tables import counted, format_table
 
@@ -69,7 +69,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     check_outputs([args.out, args.json], [args.config, args.checkpoint])
     for package in ('onnx', 'onnxruntime'):
         require(package)
-    cfg = read_config(args.config, args.cfg_options)
+    cfg = get_config(args.config, args.cfg_options)
     checkpoint = read_checkpoint(args.checkpoint)
     model = load_deployed(cfg, checkpoint)
     batch = test_batch(cfg)

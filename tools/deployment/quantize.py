@@ -108,7 +108,8 @@ from mmorepa.deployment.int8 import (
 from mmorepa.deployment.networks import Network, network_from, padded, require
 from mmorepa.deployment.onnx_files import OnnxNetwork, export_onnx, preprocessing
 from mmorepa.deployment.pt2e import ProgramNetwork, export_program, quantize_program
-from mmorepa.runs import check_data_folders, read_config
+from mmorepa.hub import get_config
+from mmorepa.runs import check_data_folders
 from mmorepa.utils.files import atomic_write, check_outputs, write_json
 from mmorepa.utils.tables import counted, format_table
 
@@ -221,7 +222,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     is_onnx = args.backend == 'onnxruntime'
     for package in ('onnx', 'onnxruntime') if is_onnx else ('torchao',):
         require(package)
-    cfg = read_config(args.config, args.cfg_options)
+    cfg = get_config(args.config, args.cfg_options)
     checkpoint = read_checkpoint(args.checkpoint)
     model = load_deployed(cfg, checkpoint)
     check_data_folders(cfg, ('train', evaluation_phase(cfg)))

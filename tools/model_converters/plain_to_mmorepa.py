@@ -49,8 +49,9 @@ from mmorepa.backbones import OREPARepVGG
 from mmorepa.backbones.checks import check_style
 from mmorepa.cli import one_line_errors
 from mmorepa.converters import read_checkpoint, start_from_plain, write_checkpoint
+from mmorepa.hub import get_config
 from mmorepa.layers import is_switchable
-from mmorepa.runs import build_model, read_config
+from mmorepa.runs import build_model
 from mmorepa.utils.files import check_outputs
 
 
@@ -58,7 +59,7 @@ from mmorepa.utils.files import check_outputs
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     check_outputs([args.out], [args.source, args.config])
-    cfg = read_config(args.config, args.cfg_options)
+    cfg = get_config(args.config, args.cfg_options)
     checkpoint = read_checkpoint(args.source)
     model = build_model(cfg)
     count = start_from_plain(model, checkpoint['state_dict'])

@@ -61,7 +61,8 @@ from mmorepa.converters import (
 )
 from mmorepa.deployment import loaded_by_config
 from mmorepa.deployment.inputs import image_shape, test_batch
-from mmorepa.runs import build_model, read_config
+from mmorepa.hub import get_config
+from mmorepa.runs import build_model
 from mmorepa.utils.errors import OutputError
 from mmorepa.utils.files import atomic_write, check_outputs, write_json
 from mmorepa.utils.tables import counted, format_table
@@ -94,7 +95,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     check_outputs([args.out, args.json], inputs)
     config = config_beside(args.out)
     check_outputs([args.out, config, args.json], inputs)
-    cfg = read_config(args.config, args.cfg_options)
+    cfg = get_config(args.config, args.cfg_options)
     checkpoint = read_checkpoint(args.checkpoint)
     training = build_model(cfg)
     load_training_form(training, checkpoint['state_dict'])

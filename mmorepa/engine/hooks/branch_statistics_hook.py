@@ -1,4 +1,4 @@
-"""What the branches do while they train, for TensorBoard and its like."""
+"""Statistics of the branches during training, for TensorBoard and similar tools."""
 
 import math
 from typing import Any
@@ -16,20 +16,20 @@ from ...layers import MultiBranchConv2d, ReparamConv2d, outermost
 
 @HOOKS.register_module()
 class BranchStatisticsHook(Hook):
-    """Writes what the branches of each layer do to every backend of the visualizer.
+    """Writes statistics of the branches of each layer to all visualizer backends.
 
-    The factors of a deep linear conv are layers ``NAME.1``, ``NAME.2``, …, with one
-    step of all. Only the main process writes, and the training stays as it is.
+    The factors of a deep linear conv are layers ``NAME.1``, ``NAME.2``, …, which share
+    one ``kernel_step``. Only the main process writes, and the training is unchanged.
 
     - ``branch_share/LAYER/BRANCH``: see :attr:`mmorepa.analysis.Share.size`
-    - ``branch_scale/LAYER/BRANCH``: root mean square of its scaling vector, or of
-      ``γ/√(σ²+ε)`` of its BatchNorm
+    - ``branch_scale/LAYER/BRANCH``: root mean square of the scaling vector of the
+      branch, or of ``γ/√(σ²+ε)`` of its BatchNorm
     - ``kernel_step/LAYER``: :func:`mmorepa.analysis.relative_step` of the folded kernel
-      in this step of the optimizer, also of plain convs
+      in this step of the optimizer, also of convs with a single branch
 
     Args:
-        interval (int): Steps between two measurements; with gradient accumulation, a
-            multiple of its counts. Defaults to 200.
+        interval (int): Steps between two measurements. With gradient accumulation, it
+            must be a multiple of ``accumulative_counts``. Defaults to 200.
 
     Raises:
         ValueError: If the interval is not positive, or the model has no
@@ -41,7 +41,7 @@ class BranchStatisticsHook(Hook):
         ...                 dict(type='TensorboardVisBackend')]
     """
 
-    # Before LoggerHook: backends write out what they have when it has logged.
+    # This hook runs before LoggerHook, after which the backends write their files.
     priority = 'NORMAL'
 
     def __init__(self, interval: int = 200) -> None:

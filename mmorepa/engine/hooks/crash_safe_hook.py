@@ -1,8 +1,8 @@
 """Exact resumption of a training that was killed at any moment."""
 
-from collections.abc import Collection
+import os
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, ClassVar, Union
 
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.dist import get_rank, is_main_process
@@ -20,23 +20,23 @@ from ..seeding import SeededBatches, seed_of
 class CrashSafeHook(Hook):
     """Lets a killed training, once resumed, go on as if nothing had happened.
 
-    - Checkpoints are written under another name and renamed when whole, and outdated
-      ones are removed after that; the ``CheckpointHook`` alone removes them before.
-    - Every random number, the workers' too, is a function of the seed, the rank and
+    - Checkpoints are written under another name and renamed when they are complete.
+      Outdated ones are removed after that. ``CheckpointHook`` alone removes them first.
+    - Every random number, also of the workers, is a function of the seed, the rank and
       the iteration.
-    - A checkpoint that was saved before its validation is validated first, or the best
-      score would be lost.
-    - An iteration-based loop with an ``InfiniteSampler`` resumes at its batch without
-      loading those before, as MMEngine 0.10 does.
+    - A resumed training first validates a checkpoint that was saved before its
+      validation. Otherwise the best score would be lost.
+    - An iteration-based loop with an ``InfiniteSampler`` resumes at its batch. MMEngine
+      0.10 loads all batches before it again.
 
-    Lost are gradients that were accumulated for a step, and caches of transforms
-    (mmdet's ``CachedMosaic``).
+    Two things are lost: gradients that were accumulated for a step, and caches of
+    transforms, such as mmdet's ``CachedMosaic``.
 
     Examples:
         >>> custom_hooks = [dict(type='CrashSafeHook')]
     """
 
-    # After CheckpointHook, whose removals it puts off.
+    # After CheckpointHook, which sets its folder first.
     priority = 'LOWEST'
 
     _is_validated = True
@@ -46,16 +46,16 @@ class CrashSafeHook(Hook):
         register_backend('local', _WholeFileBackend, force=True, prefixes='')
 
     def before_train(self, runner: Runner) -> None:
-        """Postpones removals, and seeds the data."""
-        self._savers = [h for h in runner.hooks if isinstance(h, CheckpointHook)]
-        for hook in self._savers:
-            hook.file_backend = _PostponedRemovals(hook.file_backend)
-            if is_main_process():
-                # What atomic_write has begun, and a kill has not let it finish.
-                for path in Path(hook.out_dir).glob('.[0-9]*.pth'):
-                    path.unlink()
+        """Postpones removals, seeds the data, and validates if it is due."""
+        _WholeFileBackend.outdated.clear()  # The last training may have failed to save.
+        for hook in runner.hooks:
+            if isinstance(hook, CheckpointHook):
+                if isinstance(hook.file_backend, LocalBackend):
+                    hook.file_backend = _PostponedRemovals()
+                if is_main_process():
+                    _remove_temporary_files(Path(hook.out_dir))
         self._seed_data(runner)
-        # MMEngine saves, validates, and saves again only what is better than before.
+        # MMEngine saves, validates, and then saves the best checkpoint.
         if not self._is_validated and self._is_validation_due(runner):
             runner.val_loop.run()
 
@@ -71,7 +71,7 @@ class CrashSafeHook(Hook):
         )
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Notes whether these weights are validated."""
+        """Saves whether these weights are validated."""
         checkpoint.setdefault('meta', {})['is_validated'] = self._is_validated
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -89,7 +89,8 @@ class CrashSafeHook(Hook):
         if isinstance(batches, SeededBatches):  # A second training of this runner.
             batches = batches.batches
         sampler = getattr(batches, 'sampler', None)
-        # An iteration-based loop has begun to load already. These can start anew.
+        # An iteration-based loop has begun to load already. These samplers can be set
+        # back to their start.
         can_start_anew = type(batches) is BatchSampler and isinstance(
             sampler, (DefaultSampler, InfiniteSampler)
         )
@@ -101,21 +102,25 @@ class CrashSafeHook(Hook):
             )
             return
         self._batches = SeededBatches(batches, runner.seed, get_rank(), 0)
-        # DataLoader refuses this by its setter; a new one would start the same way.
+        # DataLoader's setter refuses a change of its batch sampler.
         vars(loader).update(batch_sampler=self._batches, _iterator=None)
-        if not self._by_epoch:
-            iterator = type(loop.dataloader_iterator)
-            if isinstance(sampler, InfiniteSampler):
-                sampler.indices = sampler._indices_of_rank()
-                self._batches.first = runner.iter
-                loop.dataloader_iterator = _Advanced(iterator(loader), runner.iter)
-            else:
-                loop.dataloader_iterator = iterator(loader)
+        if self._by_epoch:
+            return
+        former = loop.dataloader_iterator
+        if isinstance(former, _Advanced):  # A second training, again.
+            former = former.iterator
+        endless = type(former)
+        if isinstance(sampler, InfiniteSampler):
+            sampler.indices = sampler._indices_of_rank()
+            self._batches.first = runner.iter
+            loop.dataloader_iterator = _Advanced(endless(loader), runner.iter)
+        else:
+            loop.dataloader_iterator = endless(loader)
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Numbers the batches of this epoch."""
         if self._batches is not None and self._by_epoch:
-            self._batches.number = self._batches.first = runner.iter
+            self._batches.number = runner.iter
         self.before_train_iter(runner, 0)  # For samplers without a seed.
 
     def before_train_iter(
@@ -125,61 +130,59 @@ class CrashSafeHook(Hook):
         self._is_validated = False
         set_random_seed(seed_of(runner.seed, get_rank(), 1, runner.iter))
 
-    def after_train_epoch(self, runner: Runner, **kwargs) -> None:
-        """Removes outdated checkpoints, now that the new one is there."""
-        for hook in self._savers:
-            kept = {
-                hook.last_ckpt,
-                getattr(hook, 'best_ckpt_path', None),
-                *getattr(hook, 'best_ckpt_path_dict', {}).values(),
-            }
-            hook.file_backend.carry_out(kept)
 
-    after_train_iter = after_val_epoch = after_train_epoch
+def _remove_temporary_files(folder: Path) -> None:
+    """Removes files that atomic_write() began in processes that were killed."""
+    for path in folder.glob('.[0-9]*.*.pth'):
+        pid = path.name.split('.')[1]
+        if pid.isdecimal() and not _is_another_process(int(pid)):
+            path.unlink()
+
+
+def _is_another_process(pid: int) -> bool:
+    """Whether this is the id of a running process other than this one."""
+    if os.name != 'posix':
+        return True  # Not known: on Windows, os.kill() would end the process.
+    try:
+        os.kill(pid, 0)  # This sends no signal.
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # The process belongs to another user.
+        return True
+    return pid != os.getpid()
 
 
 class _WholeFileBackend(LocalBackend):
-    """A local file backend that writes atomically."""
+    """A local file backend that writes atomically, and removes outdated files then."""
+
+    outdated: ClassVar[set[str]] = set()
 
     def put(self, obj: Union[bytes, memoryview], filepath: Union[str, Path]) -> None:
         with atomic_write(filepath) as file:
             file.write_bytes(obj)
+        for path in self.outdated - {os.path.realpath(filepath)}:
+            Path(path).unlink(missing_ok=True)
+        self.outdated.clear()
 
 
-class _PostponedRemovals:
-    """A file backend that postpones removals."""
+class _PostponedRemovals(LocalBackend):
+    """A local file backend whose removals wait until the next file is written."""
 
-    def __init__(self, backend: Any) -> None:
-        self.backend = backend
-        self.removals = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.backend, name)
-
-    def remove(self, path: str) -> None:
-        self.removals.append((self.backend.remove, path))
-
-    def rmtree(self, path: str) -> None:
-        self.removals.append((self.backend.rmtree, path))
-
-    def carry_out(self, kept: Collection[str]) -> None:
-        for remove, path in self.removals:
-            if path not in kept:
-                remove(path)
-        self.removals.clear()
+    def remove(self, filepath: Union[str, Path]) -> None:
+        _WholeFileBackend.outdated.add(os.path.realpath(filepath))
 
 
 class _Advanced:
-    """MMEngine's endless iterator, of a sampler that has left out ``steps`` batches."""
+    """MMEngine's endless iterator, for a sampler that has skipped ``steps`` batches."""
 
     def __init__(self, iterator: Any, steps: int) -> None:
         self.iterator = iterator
-        # MMEngine calls next() for each of them, OneDL's skip_iter() for all.
-        self.left = 0 if hasattr(iterator, 'skip_iter') else steps
+        # MMEngine calls next() for each of the steps. OneDL calls skip_iter() once.
+        self.calls_to_ignore = 0 if hasattr(iterator, 'skip_iter') else steps
 
     def __next__(self) -> Any:
-        if self.left:
-            self.left -= 1
+        if self.calls_to_ignore:
+            self.calls_to_ignore -= 1
             return None
         return next(self.iterator)
 

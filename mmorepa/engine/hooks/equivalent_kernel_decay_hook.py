@@ -16,13 +16,13 @@ class EquivalentKernelDecayHook(Hook):
     """Adds ``½ · weight_decay · Σ ‖K‖²`` over the equivalent kernels to the losses.
 
     It generalises RepVGG's "custom L2" to every block, see
-    :meth:`mmorepa.layers.ReparamConv2d.regularized_kernel`, and is logged as
-    ``loss_kernel_decay``. It is meant to keep kernels narrow for quantisation, and
-    **did not help** INT8 in the trainings of docs/int8.md; with 0.01, trainings of deep
-    linear stems diverged.
+    :meth:`mmorepa.layers.ReparamConv2d.regularized_kernel`. The log has it as
+    ``loss_kernel_decay``. Its purpose is a narrow range of the kernels for
+    quantisation. It **did not help** INT8 in the trainings of docs/int8.md. With 0.01,
+    trainings of deep linear stems diverged.
 
-    ``branch_decay_mult=0.`` of :class:`mmorepa.engine.OREPAOptimWrapperConstructor`
-    takes the branches out of the optimizer's weight decay, or they decay twice.
+    Set ``branch_decay_mult=0.`` of :class:`mmorepa.engine.OREPAOptimWrapperConstructor`
+    as well. Otherwise the optimizer's weight decay applies to the branches, too.
 
     Args:
         weight_decay (float): The coefficient. Defaults to 1e-4.
@@ -50,9 +50,9 @@ class EquivalentKernelDecayHook(Hook):
                 'EquivalentKernelDecayHook has no effect: the model has no '
                 're-parameterised conv that is trained'
             )
-        self.after_train(runner)  # A training before this one may have been cut off.
-        # The forward pass, not the optimizer: this way every toolbox, AMP, gradient
-        # accumulation and the logs treat it as the loss that it is.
+        self.after_train(runner)  # An earlier training may have ended by an error.
+        # As a loss of the forward pass, it works in every toolbox, with AMP and with
+        # gradient accumulation, and it is logged.
         self._handle = model.register_forward_hook(self._add_loss, with_kwargs=True)
 
     def after_train(self, runner: Runner) -> None:

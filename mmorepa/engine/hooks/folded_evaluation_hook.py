@@ -14,15 +14,16 @@ from ...layers import folded, log_plain_starts
 class FoldedEvaluationHook(Hook):
     """Folds the model once for a validation or a test, see :func:`mmorepa.folded`.
 
-    From the first batch, when the loop has put the model in eval mode and an
-    ``EMAHook`` its averages in place, to the end of the loop. Before all that it says
-    in a line how many convs started from plain kernels.
+    It folds at the first batch, after the loop has put the model in eval mode and an
+    ``EMAHook`` has put its averages in place, and drops the kernels at the end of the
+    loop. Before a training or a test, it logs how many convs started from plain
+    kernels.
 
     Examples:
         >>> custom_hooks = [dict(type='FoldedEvaluationHook')]
     """
 
-    # After SwitchToDeployHook, which compares the training form with the deployed one.
+    # This hook runs after SwitchToDeployHook, which compares both forms of the model.
     priority = 'LOWEST'
 
     def __init__(self) -> None:
@@ -32,7 +33,7 @@ class FoldedEvaluationHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None
     ) -> None:
         if batch_idx == 0:
-            self._scope.close()  # One that an exception left open.
+            self._scope.close()  # An exception may have left the last one open.
             self._scope.enter_context(folded(runner.model))
 
     before_test_iter = before_val_iter

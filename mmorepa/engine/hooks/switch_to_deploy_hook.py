@@ -1,16 +1,13 @@
-"""Testing the deployed form, and writing it after training."""
+"""Tests the deployed form of a model."""
 
-import os
 from typing import Any, Optional
 
-from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 from torch import nn
 
 from ...analysis import largest_difference, raw_outputs, unwrapped, watched_convs
-from ...converters import deploy_checkpoint, read_checkpoint, write_checkpoint
 from ...layers import is_switchable, switch_to_deploy
 
 
@@ -18,15 +15,15 @@ from ...layers import is_switchable, switch_to_deploy
 class SwitchToDeployHook(Hook):
     """Switches the model to its plain form before it is tested.
 
-    At the first test batch, when an ``EMAHook`` has swapped its averages in, every
-    re-parameterised conv of the model, and of the EMA's copy, becomes a plain one, and
-    the outputs of both forms are compared. Validation switches nothing.
+    At the first test batch, after an ``EMAHook`` has put its averages in place, every
+    re-parameterised conv of the model and of the EMA's copy becomes a plain one. Then
+    the outputs of both forms are compared. After a failed comparison, the runner keeps
+    the deployed model. Validation switches nothing. ``python -m mmorepa deploy`` writes
+    the deployed form of a checkpoint.
 
     Args:
         tolerance (float, optional): The largest accepted difference of the raw outputs,
-            relative to the largest value; None skips the comparison. Defaults to 1e-4.
-        save_after_train (bool): Write the deployed form of the last checkpoint beside
-            it after training, as ``NAME_deploy.pth``. Defaults to False.
+            relative to the largest value. None skips the comparison. Defaults to 1e-4.
 
     Raises:
         RuntimeError: In a test, if the outputs differ by more than the tolerance.
@@ -37,11 +34,8 @@ class SwitchToDeployHook(Hook):
 
     priority = 'VERY_LOW'
 
-    def __init__(
-        self, tolerance: Optional[float] = 1e-4, save_after_train: bool = False
-    ) -> None:
+    def __init__(self, tolerance: Optional[float] = 1e-4) -> None:
         self.tolerance = tolerance
-        self.save_after_train = save_after_train
 
     def before_test_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None
@@ -66,7 +60,7 @@ class SwitchToDeployHook(Hook):
             'Switched the model to its deployed form; largest difference of the '
             f'outputs for the first batch: {difference}.'
         )
-        # Not `>`, which a NaN would pass.
+        # Not `>`, which is False for NaN.
         if not difference.relative <= self.tolerance:
             raise RuntimeError(
                 'the deployed form differs from the training form: '
@@ -83,23 +77,8 @@ class SwitchToDeployHook(Hook):
                 switch_to_deploy(ema_model)
 
     def _blame(self, layers: dict[str, float]) -> str:
-        """The first conv that differs from its plain form by itself."""
+        """Names the first conv whose two forms differ for the same input."""
         for name, difference in layers.items():
             if not difference <= self.tolerance:
                 return f'the first layer beyond it is {name!r}, with {difference:.2e}'
         return 'no re-parameterised conv is beyond it by itself'
-
-    @master_only
-    def after_train(self, runner: Runner) -> None:
-        if not self.save_after_train:
-            return
-        last = find_latest_checkpoint(runner.work_dir)
-        if last is None:
-            runner.logger.warning(
-                'No checkpoint was saved, so there is none to deploy: is a '
-                'CheckpointHook among the hooks?'
-            )
-            return
-        path = f'{os.path.splitext(last)[0]}_deploy.pth'
-        write_checkpoint(deploy_checkpoint(runner.model, read_checkpoint(last)), path)
-        runner.logger.info(f'Wrote the deployed form of {last} to {path}.')

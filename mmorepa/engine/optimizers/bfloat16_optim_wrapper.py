@@ -12,7 +12,7 @@ from torch import nn
 
 @OPTIM_WRAPPERS.register_module()
 class BFloat16OptimWrapper(OptimWrapper):
-    """Runs the forward pass in bfloat16 where that is safe, on any device.
+    """Runs the forward pass in bfloat16 where autocast allows it, on any device.
 
     MMEngine's ``AmpOptimWrapper`` refuses to run without an accelerator.
     bfloat16 has the range of float32, so no loss scaling is needed.

@@ -1,6 +1,6 @@
-"""How a model is trained where the config leaves it open: folds, memory, updates."""
+"""Chooses how a model is trained if the config does not: folds, memory, updates."""
 
-from typing import Any, Union
+from typing import Optional, Union
 
 from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper
@@ -27,7 +27,7 @@ FOLDED = {
 }
 
 
-def wrapper_class(cfg: dict) -> Any:
+def wrapper_class(cfg: dict) -> Optional[type]:
     """The class of an optimizer wrapper's config; None if there is no such class."""
     kind = cfg.get('type', 'OptimWrapper')
     return OPTIM_WRAPPERS.get(kind) if isinstance(kind, str) else kind
@@ -36,13 +36,13 @@ def wrapper_class(cfg: dict) -> Any:
 def choose_memory_format(
     model: nn.Module, channels_last: Union[bool, str], is_half: bool
 ) -> list[nn.Module]:
-    """Chooses the order of memory, and returns the modules that have channels last.
+    """Chooses the memory format, and returns the modules that have channels last.
 
-    ``'auto'`` takes what was measured to be faster; ``is_half`` says that the training
-    is in mixed precision. Wrapped models stay as they are.
+    ``'auto'`` takes the format that was measured to be faster. ``is_half`` is True for
+    mixed precision. Wrapped models are not changed.
     """
     if any(map(is_model_wrapper, model.modules())):
-        # What reduces gradients has remembered their order.
+        # DDP has made buckets for gradients in the former memory format.
         if channels_last is True:
             raise ValueError(
                 'channels_last=True comes too late for a model that is wrapped: '
@@ -79,10 +79,6 @@ def log_choices(
     names = ', '.join(type(part).__name__ for part in parts) or 'nothing'
     convs = [conv for _, conv in outermost(model, _ConvNd)]
     reparameterized = sum(has_branches(conv) for conv in convs)
-    renormalized = sum(getattr(conv, 'has_second_norm', False) for conv in convs)
-    norms = ''
-    if renormalized:
-        norms = f'; the norms of {renormalized} are followed by another one'
     logger = MMLogger.get_current_instance()
     if not reparameterized and any(getattr(c, 'deployed', False) for c in convs):
         logger.warning(
@@ -91,7 +87,6 @@ def log_choices(
         )
     logger.info(
         f'{type(wrapper).__name__}: {mode} (folds {folds}; '
-        f'{type(wrapper.optimizer).__name__} {update}; channels last in '
-        f'{names}); {reparameterized} convs of the model are re-parameterised, '
-        f'{len(convs) - reparameterized} are not{norms}'
+        f'{type(wrapper.optimizer).__name__} {update}; channels last in {names}); '
+        f'{reparameterized} of {len(convs)} convs are re-parameterised'
     )

@@ -2,60 +2,60 @@
 
 import logging
 from collections import Counter
+from functools import partial
 from typing import Optional, Union
 
+from mmcv.cnn import is_norm
 from mmengine.logging import MMLogger
 from mmengine.optim import AmpOptimWrapper, DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
-from torch.nn import GroupNorm, LayerNorm
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ...backbones import StagedBackbone
 from ...layers import DeepLinearKernel, OREPAKernel, OREPAPointwiseKernel, ReparamConv2d
-from ...utils.tables import format_table
 from .bfloat16_optim_wrapper import BFloat16OptimWrapper
 from .choices import FOLDED, choose_memory_format, log_choices, wrapper_class
-from .fused_update import match_memory_when_loaded, start_momentum, with_fused_update
-
-_NORMS = (_BatchNorm, _InstanceNorm, GroupNorm, LayerNorm)
+from .fused_update import match_memory, start_momentum, with_fused_update
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """MMEngine's constructor, with multipliers for parameters of OREPA networks.
 
-    All options of MMEngine's ``paramwise_cfg`` keep their meaning. These are
-    added, and multiply what the others give (in ``custom_keys``, a match would
-    switch the other rules off):
+    All options of MMEngine's ``paramwise_cfg`` keep their meaning. The following
+    options are added. They multiply the results of the other options, unlike
+    ``custom_keys``, where a match switches the other rules off:
 
     - ``norm_bias_lr_mult`` (float): Learning rate of the biases of normalisation
-      layers, which ``bias_lr_mult`` leaves out.
-    - ``stem_lr_mult`` (float): Learning rate of everything in a deep linear stem; any
-      other stem of this package's backbones keeps its rate, and the log says so.
+      layers. ``bias_lr_mult`` does not apply to them.
+    - ``stem_lr_mult`` (float): Learning rate of all parameters in a deep linear stem.
+      Other stems of this package's backbones keep their rate, and the log says so.
     - ``stem_keys`` (list[str]): Names of the modules that are the stem, such as
       ``['backbone.conv1']``. By default the deep linear stems of our backbones.
     - ``scale_lr_mult``, ``scale_decay_mult`` (float): Learning rate and weight decay
       of the scaling vectors.
-    - ``branch_decay_mult`` (float): Weight decay of all that is folded into kernels,
-      scaling vectors included; 0 goes with
+    - ``branch_decay_mult`` (float): Weight decay of all parameters that are folded into
+      kernels, with the scaling vectors. Set it to 0 for
       :class:`mmorepa.engine.EquivalentKernelDecayHook`.
 
-    Beside the type of the wrapper, ``folded=False`` and ``channels_last`` (True, False)
-    change two defaults, and ``capture=True`` goes to the folded form:
+    Two defaults depend on the model. Options beside the type of the wrapper change
+    them:
 
-    - ``OptimWrapper``, ``AmpOptimWrapper`` and ``BFloat16OptimWrapper`` become their
-      folded forms, as :class:`FoldedOptimWrapper`, where there are kernels to fold.
+    - If there are kernels to fold, ``OptimWrapper``, ``AmpOptimWrapper`` and
+      ``BFloat16OptimWrapper`` become their folded forms, such as
+      :class:`FoldedOptimWrapper`, which gets the option ``capture``. ``folded=False``
+      prevents this.
     - ResNets and RepVGGs that are not wrapped run with channels last on a CPU, and in
       mixed precision on a GPU, see :func:`mmorepa.set_channels_last`.
+      ``channels_last=True`` or ``False`` chooses for any model.
 
     Parameters with the same settings share one group, which PyTorch's optimizers update
-    in one fused loop where they can; one table of the groups is logged.
+    in one fused loop if possible. The log lists the groups.
 
     Raises:
-        ValueError: If an option is not known, a multiplier fits no parameter that is
-            trained, or modules share a parameter and ``bypass_duplicate`` is not set.
+        ValueError: If an option is not known or contradicts another, ``stem_keys`` has
+            a name that is no module's, a multiplier fits no parameter that is trained,
+            or modules share a parameter and ``bypass_duplicate`` is not set.
 
     Examples:
         >>> # The paper's recipe: biases learn at twice the rate, without decay.
@@ -78,22 +78,7 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         self.folded = optim_wrapper_cfg.pop('folded', True)
         self.channels_last = optim_wrapper_cfg.pop('channels_last', 'auto')
         self.capture = optim_wrapper_cfg.pop('capture', False)
-        if self.folded not in (True, False):
-            raise ValueError(f'folded is True or False, found {self.folded!r}')
-        if self.channels_last not in (True, False, 'auto'):
-            raise ValueError(
-                f"channels_last is True, False or 'auto', found {self.channels_last!r}"
-            )
-        kind = wrapper_class(optim_wrapper_cfg)
-        if not self.folded and kind in FOLDED.values():
-            raise ValueError(
-                f'folded=False contradicts type={kind.__name__!r}; take '
-                f'{kind.__name__.removeprefix("Folded")!r}'
-            )
-        if self.capture and not self.folded:
-            raise ValueError(
-                'capture records the folds of folded training: folded=False has none'
-            )
+        self._check_options(wrapper_class(optim_wrapper_cfg))
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
@@ -112,7 +97,9 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         parts = choose_memory_format(model, self.channels_last, is_half)
         wrapper = super().__call__(model)
         start_momentum(wrapper.optimizer)
-        match_memory_when_loaded(wrapper.optimizer, model)
+        wrapper.optimizer.register_load_state_dict_post_hook(
+            partial(match_memory, model)
+        )
         log_choices(wrapper, model, kernels, parts)
         return wrapper
 
@@ -124,18 +111,25 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         is_dcn_module: Optional[Union[int, float]] = None,
     ) -> None:
         """Adds the parameters of a module to ``params``, as the base class does."""
-        if prefix:  # The base class calls this for every child.
+        if prefix:  # The base class calls this method for every child.
             super().add_params(params, module, prefix, is_dcn_module)
             return
         singles: list[dict] = []
         logger = MMLogger.get_current_instance()
         level = logger.level
-        logger.setLevel(logging.ERROR)  # The table has what it logs of every tensor.
+        logger.setLevel(logging.ERROR)  # The base class logs every tensor.
         try:
             super().add_params(singles, module)
         finally:
             logger.setLevel(level)
-        _check_is_unique(singles, module)
+        counts = Counter(single['params'][0] for single in singles)
+        for name, param in module.named_parameters():
+            if counts[param] > 1:  # It would step several times.
+                raise ValueError(
+                    f'several modules share the parameter {name!r}, which the '
+                    'optimizer may hold once: set bypass_duplicate=True in '
+                    'paramwise_cfg'
+                )
         for option, (setting, choose) in _MULTIPLIERS.items():
             if option in self.paramwise_cfg:
                 chosen = choose(module, self.paramwise_cfg)
@@ -145,12 +139,34 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         params.extend(groups)
         self._log_groups(groups, module)
 
+    def _check_options(self, kind: Optional[type]) -> None:
+        if self.folded not in (True, False):
+            raise ValueError(f'folded is True or False, found {self.folded!r}')
+        if self.channels_last not in (True, False, 'auto'):
+            raise ValueError(
+                f"channels_last is True, False or 'auto', found {self.channels_last!r}"
+            )
+        if not self.folded and kind in FOLDED.values():
+            raise ValueError(
+                f'folded=False contradicts type={kind.__name__!r}; take '
+                f'{kind.__name__.removeprefix("Folded")!r}'
+            )
+        if self.capture and not self.folded:
+            raise ValueError(
+                'capture records the folds of folded training: folded=False has none'
+            )
+        if self.capture and kind not in (None, *FOLDED, *FOLDED.values()):
+            raise ValueError(
+                f'capture records the folds of folded training: {kind.__name__!r} has '
+                f'no folded form; take {", ".join(known.__name__ for known in FOLDED)}'
+            )
+
     def _validate_cfg(self) -> None:
         super()._validate_cfg()
         known = {*_MMENGINE_OPTIONS, *_MULTIPLIERS, 'stem_keys'}
         unknown = self.paramwise_cfg.keys() - known
         if unknown:
-            # MMEngine would pass over it in silence.
+            # MMEngine would ignore it without a warning.
             raise ValueError(
                 f'paramwise_cfg has no option {", ".join(sorted(unknown))}; it knows '
                 f'{", ".join(sorted(known))}'
@@ -165,33 +181,30 @@ class OREPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         factor, parameters = self.paramwise_cfg[option], set(chosen)
         matches = [s for s in singles if s['params'][0] in parameters]
         if not matches:
-            reason = 'the model has nothing that it is meant for'
-            if chosen:
-                reason = 'all that it is meant for is frozen (frozen_stages)'
-            raise ValueError(f'{option}={factor} has no effect: {reason}')
+            raise ValueError(
+                f'{option}={factor} has no effect: the model has nothing that it is '
+                'meant for, or it is frozen (frozen_stages)'
+            )
         for single in matches:
             single[setting] = single.get(setting, base) * factor
 
     def _log_groups(self, groups: list[dict], module: nn.Module) -> None:
         names = {param: name for name, param in module.named_parameters()}
-        rows = []
-        for group in groups:
-            tensors = group['params']
-            entries = sum(tensor.numel() for tensor in tensors)
-            lr = group.get('lr', self.base_lr)
-            decay = group.get('weight_decay', self.base_wd)
-            first = names[tensors[0]]
-            rows.append((first, f'{len(tensors)}', f'{entries:,}', f'{lr}', f'{decay}'))
+        lines = [
+            f'- {len(group["params"])} tensors from {names[group["params"][0]]}: '
+            f'lr {group.get("lr", self.base_lr)}, '
+            f'weight decay {group.get("weight_decay", self.base_wd)}'
+            for group in groups
+        ]
         frozen = sum(not param.requires_grad for param in module.parameters())
-        headers = ('group, by its first', 'tensors', 'parameters', 'lr', 'weight decay')
         MMLogger.get_current_instance().info(
             f'Parameter groups ({frozen} tensors are frozen and in none):\n'
-            f'{format_table(headers, rows)}'
+            + '\n'.join(lines)
         )
 
 
 def _merge(singles: list[dict]) -> list[dict]:
-    """Groups of one parameter each, merged where all settings are the same."""
+    """Merges groups of one parameter each if all their settings are the same."""
     groups: dict[tuple, dict] = {}
     for single in singles:
         settings = {k: v for k, v in single.items() if k != 'params'}
@@ -201,27 +214,15 @@ def _merge(singles: list[dict]) -> list[dict]:
     return list(groups.values())
 
 
-def _check_is_unique(singles: list[dict], module: nn.Module) -> None:
-    """Raises for a parameter in several groups, which would step several times."""
-    counts = Counter(single['params'][0] for single in singles)
-    for name, param in module.named_parameters():
-        if counts[param] > 1:
-            raise ValueError(
-                f'several modules share the parameter {name!r}, which the optimizer '
-                'may hold once: set bypass_duplicate=True in paramwise_cfg'
-            )
-
-
 def _norm_biases(module: nn.Module, options: dict) -> list[nn.Parameter]:
-    norms = (m for m in module.modules() if isinstance(m, _NORMS))
+    norms = (m for m in module.modules() if is_norm(m))
     return [norm.bias for norm in norms if getattr(norm, 'bias', None) is not None]
 
 
 def _stems(module: nn.Module, options: dict) -> Optional[list[nn.Parameter]]:
     """The parameters of the stems; None if no stem is deep linear."""
-    modules = dict(module.named_modules())
-    backbones = [m for m in modules.values() if isinstance(m, StagedBackbone)]
     if 'stem_keys' in options:
+        modules = dict(module.named_modules())
         missing = [key for key in options['stem_keys'] if key not in modules]
         if missing:
             raise ValueError(
@@ -229,9 +230,10 @@ def _stems(module: nn.Module, options: dict) -> Optional[list[nn.Parameter]]:
             )
         stems = [modules[key] for key in options['stem_keys']]
     else:
-        stems = [backbone.stem for backbone in backbones if _is_deep_linear(backbone)]
+        backbones = [m for m in module.modules() if isinstance(m, StagedBackbone)]
+        stems = [b.stem for b in backbones if _is_deep_linear(b.stem)]
         if backbones and not stems:
-            # Or a config would train its plain twin, block='plain', at another rate.
+            # The same config with block='plain' keeps the rate of its other layers.
             MMLogger.get_current_instance().info(
                 f'stem_lr_mult={options["stem_lr_mult"]} is not applied: the stem is '
                 'not deep linear (stem_keys names any other)'
@@ -240,8 +242,8 @@ def _stems(module: nn.Module, options: dict) -> Optional[list[nn.Parameter]]:
     return [param for stem in stems for param in stem.parameters()]
 
 
-def _is_deep_linear(backbone: StagedBackbone) -> bool:
-    return any(isinstance(part, DeepLinearKernel) for part in backbone.stem.modules())
+def _is_deep_linear(stem: nn.Module) -> bool:
+    return any(isinstance(part, DeepLinearKernel) for part in stem.modules())
 
 
 def _scales(module: nn.Module, options: dict) -> list[nn.Parameter]:
@@ -250,18 +252,18 @@ def _scales(module: nn.Module, options: dict) -> list[nn.Parameter]:
 
 
 def _branches(module: nn.Module, options: dict) -> list[nn.Parameter]:
-    """The parameters that kernels are folded from, without norms in branches."""
+    """The parameters that kernels are folded from, without the norms of branches."""
     return [
         param
         for conv in module.modules()
         if isinstance(conv, ReparamConv2d) and not conv.deployed
         for part in conv.branches.modules()
-        if not isinstance(part, _NORMS)
+        if not is_norm(part)
         for param in part.parameters(recurse=False)
     ]
 
 
-# Option: the setting that it multiplies, and which parameters'.
+# For each option, the setting that it multiplies, and a function for its parameters.
 _MULTIPLIERS = {
     'norm_bias_lr_mult': ('lr', _norm_biases),
     'stem_lr_mult': ('lr', _stems),

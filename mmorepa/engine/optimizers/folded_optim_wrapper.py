@@ -22,17 +22,17 @@ class _FoldedTraining:
     """A mixin that adds folded training to an optimizer wrapper.
 
     The fold does not depend on the data. So forward and backward passes run on the
-    folded kernels as ordinary leaf parameters of a plain network, and after a backward
-    pass their gradients are passed on to the branches: ``dL/dθ = Jᵀ · dL/dW``. This is
-    linear in the gradient, with the same ``J`` on every process, so that the result is
-    that of online folding under gradient accumulation, loss scaling, clipping and data
-    parallelism too.
+    folded kernels as ordinary leaf parameters of a plain network. After a backward
+    pass, their gradients are passed on to the branches: ``dL/dθ = Jᵀ · dL/dW``. This is
+    linear in the gradient, and ``J`` is the same on every process. So the result is
+    that of online folding, also with gradient accumulation, loss scaling, clipping and
+    data parallelism.
 
     Args:
         *args, **kwargs: See the base class.
         capture (bool | str): Whether the fold and its derivative are recorded as CUDA
-            graphs, see :class:`mmorepa.layers.RecordedFolds`; ``'compiled'`` fuses
-            their operations before by ``torch.compile``. Defaults to False.
+            graphs, see :class:`mmorepa.layers.RecordedFolds`. With ``'compiled'``,
+            ``torch.compile`` fuses their operations before. Defaults to False.
     """
 
     def __init__(self, *args, capture: Union[bool, str] = False, **kwargs) -> None:
@@ -44,16 +44,16 @@ class _FoldedTraining:
         self.__setstate__({})
 
     def __getstate__(self) -> dict:
-        # Passes and recordings are of the original's model.
-        own = ('_recorded', '_kernels')
-        return {name: value for name, value in vars(self).items() if name not in own}
+        # A copy starts without them, since they belong to the model of the original.
+        not_copied = ('_recorded', '_kernels')
+        return {k: v for k, v in vars(self).items() if k not in not_copied}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
         self._recorded: WeakKeyDictionary[nn.Module, RecordedFolds] = (
             WeakKeyDictionary()
         )
-        # Those that a loss may still lead to.
+        # The kernels to which a loss may still propagate gradients.
         self._kernels: WeakSet[KernelLeaf] = WeakSet()
 
     @contextmanager
@@ -76,7 +76,7 @@ class _FoldedTraining:
         if recorded is None and self._capture:
             recorded = RecordedFolds(is_compiled=self._capture == 'compiled')
             self._recorded[model] = recorded
-        # In this order: the context of the base class turns autocast on.
+        # The base class comes first, since its context turns autocast on.
         with super().optim_context(model), held(model, recorded) as kernels:
             self._kernels.update(kernels)
             yield
@@ -96,7 +96,7 @@ class _FoldedTraining:
         finally:
             for kernel in kernels:
                 kernel.graph.is_deferred = False
-        # Those that data parallelism has not averaged yet wait for the others.
+        # A gradient that data parallelism has not averaged yet must wait for that.
         backward_to_branches(
             [kernel for kernel in kernels if kernel.has_final_gradient()]
         )
@@ -109,7 +109,7 @@ class _FoldedTraining:
 
 
 def folds_online(model: nn.Module) -> bool:
-    """Whether a wrapper keeps a model from folded training."""
+    """Whether a model has a wrapper that prevents folded training."""
     return is_model_wrapper(model) and not isinstance(
         model, FoldedDistributedDataParallel
     )
@@ -119,8 +119,8 @@ def folds_online(model: nn.Module) -> bool:
 class FoldedOptimWrapper(_FoldedTraining, OptimWrapper):
     """Folded training in full precision.
 
-    Chosen by one line in a config; checkpoints are those of online folding, either
-    of which resumes from the other's.
+    One line in a config chooses it. Checkpoints are the same as with online folding,
+    and each resumes from those of the other.
 
     Args:
         *args, **kwargs: See :class:`mmengine.optim.OptimWrapper`.

@@ -1,4 +1,4 @@
-"""PyTorch's fused update of all parameters in one loop, where it can be had."""
+"""PyTorch's fused update of all parameters in one loop, if it is available."""
 
 from functools import partial
 
@@ -11,9 +11,9 @@ from ...layers import OREPAKernel
 
 
 def with_fused_update(optimizer_cfg: dict, model: nn.Module) -> dict:
-    """The config of an optimizer, with ``fused=True`` where PyTorch takes that.
+    """The config of an optimizer, with ``fused=True`` if PyTorch accepts it.
 
-    One that says ``fused`` or ``foreach`` stays as it is.
+    A config with ``fused`` or ``foreach`` is not changed.
     """
     options = dict(optimizer_cfg)
     kind = options.pop('type')
@@ -26,18 +26,18 @@ def with_fused_update(optimizer_cfg: dict, model: nn.Module) -> dict:
     try:
         kind(trained, **options, fused=True)
     except (TypeError, ValueError, RuntimeError):
-        # It has no such update, or not with other options, in this version or on this
-        # device; or nothing is trained.
+        # The optimizer has no fused update for these options, this version or this
+        # device, or no parameter is trained.
         return optimizer_cfg
     return {**optimizer_cfg, 'fused': True}
 
 
 def start_momentum(optimizer: Optimizer) -> None:
-    """Gives every parameter a momentum buffer where PyTorch's fused SGD needs it.
+    """Gives every parameter a momentum buffer if PyTorch's fused SGD needs it.
 
-    It fails unless all parameters of a group have a buffer, or none has, as where one
-    had no gradient before. A buffer of zeros is the same start: ``0.9 * 0 + g`` is
-    ``g``.
+    Fused SGD fails if some parameters of a group have a buffer and others have none,
+    for example because they had no gradient before. A buffer of zeros changes nothing:
+    ``0.9 * 0 + g`` is ``g``.
     """
     for group in optimizer.param_groups:
         is_safe = group.get('momentum') and not group.get('dampening')
@@ -46,16 +46,12 @@ def start_momentum(optimizer: Optimizer) -> None:
                 optimizer.state[param]['momentum_buffer'] = torch.zeros_like(param)
 
 
-def match_memory_when_loaded(optimizer: Optimizer, model: nn.Module) -> None:
-    """Gives states that are loaded from now on the memory order of their parameters.
+def match_memory(model: nn.Module, optimizer: Optimizer) -> None:
+    """Reorders loaded optimizer states to match the strides of their parameters.
 
-    A fused update takes both for memory of one order, and checkpoints bring another
-    one: that of an earlier version, or of a model without channels last.
+    Fused updates assume that both have the same strides. In checkpoints of earlier
+    versions, and of models without channels last, they may differ.
     """
-    optimizer.register_load_state_dict_post_hook(partial(_match_memory, model))
-
-
-def _match_memory(model: nn.Module, optimizer: Optimizer) -> None:
     reorder = {
         kernel.get_parameter(name): partial(kernel.branch_sum.from_former, name)
         for kernel in model.modules()
