@@ -216,7 +216,7 @@ def test_bad_input(out, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for words, line in (
         ('no rows', (TOOL, '--out', 'new', '--report-only')),
-        ('data folder', (TOOL, *PART, '--out', 'new')),
+        ('is missing', (TOOL, *PART, '--out', 'new')),
         ('do not go', (TOOL, *PART, '--blocks', 'dbb', '--variants', 'plain_stem')),
         ('gone.csv', (TOOL, '--report-only', '--merge', 'gone.csv')),
         ('no trained networks', (INT8, '--study', tmp_path, '--out', 'new')),

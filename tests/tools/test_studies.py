@@ -113,7 +113,7 @@ class TestTrain:
             trainings.train(config, nowhere, tmp_path / 'run', 'accuracy/top1')
         message = str(failed.value)
         assert message.startswith(f'a training of {config.name} failed')
-        assert 'error: the data folder' in message and '\n' not in message
+        assert 'is missing; ' in message and '\n' not in message
 
 
 @pytest.mark.parametrize(
