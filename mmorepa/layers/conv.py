@@ -117,6 +117,8 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
             node = leaf_call(self, x)
             if node is not None:
                 return node
+        if not isinstance(self, ReparamConv2d):
+            return self.forward(x)  # A method that was bound before its deployment.
         norm, act = self.norm, self.act
         scope = self.evaluation_scope
         fused = None if scope is None else scope.fused_conv(self)

@@ -66,9 +66,11 @@ def _become_plain(conv: ReparamConv2d) -> None:
     conv.__class__ = nn.Conv2d
     if act is not None:
         inner = copy.copy(conv)
+        added = {name: vars(conv)[name] for name in vars(conv).keys() - OF_CONVS}
         vars(conv).clear()
         conv.__class__ = ConvAct2d
         ConvAct2d.__init__(conv, inner, act)
+        vars(conv).update(added)
         conv.train(inner.training)
 
 

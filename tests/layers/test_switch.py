@@ -7,7 +7,7 @@ from mmengine.model import BaseModel
 from torch import nn
 
 from mmorepa import is_switchable, switch_to_deploy
-from mmorepa.layers import OREPAConv2d, PlainConv2d, ReparamConv2d
+from mmorepa.layers import ConvAct2d, OREPAConv2d, PlainConv2d, ReparamConv2d
 
 
 class Detector(BaseModel):
@@ -79,6 +79,18 @@ def test_hooks_of_a_conv_with_an_activation():
     model[0].register_forward_hook(lambda *args: seen.append(args[-1].min() >= 0))
     switch_to_deploy(model)(torch.randn(1, 3, 9, 9))
     assert seen == [True] and type(model[0]) is OREPAConv2d
+
+
+@pytest.mark.parametrize('act_cfg', [None, dict(type='ReLU')])
+def test_attributes_stay(act_cfg):
+    model = nn.Sequential(OREPAConv2d(3, 4, 3, act_cfg=act_cfg))
+    model[0].stage = 'first'
+    run, x = model[0].forward, torch.randn(1, 3, 9, 9)
+    expected = model(x)
+    switch_to_deploy(model)
+    assert type(model[0]) is (ConvAct2d if act_cfg else nn.Conv2d)
+    assert model[0].stage == 'first' and copy.deepcopy(model)[0].stage == 'first'
+    assert_near(run(x), expected)
 
 
 class Halved(OREPAConv2d):
