@@ -93,6 +93,14 @@ def test_attributes_stay(act_cfg):
     assert_near(run(x), expected)
 
 
+def test_modules_of_a_conv_with_an_activation():
+    """Their entries of the state dict keep their names."""
+    model = nn.Sequential(OREPAConv2d(3, 4, 3, act_cfg=dict(type='ReLU')))
+    model[0].scale = nn.Parameter(torch.ones(1))
+    switch_to_deploy(model)
+    assert sorted(model.state_dict()) == ['0.bias', '0.scale', '0.weight']
+
+
 class Halved(OREPAConv2d):
     """A kernel that the deployed form would not have."""
 
