@@ -8,7 +8,6 @@ from typing import Optional, Union
 import torch
 from torch import Tensor, nn
 
-from .changes import check_foldable
 from .conv import ReparamConv2d
 from .folding import check_is_whole
 
@@ -45,7 +44,7 @@ def switch_to_deploy(module: nn.Module) -> nn.Module:
         _refuse_training(wrapper)
         wrapper.register_forward_pre_hook(_refuse_training)
     for conv in forms:  # All of them, before the first one is changed.
-        check_foldable(conv)
+        conv.check_deployable()
     for conv in convs:
         conv.switch_to_deploy()
         if conv is not module:

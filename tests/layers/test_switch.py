@@ -144,5 +144,7 @@ def test_parameters_of_one_dimension_and_none():
     x = torch.randn(1, 3, 9, 9)
     expected = conv(x)
     assert_near(switch_to_deploy(conv)(x), expected)
+    model = nn.Sequential(OREPAConv2d(3, 4, 3), Fixed(4, 4, 3))
     with pytest.raises(TypeError, match='no parameters'):
-        switch_to_deploy(Fixed(3, 4, 3))
+        switch_to_deploy(model)
+    assert not model[0].deployed
