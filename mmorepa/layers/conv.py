@@ -117,6 +117,8 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
             node = leaf_call(self, x)
             if node is not None:
                 return node
+        if not isinstance(self, ReparamConv2d):
+            return self.forward(x)  # A method that was bound before its deployment.
         norm, act = self.norm, self.act
         scope = self.evaluation_scope
         fused = None if scope is None else scope.fused_conv(self)
@@ -199,11 +201,9 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         """
         if self.deployed:
             return
-        check_foldable(self)
+        self.check_deployable()
         warn_of_silent_hooks(self)
-        like = next(self.branches.parameters(), None)
-        if like is None:
-            raise TypeError(f'the branches of {type(self).__name__} have no parameters')
+        like = next(self.branches.parameters())
         # The bias of a norm that is folded in has no such parameter.
         former = None if self.last_norms else self.bias
         others = [p for p in self.parameters() if p is not former]
@@ -219,6 +219,12 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
             if former is not None:
                 self.bias.requires_grad_(former.requires_grad)
                 vars(self.bias).update(vars(former))
+
+    def check_deployable(self) -> None:
+        """Raises a TypeError where :meth:`switch_to_deploy` does."""
+        check_foldable(self)
+        if next(self.branches.parameters(), None) is None:
+            raise TypeError(f'the branches of {type(self).__name__} have no parameters')
 
     @property
     def memory_format(self) -> torch.memory_format:

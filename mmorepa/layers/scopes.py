@@ -55,15 +55,16 @@ def folded(model: nn.Module, in_traces: bool = False) -> Iterator[nn.Module]:
 
 
 class Sources:
-    """The parameters of a conv, in whose place a call may put others."""
+    """The tensors and modules of a conv, in whose place a call may put others."""
 
     def __init__(self, conv: ReparamConv2d) -> None:
         modules = list(conv.modules())
-        places = [m._parameters for m in modules] + [m._modules for m in modules]
+        names = ('_parameters', '_buffers', '_modules')
+        places = [vars(module)[name] for module in modules for name in names]
         self._places = [(place, [*place.values()]) for place in places if place]
 
     def are_current(self) -> bool:
-        """Whether the conv has these parameters, and not just equal ones."""
+        """Whether the conv has these very ones, and not just equal ones."""
         return all(
             are_the_same([*place.values()], sources) for place, sources in self._places
         )

@@ -8,12 +8,12 @@ from typing import Optional, Union
 import torch
 from torch import Tensor, nn
 
-from .changes import check_foldable
 from .conv import ReparamConv2d
 from .folding import check_is_whole
 
 # The attributes that any conv has.
 OF_CONVS = vars(nn.Conv2d(1, 1, 1, device='meta')).keys()
+_PARTS = {'weight', 'bias', 'norm', 'act'}
 _PARALLEL = {'DistributedDataParallel', 'FullyShardedDataParallel', 'FSDPModule'}
 
 
@@ -23,9 +23,9 @@ def switch_to_deploy(module: nn.Module) -> nn.Module:
     Each conv becomes a :class:`torch.nn.Conv2d`, or a :class:`ConvAct2d` where an
     activation belongs to it, whoever holds it. Attributes that were set on it stay. A
     conv keeps its class if its norm cannot be folded (GroupNorm and the like), if it
-    has methods of its own, if it has both hooks and an activation, or if it is
-    ``module`` itself. The keys of the state dict are those of a model that was built
-    with ``deploy=True``.
+    has methods of its own, if it has an activation and also hooks, or parameters or
+    modules of its own, or if it is ``module`` itself. The keys of the state dict are
+    those of a model that was built with ``deploy=True``.
 
     Args:
         module (nn.Module): A layer, a backbone, or a whole model, changed in place and
@@ -44,7 +44,7 @@ def switch_to_deploy(module: nn.Module) -> nn.Module:
         _refuse_training(wrapper)
         wrapper.register_forward_pre_hook(_refuse_training)
     for conv in forms:  # All of them, before the first one is changed.
-        check_foldable(conv)
+        conv.check_deployable()
     for conv in convs:
         conv.switch_to_deploy()
         if conv is not module:
@@ -56,7 +56,9 @@ def _become_plain(conv: ReparamConv2d) -> None:
     """Makes a deployed conv a plain one, for everybody who holds it."""
     act = conv.act
     has_more = act is not None and (
-        has_hooks(conv) or next(act.parameters(), None) is not None
+        has_hooks(conv)
+        or next(act.parameters(), None) is not None
+        or {*conv._parameters, *conv._buffers, *conv._modules} - _PARTS
     )
     if has_more or conv.norm is not None or _overrides(conv):
         return
@@ -66,9 +68,11 @@ def _become_plain(conv: ReparamConv2d) -> None:
     conv.__class__ = nn.Conv2d
     if act is not None:
         inner = copy.copy(conv)
+        added = {name: vars(conv)[name] for name in vars(conv).keys() - OF_CONVS}
         vars(conv).clear()
         conv.__class__ = ConvAct2d
         ConvAct2d.__init__(conv, inner, act)
+        vars(conv).update(added)
         conv.train(inner.training)
 
 

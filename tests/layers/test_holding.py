@@ -142,6 +142,17 @@ class TestFolded:
             assert_near(functional_call(conv, others, (x,)), theirs, 1e-12)
             assert_near(conv(x), own, 1e-12)
 
+    def test_other_statistics_in_a_call(self, conv):
+        """The norm that is fused into a kernel is that of the call."""
+        x = image()
+        others = {n: b + 1 for n, b in conv.named_buffers() if 'running' in n}
+        with torch.no_grad():
+            own, theirs = conv(x), functional_call(conv, others, (x,))
+            with folded(conv):
+                assert_near(conv(x), own, 1e-12)
+                assert_near(functional_call(conv, others, (x,)), theirs, 1e-12)
+                assert_near(conv(x), own, 1e-12)
+
     def test_nested_and_exceptions(self, orepa):
         model, x = nn.Sequential(orepa), image()
         with torch.no_grad(), counted_folds(orepa) as folds:

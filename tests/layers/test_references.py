@@ -85,8 +85,10 @@ def test_objects_and_functions(hide):
     assert_near(out, expected)
     out.square().sum().backward()
     assert all(p.grad is not None for p in model.a.parameters())
+    run_later = hide(model.a)
     switch_to_deploy(model)
     assert_near(run(x), expected)
+    assert_near(run_later(x), expected)
 
 
 def worker(rank, meeting):

@@ -7,7 +7,7 @@ from mmengine.model import BaseModel
 from torch import nn
 
 from mmorepa import is_switchable, switch_to_deploy
-from mmorepa.layers import OREPAConv2d, PlainConv2d, ReparamConv2d
+from mmorepa.layers import ConvAct2d, OREPAConv2d, PlainConv2d, ReparamConv2d
 
 
 class Detector(BaseModel):
@@ -81,6 +81,26 @@ def test_hooks_of_a_conv_with_an_activation():
     assert seen == [True] and type(model[0]) is OREPAConv2d
 
 
+@pytest.mark.parametrize('act_cfg', [None, dict(type='ReLU')])
+def test_attributes_stay(act_cfg):
+    model = nn.Sequential(OREPAConv2d(3, 4, 3, act_cfg=act_cfg))
+    model[0].stage = 'first'
+    run, x = model[0].forward, torch.randn(1, 3, 9, 9)
+    expected = model(x)
+    switch_to_deploy(model)
+    assert type(model[0]) is (ConvAct2d if act_cfg else nn.Conv2d)
+    assert model[0].stage == 'first' and copy.deepcopy(model)[0].stage == 'first'
+    assert_near(run(x), expected)
+
+
+def test_modules_of_a_conv_with_an_activation():
+    """Their entries of the state dict keep their names."""
+    model = nn.Sequential(OREPAConv2d(3, 4, 3, act_cfg=dict(type='ReLU')))
+    model[0].scale = nn.Parameter(torch.ones(1))
+    switch_to_deploy(model)
+    assert sorted(model.state_dict()) == ['0.bias', '0.scale', '0.weight']
+
+
 class Halved(OREPAConv2d):
     """A kernel that the deployed form would not have."""
 
@@ -124,5 +144,7 @@ def test_parameters_of_one_dimension_and_none():
     x = torch.randn(1, 3, 9, 9)
     expected = conv(x)
     assert_near(switch_to_deploy(conv)(x), expected)
+    model = nn.Sequential(OREPAConv2d(3, 4, 3), Fixed(4, 4, 3))
     with pytest.raises(TypeError, match='no parameters'):
-        switch_to_deploy(Fixed(3, 4, 3))
+        switch_to_deploy(model)
+    assert not model[0].deployed
