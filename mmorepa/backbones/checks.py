@@ -96,7 +96,7 @@ def describe_errors(lines: Sequence[str]) -> str:
     return first.strip() + (f', and {len(more)} more' if more else '')
 
 
-def check_is_there(checkpoint: str) -> None:
+def check_exists(checkpoint: str) -> None:
     """Raises CheckpointError if the file of an ``init_cfg`` is missing.
 
     Addresses, such as https://… and torchvision://…, are left to MMEngine.

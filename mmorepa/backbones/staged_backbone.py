@@ -14,7 +14,7 @@ from ..layers import ReparamConv2d, build_conv, log_plain_starts, switch_to_depl
 from .checks import (
     check_fits,
     check_is_known,
-    check_is_there,
+    check_exists,
     check_style,
     require_fit,
 )
@@ -176,7 +176,7 @@ class StagedBackbone(BaseModule):
         configs = self.init_cfg or []
         for cfg in [configs] if isinstance(configs, dict) else configs:
             if cfg.get('type') == 'Pretrained':
-                check_is_there(cfg['checkpoint'])
+                check_exists(cfg['checkpoint'])
                 check_style(self, cfg['checkpoint'])
         with self.refuse_misfits():
             super().init_weights()

@@ -11,7 +11,7 @@ from torch import Tensor
 from .kernels import (
     average_kernel,
     compose_1x1_kxk,
-    constant,
+    cached_constant,
     depthwise_separable_kernel,
     embed_1x1,
     filtered_kernel,
@@ -106,7 +106,7 @@ class BranchSum:
 
     def filters(self, like: Tensor) -> Optional[Tensor]:
         """The filters of :attr:`filtered`, if any: (F, O, k²), not to be written to."""
-        return constant(_filters, self, like=like) if self.filtered else None
+        return cached_constant(_filters, self, like=like) if self.filtered else None
 
     def as_stored(self, name: str, weight: Tensor) -> Tensor:
         """The weight of a conv in the order in which a kernel stores it.
@@ -171,7 +171,7 @@ class BranchSum:
         if name == 'average':
             return average_kernel(weight, size)
         if name == 'frequency':
-            filters = constant(frequency_prior, self.shape[0], size, like=weight)
+            filters = cached_constant(frequency_prior, self.shape[0], size, like=weight)
             return filtered_kernel(weight, filters)
         if name == 'pointwise':
             return embed_1x1(weight, size)
@@ -180,7 +180,7 @@ class BranchSum:
                 *others, weight, self.groups, self.expansion
             )
         if name == 'pointwise_kxk':
-            weight = weight + constant(identity_1x1, *weight.shape[:2], like=weight)
+            weight = weight + cached_constant(identity_1x1, *weight.shape[:2], like=weight)
         return compose_1x1_kxk(weight, *others, self.groups)
 
 

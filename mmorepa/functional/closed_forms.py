@@ -30,7 +30,7 @@ from torch.fx import _symbolic_trace
 
 from . import compiled
 from .branch_sum import BranchSum
-from .kernels import constant, identity_1x1
+from .kernels import cached_constant, identity_1x1
 
 # By its newer name where there is one: the older then warns.
 _is_traced_by_fx = getattr(
@@ -77,7 +77,7 @@ class _ClosedForm(torch.autograd.Function):
     def forward(ctx, spec: BranchSum, *tensors: Tensor) -> Tensor:
         ctx.spec = spec
         ctx.save_for_backward(*tensors)
-        if compiled.takes(spec, tensors):
+        if compiled.supports(spec, tensors):
             return compiled.fold(spec, tensors)
         return _as_kernel(_Terms(spec, tensors).fold(), spec)
 
@@ -91,7 +91,7 @@ class _ClosedForm(torch.autograd.Function):
             kernel = spec.kernel(*tensors)
             grads = iter(torch.autograd.grad(kernel, trained, grad, create_graph=True))
             return None, *(next(grads) if n else None for n in needed)
-        if compiled.takes(spec, (*tensors, grad)):
+        if compiled.supports(spec, (*tensors, grad)):
             gradients = compiled.fold_gradients(spec, grad, tensors)
         else:
             gradients = _Terms(spec, tensors).gradients(_as_rows(grad))
@@ -134,7 +134,7 @@ class _Terms:
         if 'first' in p:
             first = p['first'].flatten(1)
             if spec.has_identity:
-                first = first + constant(
+                first = first + cached_constant(
                     identity_1x1, *first.shape, like=first
                 ).flatten(1)
             self.first = first.reshape(groups, -1, inputs)

@@ -110,7 +110,7 @@ def _flags() -> list[str]:
     return f'{_FLAGS} {_INSTRUCTIONS.get(capability, "")}'.split()
 
 
-def takes(spec: BranchSum, tensors: Sequence[Tensor]) -> bool:
+def supports(spec: BranchSum, tensors: Sequence[Tensor]) -> bool:
     """Whether there is compiled code for a fold of these parameters and gradients."""
     dtype = tensors[0].dtype
     return (

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 _constants: dict[tuple, Tensor] = {}
 
 
-def constant(make: Callable[..., Tensor], *args, like: Tensor) -> Tensor:
+def cached_constant(make: Callable[..., Tensor], *args, like: Tensor) -> Tensor:
     """``make(*args)``, made once for each dtype and device.
 
     A constant of the formulas is no buffer of a module: ``to_empty()`` would leave it

@@ -47,7 +47,7 @@ def param_groups(
     ]
 
 
-def watch(branches: nn.Module) -> None:
+def warn_if_not_optimized(branches: nn.Module) -> None:
     """Warns at the first step of an optimizer that has no branch of any conv."""
     global _hook
     if branches in _seen:

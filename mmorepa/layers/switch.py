@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .changes import check_foldable
 from .conv import ReparamConv2d
-from .folding import check_is_whole
+from .folding import check_not_sharded
 
 # The attributes that any conv has.
 OF_CONVS = vars(nn.Conv2d(1, 1, 1, device='meta')).keys()
@@ -40,7 +40,7 @@ def switch_to_deploy(module: nn.Module) -> nn.Module:
     wrapper = parallel_wrapper(module) if forms else None
     if wrapper is not None:
         for conv in forms:
-            check_is_whole(list(conv.parameters()))
+            check_not_sharded(list(conv.parameters()))
         _refuse_training(wrapper)
         wrapper.register_forward_pre_hook(_refuse_training)
     for conv in forms:  # All of them, before the first one is changed.
