@@ -1,4 +1,4 @@
-"""The Diverse Branch Block (Ding et al., CVPR 2021), the baseline of the OREPA paper."""
+"""The Diverse Branch Block (Ding et al., CVPR 2021), the baseline in OREPA's paper."""
 
 import torch
 import torch.fx

@@ -49,7 +49,7 @@ def add_branches(
             Their deployed form has a bias. Defaults to ``'orepa'``.
         include (str | Sequence[str]): Patterns such as ``'backbone.*'`` of the names
             of convs to change. Defaults to ``'*'``.
-        exclude (str | Sequence[str]): Patterns of names not to change. Defaults to none.
+        exclude (str | Sequence[str]): Patterns of convs to leave. Defaults to none.
         block_cfg (dict, optional): Arguments for convs of this block type. Defaults to
             None.
 

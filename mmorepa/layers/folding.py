@@ -66,9 +66,7 @@ def fuse_norm(
 ) -> tuple[Tensor, Tensor]:
     """Kernel and bias in float64 after fusing a norm that :func:`is_fusible`."""
     statistics = to_float64(norm.running_mean), to_float64(norm.running_var), norm.eps
-    affine = (
-        (to_float64(norm.weight), to_float64(norm.bias)) if norm.affine else (None, None)
-    )
+    affine = [p if p is None else to_float64(p) for p in (norm.weight, norm.bias)]
     kernel, bias = fuse_conv_bn_weights(kernel, bias, *statistics, *affine)
     return kernel.detach(), bias.detach()
 
