@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .kernels import (
     average_kernel,
-    compose_1x1_kxk,
     cached_constant,
+    compose_1x1_kxk,
     depthwise_separable_kernel,
     embed_1x1,
     filtered_kernel,
@@ -105,7 +105,7 @@ class BranchSum:
                 )
 
     def filters(self, like: Tensor) -> Optional[Tensor]:
-        """The filters of :attr:`filtered`, (F, O, k²), or None. Do not write to them."""
+        """The filters of :attr:`filtered`, (F, O, k²), or None. Do not write to it."""
         return cached_constant(_filters, self, like=like) if self.filtered else None
 
     def as_stored(self, name: str, weight: Tensor) -> Tensor:

@@ -165,7 +165,7 @@ def compose_deep_linear(first: Tensor, second: Tensor, groups: int = 1) -> Tenso
 
     Args:
         first (Tensor): Shape (M, Ig, j, j).
-        second (Tensor): Shape (O, M/g, k, k). The result has (O, Ig, j + k − 1, same).
+        second (Tensor): Shape (O, M/g, k, k). Both give (O, Ig, j + k − 1, j + k − 1).
         groups (int): g, the groups of both convs. Defaults to 1.
     """
     mid, inputs, *size = first.shape

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ..functional import (
     average_kernel,
-    compose_1x1_kxk,
     cached_constant,
+    compose_1x1_kxk,
     constant_response,
     filtered_kernel,
     identity_1x1,
