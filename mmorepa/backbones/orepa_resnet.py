@@ -351,7 +351,7 @@ class OREPAResNet(StagedBackbone):
         return self.maxpool(self.stem(x))
 
     def init_weights(self) -> None:
-        """Initialises as ``init_cfg`` says. Each block has initialised itself before."""
+        """Initialises as ``init_cfg`` says, after the blocks initialised themselves."""
         if self.zero_init_residual:
             for stage in self.stages:
                 for block in stage:

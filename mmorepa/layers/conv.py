@@ -12,14 +12,7 @@ from torch.nn.modules.utils import _pair
 from ..utils.weights import warn_of_damage
 from .changes import check_foldable, warn_of_silent_hooks
 from .folded_weight import ParametersOfBranches, WeightOfBranches
-from .folding import (
-    fold,
-    fold_exactly,
-    fuse_norm,
-    is_fusible,
-    is_sharded,
-    to_float64,
-)
+from .folding import fold, fold_exactly, fuse_norm, is_fusible, is_sharded, to_float64
 from .loading import adapt
 from .param_groups import warn_if_not_optimized
 from .starting import StartsFromKernels
