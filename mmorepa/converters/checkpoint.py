@@ -176,8 +176,8 @@ def write_checkpoint(checkpoint: dict, path: PathLike) -> None:
     """Writes a checkpoint under a temporary name, then renames it.
 
     Args:
-        checkpoint (dict): Any dict for ``torch.save``. A ``.safetensors`` file gets only
-            the ``state_dict`` (or a bare state dict) and the ``meta`` as text.
+        checkpoint (dict): Any dict for ``torch.save``. In a ``.safetensors`` file, only
+            ``state_dict`` (or a bare state dict) and ``meta``, as text, are written.
         path (str | Path): The file. Its folder is made if it does not exist.
 
     Raises:

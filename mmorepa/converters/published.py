@@ -1,7 +1,7 @@
 """Translates checkpoints of the published training code.
 
-Published keys start with ``stage0`` to ``stage4`` or ``linear``. The keys of a conv end
-like those of its block (``weight_orepa_origin``, ``dbb_1x1.conv.weight``, …).
+Published keys start with ``stage0`` to ``stage4`` or ``linear``. They end with a weight
+of a block, such as ``weight_orepa_origin`` or ``dbb_1x1.conv.weight``.
 """
 
 import re
@@ -153,7 +153,7 @@ def _specs(network: nn.Module) -> dict[str, BranchSum]:
 
 
 def _fixed(key: str, value: Tensor) -> Optional[Tensor]:
-    """The value of an entry that is constant in the published code; None for weights."""
+    """The value of an entry if the published code keeps it constant, else None."""
     fixed = None
     if key.endswith('_avg_avg'):
         fixed = torch.full_like(value, 1 / max(value.numel(), 1))
