@@ -1,4 +1,4 @@
-"""Checks of what a backbone loads."""
+"""Checks of the checkpoints that a backbone loads."""
 
 import os
 import re
@@ -11,10 +11,10 @@ from ..utils.errors import COMPILED_KEYS, CheckpointError, describe_misfit
 
 
 def check_is_known(backbone: nn.Module, names: Sequence[str]) -> None:
-    """Raises CheckpointError if a checkpoint of these entries has none for any conv.
+    """Raises CheckpointError if no entry of a checkpoint belongs to a conv.
 
-    MMEngine only warns, and the training would go on from random weights. It also
-    raises for the branches of a conv that is a plain one for good.
+    MMEngine would only warn, and then train from random weights. This function also
+    raises if there are branches for a conv that ``switch_to_deploy`` made plain.
     """
     if any('_orig_mod.' in name for name in names):
         raise CheckpointError(f'the state dict does not fit: {COMPILED_KEYS}')
@@ -29,7 +29,7 @@ def check_is_known(backbone: nn.Module, names: Sequence[str]) -> None:
             f'nothing in the checkpoint belongs to a {type(backbone).__name__}: it has '
             f'{", ".join(names[:3])}, …'
         )
-    # Here and not in the convs, of which each knows of itself alone.
+    # A plain nn.Conv2d cannot check this itself: it knows nothing of branches.
     with_branches = {n.partition('.branches.')[0] for n in names if '.branches.' in n}
     for name, conv in convs.items():
         if name in with_branches and not isinstance(conv, ReparamConv2d):
@@ -43,7 +43,7 @@ def check_is_known(backbone: nn.Module, names: Sequence[str]) -> None:
 def require_fit(
     backbone: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: object
 ) -> None:
-    """A load hook: this load has to bring every weight, see :func:`check_fits`."""
+    """A load hook: requires this load to set every weight, see :func:`check_fits`."""
     if not any(key.startswith(prefix) for key in state_dict):
         raise CheckpointError(
             f'nothing in the checkpoint belongs to a {type(backbone).__name__}: it has '
@@ -54,13 +54,13 @@ def require_fit(
 
 
 def check_fits(backbone: nn.Module, incompatible_keys: object) -> None:
-    """Raises CheckpointError unless the load that ends here has brought every weight.
+    """Raises CheckpointError unless the load that ends here has set every weight.
 
-    That may be from the training form, deployed, or a plain network. Plugins of which
-    there is nothing stay as they are.
+    The checkpoint may be of the training form, the deployed form or a plain network.
+    It may lack all entries of a plugin: that plugin then keeps its weights.
     """
     prefix = backbone.load_prefix
-    # Not a classifier, for example, or stages that are not built.
+    # Ignore entries of other parts, such as a classifier or stages that are not built.
     parts = tuple(f'{prefix}{name}.' for name in ('stem', *backbone.stage_names))
     missing, left_over = (
         {
@@ -76,7 +76,7 @@ def check_fits(backbone: nn.Module, incompatible_keys: object) -> None:
             parameters = block.get_submodule(plugin).named_parameters()
             if {start + key for key, _ in parameters} <= missing:
                 missing = {key for key in missing if not key.startswith(start)}
-    # Behind a space or a quotation mark; a whole model has others.
+    # Select the errors of this backbone: its keys follow a space or a quotation mark.
     starts = (f' {prefix}', f'"{prefix}')
     errors = [e for e in backbone.load_errors if any(start in e for start in starts)]
     problems = [
@@ -91,15 +91,15 @@ def check_fits(backbone: nn.Module, incompatible_keys: object) -> None:
 
 
 def describe_errors(lines: Sequence[str]) -> str:
-    """The first of PyTorch's errors of a load, of which it has one for each shape."""
+    """The first error that PyTorch reports for a load, and the number of the others."""
     first, *more = lines
     return first.strip() + (f', and {len(more)} more' if more else '')
 
 
-def check_is_there(checkpoint: str) -> None:
+def check_exists(checkpoint: str) -> None:
     """Raises CheckpointError if the file of an ``init_cfg`` is missing.
 
-    Addresses, such as https://… and torchvision://…, are left to MMEngine.
+    MMEngine checks addresses, such as https://… and torchvision://….
     """
     if '://' in checkpoint or os.path.isfile(checkpoint):
         return
@@ -114,10 +114,10 @@ def check_is_there(checkpoint: str) -> None:
 
 
 def check_style(backbone: nn.Module, checkpoint: str) -> None:
-    """Raises CheckpointError if a checkpoint has another style by its name.
+    """Raises CheckpointError if the name of a checkpoint tells another style.
 
-    That is one with caffe or msra in its file's name for the usual style, and one of
-    torchvision's for the style of caffe.
+    File names with caffe or msra do not fit the style ``'pytorch'``, and addresses of
+    torchvision do not fit the style ``'caffe'``.
     """
     name = checkpoint.rpartition('/')[-1]
     style = getattr(backbone, 'style', 'pytorch')

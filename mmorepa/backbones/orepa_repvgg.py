@@ -31,9 +31,9 @@ class SqueezeExcitation(nn.Module):
 
 
 class RepVGGBlock(BaseModule):
-    """A 3×3 conv of several branches, squeeze-excitation if wanted, activation.
+    """A 3×3 conv of several branches, optional squeeze-excitation, activation.
 
-    The arguments are those of :class:`OREPARepVGG`, for one block.
+    Takes the arguments of :class:`OREPARepVGG`, for one block.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class RepVGGBlock(BaseModule):
 
 
 def _architectures() -> dict[str, dict]:
-    """Blocks and width multiplier of each stage, groups, squeeze-excitation."""
+    """The blocks and the width multiplier of each stage, and further options."""
     few, many, most = (2, 4, 14, 1), (4, 6, 16, 1), (8, 14, 24, 1)
     table = {
         'A0': dict(num_blocks=few, widths=(0.75, 0.75, 0.75, 2.5)),
@@ -85,20 +85,20 @@ def _architectures() -> dict[str, dict]:
 class OREPARepVGG(StagedBackbone):
     """RepVGG with OREPA, plain, or any other kind of 3×3 branches.
 
-    ``y = ReLU(BN(OREPA 3×3 (x)) + BN(conv 1×1 (x)) [+ BN(x)])`` in every block, the
-    stem included; deployed, each block is one 3×3 conv with bias and a ReLU.
+    Every block, also the stem, computes ``y = ReLU(BN(OREPA 3×3 (x)) +
+    BN(conv 1×1 (x)) [+ BN(x)])``. Deployed, it is one 3×3 conv with bias and a ReLU.
 
-    All arguments that are not listed are those of :class:`OREPAResNet`.
+    For arguments that are not listed, see :class:`OREPAResNet`.
 
     Args:
         arch (str | dict): A0, A1, A2, B0, B1, B1g2, B1g4, B2, B2g2, B2g4, B3, B3g2,
-            B3g4 or D2se; or a dict with ``num_blocks`` and ``widths`` (multipliers of
-            64, 128, 256, 512 channels), one each for every stage, and optionally
+            B3g4 or D2se. Or a dict with ``num_blocks`` and ``widths`` (multipliers of
+            64, 128, 256, 512 channels), with one value for each stage, and optionally
             ``groups`` (of every second block) and ``use_se``.
-        block (str): ``'orepa'``, ``'repvgg'``, or a key of
+        block (str): ``'orepa'`` (here: ``'orepa_repvgg'``), ``'repvgg'``, or a name in
             :data:`mmorepa.layers.BLOCKS`. Defaults to ``'orepa'``.
-        base_channels (int): Of the first stage at width one. Defaults to 64.
-        strides (Sequence[int]): Of the first blocks. Defaults to (2, 2, 2, 2).
+        base_channels (int): Channels of the first stage at width 1. Defaults to 64.
+        strides (Sequence[int]): Stride of each stage. Defaults to (2, 2, 2, 2).
 
     Raises:
         ValueError: If an argument has no meaning for this network.
@@ -117,7 +117,7 @@ class OREPARepVGG(StagedBackbone):
         with_cp: bool = False,
         **options,
     ) -> None:
-        # 'orepa' means a RepVGG block here, of which one branch is OREPA.
+        # In this network, 'orepa' means a RepVGG block with an OREPA branch.
         names = {'orepa': 'orepa_repvgg'}
         super().__init__(
             names.get(block, block),

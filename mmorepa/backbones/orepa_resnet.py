@@ -19,15 +19,15 @@ from .staged_backbone import StagedBackbone, build_same_conv, scaled_channels
 
 
 class _ResidualBlock(BaseModule):
-    """``act(drop_path(branch(x)) + shortcut(x))``; subclasses describe the branch.
+    """``act(drop_path(branch(x)) + shortcut(x))``. Subclasses describe the branch.
 
-    ``out_channels`` are ``expansion`` times the width of the branch, and ``plugins``
-    those of this block. All other arguments are those of :class:`OREPAResNet`, for one
-    block.
+    ``out_channels`` are ``expansion`` times the width of the branch. ``plugins`` are
+    the plugins of this block alone. For all other arguments, see
+    :class:`OREPAResNet`; they are for one block.
     """
 
     expansion: int
-    # Basic blocks keep a plain projection, also in the paper's OREPA networks.
+    # Block type of the projection; None means that of the convs.
     shortcut_block: Optional[str] = None
 
     def __init__(
@@ -64,7 +64,7 @@ class _ResidualBlock(BaseModule):
                 if plugin['position'] == f'after_{name}':
                     cfg = dict(plugin['cfg'])
                     postfix = cfg.pop('postfix', '')
-                    # Named as in mmdet's ResNet, whose checkpoints fit.
+                    # These names are mmdet's, so that its checkpoints fit.
                     parts.append(
                         build_plugin_layer(cfg, postfix, in_channels=conv.out_channels)
                     )
@@ -73,7 +73,7 @@ class _ResidualBlock(BaseModule):
                 'the position of a plugin of this block is one of '
                 f'{", ".join(f"after_{name}" for name in convs)}, found {plugins}'
             )
-        # What the branch is made of, in order.
+        # The names of the modules of the branch, in order.
         self.path = [name for name, _ in parts]
         if len({*self.path}) < len(parts):
             raise ValueError(
@@ -125,7 +125,7 @@ class BasicBlock(_ResidualBlock):
     """Two 3×3 convs (ResNet-18 and 34)."""
 
     expansion = 1
-    shortcut_block = 'plain'
+    shortcut_block = 'plain'  # As in the paper's OREPA networks.
 
     def build_convs(self, width_per_group: int, **options) -> list[ReparamConv2d]:
         if self.groups != 1 or width_per_group != 64:
@@ -144,7 +144,7 @@ class BasicBlock(_ResidualBlock):
 
 
 class Bottleneck(_ResidualBlock):
-    """1×1, 3×3, 1×1 (ResNet-50 and deeper, ResNeXt); ``style`` places the stride."""
+    """1×1, 3×3 and 1×1 convs (ResNet-50, -101, -152, ResNeXt)."""
 
     expansion = 4
 
@@ -169,72 +169,72 @@ class Bottleneck(_ResidualBlock):
 class OREPAResNet(StagedBackbone):
     """ResNet and ResNeXt of OREPA convs, or of any other block type.
 
-    With ``block='orepa'`` all 3×3 convs, the 1×1 convs of bottlenecks and the 7×7 stem
-    (in its deep linear form) are OREPA convs, as in the paper's networks; the
-    projection shortcut of basic blocks is plain. Each conv holds its BatchNorm, so that
-    the deployed network is plain convs with bias, and ReLUs.
+    With ``block='orepa'``, all 3×3 convs, the 1×1 convs of bottlenecks and the 7×7 stem
+    (in its deep linear form) are OREPA convs, as in the paper. The projection shortcut
+    of basic blocks is plain. Each conv contains its BatchNorm, so the deployed network
+    consists of plain convs with bias and of ReLUs.
 
-    Arguments are called as in the toolboxes. Some defaults are not theirs:
-    ``zero_init_residual`` is True in mmpretrain, mmdet and mmseg, ``norm_eval`` True in
-    mmdet, ``out_indices`` (3,) in mmpretrain, and ``stem_channels`` 64 in mmpretrain
-    and mmseg whatever ``base_channels``. ``frozen_stages`` is -1 everywhere; the stock
-    detectors set 1.
+    Arguments have the names of the toolboxes, but some defaults differ. In the
+    toolboxes, ``zero_init_residual`` is True (mmpretrain, mmdet, mmseg), ``norm_eval``
+    is True (mmdet), ``out_indices`` is (3,) (mmpretrain), and ``stem_channels`` is 64
+    for any ``base_channels`` (mmpretrain, mmseg). ``frozen_stages`` is -1 in all of
+    them, but configs of detectors set 1.
 
     Args:
         depth (int): 18, 34, 50, 101 or 152.
         block (str): A name in :data:`mmorepa.layers.BLOCKS`: ``'orepa'``, ``'dbb'`` or
             ``'plain'``, the plain ResNet. Defaults to ``'orepa'``.
-        block_cfg (dict, optional): Arguments of the block type's convs, such as
+        block_cfg (dict, optional): Arguments for convs of the block type, such as
             ``branches`` or ``single_init``. Defaults to None.
-        stem_block (str, optional): Block type of the stem alone: ``block='plain',
-            stem_block='orepa'`` is a plain ResNet with a deep linear stem. Defaults to
-            None, as ``block``.
+        stem_block (str, optional): Block type of the stem alone. For example,
+            ``block='plain', stem_block='orepa'`` gives a plain ResNet with a deep
+            linear stem. Defaults to None, the same as ``block``.
         stem_block_cfg (dict, optional): As ``block_cfg``, for a ``stem_block``.
             Defaults to None.
         in_channels (int): Channels of the image. Defaults to 3.
         stem_channels (int, optional): Defaults to None, ``base_channels``.
-        base_channels (int): Of the first stage, before expansion. Defaults to 64.
+        base_channels (int): Width of the first stage, before expansion. Defaults to 64.
         width_mult (float): Multiplies every width; 1.5 and 2 give the paper's wide
             ResNet-18. Defaults to 1.0.
         groups (int): Groups of the bottlenecks' 3×3 conv. Defaults to 1.
-        width_per_group (int): Channels of a group where ``base_channels`` is 64;
+        width_per_group (int): Channels of a group if ``base_channels`` is 64;
             ``groups=32, width_per_group=4`` gives ResNeXt 32×4d. Defaults to 64.
         num_stages (int): Stages to build, 1 to 4. Defaults to 4.
-        strides (Sequence[int]): Of the first blocks. Defaults to (1, 2, 2, 2).
-        dilations (Sequence[int]): Of each stage. Defaults to (1, 1, 1, 1).
+        strides (Sequence[int]): Stride of each stage. Defaults to (1, 2, 2, 2).
+        dilations (Sequence[int]): Dilation of each stage. Defaults to (1, 1, 1, 1).
         contract_dilation (bool): The first block of a dilated stage has half its
             dilation. Defaults to False.
         multi_grid (Sequence[int], optional): Dilation of each block of the last stage.
             Defaults to None.
         out_indices (Sequence[int]): Stages to return. Defaults to (0, 1, 2, 3).
-        style (str): ``'pytorch'`` for the stride of a bottleneck on the 3×3 conv,
-            ``'caffe'`` for that on the first 1×1 conv, which checkpoints of caffe and
-            detectron need. Defaults to ``'pytorch'``.
-        deep_stem (bool): Three 3×3 convs of the block type in place of the 7×7 one, the
-            first two of half the width (ResNet-C, ResNet-D). Defaults to False.
-        avg_down (bool): Shortcuts with a stride pool by averaging, and project by a 1×1
-            conv without a stride (ResNet-D). Defaults to False.
-        frozen_stages (int): 0 freezes the stem, n the stages up to the n-th as well: no
-            gradient and BatchNorm in eval mode. Defaults to -1, nothing.
+        style (str): The conv of a bottleneck that has the stride: ``'pytorch'`` for the
+            3×3 conv, ``'caffe'`` for the first 1×1 conv, as in checkpoints of caffe and
+            detectron. Defaults to ``'pytorch'``.
+        deep_stem (bool): Whether the stem has three 3×3 convs, the first two with half
+            the width, instead of a 7×7 conv (ResNet-C, ResNet-D). Defaults to False.
+        avg_down (bool): Whether strided shortcuts are an average pooling and a 1×1 conv
+            without a stride (ResNet-D). Defaults to False.
+        frozen_stages (int): 0 freezes the stem, n also freezes the first n stages: they
+            have no gradient, and BatchNorm in eval mode. Defaults to -1, nothing.
         norm_cfg (dict): Defaults to ``dict(type='BN', requires_grad=True)``.
-        norm_eval (bool): BatchNorm stays in eval mode. Defaults to False.
+        norm_eval (bool): Whether BatchNorm stays in eval mode. Defaults to False.
         act_cfg (dict): Defaults to ``dict(type='ReLU', inplace=True)``.
-        plugins (Sequence[dict], optional): As for mmdet's ResNet: ``cfg`` of the layer,
+        plugins (Sequence[dict], optional): As in mmdet's ResNet: ``cfg`` of the layer,
             ``position`` (``'after_conv1'``, …) and optionally ``stages``, a bool for
-            each. They stay in the deployed form. Defaults to None.
-        drop_path_rate (float): The probability that a sample goes without the branch of
-            the last block while training; it grows linearly from 0 in the first.
+            each stage. The deployed form keeps plugins. Defaults to None.
+        drop_path_rate (float): The probability that a sample skips the branch of the
+            last block in training. It grows linearly from 0 in the first block.
             Defaults to 0.
-        with_cp (bool): Saves memory by computing each block again in the backward pass.
-            Defaults to False.
-        zero_init_residual (bool): The last BatchNorm of each block starts at zero.
-            Defaults to False.
-        deploy (bool): Builds the deployed form. Checkpoints of the training form are
-            folded as they are loaded. Defaults to False.
+        with_cp (bool): Whether to save memory by computing each block again in the
+            backward pass. Defaults to False.
+        zero_init_residual (bool): Whether the last BatchNorm of each block starts at
+            zero. Defaults to False.
+        deploy (bool): Builds the deployed form. Loading folds checkpoints of the
+            training form. Defaults to False.
         init_cfg (dict | list[dict], optional): ``dict(type='Pretrained',
             checkpoint=...)`` loads the checkpoint of a backbone or of a whole model,
             also of a plain ResNet (torchvision, timm, OpenMMLab). Defaults to None,
-            each block's own initialisation.
+            the initialisation of each block.
 
     Raises:
         ValueError: If an argument has no meaning for this network.
@@ -351,11 +351,11 @@ class OREPAResNet(StagedBackbone):
         return self.maxpool(self.stem(x))
 
     def init_weights(self) -> None:
-        """Initialises as ``init_cfg`` says; blocks have initialised themselves."""
+        """Initialises as ``init_cfg`` says, after the blocks initialised themselves."""
         if self.zero_init_residual:
             for stage in self.stages:
                 for block in stage:
-                    # Deployed, the norms are gone and so is the choice.
+                    # A deployed conv has no norms, so nothing is set.
                     for norm in block.last_conv.last_norms:
                         nn.init.zeros_(norm.weight)
         super().init_weights()
@@ -370,7 +370,7 @@ class OREPAResNet(StagedBackbone):
         position: str,
         stages: Optional[Sequence[bool]] = None,
     ) -> bool:
-        """Whether a stage has the plugin that is described by the other arguments."""
+        """Whether a stage has the plugin that the other arguments describe."""
         if stages is not None and len(stages) != self.num_stages:
             raise ValueError(
                 f'stages of a plugin is a bool for each of the {self.num_stages} '

@@ -1,6 +1,6 @@
-"""The names that the entries of plain networks have in ours.
+"""Translates the entry names of plain networks to the names in our backbones.
 
-The networks are those of torchvision, timm and OpenMMLab.
+The plain networks are from torchvision, timm and OpenMMLab.
 """
 
 import re
@@ -8,19 +8,19 @@ from collections.abc import Collection
 
 from torch import nn
 
-# Parts of their names, as patterns, and the same parts here.
+# Patterns for parts of a plain network's names, and the same parts in our names.
 _RESNET = (
     (r'^conv1\.weight$', 'stem.weight'),
     (r'^bn1\.', 'stem.norm.'),
     (r'^(layer\d\.\d+)\.bn(\d)\.', r'\1.conv\2.norm.'),
-    # The three convs of a deep stem in mmpretrain,
+    # The three convs of a deep stem in mmpretrain.
     (r'^stem\.0\.conv\.', 'stem.conv1.'),
     (r'^stem\.0\.bn\.', 'stem.conv1.norm.'),
     (r'^stem\.1\.conv\.', 'stem.conv2.'),
     (r'^stem\.1\.bn\.', 'stem.conv2.norm.'),
     (r'^stem\.2\.conv\.', 'stem.conv3.'),
     (r'^stem\.2\.bn\.', 'stem.conv3.norm.'),
-    # and in mmdet, mmseg and timm.
+    # The same convs in mmdet, mmseg and timm.
     (r'^(stem|conv1)\.0\.', 'stem.conv1.'),
     (r'^(stem|conv1)\.1\.', 'stem.conv1.norm.'),
     (r'^(stem|conv1)\.3\.', 'stem.conv2.'),
@@ -28,7 +28,7 @@ _RESNET = (
     (r'^(stem|conv1)\.6\.', 'stem.conv3.'),
     (r'^(stem|conv1)\.7\.', 'stem.conv3.norm.'),
 )
-# mmpretrain's, in training form and deployed.
+# The same for mmpretrain's RepVGG, in training form and deployed.
 _REPVGG = (
     (r'^stage_?(\d)\.', r'layer\1.'),
     (r'\.branch_3x3\.conv\.', '.conv.branches.origin.'),
@@ -43,20 +43,20 @@ _REPVGG = (
 
 
 def repvgg_name(name: str) -> str:
-    """The name in an ``OREPARepVGG`` of an entry of a plain network."""
+    """The name in an ``OREPARepVGG`` for an entry of a plain network."""
     return _replaced(name, _REPVGG)
 
 
 def resnet_name(network: nn.Module, name: str, names: Collection[str]) -> str:
-    """The same in an ``OREPAResNet``; ``names`` are all of the checkpoint's."""
-    # timm's, with three convs in the place of one.
+    """The name in an ``OREPAResNet``. ``names`` are all names in the checkpoint."""
+    # With a deep stem, timm calls its last norm bn1.
     if name.startswith('bn1.') and 'conv1.0.weight' in names:
         return f'stem.conv3.norm.{name[4:]}'
     match = re.fullmatch(r'(layer\d\.\d+\.downsample)\.([012])\.(\w+)', name)
     if not match:
         return _replaced(name, _RESNET)
     shortcut, number, entry = match.groups()
-    # Behind a pooling, or timm's nn.Identity in its place, the conv is the second.
+    # If a pooling (or timm's nn.Identity) comes first, the conv is the second module.
     has_first = f'{shortcut}.2.weight' in names
     is_kernel = int(number) == has_first
     module = dict(network.named_modules()).get(shortcut)

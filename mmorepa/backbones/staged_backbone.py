@@ -12,9 +12,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ..layers import ReparamConv2d, build_conv, log_plain_starts, switch_to_deploy
 from .checks import (
+    check_exists,
     check_fits,
     check_is_known,
-    check_is_there,
     check_style,
     require_fit,
 )
@@ -24,18 +24,18 @@ class StagedBackbone(BaseModule):
     """A stem and up to four stages, with the options that OpenMMLab users expect.
 
     A subclass calls this constructor first, sets :attr:`stem`, calls
-    :meth:`add_stage` for each stage and :meth:`freeze_stages` in the end. Its convs
-    take :attr:`conv_options`, those of the stem :attr:`stem_options`.
+    :meth:`add_stage` for each stage and calls :meth:`freeze_stages` at the end. It
+    builds the stem with :attr:`stem_options` and the stages with :attr:`conv_options`.
 
-    The arguments are those of :class:`OREPAResNet`.
+    For the arguments, see :class:`OREPAResNet`.
 
     Raises:
         ValueError: If an argument has no meaning for this network.
     """
 
     stem: nn.Module
-    # Of the load that is going on: the prefix of its keys, the errors that its loader
-    # collects, and whether it has to bring every weight.
+    # During a load: the prefix of the keys, the list of errors of the loader, and
+    # whether the load must set every weight.
     load_prefix = ''
     load_errors: Sequence[str] = ()
     must_fit = False
@@ -127,7 +127,7 @@ class StagedBackbone(BaseModule):
         return self.stem(x)
 
     def train(self, mode: bool = True) -> 'StagedBackbone':
-        """Sets the mode; frozen stages, and BatchNorm with ``norm_eval``, stay."""
+        """Sets the mode, but not of frozen stages, nor of norms with ``norm_eval``."""
         super().train(mode)
         self.freeze_stages()
         if mode and self.norm_eval:
@@ -147,7 +147,7 @@ class StagedBackbone(BaseModule):
         return self
 
     def freeze_stages(self) -> None:
-        """Freezes the stem and the stages that ``frozen_stages`` covers."""
+        """Freezes the stem and the stages that ``frozen_stages`` names."""
         if self.frozen_stages < 0:
             return
         for module in [self.stem, *self.stages[: self.frozen_stages]]:
@@ -155,9 +155,9 @@ class StagedBackbone(BaseModule):
             module.requires_grad_(False)
 
     def plain_name(self, name: str, names: Collection[str]) -> str:
-        """What an entry is called here that a plain network calls ``name``.
+        """The name here of an entry that a plain network calls ``name``.
 
-        Any other entry keeps its name. ``names`` are all of the checkpoint's.
+        Other entries keep their names. ``names`` are all names in the checkpoint.
         """
         return name
 
@@ -169,24 +169,24 @@ class StagedBackbone(BaseModule):
         """Initialises as ``init_cfg`` says.
 
         Raises:
-            CheckpointError: If the checkpoint of a ``Pretrained`` one is a local file
-                that is not there or damaged, or is not of this network or of this
+            CheckpointError: If ``init_cfg`` has the type ``Pretrained`` and its
+                checkpoint is missing or damaged, or is of another network or
                 ``style``.
         """
         configs = self.init_cfg or []
         for cfg in [configs] if isinstance(configs, dict) else configs:
             if cfg.get('type') == 'Pretrained':
-                check_is_there(cfg['checkpoint'])
+                check_exists(cfg['checkpoint'])
                 check_style(self, cfg['checkpoint'])
         with self.refuse_misfits():
             super().init_weights()
 
     def refuse_misfits(self) -> RemovableHandle:
-        """Refuses state dicts that leave a conv at random, or have another one.
+        """Makes the next loads fail unless they set every conv, with the right shape.
 
-        PyTorch's ``strict=False`` and MMEngine load what fits, and some load a part of
-        the network in that way. ``remove()`` of what it returns allows that again, and
-        so does the end of a ``with`` block.
+        PyTorch's ``strict=False`` and MMEngine would load only the entries that fit. To
+        allow partial loads again, call ``remove()`` of the returned handle, or use the
+        handle in a ``with`` block.
         """
         return self.register_load_state_dict_pre_hook(require_fit)
 
@@ -194,19 +194,19 @@ class StagedBackbone(BaseModule):
 def _before_loading(
     backbone: StagedBackbone, state_dict: dict[str, Tensor], prefix: str, *args
 ) -> None:
-    """Gives the entries of a plain network the names that they have here."""
+    """Renames the entries of a plain network to the names of this network."""
     backbone.load_prefix, backbone.load_errors = prefix, args[-1]
     start = 'backbone.'
     if not prefix and any(key.startswith(start) for key in state_dict):
-        for key in list(state_dict):  # A whole model's.
+        for key in list(state_dict):  # The state dict is of a whole model.
             value = state_dict.pop(key)
             if key.startswith(start):
                 state_dict[key.removeprefix(start)] = value
     names = [k.removeprefix(prefix) for k in state_dict if k.startswith(prefix)]
     ours = {name: backbone.plain_name(name, names) for name in names}
-    renamed = {theirs: name for theirs, name in ours.items() if name != theirs}
-    for theirs, name in renamed.items():
-        state_dict[prefix + name] = state_dict.pop(prefix + theirs)
+    renamed = {plain: name for plain, name in ours.items() if name != plain}
+    for plain, name in renamed.items():
+        state_dict[prefix + name] = state_dict.pop(prefix + plain)
     backbone.must_fit = bool(renamed)
     check_is_known(backbone, [*ours.values()])
 
@@ -231,7 +231,7 @@ def build_same_conv(
     has_act: bool = True,
     **options,
 ) -> ReparamConv2d:
-    """Builds a conv without bias that keeps the size, or divides it by the stride."""
+    """Builds a conv without bias whose padding keeps the size, up to the stride."""
     if not has_act:
         options['act_cfg'] = None
     return build_conv(
@@ -247,7 +247,7 @@ def build_same_conv(
 
 
 def scaled_channels(channels: int, factor: float, name: str) -> int:
-    """``channels`` times a width multiplier, rounded down; ``name`` says of what."""
+    """``channels`` times ``factor``, rounded down. Error messages use ``name``."""
     scaled = int(channels * factor)
     if scaled < 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Reads and writes checkpoints, and translates those of other projects."""
+"""Reads and writes checkpoints, and translates checkpoints of other projects."""
 
 from .architectures import identify
 from .checkpoint import (

@@ -1,4 +1,4 @@
-"""Which network a published checkpoint is of, by its keys and shapes."""
+"""Finds the network of a published checkpoint by the keys and shapes."""
 
 import re
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ def identify(state_dict: Mapping[str, Tensor]) -> dict:
             training or deployed form.
 
     Returns:
-        dict: The backbone config. The deployed forms of a RepVGG and an OREPA-RepVGG
-        are the same network, and called ``'orepa'``.
+        dict: The backbone config. RepVGG and OREPA-RepVGG have the same deployed form,
+        for which ``block`` is ``'orepa'``.
 
     Raises:
-        CheckpointError: If it is none of the published kinds.
+        CheckpointError: If the network is none of the published ones.
     """
     depths = _stage_depths(state_dict)
     if len(depths) != 4:
@@ -81,7 +81,7 @@ def _repvgg(state_dict: Mapping[str, Tensor], depths: tuple[int, ...]) -> dict:
             arch['groups'] = outputs // inputs
     if any('.se.' in key for key in state_dict):
         arch['use_se'] = True
-    names = [name for name, it in OREPARepVGG.ARCHITECTURES.items() if it == arch]
+    names = [name for name, known in OREPARepVGG.ARCHITECTURES.items() if known == arch]
     is_plain = any('rbr_dense.conv.' in key for key in state_dict)
     return dict(
         type='OREPARepVGG',
@@ -92,7 +92,7 @@ def _repvgg(state_dict: Mapping[str, Tensor], depths: tuple[int, ...]) -> dict:
 
 def _main_kernel(state_dict: Mapping[str, Tensor], prefix: str) -> Tensor:
     """A kernel of shape (O, I/g, k, k) of the conv under ``prefix``."""
-    # The factors of a deep linear stem: the first maps the image to O channels.
+    # In a deep linear stem, take the first factor, which maps the image to O channels.
     tail = r'(weight0\.weight_orepa_origin|(rbr_dense\.)?weight_(orepa|rbr)_origin|'
     tail += r'(\w+_reparam|conv|(rbr_dense|dbb_origin)\.conv)\.weight)'
     for key, value in state_dict.items():

@@ -1,4 +1,4 @@
-"""Reads checkpoints without trust, folds them, and writes them atomically."""
+"""Reads checkpoints without running their code, folds them, writes them atomically."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ _HISTORY_STATISTICS = ('mean', 'max', 'min', 'current')
 
 
 def _history_statistic(owner: Any, name: str) -> Any:
-    """``getattr`` for the one use that MMEngine's checkpoints make of it."""
+    """A ``getattr`` that allows only what MMEngine's checkpoints need."""
     if owner is HistoryBuffer and name in _HISTORY_STATISTICS:
         return getattr(owner, name)
     raise pickle.UnpicklingError(
@@ -36,18 +36,18 @@ def _history_statistic(owner: Any, name: str) -> Any:
 
 
 def allow_mmengine_checkpoints() -> None:
-    """Lets ``torch.load(weights_only=True)`` read what MMEngine's runner saves.
+    """Lets ``torch.load(weights_only=True)`` read checkpoints of MMEngine's runner.
 
-    That is the history of the logged values: MMEngine's ``HistoryBuffer`` with numpy
-    arrays, and four of its methods, which pickle writes as calls of ``getattr``.
-    PyTorch refuses all of them since 2.6. This allows these classes and, for
-    ``getattr``, a function that serves only the four methods, in the whole process.
+    They contain the history of the logged values: MMEngine's ``HistoryBuffer`` with
+    numpy arrays, and four of its methods, which pickle writes as calls of ``getattr``.
+    PyTorch refuses all of these since 2.6. This function allows these classes in the
+    whole process, and replaces ``getattr`` by a function for only these four methods.
     """
     numpy_core = np._core if hasattr(np, '_core') else np.core
     functions = [
         (getattr(numpy_core.multiarray, name), f'numpy.{core}.multiarray.{name}')
         for name in ('_reconstruct', 'scalar')
-        # Both names: numpy 2 moved the module, and files name either.
+        # numpy 2 moved the module, and files may contain either name.
         for core in ('core', '_core')
     ]
     torch.serialization.add_safe_globals(
@@ -66,17 +66,17 @@ def read_checkpoint(path: str) -> dict:
     """Reads a checkpoint file without running any code in it.
 
     Args:
-        path (str): A file of ``torch.save``: a dict with a ``state_dict``, or a bare
-            state dict. Or a ``.safetensors`` file.
+        path (str): A file of ``torch.save`` with a dict that has a ``state_dict``, or
+            with a bare state dict. Or a ``.safetensors`` file.
 
     Returns:
-        dict: With ``state_dict``, its keys without the ``module.`` of model wrappers,
-        and, where the file has them, ``meta`` and others.
+        dict: The ``state_dict``, whose keys have no ``module.`` of model wrappers, and
+        ``meta`` and other entries if the file has them.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If it is damaged, is not a checkpoint, holds more than tensors
-            and plain containers, or NaN, Inf or a negative variance.
+        CheckpointError: If the file is damaged, is not a checkpoint, has more than
+            tensors and plain containers, or has NaN, Inf or a negative variance.
     """
     checkpoint = load_from_local(path)
     if 'state_dict' not in checkpoint:
@@ -92,11 +92,11 @@ def read_checkpoint(path: str) -> dict:
     return checkpoint
 
 
-# For init_cfg, load_from and resume, too. MMEngine's own loader checks nothing, and
-# OneDL's runs what is in a file that PyTorch refuses.
+# MMEngine also uses this for init_cfg, load_from and resume. Its own loader checks
+# nothing, and OneDL's loader runs the code in files that PyTorch refuses.
 @CheckpointLoader.register_scheme(prefixes='', force=True)
 def load_from_local(filename: str, map_location: Any = 'cpu') -> dict:
-    """As :func:`read_checkpoint`, for MMEngine: the file as it is, on a device."""
+    """Reads a file like :func:`read_checkpoint`, but returns its contents unchanged."""
     filename = os.path.expanduser(filename)
     if not os.path.isfile(filename):
         raise FileNotFoundError(f'no checkpoint at {filename!r}')
@@ -106,11 +106,11 @@ def load_from_local(filename: str, map_location: Any = 'cpu') -> dict:
         else:
             if zipfile.is_zipfile(filename):
                 _check_archive(filename)
-            # Again: the end of a scope of OneDL's forbids what was allowed before it.
+            # Call this again, because OneDL's loader may have removed these classes.
             allow_mmengine_checkpoints()
             checkpoint = torch.load(filename, map_location, weights_only=True)
         problem = _problem(checkpoint, os.path.getsize(filename))
-    # A damaged file can make the unpickler fail in any way, also without a message.
+    # A damaged file can make the unpickler raise any exception, even without a message.
     except Exception as error:
         raise CheckpointError(
             f'{filename!r} cannot be read as a checkpoint of tensors and plain '
@@ -124,7 +124,7 @@ def load_from_local(filename: str, map_location: Any = 'cpu') -> dict:
 def _check_archive(path: str) -> None:
     """Verifies the checksums in a file of ``torch.save``."""
     with zipfile.ZipFile(path) as archive:
-        # Nothing in it is compressed, as it is in files made to fill the memory.
+        # torch.save compresses nothing; files that are made to fill the memory do.
         if sum(i.file_size for i in archive.infolist()) > os.path.getsize(path):
             raise ValueError('it would be larger than its file')
         damaged = archive.testzip()
@@ -144,7 +144,7 @@ def _problem(checkpoint: Any, size: int) -> str:
     state = checkpoint.get('state_dict', checkpoint)
     if not isinstance(state, dict):
         return _NO_STATE
-    # Some toolboxes have files with the weights under another name.
+    # Some toolboxes store the weights under another name.
     if state is checkpoint and not any(isinstance(v, Tensor) for v in state.values()):
         return ''
     for key, value in state.items():
@@ -167,7 +167,7 @@ def _reason(error: Exception) -> str:
     if not lines:
         return type(error).__name__
     if not lines[0].startswith('Weights only load failed'):
-        # Of a file of another kind, the unpickler says a number, or a letter.
+        # For a file of another kind, the message is only a number or a letter.
         return lines[0] if ' ' in lines[0] else 'it is no file of torch.save'
     return lines[-1].rpartition('WeightsUnpickler error: ')[-1].split(' Please use')[0]
 
@@ -176,13 +176,13 @@ def write_checkpoint(checkpoint: dict, path: PathLike) -> None:
     """Writes a checkpoint under a temporary name, then renames it.
 
     Args:
-        checkpoint (dict): What ``torch.save`` takes. As ``.safetensors``, its
-            ``state_dict`` and, as text, its ``meta`` are written, or a bare state dict.
-        path (str | Path): The file. Its folder is made if need be.
+        checkpoint (dict): Any dict for ``torch.save``. In a ``.safetensors`` file, only
+            ``state_dict`` (or a bare state dict) and ``meta``, as text, are written.
+        path (str | Path): The file. Its folder is made if it does not exist.
 
     Raises:
-        OutputError: If the file cannot be written. What was there is left as it was.
-        ImportError: If ``safetensors`` is asked for and not installed.
+        OutputError: If the file cannot be written. An older file is then unchanged.
+        ImportError: If ``safetensors`` is needed and not installed.
     """
     with atomic_write(path) as file:
         if file.suffix == '.safetensors':
@@ -192,7 +192,7 @@ def write_checkpoint(checkpoint: dict, path: PathLike) -> None:
             with file.open('wb') as stream:
                 torch.save(checkpoint, stream)
         except RuntimeError as error:
-            # PyTorch hides what the system said.
+            # PyTorch hides the error of the operating system.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
@@ -207,7 +207,7 @@ def _read_safetensors(path: str) -> dict:
 
 def _to_safetensors(checkpoint: dict) -> bytes:
     state = checkpoint.get('state_dict', checkpoint)
-    # Each with memory of its own, which is what the format asks for.
+    # The format needs tensors that do not share memory.
     state = {key: value.contiguous().clone() for key, value in state.items()}
     meta = json.dumps(checkpoint.get('meta') or {}, default=_to_json)
     return require('safetensors.torch').save(state, {'format': 'pt', 'meta': meta})
@@ -220,8 +220,8 @@ def _to_json(value: Any) -> Any:
 def load_training_form(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """Loads a training checkpoint strictly into the training form.
 
-    It raises CheckpointError if the model has nothing to switch, the checkpoint is
-    deployed already, or keys or shapes do not fit, which are named.
+    Raises CheckpointError if the model has no training form, if the checkpoint is
+    deployed already, or if keys or shapes do not fit. The error names them.
     """
     if not is_switchable(model):
         raise CheckpointError(
@@ -240,10 +240,10 @@ def load_training_form(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
 
 
 def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
-    """Loads a checkpoint strictly; a deployed model folds a training form.
+    """Loads a checkpoint strictly. A deployed model folds a training checkpoint.
 
-    It raises CheckpointError if keys, which are named, are missing, not known or of
-    another shape, or the checkpoint is a deployed form and the model is not.
+    Raises CheckpointError if keys are missing, unknown or of another shape, and names
+    them. Also raises it if the checkpoint is deployed and the model is not.
     """
     try:
         loaded = model.load_state_dict(state_dict, strict=False)
@@ -265,7 +265,7 @@ def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
 
 
 def _origin(state_dict: dict[str, Tensor]) -> str:
-    """Advice for a checkpoint that a converter takes; empty for others."""
+    """Advice for a checkpoint that a converter can translate; empty for others."""
     if any('.rbr_' in key or '.weight_orepa' in key for key in state_dict):
         return (
             '; it is one of the published OREPA code by its keys: convert it by '
@@ -280,18 +280,18 @@ def _origin(state_dict: dict[str, Tensor]) -> str:
 
 
 def deploy_checkpoint(model: nn.Module, checkpoint: dict) -> dict:
-    """The deployed checkpoint that belongs to a training checkpoint.
+    """Folds a training checkpoint to a deployed checkpoint.
 
     Args:
-        model (nn.Module): The training form; it is left as it is.
-        checkpoint (dict): With ``state_dict`` and, optionally, ``meta``.
+        model (nn.Module): The training form; it is not changed.
+        checkpoint (dict): Has ``state_dict`` and, optionally, ``meta``.
 
     Returns:
-        dict: ``state_dict`` and ``meta``, marked as deployed. The state of the
-        optimizer, schedulers and logs is dropped.
+        dict: ``state_dict`` and ``meta``, which is marked as deployed. The states of
+        the optimizer, schedulers and logs are dropped.
 
     Raises:
-        CheckpointError: As :func:`load_training_form`.
+        CheckpointError: See :func:`load_training_form`.
     """
     if is_model_wrapper(model):
         model = model.module

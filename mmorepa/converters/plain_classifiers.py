@@ -1,4 +1,4 @@
-"""Plain classifiers of torchvision, timm and mmpretrain."""
+"""Loads plain classifiers of torchvision, timm and mmpretrain."""
 
 import re
 from collections.abc import Mapping
@@ -12,21 +12,21 @@ from .checkpoint import load_strictly
 
 
 def start_from_plain(model: nn.Module, state_dict: Mapping[str, Tensor]) -> int:
-    """Makes a classifier compute what a plain one computes.
+    """Makes a classifier compute the same as a plain classifier.
 
     Args:
-        model (nn.Module): A classifier of mmpretrain with a backbone of ours and a
-            linear head, in training form or deployed.
-        state_dict (Mapping[str, Tensor]): That of a classifier of torchvision, timm or
-            mmpretrain, with or without ``module.`` and ``backbone.`` before its keys.
+        model (nn.Module): A classifier of mmpretrain with a backbone of this package
+            and a linear head, in training form or deployed.
+        state_dict (Mapping[str, Tensor]): The weights of a classifier of torchvision,
+            timm or mmpretrain; keys may start with ``module.`` or ``backbone.``.
 
     Returns:
-        int: How many convs took a plain kernel.
+        int: The number of convs that start from a plain kernel.
 
     Raises:
-        CheckpointError: If it is no plain classifier's, or another one's; what does not
-            fit is named.
-        ValueError: If the model is another kind of model.
+        CheckpointError: If the state dict is not of a plain classifier, or does not fit
+            the model. The error names the entries that do not fit.
+        ValueError: If ``model`` is not such a classifier.
     """
     backbone = getattr(model, 'backbone', None)
     head = getattr(getattr(model, 'head', None), 'fc', None)
@@ -50,7 +50,7 @@ def start_from_plain(model: nn.Module, state_dict: Mapping[str, Tensor]) -> int:
 
 
 def _named_as_in_mmpretrain(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """With ``backbone.`` or ``head.`` before every key."""
+    """Makes every key start with ``backbone.``, ``neck.`` or ``head.``."""
     entries = {}
     for key, value in state_dict.items():
         name = key.removeprefix('module.').removeprefix('backbone.')

@@ -1,7 +1,7 @@
-"""Checkpoints in the layout of the published training code.
+"""Translates checkpoints of the published training code.
 
-A published checkpoint has the keys ``stage0`` to ``stage4`` and ``linear``, each
-conv with the keys of its block (``weight_orepa_origin``, ``dbb_1x1.conv.weight``, …).
+Published keys start with ``stage0`` to ``stage4`` or ``linear``. They end with a weight
+of a block, such as ``weight_orepa_origin`` or ``dbb_1x1.conv.weight``.
 """
 
 import re
@@ -18,7 +18,8 @@ from ..utils.errors import CheckpointError, describe_misfit, name_keys
 from ..version import __version__
 from .architectures import identify
 
-# Parts of their names, as patterns, and the same parts here, to be replaced in turn.
+# Patterns for parts of the published names, and the same parts in our names. Each
+# replacement applies to the result of the one before.
 _NAMES = (
     (r'^linear\.', 'head.fc.'),
     (r'^stage0\.(conv1\.)?', 'stem.'),
@@ -54,7 +55,7 @@ _NAMES = (
     (r'\.weight_1x1$', '.weight_pointwise'),
     (r'\.weight_gconv_dw$', '.weight_depthwise'),
     (r'\.weight_gconv_pw$', '.weight_separable'),
-    # In several versions of the published code.
+    # Versions of the published code have several names for these.
     (r'\.(weight_)?(or1x1_)?l2i_conv1$', '.weight_first'),
     (r'\.(weight_)?(or1x1_)?l2i_conv2$', '.weight_second'),
 )
@@ -68,22 +69,22 @@ def from_published(
     Args:
         state_dict (Mapping[str, Tensor]): Training or deployed form, with or without
             ``module.`` before every key.
-        backbone (dict, optional): The backbone config. Defaults to None: that which
-            keys and shapes tell.
+        backbone (dict, optional): The backbone config. Defaults to None: the keys and
+            shapes tell it.
 
     Returns:
         dict: ``state_dict`` (``backbone.*`` and ``head.fc.*``) and ``meta``, with the
-        ``backbone`` config and whether it is ``deployed``.
+        ``backbone`` config and whether the checkpoint is ``deployed``.
 
     Raises:
-        CheckpointError: If entries, which are named, are missing, left over, misshapen
-            or have other values than the published constants.
+        CheckpointError: If entries are missing, left over or of another shape, or if a
+            published constant has another value. The error names these entries.
     """
-    theirs = {key.removeprefix('module.'): value for key, value in state_dict.items()}
+    published = {k.removeprefix('module.'): value for k, value in state_dict.items()}
     if backbone is None:
-        backbone = identify(theirs)
-    deployed = not any(key.endswith('running_mean') for key in theirs)
-    # Only names and shapes are asked of it: no memory, no time, no random numbers.
+        backbone = identify(published)
+    deployed = not any(key.endswith('running_mean') for key in published)
+    # Only its names and shapes are needed: no memory, no time, no random numbers.
     with torch.device('meta'):
         network = MODELS.build(dict(backbone, deploy=deployed))
     expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
@@ -92,30 +93,30 @@ def from_published(
         stored = torch.empty(expected[key], device='meta')
         expected[key] = tuple(spec.as_conv(key.rpartition('.')[2], stored).shape)
 
-    # Our names of their entries.
+    # The published keys, by our names.
     names: dict[str, str] = {}
     wrong = []
-    for key, value in theirs.items():
+    for key, value in published.items():
         fixed = _fixed(key, value)
         if fixed is None:
             name = _our_name(key, deployed)
             names[name if name not in names else key] = key
-        # Rounded as the checkpoint is.
+        # Round the constant to the dtype of the checkpoint.
         elif not torch.allclose(value, fixed.to(value.dtype), atol=1e-5):
             wrong.append(key)
         if key.endswith('.rbr_dense.vector') and value.shape[:1] == (6,):
-            # The last row is neither used nor initialised by the published code.
-            theirs[key] = value[:5]
+            # The published code neither uses nor initialises the last row.
+            published[key] = value[:5]
     if names.keys() & {'head.fc.weight', 'head.fc.bias'}:
-        # The number of classes is the checkpoint's affair.
+        # The checkpoint may have any number of classes.
         key = names.get('head.fc.bias') or names['head.fc.weight']
-        classes = tuple(theirs[key].shape[:1])
+        classes = tuple(published[key].shape[:1])
         expected['head.fc.weight'] = (*classes, network.feat_dim)
         expected['head.fc.bias'] = classes
     problems = (
         describe_misfit(
             {names.get(name, name): shape for name, shape in expected.items()},
-            {key: tuple(theirs[key].shape) for key in names.values()},
+            {key: tuple(published[key].shape) for key in names.values()},
             None,
         ),
         name_keys('fixed in the published code, with other values', wrong, None),
@@ -124,15 +125,15 @@ def from_published(
         raise CheckpointError(
             f'the checkpoint does not fit: {"; ".join(filter(None, problems))}'
         )
-    ours = {}
+    translated = {}
     for name, key in names.items():
-        value = theirs[key]
+        value = published[key]
         if name in specs:
             value = _as_stored(specs[name], name.rpartition('.')[2], value)
         whole = name if name.startswith('head.') else f'backbone.{name}'
-        ours[whole] = value.clone()
+        translated[whole] = value.clone()
     meta = dict(mmorepa_version=__version__, backbone=backbone, deployed=deployed)
-    return dict(meta=meta, state_dict=ours)
+    return dict(meta=meta, state_dict=translated)
 
 
 def _our_name(key: str, deployed: bool) -> str:
@@ -142,7 +143,7 @@ def _our_name(key: str, deployed: bool) -> str:
 
 
 def _specs(network: nn.Module) -> dict[str, BranchSum]:
-    """The weights of OREPA's kernels, by their keys, with what they are part of."""
+    """The :class:`BranchSum` of each weight in OREPA's kernels, by the weight's key."""
     return {
         f'{name}.{entry}': kernel.branch_sum
         for name, kernel in network.named_modules()
@@ -152,7 +153,7 @@ def _specs(network: nn.Module) -> dict[str, BranchSum]:
 
 
 def _fixed(key: str, value: Tensor) -> Optional[Tensor]:
-    """What the published code saves though it is constant; None for weights."""
+    """The value of an entry if the published code keeps it constant, else None."""
     fixed = None
     if key.endswith('_avg_avg'):
         fixed = torch.full_like(value, 1 / max(value.numel(), 1))
@@ -165,6 +166,6 @@ def _fixed(key: str, value: Tensor) -> Optional[Tensor]:
 
 def _as_stored(spec: BranchSum, name: str, weight: Tensor) -> Tensor:
     if name == 'weight_separable':
-        # The published code interleaves the groups in the rows of this one.
+        # The published code interleaves the groups in the rows of this weight.
         weight = weight.unflatten(0, (-1, spec.groups)).transpose(0, 1).flatten(0, 1)
     return spec.as_stored(name, weight)

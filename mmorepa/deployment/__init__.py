@@ -1,7 +1,7 @@
-"""The deployed form of a config and a checkpoint, and its way out of PyTorch.
+"""Builds deployed models from a config and a checkpoint, and exports them.
 
-What needs the packages ``onnx`` and ``onnxruntime`` is in :mod:`.onnx_files` and
-:mod:`.int8`, what needs ``torchao`` in :mod:`.pt2e`; they import them when called.
+:mod:`.onnx_files` and :mod:`.int8` need the packages ``onnx`` and ``onnxruntime``, and
+:mod:`.pt2e` needs ``torchao``. Their functions import these packages when called.
 """
 
 from .inference import build_inferencer, dataset_meta

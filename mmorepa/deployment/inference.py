@@ -1,4 +1,4 @@
-"""The toolboxes' own inferencers, for configs and checkpoints of this package."""
+"""Inferencers of the toolboxes for configs and checkpoints of this package."""
 
 from importlib import import_module
 from typing import Any, Optional, Union
@@ -24,16 +24,16 @@ _INFERENCERS = {
 def build_inferencer(
     config: Union[PathLike, Config], checkpoint: PathLike, device: Optional[str] = None
 ) -> Any:
-    """The inferencer of a config's toolbox, with the deployed form of its model.
+    """Builds the inferencer of a config's toolbox, with the deployed form of the model.
 
     Args:
-        config (str | Path | Config): Of a classifier, a detector or a segmenter.
-        checkpoint (str | Path): Of either form.
-        device (str, optional): Where it runs. Defaults to MMEngine's choice.
+        config (str | Path | Config): Config of a classifier, detector or segmenter.
+        checkpoint (str | Path): Checkpoint in training form or deployed form.
+        device (str, optional): The device to run on. Defaults to MMEngine's choice.
 
     Returns:
-        ImageClassificationInferencer | DetInferencer | MMSegInferencer: As its toolbox
-        documents it. One process can have those of one toolbox.
+        ImageClassificationInferencer | DetInferencer | MMSegInferencer: See the manual
+        of the toolbox. A process can use inferencers of one toolbox only.
 
     Raises:
         CheckpointError: If the checkpoint is damaged, or does not fit the config.
@@ -58,8 +58,8 @@ def build_inferencer(
     if scope == 'mmpretrain':
         model._config = cfg
         return kind(model, classes=meta.get('classes'))
-    # The other two have no argument for a model: they build one and load it, and would
-    # pass over what does not fit.
+    # The inferencers of mmdet and mmseg accept no model: they would build one, load the
+    # checkpoint, and ignore entries that do not fit.
     deployed = dict(meta=dict(dataset_meta=meta), state_dict=model.state_dict())
 
     class Inferencer(kind):
@@ -76,10 +76,10 @@ def build_inferencer(
 
 
 def dataset_meta(cfg: Config, checkpoint: dict) -> dict:
-    """``classes`` and the like: the checkpoint's, or else those of the test data."""
-    known = (checkpoint.get('meta') or {}).get('dataset_meta')
-    if known or cfg.get('test_dataloader') is None:
-        return known or {}
+    """``classes`` and similar entries from the checkpoint, or from the test data."""
+    stored = (checkpoint.get('meta') or {}).get('dataset_meta')
+    if stored or cfg.get('test_dataloader') is None:
+        return stored or {}
     dataset = innermost(cfg.test_dataloader.dataset)
     with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
         return registry.build({**dataset, 'lazy_init': True}).metainfo

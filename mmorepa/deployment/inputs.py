@@ -1,4 +1,4 @@
-"""Images to compare and to measure networks with."""
+"""Images for comparing and measuring networks."""
 
 import copy
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ DEFAULT_SIZE = 224
 
 
 def test_batch(cfg: Config) -> Optional[dict]:
-    """A batch of the test data, or None without data on this machine."""
+    """A batch of the test data, or None if this machine does not have the data."""
     if cfg.get('test_dataloader') is None:
         return None
     try:
         return next(iter(build_loader(cfg, 'test')), None)
-    except OSError:  # Of any kind: no folder, no file, no right to read it.
+    except OSError:  # There is no folder, no file or no right to read it.
         return None
 
 
@@ -28,8 +28,8 @@ def image_shape(
 ) -> tuple[int, int, int]:
     """Channels, height and width of an image as a network sees it.
 
-    Without a ``size`` (height, width), these are those of the batch, or 224 and 224.
-    Without a batch, the channels are those of the first conv.
+    Without a ``size`` (height, width), the batch gives the size, or else it is 224×224.
+    Without a batch, the first conv gives the number of channels.
     """
     if batch is not None:
         inputs = model.data_preprocessor(copy.deepcopy(batch), False)['inputs']

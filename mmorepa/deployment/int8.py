@@ -1,4 +1,4 @@
-"""Post-training quantization to INT8 by ONNX Runtime, and what it costs each layer."""
+"""Post-training quantization to INT8 by ONNX Runtime, and the loss of each layer."""
 
 import copy
 import io
@@ -22,29 +22,29 @@ from .networks import require
 from .onnx_files import INPUT
 
 ACTIVATIONS = {'uint8': 'QUInt8', 'int8': 'QInt8', 'uint16': 'QUInt16'}
-# By name, ONNX Runtime's method and its options. Not 'Entropy': from as many bins as
-# steps, it chooses what MinMax does.
+# ONNX Runtime's method and its options, by name. 'Entropy' is left out: it has as many
+# bins as steps, so it gives the same ranges as MinMax.
 CALIBRATIONS = dict(
     average=('MinMax', dict(CalibMovingAverage=True)),
     minmax=('MinMax', {}),
     percentile=('Percentile', dict(CalibPercentile=99.99)),
 )
 _CONVS = ('Conv', 'Gemm')
-# What ONNX Runtime computes in one kernel with the conv before it.
+# ONNX Runtime computes these activations together with the conv before them.
 _ACTS = ('Relu', 'Clip', 'LeakyRelu', 'Sigmoid', 'HardSigmoid')
 
 
 class LayerLoss(NamedTuple):
-    """What INT8 costs a layer.
+    """The loss of a layer by INT8.
 
     Args:
-        name (str): Of the module.
+        name (str): Name of the module.
         weight_range (float): The largest weight of the kernel, in magnitude.
-        outlier (float): That of the widest output channel over the median channel's.
-        kernel_snr (float): Power of the kernel over that of its error, in dB, the mean
-            over output channels.
-        output_snr (float): The same of the layer's output, with the errors of all
-            layers before it; NaN where the output is not quantized, or zero.
+        outlier (float): ``weight_range`` over the median range of an output channel.
+        kernel_snr (float): Power of the kernel over the power of its error, in dB, the
+            mean over output channels.
+        output_snr (float): The same for the layer's output, which also has the errors
+            of all layers before; NaN if the output is zero or not quantized.
     """
 
     name: str
@@ -55,9 +55,9 @@ class LayerLoss(NamedTuple):
 
 
 def calibration_images(cfg: Config, model: nn.Module, number: int) -> list[Tensor]:
-    """Training images in the pipeline of the test: augmented ones have other ranges.
+    """Training images from the test pipeline, since augmentation changes the ranges.
 
-    They come one by one, normalised, in the same order each time.
+    Each batch holds one normalised image. The order is the same each time.
     """
     cfg = copy.deepcopy(cfg)
     loader = cfg.get('train_dataloader')
@@ -68,14 +68,14 @@ def calibration_images(cfg: Config, model: nn.Module, number: int) -> list[Tenso
         if pipeline:
             loader.dataset = _with_pipeline(loader.dataset, pipeline)
     loader.batch_size = 1
-    # Batches by shape, as detectors have them, would wait for a second image.
+    # Samplers of detectors group images by shape and would wait for a second image.
     loader.pop('batch_sampler', None)
     batches = itertools.islice(build_loader(cfg, 'train'), number)
     return [model.data_preprocessor(batch, False)['inputs'] for batch in batches]
 
 
 def _with_pipeline(dataset: dict, pipeline: list) -> dict:
-    """The datasets that read files, without those around that repeat or mix images."""
+    """The dataset without wrappers that repeat or mix images, with this pipeline."""
     dataset = innermost(dataset)
     if 'datasets' in dataset:
         parts = [_with_pipeline(part, pipeline) for part in dataset['datasets']]
@@ -86,9 +86,9 @@ def _with_pipeline(dataset: dict, pipeline: list) -> dict:
 
 
 def prepare(source: PathLike, target: PathLike, equalized: bool = False) -> int:
-    """Makes an exported file ready for quantization: shapes, and BatchNorms folded.
+    """Prepares an exported file for quantization: infers shapes and folds BatchNorms.
 
-    It returns the number of pairs of convs that were equalized, see :func:`equalize`.
+    Returns the number of pairs of convs that were equalized, see :func:`equalize`.
     """
     onnx = require('onnx')
     shapes = require('onnxruntime.quantization.shape_inference')
@@ -103,12 +103,12 @@ def prepare(source: PathLike, target: PathLike, equalized: bool = False) -> int:
 
 
 def _keep_metadata(source: PathLike, target: PathLike) -> None:
-    """Gives a file the metadata of that which ONNX Runtime has made it from."""
+    """Copies the metadata of the source to the file that ONNX Runtime made of it."""
     onnx = require('onnx')
     model = onnx.load(str(target))
-    known = {entry.key for entry in model.metadata_props}
+    keys = {entry.key for entry in model.metadata_props}
     metadata = onnx.load(str(source)).metadata_props
-    model.metadata_props.extend(entry for entry in metadata if entry.key not in known)
+    model.metadata_props.extend(entry for entry in metadata if entry.key not in keys)
     onnx.save(model, str(target))
 
 
@@ -124,22 +124,22 @@ def quantize_onnx(
     """Quantizes weights and activations to 8 bits, as QuantizeLinear pairs (QDQ).
 
     Args:
-        source (str | Path): A file of :func:`prepare`.
+        source (str | Path): A file that :func:`prepare` wrote.
         target (str | Path): The file to write.
         images (Sequence[Tensor]): Batches of real images.
-        per_channel (bool): One scale for each output channel of a kernel. Defaults to
-            True.
-        activations (str): ``'uint8'`` suits x86, ``'int8'`` ARM and GPUs; ``'uint16'``
-            loses less. Weights are int8. Defaults to ``'uint8'``.
-        calibration (str): Ranges of activations: ``'average'``, the mean of the images'
-            ranges; ``'minmax'``, the range of all; ``'percentile'``, that of all but
-            one in 10,000 values. Defaults to ``'average'``.
-        reduce_range (bool): Weights of 7 bits, for x86 without VNNI, whose sums of
-            products saturate. Defaults to False.
+        per_channel (bool): Whether each output channel of a kernel has its own scale.
+            Defaults to True.
+        activations (str): ``'uint8'`` suits x86, ``'int8'`` suits ARM and GPUs, and
+            ``'uint16'`` loses less. Weights are int8. Defaults to ``'uint8'``.
+        calibration (str): The range of activations. ``'average'``: the mean over the
+            ranges of the images. ``'minmax'``: the range of all values.
+            ``'percentile'``: without one in 10,000 values. Defaults to ``'average'``.
+        reduce_range (bool): Whether weights have 7 bits. Use it on x86 without VNNI,
+            where sums of products saturate. Defaults to False.
     """
     ort = require('onnxruntime.quantization')
     method, options = CALIBRATIONS[calibration]
-    with redirect_stdout(io.StringIO()):  # Calibrators tell of their bins.
+    with redirect_stdout(io.StringIO()):  # Calibrators print their bins.
         ort.quantize_static(
             str(source),
             str(target),
@@ -194,14 +194,14 @@ def evaluate(cfg: Config, model: nn.Module) -> dict[str, float]:
 def layer_losses(
     source: PathLike, quantized: PathLike, images: Sequence[Tensor]
 ) -> list[LayerLoss]:
-    """What INT8 costs each conv and each linear layer, in the order of the file.
+    """The loss of each conv and each linear layer, in the order of the file.
 
-    Where a layer runs several times, as on the levels of a pyramid, its worst output
-    counts. Batches hold one image each; all outputs of all layers are kept in memory.
+    If a layer runs several times, as on the levels of a pyramid, its worst output
+    counts. Batches hold one image each. Memory must hold all outputs of all layers.
     """
     debug = require('onnxruntime.quantization.qdq_loss_debug')
     graph = require('onnx').load(str(source)).graph
-    logging.disable(logging.ERROR)  # A word on every bias that several layers share.
+    logging.disable(logging.ERROR)  # It would report biases that layers share.
     try:
         weights = debug.create_weight_matching(str(source), str(quantized))
     finally:
@@ -229,8 +229,8 @@ def layer_losses(
             _snr([kernel], [dequantized], len(kernel)),
             output_snr,
         )
-        known = losses.get(node.input[1])
-        if known is None or not loss.output_snr >= known.output_snr:
+        worst = losses.get(node.input[1])
+        if worst is None or not loss.output_snr >= worst.output_snr:
             losses[node.input[1]] = loss
     return list(losses.values())
 
@@ -238,9 +238,9 @@ def layer_losses(
 def _snr(
     expected: Sequence[np.ndarray], quantized: Sequence[np.ndarray], channels: int
 ) -> float:
-    """Signal over noise in dB, the mean over channels that have a signal.
+    """Signal over noise in dB, the mean over channels that have a signal and noise.
 
-    Channels come first, before ONNX Runtime has flattened an array, or of one image.
+    Each array is a kernel or the output for one image, so channels come first.
     """
     differences = [a.astype(np.float64) - b for a, b in zip(expected, quantized)]
     power, noise = (
@@ -270,7 +270,7 @@ def _users(graph: Any, name: str) -> list:
 
 
 def _output_of(graph: Any, node: Any) -> str:
-    """The output of a layer, or that of its activation, which is what is quantized."""
+    """The tensor that ONNX Runtime quantizes: the output of a layer or activation."""
     users = _users(graph, node.output[0])
     if len(users) == 1 and users[0].op_type in _ACTS:
         return users[0].output[0]
@@ -278,7 +278,7 @@ def _output_of(graph: Any, node: Any) -> str:
 
 
 def _layer_name(node: Any) -> str:
-    """The module of a layer, by its kernel, or by its node if a norm is folded in."""
+    """The module name of a layer: from its kernel, or from its node after a fold."""
     name = node.input[1]
     if '::' in name:
         name = node.name.strip('/').rpartition('/')[0].replace('/', '.')
@@ -288,11 +288,11 @@ def _layer_name(node: Any) -> str:
 def equalize(model: Any, sweeps: int = 20) -> int:
     """Gives both kernels of every conv–ReLU–conv the same range, channel by channel.
 
-    Cross-layer equalization: as ``ReLU(s·x) = s·ReLU(x)`` for ``s > 0``, channel c of
-    the first conv is divided by ``s_c = √(r1_c / r2_c)``, and the kernel that takes it
-    multiplied by it, where r is the largest weight of that channel in either conv. A
-    conv may belong to two pairs, so it passes over all of them several times. It
-    returns their number, and changes the model in place.
+    Cross-layer equalization: since ``ReLU(s·x) = s·ReLU(x)`` for ``s > 0``, channel c
+    of the first kernel is divided by ``s_c = √(r1_c / r2_c)``, and channel c of the
+    second kernel is multiplied by it. Here r1 and r2 are the largest weights of that
+    channel in each kernel. A conv may belong to two pairs, so this runs several sweeps
+    over all pairs. Returns the number of pairs, and changes the model in place.
     """
     numpy_helper = require('onnx').numpy_helper
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -318,8 +318,9 @@ def equalize(model: Any, sweeps: int = 20) -> int:
 
 
 def _pairs(graph: Any, stored: Collection[str]) -> Iterator[list[str]]:
-    """The tensors of convs with nothing but a ReLU between them: two kernels of their
-    own, with the bias of the first conv between them if it has one.
+    """For two convs with only a ReLU between: kernel, bias (if any), second kernel.
+
+    No other layer uses these tensors.
     """
     outputs = {output.name for output in graph.output}
     for first in graph.node:
@@ -328,13 +329,13 @@ def _pairs(graph: Any, stored: Collection[str]) -> Iterator[list[str]]:
         if first.op_type != 'Conv' or second is None:
             continue
         tensors = [*first.input[1:], second.input[1]]
-        is_own = all(n in stored and len(_users(graph, n)) == 1 for n in tensors)
-        if is_own and _attribute(second, 'group', 1) == 1:
+        is_unshared = all(n in stored and len(_users(graph, n)) == 1 for n in tensors)
+        if is_unshared and _attribute(second, 'group', 1) == 1:
             yield tensors
 
 
 def _only_user(graph: Any, node: Any, kind: str, outputs: set[str]) -> Optional[Any]:
-    """What takes the output of a node, if that is one node of this kind alone."""
+    """The node that uses the output of a node, if it is the only one and of a kind."""
     users = _users(graph, node.output[0])
     is_one = node.output[0] not in outputs and [u.op_type for u in users] == [kind]
     return users[0] if is_one else None

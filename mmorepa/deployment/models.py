@@ -1,4 +1,4 @@
-"""Deployed models from configs and checkpoints of either form."""
+"""Builds deployed models from configs and checkpoints of either form."""
 
 import copy
 from typing import Any
@@ -17,10 +17,10 @@ from ..utils.errors import CheckpointError
 def loaded_by_config(cfg: Config, state_dict: dict) -> tuple[Config, nn.Module]:
     """The config of the deployed form, and its model with these deployed weights.
 
-    Backbones of this package and every ``conv_cfg`` of its convs get ``deploy=True``;
-    ``Reparameterized`` modules become the modules that they were made from. ValueError
-    says that convs of this package are built without a config of theirs, or that the
-    weights do not fit.
+    Backbones and every ``conv_cfg`` of this package get ``deploy=True``. Modules of the
+    type ``Reparameterized`` are replaced by the module that they contain. Raises a
+    ValueError if code builds convs of this package without a config, or if the weights
+    do not fit.
     """
     cfg = copy.deepcopy(cfg)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
@@ -57,10 +57,10 @@ def _deployed(node: Any) -> Any:
 
 
 def load_deployed(cfg: Config, checkpoint: dict) -> nn.Module:
-    """The deployed model of a config with a checkpoint, both of either form.
+    """The deployed model of a config with the weights of a checkpoint.
 
-    It is in eval mode on the CPU. CheckpointError says that the checkpoint does not
-    fit.
+    Both may be of either form. The model is in eval mode on the CPU. Raises
+    CheckpointError if the checkpoint does not fit.
     """
     state = checkpoint['state_dict']
     model = build_model(copy.deepcopy(cfg))

@@ -1,4 +1,4 @@
-"""Networks as functions of normalised images, and in the place of a model's own."""
+"""Networks as functions of normalised images, for exports and for their use."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +14,12 @@ Outputs = dict[str, Union[Tensor, list[Tensor]]]
 
 
 def named_outputs(model: nn.Module, images: Tensor) -> Outputs:
-    """What a network computes of normalised images (N, C, H, W), not post-processed.
+    """The outputs of a network for normalised images (N, C, H, W), not post-processed.
 
-    ``logits`` of a classifier or a segmenter; ``scores``, ``boxes`` and maybe more
-    maps, by level, of a dense detector; of a two-stage detector the first stage's, and
-    the ``features`` for the second. Raises ValueError for outputs of another kind.
+    A classifier or segmenter has ``logits``. A dense detector has ``scores``, ``boxes``
+    and possibly more maps, each by level. A two-stage detector has the scores and boxes
+    of its first stage and the ``features`` for its second. Raises a ValueError for
+    other outputs.
     """
     rpn_head = getattr(model, 'rpn_head', None)
     if hasattr(rpn_head, 'prior_generator'):
@@ -42,7 +43,7 @@ def named_outputs(model: nn.Module, images: Tensor) -> Outputs:
 
 
 def flatten(outputs: Outputs) -> dict[str, Tensor]:
-    """Named outputs by their names in a file: ``scores_0``, ``scores_1``, …"""
+    """Gives each tensor its name in a file: ``scores_0``, ``scores_1``, …"""
     flat = {}
     for name, value in outputs.items():
         if isinstance(value, Tensor):
@@ -59,7 +60,7 @@ def output_names(model: nn.Module, images: Tensor) -> list[str]:
 
 
 def as_batch(image: Tensor) -> Tensor:
-    """An image (1, C, H, W) twice: exporters take a length of one for a constant."""
+    """Repeats an image (1, C, H, W): exporters would make a length of 1 constant."""
     return image.expand(2, *image.shape[1:]).contiguous()
 
 
@@ -82,13 +83,14 @@ def padded(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class Network:
-    """An export of a model as a function: it computes the outputs without that model.
+    """An exported model as a function of images.
 
     Args:
-        function (Callable): Maps images (N, C, H, W) of its size to the outputs.
-        names (Sequence[str]): Of the outputs, as :func:`flatten` makes them.
+        function (Callable): Maps images (N, C, H, W) of the given size to the outputs.
+        names (Sequence[str]): Names of the outputs, as :func:`flatten` makes them.
         size (tuple[int, int]): Height and width of the images.
-        pads (bool): Pad smaller images, as those of detectors are. Defaults to False.
+        pads (bool): Whether to pad smaller images, which detectors get. Defaults to
+            False.
     """
 
     def __init__(
@@ -114,7 +116,7 @@ class Network:
         return list(self.function(images))
 
     def grouped(self, images: Tensor) -> Outputs:
-        """As :func:`named_outputs`, of images (N, C, H, W)."""
+        """The outputs for images (N, C, H, W), in the form of :func:`named_outputs`."""
         outputs: Outputs = {}
         for name, tensor in zip(self.names, self(images)):
             group, _, index = name.rpartition('_')
@@ -127,10 +129,10 @@ class Network:
 
 @contextmanager
 def network_from(model: nn.Module, network: Network) -> Iterator[nn.Module]:
-    """Lets a model predict from what another network, an export of it, computes.
+    """Makes a model predict from the outputs of its export.
 
-    Pre- and post-processing stay the model's, and so does the second stage of a
-    two-stage detector. Raises ValueError if the model has no head that takes the
+    The model itself still runs pre- and post-processing, and the second stage of a
+    two-stage detector. Raises a ValueError if the model has no head that can use the
     outputs.
     """
     names = ('rpn_head', 'bbox_head', 'decode_head', 'head')

@@ -1,4 +1,4 @@
-"""Deployed models as ONNX files, and ONNX files as networks."""
+"""Writes deployed models as ONNX files, and runs such files as networks."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from ..version import __version__
 from .networks import DeployedNetwork, Network, as_batch, output_names, require
 
 EXPORTERS = ('torchscript', 'dynamo')
-# The lowest that both exporters write.
+# The lowest version that both exporters can write.
 OPSET = 18
 INPUT = 'images'
 _INTERPOLATIONS = dict(
@@ -43,17 +43,17 @@ def export_onnx(
     """Writes a deployed model as an ONNX file, for batches of any length.
 
     Args:
-        model (nn.Module): Deployed, in eval mode.
-        image (Tensor): Shape (1, C, H, W), of the size that the file takes.
+        model (nn.Module): A deployed model in eval mode.
+        image (Tensor): Shape (1, C, H, W). The file will accept this H and W only.
         path (str | Path): The file to write.
         exporter (str): ``'torchscript'`` or ``'dynamo'``, which needs the package
             ``onnxscript``. Defaults to ``'torchscript'``.
-        metadata (dict, optional): What the file says of itself, as JSON. Defaults to
+        metadata (dict, optional): Entries to store in the file, as JSON. Defaults to
             None.
 
     Raises:
         ImportError: If a package is missing.
-        ValueError: If the exporter is not known, or cannot write this model.
+        ValueError: If the exporter is unknown or cannot write this model.
     """
     if exporter not in EXPORTERS:
         raise ValueError(f'the exporters are {", ".join(EXPORTERS)}; not {exporter!r}')
@@ -95,8 +95,8 @@ def export_onnx(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' advice to their developers."""
-    # By it, PyTorch prints the whole graph where it cannot write it.
+    """Hides messages of the exporters that are meant for their developers."""
+    # PyTorch calls this to print the whole graph if it cannot write the graph.
     graph_log = mock.patch.object(torch._C, '_jit_onnx_log', lambda *args: None)
     logging.disable(logging.WARNING)
     try:
@@ -112,7 +112,7 @@ def inference_session(model: Union[str, bytes]) -> Any:
     onnxruntime = require('onnxruntime')
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Its threads would go on to spin through the turns of others.
+    # Spinning threads would take CPU time from networks that run next.
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')
     return onnxruntime.InferenceSession(
         model, options, providers=['CPUExecutionProvider']
@@ -120,7 +120,7 @@ def inference_session(model: Union[str, bytes]) -> Any:
 
 
 class OnnxNetwork(Network):
-    """A file of :func:`export_onnx` as a function, run by ONNX Runtime on the CPU."""
+    """A file of :func:`export_onnx` that ONNX Runtime runs on the CPU."""
 
     def __init__(self, path: PathLike, pads: bool = False) -> None:
         self.session = inference_session(str(path))
@@ -136,23 +136,23 @@ class OnnxNetwork(Network):
 def preprocessing(
     cfg: Config, channels: int = 3, classes: Optional[Sequence[str]] = None
 ) -> dict:
-    """How images become what a network takes, for the metadata of a file.
+    """Describes how to prepare images for a network, for the metadata of a file.
 
     Returns:
-        dict: By name, for JSON.
+        dict: These entries, which JSON can store:
 
-        - ``resize``: (height, width), or the length of the short edge; None without.
+        - ``resize``: (height, width), or the length of the short edge, or None.
         - ``keep_ratio``: True if images keep their ratio inside of ``resize``.
         - ``interpolation``: The name of OpenCV's flag.
-        - ``crop``: (height, width) from the centre; None without.
-        - ``mean``, ``std``: Of the channels; 0 and 1 without normalisation.
-        - ``channels``: ``'grey'``, ``'RGB'`` or ``'BGR'``; None for neither one nor
+        - ``crop``: (height, width) of a crop from the centre, or None.
+        - ``mean``, ``std``: For each channel; 0 and 1 without normalisation.
+        - ``channels``: ``'grey'``, ``'RGB'`` or ``'BGR'``; None unless there are one or
           three.
-        - ``classes``; ``config``, its name; ``mmorepa_version``.
+        - ``classes``, ``config`` (the name of the config) and ``mmorepa_version``.
     """
     preprocessor = dict(cfg.get('data_preprocessor') or {})
     preprocessor.update(cfg.model.get('data_preprocessor') or {})
-    # Images are read as BGR.
+    # The toolboxes read images as BGR.
     swaps = [preprocessor.get(name) for name in ('to_rgb', 'bgr_to_rgb', 'rgb_to_bgr')]
     kinds = {1: 'grey', 3: 'RGB' if any(swaps) else 'BGR'}
     return dict(
@@ -167,7 +167,7 @@ def preprocessing(
 
 
 def _geometry(cfg: Config) -> dict:
-    """The size of the images, as the pipeline of the test makes it."""
+    """How the test pipeline resizes and crops images."""
     dataset = innermost((cfg.get('test_dataloader') or {}).get('dataset') or {})
     pipeline = dataset.get('pipeline') or ()
     steps = {str(step['type']).rpartition('.')[-1]: step for step in pipeline}

@@ -1,4 +1,4 @@
-"""Post-training quantization to INT8 by torchao, for networks that stay in PyTorch."""
+"""Post-training quantization to INT8 by torchao, for networks that run in PyTorch."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,9 @@ from .networks import DeployedNetwork, Network, as_batch, output_names, require
 
 
 def export_program(model: nn.Module, image: Tensor) -> torch.export.ExportedProgram:
-    """A deployed model in eval mode as a program, for batches of any length.
+    """Exports a deployed model in eval mode as a program, for batches of any length.
 
-    The image, of shape (1, C, H, W), has the size that the program takes.
+    The program accepts images of the size of ``image``, (1, C, H, W).
     """
     return _export(DeployedNetwork(model).eval(), image)
 
@@ -30,15 +30,15 @@ def quantize_program(
     """Quantizes a program for x86, with one scale for each output channel.
 
     Args:
-        program (torch.export.ExportedProgram): Of :func:`export_program`.
+        program (torch.export.ExportedProgram): A result of :func:`export_program`.
         images (Sequence[Tensor]): Batches of real images, for the ranges of the
             activations.
         reduce_range (bool): Whether activations have 7 bits, for x86 without VNNI.
 
     Returns:
-        torch.export.ExportedProgram: It computes in float what INT8 gives;
-        ``torch.compile`` with ``freezing`` makes INT8 of it, once
-        ``torchao.quantization.pt2e.quantizer.x86_inductor_quantizer`` is imported.
+        torch.export.ExportedProgram: It simulates INT8 in float. To run in INT8, import
+        ``torchao.quantization.pt2e.quantizer.x86_inductor_quantizer`` and call
+        ``torch.compile`` with ``freezing``.
     """
     pt2e = require('torchao.quantization.pt2e.quantize_pt2e')
     x86 = require('torchao.quantization.pt2e.quantizer.x86_inductor_quantizer')
@@ -63,7 +63,7 @@ def quantize_program(
 
 
 def _drop_unused_tensors(network: torch.fx.GraphModule) -> None:
-    """The kernels in float would make the file larger than before."""
+    """Deletes unused float kernels, which would make the file larger."""
     used = {node.target for node in network.graph.nodes if node.op == 'get_attr'}
     for name, _ in [*network.named_parameters(), *network.named_buffers()]:
         if name not in used:
@@ -74,8 +74,8 @@ def _drop_unused_tensors(network: torch.fx.GraphModule) -> None:
 class ProgramNetwork(Network):
     """A program as a function, quantized or not.
 
-    ``image``, of shape (1, C, H, W), has the size that the program takes, and ``model``
-    is what it was made of.
+    The program accepts images of the size of ``image``, (1, C, H, W). It was exported
+    from ``model``.
     """
 
     def __init__(

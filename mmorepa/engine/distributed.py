@@ -83,4 +83,4 @@ class FoldedDistributedDataParallel(MMDistributedDataParallel):
         """Clears the gradients of the held kernels as well."""
         super().zero_grad(set_to_none)
         for leaf in self._leaves:
-            leaf.leaf.grad = None
+            leaf.parameter.grad = None

@@ -4,9 +4,9 @@ from .branch_sum import BranchSum
 from .closed_forms import fold_kernel, is_being_traced
 from .kernels import (
     average_kernel,
+    cached_constant,
     compose_1x1_kxk,
     compose_deep_linear,
-    constant,
     constant_response,
     depthwise_separable_kernel,
     embed_1x1,
@@ -22,7 +22,7 @@ __all__ = [
     'average_kernel',
     'compose_1x1_kxk',
     'compose_deep_linear',
-    'constant',
+    'cached_constant',
     'constant_response',
     'depthwise_separable_kernel',
     'embed_1x1',

@@ -1,4 +1,4 @@
-"""The sum of branches that a kernel is folded from, and its plain formulas."""
+"""A kernel as a sum of branches, with the plain formula of each branch."""
 
 import math
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .kernels import (
     average_kernel,
+    cached_constant,
     compose_1x1_kxk,
-    constant,
     depthwise_separable_kernel,
     embed_1x1,
     filtered_kernel,
@@ -20,8 +20,8 @@ from .kernels import (
     scaled_sum,
 )
 
-# In the order in which the compiled code takes the parameters: the part of a branch in
-# the closed form, and those of its parameters.
+# Each branch has a part, its name in the closed form, and each of its parameters has a
+# role there. The compiled code expects the parameters in this order.
 _BRANCHES = {
     'origin': ('origin', {'weight_origin': 'origin'}),
     'pointwise_kxk': (
@@ -49,13 +49,13 @@ class BranchSum:
 
     Args:
         names (tuple[str, ...]): The branches, in the order of the rows of ``scale``.
-        shape (tuple[int, ...]): Of the kernel, (O, Ig, k, k).
+        shape (tuple[int, ...]): The shape of the kernel, (O, Ig, k, k).
         groups (int): g. Defaults to 1.
         expansion (int): m. Defaults to 8.
 
     Attributes:
-        roles (dict[str, str]): The parts of the parameters, in order, by name.
-        rows (dict[str, int]): The rows of ``scale``, by the part of their branch.
+        roles (dict[str, str]): The role of each parameter, by its name, in order.
+        rows (dict[str, int]): The row of ``scale`` for each branch, by its part.
         filtered (tuple[str, ...]): The branches that are a weight times a filter.
     """
 
@@ -95,7 +95,7 @@ class BranchSum:
         filtered = (outputs, inputs, 1, 1)
         for name, (role, actual) in zip(self.roles, p.items()):
             shape = expected.get(role, filtered)
-            # 1×1 kernels are stored as those of convs.
+            # 1×1 kernels are stored as (O, I, 1, 1), like the weight of a conv.
             is_flat = taps == 1 and math.prod(actual) == math.prod(shape)
             if actual != shape and not is_flat:
                 raise ValueError(
@@ -105,16 +105,16 @@ class BranchSum:
                 )
 
     def filters(self, like: Tensor) -> Optional[Tensor]:
-        """The filters of :attr:`filtered`, if any: (F, O, k²), not to be written to."""
-        return constant(_filters, self, like=like) if self.filtered else None
+        """The filters of :attr:`filtered`, (F, O, k²), or None. Do not write to it."""
+        return cached_constant(_filters, self, like=like) if self.filtered else None
 
     def as_stored(self, name: str, weight: Tensor) -> Tensor:
-        """The weight of a conv in the order in which a kernel stores it.
+        """Reorders the weight of a conv to the shape of the stored parameter.
 
         Input channels come last, as in the memory of a kernel with channels last:
         ``weight_origin`` is (O, k², Ig), ``weight_pointwise_kxk_2`` (O, k², T/g),
-        ``weight_separable`` (O, m, Ig) and ``weight_depthwise`` (m, k², I). All others
-        are stored as they are.
+        ``weight_separable`` (O, m, Ig) and ``weight_depthwise`` (m, k², I). All other
+        parameters keep the shape of a conv's weight.
         """
         if name in ('weight_origin', 'weight_pointwise_kxk_2'):
             return weight.flatten(2).transpose(1, 2).contiguous()
@@ -138,54 +138,55 @@ class BranchSum:
         return stored.transpose(1, 2).unflatten(2, size)
 
     def from_former(self, name: str, tensor: Tensor) -> Tensor:
-        """A parameter of an earlier checkpoint, or its state, as it is stored now.
+        """Reorders a parameter of an earlier version, or the optimizer's state of it.
 
-        These had the weights of convs, with ``weight_pointwise_kxk_2`` as
-        (O, k, k, T/g). What is stored as now stays.
+        Earlier versions stored the weights of convs, and ``weight_pointwise_kxk_2`` as
+        (O, k, k, T/g). A tensor that has the current shape is returned unchanged.
         """
         if tensor.dim() != 4:
             return tensor
         if name == 'weight_pointwise_kxk_2':
             return tensor.flatten(1, 2)
         if name == 'weight_depthwise' and tensor.shape[2:] != self.shape[2:]:
-            return tensor  # Of another kernel, which the loader says.
+            return tensor  # It is of another kernel: the loader reports that.
         return self.as_stored(name, tensor)
 
     def kernel(self, *tensors: Tensor) -> Tensor:
-        """The kernel, (O, Ig, k, k), by the plain formulas, from the parameters."""
+        """The kernel, (O, Ig, k, k), from the parameters by the plain formulas."""
         scale, *_ = tensors
         return scaled_sum([*self.branch_kernels(*tensors).values()], scale)
 
     def branch_kernels(self, *tensors: Tensor) -> dict[str, Tensor]:
-        """The kernels ``K_b``, (O, Ig, k, k), by name, before they are scaled."""
+        """The kernels ``K_b``, (O, Ig, k, k), by branch name, before scaling."""
         p = dict(zip(self.roles, tensors))
         return {name: self.branch_kernel(name, p) for name in self.names}
 
     def branch_kernel(self, name: str, parameters: dict[str, Tensor]) -> Tensor:
-        """The kernel of one branch from the parameters by name."""
+        """The kernel of one branch. The parameters are given by name."""
         size = self.shape[-1]
-        _, roles = _BRANCHES[name]
-        weight, *others = (self.as_conv(role, parameters[role]) for role in roles)
+        _, names = _BRANCHES[name]
+        weight, *second = (self.as_conv(name, parameters[name]) for name in names)
         if name == 'origin':
             return weight
         if name == 'average':
             return average_kernel(weight, size)
         if name == 'frequency':
-            filters = constant(frequency_prior, self.shape[0], size, like=weight)
+            filters = cached_constant(frequency_prior, self.shape[0], size, like=weight)
             return filtered_kernel(weight, filters)
         if name == 'pointwise':
             return embed_1x1(weight, size)
         if name == 'depthwise_separable':
             return depthwise_separable_kernel(
-                *others, weight, self.groups, self.expansion
+                *second, weight, self.groups, self.expansion
             )
         if name == 'pointwise_kxk':
-            weight = weight + constant(identity_1x1, *weight.shape[:2], like=weight)
-        return compose_1x1_kxk(weight, *others, self.groups)
+            identity = cached_constant(identity_1x1, *weight.shape[:2], like=weight)
+            weight = weight + identity
+        return compose_1x1_kxk(weight, *second, self.groups)
 
 
 def _filters(spec: BranchSum, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The kernels of the filtered branches for weights of one."""
+    """The kernels of the filtered branches if all their weights are one."""
     ones = torch.ones(spec.shape[0], 1, 1, 1, dtype=dtype, device=device)
     weights = {f'weight_{name}': ones for name in spec.filtered}
     filters = [spec.branch_kernel(name, weights) for name in spec.filtered]

@@ -1,22 +1,21 @@
-"""OREPA's fold as a differentiable function, with a derivative worked out by hand.
+"""OREPA's fold as a differentiable function, with a hand-written derivative.
 
-What ``autograd`` makes of the formulas in :mod:`.kernels` keeps every term of the
-sum, each as large as the kernel. Here the graph keeps nothing but references to the
-parameters. On a CPU, :mod:`.compiled` does the same work where it can.
+With the formulas in :mod:`.kernels`, ``autograd`` would keep every term of the sum, and
+each term is as large as the kernel. Here the graph keeps only references to the
+parameters. On a CPU, :mod:`.compiled` does the same work if it supports the inputs.
 
-All is held as (O, K, I), with ``K = k²`` taps, which is the memory of a kernel with
-channels last. With the letters of docs/mathematics.md::
+All tensors have the shape (O, K, I), with ``K = k²`` taps, which is the memory of a
+kernel with channels last. With the letters of docs/mathematics.md::
 
     W[o,k,:] = s_0[o]·V[o,k,:]                            origin
              + s_1[o]·B[o,k,:] @ (C + E)                  composed
              + Σ_m s_2[o]·F[o,m,:]·G[m,k,:]               separable
              + Σ_b s_b[o]·f_b[o,k]·q_b[o,:]               filtered: average, …
 
-With groups, outputs and channels of a group are multiplied among themselves.
+With groups, each group has products of its own.
 
-Where the operations themselves are recorded (by compilers, tracers, ``torch.func``, or
-a second derivative), the plain formulas run instead. The tests hold one against the
-other.
+The plain formulas run instead if something records the operations: a compiler, a
+tracer, ``torch.func`` or a second derivative. The tests compare both.
 """
 
 from collections.abc import Sequence
@@ -30,23 +29,23 @@ from torch.fx import _symbolic_trace
 
 from . import compiled
 from .branch_sum import BranchSum
-from .kernels import constant, identity_1x1
+from .kernels import cached_constant, identity_1x1
 
-# By its newer name where there is one: the older then warns.
+# Use the newer name if it exists, because then the older one warns.
 _is_traced_by_fx = getattr(
     _symbolic_trace, 'is_fx_symbolic_tracing', _symbolic_trace.is_fx_tracing
 )
 
 
 def fold_kernel(spec: BranchSum, *tensors: Tensor) -> Tensor:
-    """The kernel, (O, Ig, k, k), of a sum of branches, with a gradient.
+    """Folds a sum of branches to a kernel, (O, Ig, k, k), with a gradient.
 
     Args:
         spec (BranchSum): The sum.
-        *tensors (Tensor): Its parameters, in the order of ``spec.roles``.
+        *tensors (Tensor): The parameters of the sum, in the order of ``spec.roles``.
 
     Raises:
-        ValueError: If a parameter has another shape than it should.
+        ValueError: If a parameter has a wrong shape.
     """
     if is_being_traced():
         spec.check_shapes([t.shape for t in tensors])
@@ -72,12 +71,12 @@ def is_being_traced() -> bool:
 
 
 class _ClosedForm(torch.autograd.Function):
-    # Without `setup_context`, for which PyTorch inspects the signature in every call.
+    # With `setup_context`, PyTorch would inspect the signature in every call.
     @staticmethod
     def forward(ctx, spec: BranchSum, *tensors: Tensor) -> Tensor:
         ctx.spec = spec
         ctx.save_for_backward(*tensors)
-        if compiled.takes(spec, tensors):
+        if compiled.supports(spec, tensors):
             return compiled.fold(spec, tensors)
         return _as_kernel(_Terms(spec, tensors).fold(), spec)
 
@@ -86,38 +85,38 @@ class _ClosedForm(torch.autograd.Function):
         spec, tensors = ctx.spec, ctx.saved_tensors
         needed = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
-            # Where a graph of the derivative is asked for, it is that of the formulas.
+            # The caller wants a graph of the derivative: use the plain formulas.
             trained = [t for t, n in zip(tensors, needed) if n]
             kernel = spec.kernel(*tensors)
             grads = iter(torch.autograd.grad(kernel, trained, grad, create_graph=True))
             return None, *(next(grads) if n else None for n in needed)
-        if compiled.takes(spec, (*tensors, grad)):
+        if compiled.supports(spec, (*tensors, grad)):
             gradients = compiled.fold_gradients(spec, grad, tensors)
         else:
-            gradients = _Terms(spec, tensors).gradients(_as_rows(grad))
+            gradients = _Terms(spec, tensors).gradients(_channels_last(grad))
         return None, *(g if n else None for g, n in zip(gradients, needed))
 
 
-def _as_rows(kernel: Tensor) -> Tensor:
-    """From (O, I, k, k) to (O, K, I), a view of what has channels last."""
+def _channels_last(kernel: Tensor) -> Tensor:
+    """(O, I, k, k) as (O, K, I), without a copy if it has channels last."""
     return kernel.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
-def _as_kernel(rows: Tensor, spec: BranchSum) -> Tensor:
-    return rows.unflatten(1, spec.shape[2:]).permute(0, 3, 1, 2)
+def _as_kernel(kernel: Tensor, spec: BranchSum) -> Tensor:
+    return kernel.unflatten(1, spec.shape[2:]).permute(0, 3, 1, 2)
 
 
 class _Terms:
     """The parameters in the shapes in which they are multiplied.
 
     Attributes:
-        scale (dict[str, Tensor]): By part, each of shape (O, 1, 1).
+        scale (dict[str, Tensor]): The scale of each part, shape (O, 1, 1).
         origin (Tensor): Shape (O, K, I).
         first (Tensor): ``C + E``, shape (g, T/g, I).
         second (Tensor): Shape (g, O/g·K, T/g).
         separable (Tensor): Shape (g, O/g, m, I).
         depthwise (Tensor): Shape (g, m, K, I).
-        weights (Tensor): Those of the F filtered branches, shape (O, F, I).
+        weights (Tensor): The weights of the F filtered branches, shape (O, F, I).
         filters (Tensor): Shape (O, F, K).
     """
 
@@ -125,18 +124,17 @@ class _Terms:
         outputs, inputs, size, _ = spec.shape
         groups = spec.groups
         self.spec, self.tensors = spec, tensors
-        self.rows = (outputs, size * size, inputs)
+        self.shape = (outputs, size * size, inputs)
         p = dict(zip(spec.roles.values(), tensors))
         scale = p['scale'][:, :, None, None]
         self.scale = {part: scale[row] for part, row in spec.rows.items()}
         if 'origin' in p:
-            self.origin = p['origin'].reshape(self.rows).contiguous()
+            self.origin = p['origin'].reshape(self.shape).contiguous()
         if 'first' in p:
             first = p['first'].flatten(1)
             if spec.has_identity:
-                first = first + constant(
-                    identity_1x1, *first.shape, like=first
-                ).flatten(1)
+                identity = cached_constant(identity_1x1, *first.shape, like=first)
+                first = first + identity.flatten(1)
             self.first = first.reshape(groups, -1, inputs)
             hidden = self.first.shape[1]
             self.second = p['second'].reshape(groups, -1, hidden)
@@ -155,24 +153,24 @@ class _Terms:
         if 'origin' in scale:
             kernel = self.origin * scale['origin']
         else:
-            kernel = self.tensors[0].new_zeros(self.rows)
+            kernel = self.tensors[0].new_zeros(self.shape)
         if 'composed' in scale:
             product = torch.bmm(self.second, self.first)
-            kernel.addcmul_(product.view(self.rows), scale['composed'])
+            kernel.addcmul_(product.view(self.shape), scale['composed'])
         if 'separable' in scale:
             product = torch.einsum('gomi,gmki->goki', self.separable, self.depthwise)
-            kernel.addcmul_(product.reshape(self.rows), scale['separable'])
+            kernel.addcmul_(product.reshape(self.shape), scale['separable'])
         if self.spec.filtered:
             scales = torch.cat([scale[part] for part in self.spec.filtered], dim=1)
             kernel.baddbmm_((self.filters * scales).mT, self.weights)
         return kernel
 
     def gradients(self, grad: Tensor) -> list[Tensor]:
-        """``Jᵀ·G`` for every parameter, with ``G`` that of the kernel, (O, K, I).
+        """``Jᵀ·G`` for every parameter. ``G`` is the kernel's gradient, (O, K, I).
 
-        The gradient of a branch's kernel is ``s·G``, that of one factor of a product
-        is ``s·G`` times the other one, and that of ``s`` is the inner product of ``G``
-        and the branch's kernel, taken where it is cheap: ``⟨G, B·C⟩ = ⟨B, G·Cᵀ⟩``.
+        The gradient of a branch's kernel is ``s·G``. The gradient of one factor of a
+        product is ``s·G`` times the other factor. The gradient of ``s`` is the inner
+        product of ``G`` and the branch's kernel, as ``⟨G, B·C⟩ = ⟨B, G·Cᵀ⟩``.
         """
         spec, scale, groups = self.spec, self.scale, self.spec.groups
         d, d_scale = {}, {}
@@ -187,7 +185,7 @@ class _Terms:
             by_group = (groups, -1, grad.shape[2])
             product = torch.bmm(grad.view(by_group), self.first.mT)
             d_scale['composed'] = inner(self.second, product)
-            d['second'] = product.view(*self.rows[:2], -1) * scale['composed']
+            d['second'] = product.view(*self.shape[:2], -1) * scale['composed']
             scaled = (grad * scale['composed']).view(by_group)
             d['first'] = torch.bmm(self.second.mT, scaled)
         if 'separable' in scale:
@@ -205,7 +203,7 @@ class _Terms:
             for i, part in enumerate(spec.filtered):
                 d_scale[part] = sums[:, i]
                 d[part] = products[:, i] * scale[part].flatten(1)
-        rows = sorted(spec.rows, key=spec.rows.__getitem__)
-        d['scale'] = torch.stack([d_scale[part] for part in rows])
+        parts = sorted(spec.rows, key=spec.rows.__getitem__)
+        d['scale'] = torch.stack([d_scale[part] for part in parts])
         roles = spec.roles.values()
         return [d[role].reshape(t.shape) for role, t in zip(roles, self.tensors)]

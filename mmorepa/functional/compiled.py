@@ -1,8 +1,8 @@
-"""The folds of :mod:`.closed_forms` compiled for the CPU that they run on.
+"""The folds of :mod:`.closed_forms`, compiled for the CPU of this machine.
 
-On a CPU a fold waits for memory more than it computes. What PyTorch does operation by
-operation, each a walk through memory, ``csrc/fold.cpp`` does in one walk. It is
-compiled on request (:func:`build`, or ``python tools/build_fold.py``).
+On a CPU, a fold mostly waits for memory. Each operation of PyTorch reads and writes the
+whole kernel, while ``csrc/fold.cpp`` reads and writes it once. Users compile that file
+on request (:func:`build`, or ``python tools/build_fold.py``).
 """
 
 import functools
@@ -20,14 +20,14 @@ from .branch_sum import BranchSum
 
 _SOURCE = Path(__file__).with_name('csrc') / 'fold.cpp'
 _NAME = 'mmorepa_fold'
-# In the order of the compiled code.
+# The compiled code expects the rows of these parts in this order.
 _PARTS = ('origin', 'composed', 'average', 'frequency', 'pointwise', 'separable')
-# The loops over taps and branches are written out, so that registers hold them.
+# These flags unroll the loops over taps and branches, so that registers hold values.
 _FLAGS = (
     '-O3 -fopenmp -fno-math-errno '
     '--param=max-completely-peeled-insns=2000 --param=max-completely-peel-times=25'
 )
-# The flags of every set of instructions that PyTorch tells apart.
+# The flags for each instruction set that PyTorch distinguishes.
 _INSTRUCTIONS = {
     'AVX2': '-mavx2 -mfma',
     'AVX512': '-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma '
@@ -36,9 +36,9 @@ _INSTRUCTIONS = {
 
 
 def library_path() -> Path:
-    """Where the compiled folds are kept: in ``$MMOREPA_CACHE`` or ``~/.cache/mmorepa``.
+    """The path of the library in ``$MMOREPA_CACHE``, or else in ``~/.cache/mmorepa``.
 
-    Machines may share it: the name tells sources, versions and processors apart.
+    Machines may share the folder: the file name depends on source, version and CPU.
     """
     folder = os.environ.get('MMOREPA_CACHE') or Path.home() / '.cache' / 'mmorepa'
     version = f'{torch.__version__} {" ".join(_flags())}'.encode()
@@ -47,12 +47,12 @@ def library_path() -> Path:
 
 
 def build() -> Path:
-    """Compiles the folds, unless that is done, and returns the library's path.
+    """Compiles the folds if they are not compiled yet, and returns the library's path.
 
-    It takes about 30 seconds.
+    Compiling takes about 30 seconds.
 
     Raises:
-        RuntimeError: If there is no compiler, or it fails.
+        RuntimeError: If there is no compiler, or if the compiler fails.
     """
     path = library_path()
     if path.is_file():
@@ -62,7 +62,7 @@ def build() -> Path:
             'this process has loaded compiled folds of another version or place; '
             'compile these in another one: python tools/build_fold.py'
         )
-    # Slow to import, and not needed anywhere else.
+    # This import is slow, and only this function needs it.
     from torch.utils import cpp_extension
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,8 +88,8 @@ def build() -> Path:
 
 @functools.cache
 def is_available() -> bool:
-    """Whether the compiled folds are there."""
-    if hasattr(torch.ops.mmorepa, 'fold'):  # In the process that compiled it.
+    """Whether the compiled folds exist and can be loaded."""
+    if hasattr(torch.ops.mmorepa, 'fold'):  # This process has compiled them.
         return True
     try:
         path = library_path()
@@ -110,7 +110,7 @@ def _flags() -> list[str]:
     return f'{_FLAGS} {_INSTRUCTIONS.get(capability, "")}'.split()
 
 
-def takes(spec: BranchSum, tensors: Sequence[Tensor]) -> bool:
+def supports(spec: BranchSum, tensors: Sequence[Tensor]) -> bool:
     """Whether there is compiled code for a fold of these parameters and gradients."""
     dtype = tensors[0].dtype
     return (
@@ -118,7 +118,7 @@ def takes(spec: BranchSum, tensors: Sequence[Tensor]) -> bool:
         and spec.shape[-1] in (1, 3, 5)
         and 0 not in spec.shape
         and dtype in (torch.float32, torch.float64)
-        # A subclass might stand for something else than memory.
+        # A subclass of Tensor might not hold its values in memory.
         and all(
             type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype is dtype
             for t in tensors
@@ -128,16 +128,16 @@ def takes(spec: BranchSum, tensors: Sequence[Tensor]) -> bool:
 
 
 def fold(spec: BranchSum, tensors: Sequence[Tensor]) -> Tensor:
-    """The kernel, (O, I, k, k) with channels last in memory, where it :func:`takes`."""
+    """The kernel, (O, I, k, k) with channels last, if :func:`supports` returns True."""
     pieces = [t.contiguous() for t in tensors]
-    # Without the search for an overload, of which there is one.
+    # `default` saves PyTorch the search for an overload.
     return torch.ops.mmorepa.fold.default(pieces, *_options(spec, tensors))
 
 
 def fold_gradients(
     spec: BranchSum, grad: Tensor, tensors: Sequence[Tensor]
 ) -> list[Tensor]:
-    """The gradients of the parameters from that of the kernel, (O, I, k, k)."""
+    """The gradients of the parameters from the kernel's gradient, (O, I, k, k)."""
     pieces = [t.contiguous() for t in tensors]
     derivative = torch.ops.mmorepa.fold_gradients.default
     return derivative(grad, pieces, *_options(spec, tensors))

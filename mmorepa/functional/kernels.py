@@ -1,4 +1,4 @@
-"""Kernels of linear branches, what their compositions equal, and an inverse.
+"""Formulas for kernels of linear branches and their compositions, and an inverse.
 
 Every kernel is a cross-correlation weight as :func:`torch.nn.functional.conv2d`
 takes it. Shapes use ``O``/``I`` for output/input channels, ``g`` for groups,
@@ -20,20 +20,20 @@ from torch import Tensor, nn
 _constants: dict[tuple, Tensor] = {}
 
 
-def constant(make: Callable[..., Tensor], *args, like: Tensor) -> Tensor:
-    """``make(*args)``, made once for each dtype and device.
+def cached_constant(make: Callable[..., Tensor], *args, like: Tensor) -> Tensor:
+    """``make(*args, dtype, device)``, cached. Do not write to the result.
 
-    A constant of the formulas is no buffer of a module: ``to_empty()`` would leave it
-    unwritten, and ``half()`` would round it for good.
+    A buffer of a module would not do for constants: ``to_empty()`` would not write its
+    values, and ``half()`` would round them for good.
 
     Args:
         make (Callable): Takes a dtype and a device after its other arguments.
-        *args: Its other arguments.
-        like (Tensor): Has the dtype and the device. The result is not to be written to.
+        *args: The other arguments of ``make``.
+        like (Tensor): A tensor with the wanted dtype and device.
     """
-    # A fake one has fake constants. A compiler traces how they are made: PyTorch 2.6
-    # cannot look them up. So does torch.jit.trace, which would find other operations
-    # the second time.
+    # Do not cache for fake tensors. A compiler must trace how the constant is made,
+    # because PyTorch 2.6 cannot read the cache. The second run of torch.jit.trace must
+    # record the same operations as the first.
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if type(like) not in (Tensor, nn.Parameter) or is_traced:
         return make(*args, like.dtype, like.device)
@@ -42,7 +42,7 @@ def constant(make: Callable[..., Tensor], *args, like: Tensor) -> Tensor:
     if made is None:
         with torch.inference_mode(False), torch.no_grad():
             made = make(*args, like.dtype, like.device)
-        if type(made) is Tensor:  # Not a fake one, of a fake mode.
+        if type(made) is Tensor:  # A fake mode would make a fake tensor.
             _constants[key] = made
     return made
 
@@ -76,8 +76,8 @@ def frequency_prior(
     half = channels / 2
     frequencies = [row + 1 - (half if row >= half else 0) for row in range(channels)]
     taps = [tap + 0.5 for tap in range(kernel_size)]
-    # In this order of operations, by which published checkpoints have their copies of
-    # the filters to the last bit.
+    # Only this order of operations gives the filters in published checkpoints to the
+    # last bit.
     waves = [
         [math.cos(math.pi * t * f / kernel_size) for t in taps] for f in frequencies
     ]
@@ -102,9 +102,9 @@ def identity_1x1(
     dtype: Optional[torch.dtype] = None,
     device: Optional[torch.device] = None,
 ) -> Tensor:
-    """A 1×1 kernel that repeats its group's input: ``E[t, t mod columns] = 1``.
+    """A 1×1 kernel that repeats the input of a group: ``E[t, t mod columns] = 1``.
 
-    Its shape is (T, columns, 1, 1) for T outputs of all groups.
+    Returns shape (rows, columns, 1, 1): outputs of all groups, inputs of one group.
     """
     eye = torch.eye(columns, dtype=dtype, device=device)
     return eye.repeat(rows // columns, 1)[:, :, None, None]
@@ -135,15 +135,15 @@ def depthwise_separable_kernel(
 ) -> Tensor:
     """A depthwise k×k conv that makes m maps of each input, then a 1×1 conv.
 
-    ``K[o, i] = Σ_{t<m} pointwise[o, i·m + t] · depthwise[i·m + t]`` with ``i``
-    counted within the group of ``o`` for the columns of ``pointwise``, and over
-    all groups for the rows of ``depthwise``.
+    ``K[o, i] = Σ_{t<m} pointwise[o, i·m + t] · depthwise[i·m + t]``. In the columns
+    of ``pointwise``, ``i`` counts the inputs of the group of ``o``. In the rows of
+    ``depthwise``, ``i`` counts the inputs of all groups.
 
     Args:
         depthwise (Tensor): Shape (m·I, 1, k, k); the kernel is of (O, Ig, k, k).
         pointwise (Tensor): Shape (O, m·Ig, 1, 1).
         groups (int): g, the groups of the 1×1 conv. Defaults to 1.
-        expansion (int): m. Defaults to 8, the paper's.
+        expansion (int): m. Defaults to 8, as in the paper.
     """
     outputs, columns = pointwise.shape[:2]
     taps = depthwise.shape[-2:]
@@ -157,20 +157,20 @@ def depthwise_separable_kernel(
 
 
 def compose_deep_linear(first: Tensor, second: Tensor, groups: int = 1) -> Tensor:
-    """Two kernels composed into a larger one, the deep linear stem's step.
+    """Composes two kernels into a larger one: one step of a deep linear stem.
 
-    Within each group, ``K[o, i] = Σ_m second[o, m] ⋆ first[m, i]`` where ``⋆`` is
-    the full *cross-correlation* of the two kernels, so that ``second`` acts as if
-    flipped. Published checkpoints are parameterised this way.
+    Within each group, ``K[o, i] = Σ_m second[o, m] ⋆ first[m, i]``. Here ``⋆`` is
+    the full *cross-correlation* of the two kernels, so ``second`` acts as if it were
+    flipped. Published checkpoints use this order.
 
     Args:
         first (Tensor): Shape (M, Ig, j, j).
-        second (Tensor): Shape (O, M/g, k, k); both give (O, Ig, j + k − 1, j + k − 1).
+        second (Tensor): Shape (O, M/g, k, k). Both give (O, Ig, j + k − 1, j + k − 1).
         groups (int): g, the groups of both convs. Defaults to 1.
     """
     mid, inputs, *size = first.shape
-    # The input channels of a group act as the batch, so the groups of `first`
-    # stand side by side as the channels of a grouped conv.
+    # The input channels of a group become the batch, and the groups of `first` become
+    # the channels of a grouped conv.
     images = first.reshape(groups, mid // groups, inputs, *size)
     images = images.permute(2, 0, 1, 3, 4).reshape(inputs, mid, *size)
     padding = [second.shape[-1] - 1] * 2
@@ -178,10 +178,10 @@ def compose_deep_linear(first: Tensor, second: Tensor, groups: int = 1) -> Tenso
 
 
 def solve_deep_linear(kernel: Tensor, first: Tensor, groups: int = 1) -> Tensor:
-    """The ``second`` of ``compose_deep_linear(first, second, groups) = kernel``.
+    """Solves ``compose_deep_linear(first, second, groups) = kernel`` for ``second``.
 
-    Each output channel is a linear system of its own: the taps of ``second`` are the
-    unknowns, those of ``kernel`` the equations. Of all solutions this is the smallest
+    Each output channel is a separate linear system. The taps of ``second`` are the
+    unknowns, and each tap of ``kernel`` is an equation. Returns the smallest solution
     (least squares, in float64), shape (O, M/g, k − j + 1, k − j + 1).
 
     Args:
@@ -190,19 +190,19 @@ def solve_deep_linear(kernel: Tensor, first: Tensor, groups: int = 1) -> Tensor:
         groups (int): g, the groups of both convs. Defaults to 1.
 
     Raises:
-        ValueError: If there is none, as where M is small.
+        ValueError: If there is no solution, for example because M is small.
     """
     kernel, first = kernel.double(), first.double()
     hidden, size = len(first) // groups, kernel.shape[-1] - first.shape[-1] + 1
     weights, unknowns = kernel[0].numel(), hidden * size**2
-    if unknowns < weights:  # Before minutes of work.
+    if unknowns < weights:  # Refuse this before minutes of work.
         raise _too_narrow(hidden, weights, unknowns)
     units = torch.eye(unknowns, dtype=torch.float64, device=kernel.device)
     units = units.view(unknowns, hidden, size, size)
     solutions = []
     for first_of_group, wanted in zip(first.chunk(groups), kernel.chunk(groups)):
         system = compose_deep_linear(first_of_group, units).flatten(1)
-        # On the CPU, which alone has a solver that knows the rank.
+        # Solve on the CPU: only its solver knows the rank.
         inverse = torch.linalg.pinv(system.cpu()).to(system)
         solution = wanted.flatten(1) @ inverse
         error = (solution @ system - wanted.flatten(1)).abs().max()
@@ -226,8 +226,8 @@ def constant_response(kernel: Tensor, constants: Tensor, groups: int = 1) -> Ten
     """The response of a conv to constant maps, borders included.
 
     ``r[o] = Σ_i Σ_{h,w} kernel[o, i, h, w] · constants[i]`` within each group, with a
-    kernel of shape (O, Ig, k, k) and constants of (I,). It is how the bias of one conv
-    passes through the next.
+    kernel of shape (O, Ig, k, k) and constants of shape (I,). In this way, the bias of
+    one conv passes through the next conv.
     """
     outputs, inputs = kernel.shape[:2]
     weights = kernel.sum(dim=(2, 3)).reshape(groups, outputs // groups, inputs)

@@ -1,4 +1,4 @@
-"""Re-parameterised convolutions, and what folds and deploys them."""
+"""Re-parameterised convolutions, and functions that fold and deploy them."""
 
 from .blocks import BLOCKS, build_conv
 from .branch_kernel import BranchKernel

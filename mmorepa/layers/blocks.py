@@ -1,4 +1,4 @@
-"""The block types, and which conv a network of a block type has where."""
+"""The block types, and the convs that networks of each block type use."""
 
 from typing import Optional, Union
 
@@ -16,14 +16,14 @@ class _Blocks(Registry):
         module_name: Union[str, list[str], None] = None,
         force: bool = False,
     ) -> None:
-        # First, so that a class name that is taken leaves no block type behind.
+        # Do this first: if the class name is taken, no block type is registered.
         is_known = MODELS.module_dict.get(module.__name__) is module
         MODELS.register_module(module=module, force=force or is_known)
         super()._register_module(module, module_name, force)
 
 
 BLOCKS = _Blocks('block', scope='mmorepa')
-"""Block types by name, for ``block=...``; each conv is a type of ``conv_cfg`` as well.
+"""Block types by name, for ``block=...``. Each conv is also a type of ``conv_cfg``.
 
 Examples:
     >>> @BLOCKS.register_module('cross')
@@ -32,10 +32,10 @@ Examples:
 
 
 def conv_type(block: str, kernel_size: int) -> type[ReparamConv2d]:
-    """The class of the convs of one size in networks of a block type.
+    """The class of the convs of one kernel size in networks of a block type.
 
-    It is that of the block type for its :attr:`~ReparamConv2d.BLOCK_SIZES`, and the
-    plain one for others. Raises a ValueError for an unknown block type.
+    Sizes outside of the block type's :attr:`~ReparamConv2d.BLOCK_SIZES` give the plain
+    class. Raises a ValueError for an unknown block type.
     """
     types = BLOCKS.module_dict
     if not isinstance(block, str) or block not in types:
@@ -51,14 +51,14 @@ def build_conv(
     block_cfg: Optional[dict] = None,
     **kwargs,
 ) -> ReparamConv2d:
-    """Builds the conv that networks of a block type use.
+    """Builds a conv as networks of a block type use it.
 
     Args:
         block (str): A name in :data:`BLOCKS`.
         in_channels, out_channels, kernel_size, **kwargs: See :class:`ReparamConv2d`.
-        block_cfg (dict, optional): Arguments that only convs of this block type
-            take, such as ``branches`` and ``initial_scales``; plain convs in its
-            networks do without. Defaults to None.
+        block_cfg (dict, optional): Arguments for convs of this block type, such as
+            ``branches`` and ``initial_scales``. Plain convs in its networks do not
+            get these. Defaults to None.
 
     Raises:
         ValueError: If ``block`` is not in :data:`BLOCKS`.

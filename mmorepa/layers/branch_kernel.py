@@ -1,4 +1,4 @@
-"""Kernels that are folds of :mod:`mmorepa.functional`, as modules."""
+"""Modules whose kernels are folds of :mod:`mmorepa.functional`."""
 
 import math
 from collections.abc import Collection, Iterable, Sequence
@@ -11,20 +11,20 @@ from torch import Tensor, nn
 from ..functional import BranchSum, fold_kernel
 from .starting import parameter_of
 
-# A symbolic trace shows the fold as one node, a function of the branches.
+# A symbolic trace shows the fold as one node: a call with the branches as arguments.
 torch.fx.wrap('fold_kernel')
 
-# One parameter of each branch but origin has a row for each output channel.
+# The roles that have a row for each output channel: one for each branch but origin.
 _ROWS = ('average', 'frequency', 'pointwise', 'second', 'separable')
 
 
 class BranchKernel(nn.Module):
     """A kernel that is a :class:`mmorepa.functional.BranchSum` of its parameters.
 
-    A subclass adds a parameter for each of the sum's names, the scale last.
+    A subclass adds a parameter for each name in the sum's ``roles``, the scale last.
     """
 
-    # By the branches that there are, in the order of the rows of ``scale``.
+    # The keys are all known branches, in the order of the rows of ``scale``.
     INITIAL_SCALES: dict[str, float]
 
     def __init__(
@@ -38,9 +38,9 @@ class BranchKernel(nn.Module):
         """Adds the linear scaling layers, shape (branches, O)."""
         check_branches(self.INITIAL_SCALES, initial_scales or {})
         scales = {**self.INITIAL_SCALES, **(initial_scales or {})}
-        rows = torch.tensor([scales[name] for name in self.branch_names])
+        chosen = torch.tensor([scales[name] for name in self.branch_names])
         outputs = self.branch_sum.shape[0]
-        self.scale = nn.Parameter(rows[:, None].repeat(1, outputs))
+        self.scale = nn.Parameter(chosen[:, None].repeat(1, outputs))
 
     def forward(self) -> Tensor:
         """Returns the kernel, shape (O, Ig, k, k)."""
@@ -54,13 +54,13 @@ class BranchKernel(nn.Module):
     def set_kernel(self, kernel: Tensor, scale: float = 1.0) -> None:
         """Makes ``origin`` the kernel, and scales every other branch by zero.
 
-        The other branches are made small, so that the first step is a plain conv's:
-        ``Σ_b |K_b|²`` is at most ``√D / 6`` in each output channel, with ``D = Ig·k²``,
-        see docs/mathematics.md.
+        The other branches are made small, so that the first step is like that of a
+        plain conv: ``Σ_b |K_b|²`` is at most ``√D / 6`` in each output channel, with
+        ``D = Ig·k²``, see docs/mathematics.md.
 
         Args:
             kernel (Tensor): Shape (O, Ig, k, k).
-            scale (float): That of ``origin``. Defaults to one.
+            scale (float): The scale of ``origin``. Defaults to one.
         """
         if 'origin' not in self.branch_names:
             raise ValueError(
@@ -70,8 +70,8 @@ class BranchKernel(nn.Module):
         origin = parameter_of(self, 'weight_origin')
         named = {name: getattr(self, name).double() for name in self.branch_sum.roles}
         kernels = self.branch_sum.branch_kernels(*named.values())
-        others = [kernels[name] for name in self.branch_names if name != 'origin']
-        if not all(other.isfinite().all() for other in others):
+        other_kernels = [k for name, k in kernels.items() if name != 'origin']
+        if not all(kernel.isfinite().all() for kernel in other_kernels):
             raise ValueError(
                 'the other branches have weights that are not finite, or were never '
                 'written (to_empty)'
@@ -80,15 +80,15 @@ class BranchKernel(nn.Module):
         self.scale[self.branch_names.index('origin')] = scale
         stored = self.branch_sum.as_stored('weight_origin', kernel.double() / scale)
         origin.copy_(stored.view_as(origin))
-        if not others:
+        if not other_kernels:
             return
-        power = sum(other.square().flatten(1).sum(dim=1) for other in others)
+        power = sum(k.square().flatten(1).sum(dim=1) for k in other_kernels)
         limit = math.sqrt(math.prod(self.branch_sum.shape[1:])) / 6
         factor = (limit / power).sqrt().clamp(max=1)
         for name, role in self.branch_sum.roles.items():
             if role in _ROWS and self._parameters.get(name) is not None:
-                rows = self._parameters[name]
-                rows.mul_(factor.to(rows).view(-1, *[1] * (rows.dim() - 1)))
+                weight = self._parameters[name]
+                weight.mul_(factor.to(weight).view(-1, *[1] * (weight.dim() - 1)))
 
     @torch.no_grad()
     def rescale(self, factor: Tensor) -> None:

@@ -1,9 +1,9 @@
-"""The folds of a whole model and their derivative, recorded once and replayed.
+"""Records the folds of a whole model and their derivative once, and replays them.
 
-On a GPU, a fold is little work in many small operations, and the time goes into calling
+A fold consists of many small operations, and a GPU spends most of the time on starting
 them. Parameters, kernels and gradients keep their addresses from step to step, and the
-host reads none of them. So the operations are recorded as two CUDA graphs, one for
-each direction, and two calls replay them.
+host reads none of their values. So two CUDA graphs can record the operations, one the
+folds and one the derivative, and two calls replay them.
 """
 
 import logging
@@ -18,18 +18,18 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..functional import is_being_traced
 from .conv import ReparamConv2d
 from .folding import fold
-from .param_groups import watch
+from .param_groups import warn_if_not_optimized
 
 # The arguments of fold().
 Part = tuple[nn.Module, torch.memory_format]
 
 
 class RecordedFolds:
-    """Folds of a model's convs that are recorded, and replayed while nothing changes.
+    """Records the folds of a model's convs, and replays them while nothing changes.
 
-    A change of an address, a dtype, a device, ``requires_grad`` or of the set of convs
-    records anew. Where nothing can be recorded, one line in the log says why. The
-    kernels are always the same memory.
+    If an address, a dtype, a device, ``requires_grad`` or the set of convs changes, it
+    records again. If it cannot record, one line in the log says why. Every replay
+    writes the kernels to the same memory.
 
     Args:
         is_compiled (bool): Whether ``torch.compile`` fuses the operations before they
@@ -48,22 +48,22 @@ class RecordedFolds:
     def fold(
         self, convs: Sequence[ReparamConv2d], dtype: Optional[torch.dtype] = None
     ) -> Optional[tuple[Tensor, ...]]:
-        """The kernels of training forms, by a replay, with a graph.
+        """The kernels of training forms from a replay, with a graph.
 
-        They have another dtype than the branches where one is given. None where they
-        cannot be recorded.
+        They have ``dtype``, or that of the branches if it is None. Returns None if the
+        folds cannot be recorded.
         """
         if not convs:
             return None
         reason = self._failure or _reason_not_to_record(convs)
         state = None if reason else _state(convs, dtype)
         if state and (self._recording is None or self._recording.state != state):
-            self._drop()  # Its memory is free for the next one.
+            self._drop()  # The next recording can use the memory of this one.
             try:
                 self._recording = _Recording(convs, dtype, self._fold_all)
                 self.count += 1
             except RuntimeError as error:
-                # What CUDA refuses once, it would refuse in every step.
+                # CUDA would refuse this in every step, so do not try again.
                 reason = self._failure = str(error).partition('\n')[0] or repr(error)
         if self._recording is not None and not reason:
             return _Replay.apply(self._recording, *self._recording.trained)
@@ -83,10 +83,11 @@ class RecordedFolds:
 class _Recording:
     """The recorded folds of some convs.
 
-    A replay of the fold writes ``kernels``. One of the derivative reads their
-    gradients, ``incoming``, and writes those of ``trained`` to ``outgoing``.
+    A replay of the fold writes ``kernels``. A replay of the derivative reads the
+    gradients of the kernels from ``incoming`` and writes the gradients of ``trained``
+    to ``outgoing``.
 
-    It has no reference to the convs, which have the leaves, whose graphs refer to it.
+    It must not refer to the convs. conv → leaf → graph → recording would be a cycle.
     """
 
     def __init__(
@@ -95,17 +96,17 @@ class _Recording:
         dtype: Optional[torch.dtype],
         fold_all: Callable[[Sequence[Part], Optional[torch.dtype]], list[Tensor]],
     ) -> None:
-        self.is_current = True  # False once others are recorded, or none.
+        self.is_current = True  # False once the recording is dropped.
         self.state = _state(convs, dtype)
         self.dtype = dtype
         self.parts = [(conv.branches, conv.memory_format) for conv in convs]
         for conv in convs:
-            watch(conv.branches)
+            warn_if_not_optimized(conv.branches)
         self.tensors = _tensors(convs)
         self._versions = [tensor._version for tensor in self.tensors]
         parameters = (p for conv in convs for p in conv.branches.parameters())
         self.trained = list(dict.fromkeys(p for p in parameters if p.requires_grad))
-        # Kept: the recorded derivative reads what this graph has saved.
+        # Keep this graph: the recorded derivative reads the tensors that it saved.
         self._graph, self.replay_fold = record(lambda: fold_all(self.parts, dtype))
         self.kernels = [kernel.detach() for kernel in self._graph]
         self.incoming = [torch.zeros_like(kernel) for kernel in self.kernels]
@@ -118,7 +119,7 @@ class _Recording:
         )
 
     def refuse_former_graphs(self) -> None:
-        """Lets autograd refuse graphs that used kernels which a replay writes over."""
+        """Makes autograd raise if a graph is used whose kernels a replay overwrote."""
         before = self._versions
         self._versions = [tensor._version for tensor in self.tensors]
         if before != self._versions:
@@ -132,7 +133,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx, recording: _Recording, *trained: Tensor) -> tuple[Tensor, ...]:
         ctx.recording = recording
-        # Frozen ones too, which the derivative reads as well.
+        # Save the frozen tensors too, since the derivative reads them.
         ctx.save_for_backward(*recording.tensors)
         ctx.set_materialize_grads(False)
         recording.refuse_former_graphs()
@@ -142,31 +143,32 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
         recording = ctx.recording
-        _ = ctx.saved_tensors  # Refuses those that were written to.
+        _ = ctx.saved_tensors  # Raises if a tensor was written to.
         given = [i for i, gradient in enumerate(gradients) if gradient is not None]
         if len(given) < len(gradients) or not recording.is_current:
-            # The derivative of a part, or at addresses that may be others' by now.
+            # Some kernels have no gradient, or the recording was dropped and other
+            # tensors may use its memory. Compute the derivative without it.
             parts = [recording.parts[i] for i in given]
-            found = torch.autograd.grad(
+            gradients_of_trained = torch.autograd.grad(
                 _fold_all(parts, recording.dtype),
                 recording.trained,
                 [gradients[i] for i in given],
                 allow_unused=True,
             )
-            return None, *found
+            return None, *gradients_of_trained
         torch._foreach_copy_(recording.incoming, list(gradients))
         recording.replay_gradients()
-        # Copies, since the next replay writes to this memory.
+        # Return copies, since the next replay writes to this memory.
         return None, *torch._foreach_mul(recording.outgoing, 1)
 
 
 def record(run: Callable[[], list]) -> tuple[list, Callable[[], None]]:
     """Runs operations, and records them as a CUDA graph.
 
-    Returns what ``run()`` returned, and a function that writes these results anew, to
-    the same memory.
+    Returns the results of ``run()``, and a function that computes the results again
+    in the same memory.
     """
-    # Libraries choose their algorithms, and constants are made, in the first runs.
+    # In the first runs, libraries choose their algorithms and constants are made.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -174,14 +176,14 @@ def record(run: Callable[[], list]) -> tuple[list, Callable[[], None]]:
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # Other threads may pin the memory of the next batch meanwhile.
+    # Meanwhile, another thread may pin the memory of the next batch.
     with torch.cuda.graph(graph, capture_error_mode='thread_local'):
         results = run()
     return results, graph.replay
 
 
 def can_record_on(device: torch.device) -> bool:
-    """Whether operations on a device are those that a CUDA graph records now."""
+    """Whether a CUDA graph would now record the operations on a device."""
     return device.type == 'cuda' and device.index == torch.cuda.current_device()
 
 
@@ -194,7 +196,7 @@ def _reason_not_to_record(convs: Sequence[ReparamConv2d]) -> str:
     if any(map(is_parametrized, modules)):
         return 'branches compute their weights'
     tensors = _tensors(convs)
-    # They would run in the recorded derivative, and again for what it returns.
+    # Hooks would run during the replay and again on the gradients that it returns.
     if any(tensor._backward_hooks for tensor in tensors):
         return 'parameters of branches have hooks'
     devices = {tensor.device for tensor in tensors}
@@ -219,7 +221,7 @@ def _tensors(convs: Sequence[ReparamConv2d]) -> list[Tensor]:
 
 
 def _state(convs: Sequence[ReparamConv2d], dtype: Optional[torch.dtype]) -> list[Any]:
-    """All that the recorded operations depend on, but for the numbers."""
+    """Everything that the recorded operations depend on, except the values."""
     return [
         dtype,
         torch.get_float32_matmul_precision(),

@@ -1,4 +1,4 @@
-"""What people change on a training form, and deployment has to respect."""
+"""Finds the changes of users to a training form that deployment has to respect."""
 
 import warnings
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from .folding import is_fusible
 
 
 def overridden_fold(conv: nn.Conv2d) -> Optional[str]:
-    """``'kernel'`` or ``'convolve'`` if somebody has overridden that in a conv.
+    """``'kernel'`` or ``'convolve'`` if a user has overridden that method of a conv.
 
-    None if not, or if a fold in float64 comes with it: the deployed form has that.
+    None if not, or if the same class overrides the float64 fold of deployment too.
     """
     exact = {'branches_kernel_bias', 'equivalent_kernel_bias'}
     for name in ('kernel', 'convolve'):
@@ -26,7 +26,7 @@ def overridden_fold(conv: nn.Conv2d) -> Optional[str]:
 
 
 def check_foldable(conv: nn.Conv2d) -> None:
-    """Raises a TypeError if the deployed form would leave out what somebody added."""
+    """Raises a TypeError if the deployed form would ignore a method of the user."""
     name = overridden_fold(conv)
     if name is not None:
         raise TypeError(
@@ -37,14 +37,14 @@ def check_foldable(conv: nn.Conv2d) -> None:
 
 
 def forward_hooks(module: nn.Module) -> list[Callable]:
-    """The hooks that may do more than choose an order of memory or make a weight."""
+    """The hooks of users. Hooks of this package and of weight norms do not count."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     known = ('mmorepa.', 'torch.nn.utils')
     return [hook for hook in hooks if not str(hook.__module__).startswith(known)]
 
 
 def warn_of_silent_hooks(conv: nn.Conv2d) -> None:
-    """Warns of hooks inside of a conv that are not called once it is deployed."""
+    """Warns of hooks inside of a conv that deployment removes."""
     folded = ('branches', 'norm') if is_fusible(conv.norm) else ('branches',)
     names = [
         name

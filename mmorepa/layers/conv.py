@@ -9,12 +9,12 @@ from mmcv.cnn import build_activation_layer, build_norm_layer
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from ..utils.weights import warn_of_flaws
+from ..utils.weights import warn_of_damage
 from .changes import check_foldable, warn_of_silent_hooks
 from .folded_weight import ParametersOfBranches, WeightOfBranches
-from .folding import double, fold, fold_exactly, fuse_norm, is_fusible, is_sharded
+from .folding import fold, fold_exactly, fuse_norm, is_fusible, is_sharded, to_float64
 from .loading import adapt
-from .param_groups import watch
+from .param_groups import warn_if_not_optimized
 from .starting import StartsFromKernels
 
 IntPair = Union[int, tuple[int, int]]
@@ -24,38 +24,44 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
     """A conv that trains as several linear branches and deploys as one plain conv.
 
     In training form, :attr:`weight` is the fold of :attr:`branches`, see
-    :class:`~mmorepa.layers.folded_weight.FoldedWeight`. Deployed, :attr:`branches` and
-    a BatchNorm :attr:`norm` are gone, and :attr:`weight` and :attr:`bias` are those of
-    a plain :class:`torch.nn.Conv2d`, whose ``state_dict`` keys it shares.
-
+    :class:`~mmorepa.layers.folded_weight.FoldedWeight`. The deployed form has no
+    :attr:`branches` and no BatchNorm :attr:`norm`. It has the :attr:`weight`, the
+    :attr:`bias` and the ``state_dict`` keys of a plain :class:`torch.nn.Conv2d`.
     A new block is a subclass with a :meth:`build_branches`, see docs/new_block.md.
+
+    Kernels of a training form (dtype; gradient to the branches?; BatchNorm inside?)::
+
+        kernel                  that of the branches or autocast;  yes;  none
+        folded_kernel           that of the branches;              yes;  none
+        regularized_kernel      that of the branches;              yes;  the branches'
+        branches_kernel_bias    float64;                           no;   the branches'
+        equivalent_kernel_bias  float64;                           no;   all
 
     Args:
         in_channels, out_channels, stride, padding, dilation, groups, bias: See
             :class:`torch.nn.Conv2d`.
         kernel_size (int | tuple[int, int]): k, odd and square.
         padding_mode (str): Only ``'zeros'``.
-        norm_cfg (dict, optional): Normalisation after the conv. Batch
-            normalisation is folded for deployment, any other kind stays.
-            Defaults to None.
-        act_cfg (dict, optional): Activation after all that. Defaults to None.
+        norm_cfg (dict, optional): Normalisation after the conv. Deployment folds
+            BatchNorm and keeps any other kind. Defaults to None.
+        act_cfg (dict, optional): Activation at the end. Defaults to None.
         deploy (bool): Builds the deployed form directly. Defaults to False.
 
     Raises:
         ValueError: If the arguments describe a conv that has no fold.
     """
 
-    # The sizes of its kernel in networks of its block type; others are plain there.
+    # Networks of this block type use this class for these kernel sizes only.
     BLOCK_SIZES: Container[int] = (3, 5)
     # False if the kernel is stored, or if the branches run on the feature map.
     folds_online = True
-    # Where kernels come from in blocks of mmorepa.layers.scopes.held() and folded().
+    # Set while a held() or folded() block is open. Then the conv asks it for a kernel.
     training_scope: Any = None
     evaluation_scope: Any = None
-    # The memory of the kernel: see mmorepa.set_channels_last.
+    # Whether the kernel has channels last in memory: see mmorepa.set_channels_last.
     channels_last = False
-    # Warn when loaded weights hold NaN, Inf or a negative variance.
-    warns_of_flaws = True
+    # Whether to warn when loaded weights hold NaN, Inf or a negative variance.
+    warns_of_damage = True
     # Whether the last state dict held a plain kernel.
     is_plain_start = False
     # The names of the attributes that the constructor sets.
@@ -79,13 +85,13 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
     ) -> None:
         _check_has_fold(type(self).__name__, kernel_size, padding_mode)
         arguments = (in_channels, out_channels, kernel_size, stride, padding, dilation)
-        # On 'meta', the kernel of the plain conv takes no memory, no time and no
-        # random numbers: only the deployed form has one.
+        # Only the deployed form needs the kernel that nn.Conv2d makes. On 'meta',
+        # the kernel takes no memory, no time and no random numbers.
         super().__init__(*arguments, groups, bias, padding_mode, device='meta')
         self.conv_bias = bias
         self.norm_cfg = norm_cfg
         self.act = None if act_cfg is None else build_activation_layer(act_cfg)
-        # Set here, or the first scope would make torch.compile start over.
+        # Setting these later would make torch.compile recompile.
         self.training_scope = self.evaluation_scope = None
         self.channels_last = self.is_plain_start = False
         self.become_training_form(with_branches=not deploy)
@@ -100,13 +106,12 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
     def build_branches(self) -> nn.Module:
         """Makes a module whose ``forward()`` returns the kernel, (O, Ig, k, k).
 
-        The attributes of :class:`torch.nn.Conv2d` (``in_channels``, ``groups``,
-        …) are set when this is called.
+        It may read the attributes of :class:`torch.nn.Conv2d`, such as ``groups``.
         """
         raise NotImplementedError
 
     def build_norm(self) -> Optional[nn.Module]:
-        """Makes :attr:`norm` from ``norm_cfg``, or none."""
+        """Makes :attr:`norm` from ``norm_cfg``, or returns None without one."""
         if self.norm_cfg is None:
             return None
         return build_norm_layer(self.norm_cfg, self.out_channels)[1]
@@ -139,14 +144,14 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         return x if act is None else act(x)
 
     def convolve(self, x: Tensor) -> Tensor:
-        """The training form, up to normalisation: (N, I, H, W) to (N, O, H', W')."""
+        """Runs the branches without :attr:`norm`: (N, I, H, W) to (N, O, H', W')."""
         return self._conv_forward(x, self.kernel(), self.bias)
 
     def kernel(self) -> Tensor:
         """The kernel that the conv runs with, shape (O, Ig, k, k).
 
-        In training form it carries the gradient to the branches. It is folded now,
-        unless a block of :func:`mmorepa.folded` or folded training is open.
+        In training form, its gradient reaches the branches. Each call folds, unless
+        a block of :func:`mmorepa.folded` or of folded training is open.
         """
         if self.deployed:
             return self.weight
@@ -160,7 +165,7 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
     def folded_kernel(self) -> Tensor:
         """The kernel of a training form, folded now, shape (O, Ig, k, k)."""
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            watch(self.branches)
+            warn_if_not_optimized(self.branches)
         return fold(self.branches, self.memory_format)
 
     def regularized_kernel(self) -> Tensor:
@@ -177,16 +182,16 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         Equation: ``W_eq = W·γ/√(σ²+ε)``, ``b_eq = β + (b − μ)·γ/√(σ²+ε)``. Both are
         in float64, of shapes (O, Ig, k, k) and (O,).
         """
-        bias = None if self.bias is None else double(self.bias)
+        bias = None if self.bias is None else to_float64(self.bias)
         if self.deployed:
-            return double(self.weight), bias
+            return to_float64(self.weight), bias
         kernel, bias = self.branches_kernel_bias(bias)
         return fuse_norm(kernel, bias, self.norm) if self.fuses_norm else (kernel, bias)
 
     def branches_kernel_bias(
         self, bias: Optional[Tensor]
     ) -> tuple[Tensor, Optional[Tensor]]:
-        """Kernel and bias before :attr:`norm` in float64, from this conv's bias."""
+        """Kernel and bias before :attr:`norm`, in float64; ``bias`` is this conv's."""
         return fold_exactly(self.branches), bias
 
     def switch_to_deploy(self) -> None:
@@ -196,19 +201,19 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         of the branches. Calling it again does nothing.
 
         Raises:
-            TypeError: If ``kernel()`` or ``convolve()`` was overridden, which the
-                deployed form does not call, or the branches have no parameters.
+            TypeError: If a subclass overrides ``kernel()`` or ``convolve()``, which
+                the deployed form does not call, or if the branches have no parameters.
         """
         if self.deployed:
             return
         self.check_deployable()
         warn_of_silent_hooks(self)
         like = next(self.branches.parameters())
-        # The bias of a norm that is folded in has no such parameter.
+        # With a norm, the deployed bias comes from the norm, not from this parameter.
         former = None if self.last_norms else self.bias
-        others = [p for p in self.parameters() if p is not former]
-        is_trained = any(p.requires_grad for p in others)
-        # Outside of inference mode, whose tensors could never be trained again.
+        all_but_bias = [p for p in self.parameters() if p is not former]
+        is_trained = any(p.requires_grad for p in all_but_bias)
+        # Tensors that are made in inference mode could never be trained again.
         with torch.inference_mode(False), torch.no_grad():
             kernel, bias = self.equivalent_kernel_bias()
             self._become_plain(kernel.to(like), None if bias is None else bias.to(like))
@@ -228,7 +233,7 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """That of the kernel. It is not stored, since no file can hold it."""
+        """The memory format of the kernel. Checkpoints do not record it."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     @property
@@ -238,7 +243,7 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
 
     @property
     def last_norms(self) -> list[nn.Module]:
-        """The normalisations whose sum is the output; none where they were folded."""
+        """The norms whose outputs are added up. Empty once they are folded."""
         return [] if self.norm is None else [self.norm]
 
     @property
@@ -252,7 +257,7 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
 
     @property
     def is_held_in_training(self) -> bool:
-        """Whether folded training makes a leaf of the kernel."""
+        """Whether folded training uses a :class:`KernelLeaf` for this conv."""
         if self.deployed or not self.folds_online:
             return False
         parameters = list(self.branches.parameters())
@@ -276,19 +281,19 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         self.branches = self.build_branches() if with_branches else None
 
     def _become_plain(self, weight: Tensor, bias: Optional[Tensor]) -> None:
-        """Gives this module copies of these as parameters of the deployed form."""
-        # First, since memory may be short.
+        """Stores copies of a weight and a bias as the parameters of a plain conv."""
+        # Copy before deleting the branches: if memory runs out, nothing is lost.
         weight = nn.Parameter(weight.clone(memory_format=self.memory_format))
         bias = None if bias is None else nn.Parameter(bias.clone())
         self.deployed = True
         del self.branches
         if self.fuses_norm:
             self.norm = None
-        others = {k: v for k, v in self._parameters.items() if k != 'bias'}
-        vars(self)['_parameters'] = {}  # In the order of a plain conv.
+        extra_parameters = {k: v for k, v in self._parameters.items() if k != 'bias'}
+        vars(self)['_parameters'] = {}  # The weight comes first, as in a plain conv.
         self.weight = weight
         self.register_parameter('bias', bias)
-        self._parameters.update(others)
+        self._parameters.update(extra_parameters)
         self.forget_folds()
 
     def train(self, mode: bool = True) -> 'ReparamConv2d':
@@ -297,18 +302,17 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
 
     def _apply(self, fn: Callable, *args, **kwargs) -> 'ReparamConv2d':
         self.forget_folds()
-        # By Module.to(memory_format=...), which the branches are not asked for.
+        # A 4-D tensor shows what memory format Module.to(memory_format=...) asks for.
         probe = torch.empty(2, 2, 2, 2).to(memory_format=self.memory_format)
-        is_last = fn(probe).is_contiguous(memory_format=torch.channels_last)
-        self.channels_last = is_last
+        self.channels_last = fn(probe).is_contiguous(memory_format=torch.channels_last)
         return super()._apply(fn, *args, **kwargs)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, metadata: dict, *args
     ) -> None:
-        error_msgs = args[-1]  # MMEngine's loader and PyTorch's both give one list.
-        if self.warns_of_flaws:
-            warn_of_flaws(state_dict, prefix, error_msgs)
+        error_msgs = args[-1]  # The loaders of MMEngine and PyTorch pass one list.
+        if self.warns_of_damage:
+            warn_of_damage(state_dict, prefix, error_msgs)
         assign = metadata.get('assign_to_params_buffers', False)
         self.is_plain_start = adapt(self, state_dict, prefix, error_msgs, assign)
         super()._load_from_state_dict(state_dict, prefix, metadata, *args)
@@ -340,7 +344,7 @@ def leaf_call(module: nn.Module, x: torch.fx.Proxy) -> Optional[torch.fx.Proxy]:
     return x.tracer.create_proxy('call_module', name, (x,), {})
 
 
-# Asked while a compiler traces, which would answer itself, and no.
+# Evaluate this at trace time. Otherwise the compiler would replace it by False.
 @torch.compiler.assume_constant_result
 def _is_exported_to_onnx() -> bool:
     return torch.onnx.is_in_onnx_export()

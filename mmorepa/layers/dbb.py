@@ -1,4 +1,4 @@
-"""The Diverse Branch Block (Ding et al., CVPR 2021), the paper's baseline."""
+"""The Diverse Branch Block (Ding et al., CVPR 2021), the baseline in OREPA's paper."""
 
 import torch
 import torch.fx
@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ..functional import (
     average_kernel,
+    cached_constant,
     compose_1x1_kxk,
-    constant,
     constant_response,
     filtered_kernel,
     identity_1x1,
@@ -55,9 +55,9 @@ class DBBConv2d(MultiBranchConv2d):
 class PointwiseThenConv2d(nn.Module):
     """A 1×1 conv with BatchNorm, padding, and a k×k conv with BatchNorm.
 
-    The map between the two is padded with what BatchNorm makes of zero, so that the
-    two fold into one conv with a zero padding of dilation·(k // 2), exactly, at the
-    borders as well. ``second`` has the groups of ``first``, or is depthwise.
+    The map between the two is padded with the output of the BatchNorm for zero. So the
+    two fold exactly into one conv with a zero padding of dilation·(k // 2), also at the
+    borders. ``second`` has the groups of ``first``, or is depthwise.
     """
 
     def __init__(self, first: ReparamConv2d, second: ReparamConv2d) -> None:
@@ -76,7 +76,7 @@ class PointwiseThenConv2d(nn.Module):
             return leaf_call(self, x)
         x = self.first(x)
         pads = [self.second.dilation[0] * (self.second.kernel_size[0] // 2)] * 4
-        # After the conv, so that these are the statistics it has just updated.
+        # Read the statistics after the conv, which has just updated them.
         value = _padding_value(self.first.norm).to(x.dtype)[:, None, None]
         border = F.pad(torch.zeros_like(x[:1, :1]), pads, value=1)
         return self.second(F.pad(x, pads) + border * value)
@@ -115,12 +115,12 @@ class _IdentityKernel(nn.Module):
         self.weight = nn.Parameter(torch.zeros(channels, channels // groups, 1, 1))
 
     def forward(self) -> Tensor:
-        rows, columns = self.weight.shape[:2]
-        return self.weight + constant(identity_1x1, rows, columns, like=self.weight)
+        shape = self.weight.shape[:2]
+        return self.weight + cached_constant(identity_1x1, *shape, like=self.weight)
 
 
 class AverageConv2d(ReparamConv2d):
-    """Average pooling as the depthwise conv that it is, dilation included."""
+    """Average pooling as a depthwise conv, dilation included."""
 
     folds_online = False
 
@@ -128,7 +128,7 @@ class AverageConv2d(ReparamConv2d):
         return _AverageKernel(self.out_channels, self.kernel_size[0])
 
     def convolve(self, x: Tensor) -> Tensor:
-        if self.dilation == (1, 1):  # Several times faster than a depthwise conv.
+        if self.dilation == (1, 1):  # Pooling is several times faster than a conv.
             return F.avg_pool2d(x, self.kernel_size, self.stride, self.padding)
         return super().convolve(x)
 
@@ -137,12 +137,12 @@ class _AverageKernel(nn.Module):
     def __init__(self, channels: int, kernel_size: int) -> None:
         super().__init__()
         self.kernel_size = kernel_size
-        # The division is left to forward(), to be exact in the dtype of the fold.
+        # forward() divides, so that the result is exact in the dtype of the fold.
         self.register_buffer('ones', torch.ones(channels, 1, 1, 1), persistent=False)
 
     def _apply(self, *args, **kwargs) -> '_AverageKernel':
         super()._apply(*args, **kwargs)
-        self.ones.fill_(1)  # to_empty() leaves it unwritten.
+        self.ones.fill_(1)  # to_empty() does not write values.
         return self
 
     def forward(self) -> Tensor:
@@ -150,6 +150,6 @@ class _AverageKernel(nn.Module):
 
 
 def _padding_value(norm: nn.Module) -> Tensor:
-    """The output of a BatchNorm in eval mode for zeros; constant, as published."""
+    """The output of a BatchNorm in eval mode for zeros, without a gradient."""
     value = -norm.running_mean * norm_scale(norm)
     return value + norm.bias.detach() if norm.affine else value

@@ -14,18 +14,18 @@ from .branch_kernel import BranchKernel
 from .conv import ReparamConv2d
 from .plain import PlainKernel
 
-# As for fold_kernel: a node of its own in a symbolic trace.
+# A symbolic trace shows this as one node, like fold_kernel.
 torch.fx.wrap('compose_deep_linear')
 
-# From this kernel size on, the paper's networks use the deep linear form.
+# The paper's networks use the deep linear form for this kernel size and larger ones.
 DEEP_LINEAR_FROM = 7
 
 
 class DeepLinearKernel(nn.Module):
     """A k×k kernel composed of (k−1)/2 kernels of 3×3 (paper, section 3.3).
 
-    The factors map I to M channels, then M to M, and the last one M to O. Fresh ones of
-    more than 7×7, or with groups, give a kernel as large as a fresh plain conv's.
+    The first factor maps I to M channels, the next ones M to M, and the last one M to
+    O. Beyond 7×7, or with groups, a fresh kernel is scaled like that of a plain conv.
 
     Args:
         build_factor (Callable): Takes the output and the input channels of a factor
@@ -63,16 +63,16 @@ class DeepLinearKernel(nn.Module):
         self.factors = nn.ModuleList(
             build_factor(outputs, inputs) for inputs, outputs in zip(widths, widths[1:])
         )
-        # The chain of the paper's stem starts as published.
+        # The paper's stem, 7×7 without groups, starts as published.
         if kernel_size > DEEP_LINEAR_FROM or groups > 1:
             self._normalize()
 
     @torch.no_grad()
     def _normalize(self) -> None:
-        """Gives fresh factors equal parts in a kernel as large as a plain conv's."""
+        """Scales fresh factors alike, so that the kernel is as large as a plain one."""
         for factor in self.factors:
             factor.rescale(1 / factor().flatten(1).norm(dim=1).clamp_min(1e-12))
-        # That of a fresh torch.nn.Conv2d has rows with a mean square norm of a third.
+        # In a fresh torch.nn.Conv2d, the mean square norm of an output channel is 1/3.
         norm = self().flatten(1).norm(dim=1).clamp_min(1e-12)
         self.rescale(3**-0.5 / norm)
 
@@ -82,56 +82,57 @@ class DeepLinearKernel(nn.Module):
 
     @torch.no_grad()
     def set_kernel(self, kernel: Tensor) -> None:
-        """Gives the last factor the weights with which this is the kernel.
+        """Sets the last factor so that the chain composes to this kernel.
 
         Raises a ValueError if the other factors have too few channels for that.
         """
-        *others, last = self.factors
+        *all_but_last, last = self.factors
         options = {}
-        if others:
+        if all_but_last:
             options = self._shift()
-            wide = copy.deepcopy(nn.ModuleList(others)).double()
+            wide = copy.deepcopy(nn.ModuleList(all_but_last)).double()
             kernel = solve_deep_linear(kernel, _compose(wide, self.groups), self.groups)
         last.set_kernel(kernel, **options)
 
     def _shift(self) -> dict[str, float]:
-        """Lets all factors but the last do nothing but shift their input.
+        """Makes all factors but the last shift their input, and do nothing else.
 
-        Each inner channel shifts one input channel by one offset. Together they reach
-        every tap of the kernel from a 3×3 kernel, so that the last factor holds the
-        weights of the plain kernel, and moves as these do; the scales keep the others
-        from moving much further. With too few inner channels, all stay as they are.
+        Each inner channel shifts one input channel by one offset. With all offsets, the
+        3×3 kernels of the last factor reach every tap of the kernel. So the last factor
+        holds the weights of the plain kernel and trains like them. The scales keep the
+        other factors from moving much further. With too few inner channels, no factor
+        is changed.
 
         Returns:
             dict[str, float]: The scale of ``origin`` in the last factor, if any.
         """
-        *others, last = self.factors
-        kernels = [torch.zeros_like(factor(), dtype=torch.float64) for factor in others]
+        *shifts, last = self.factors
+        kernels = [torch.zeros_like(factor(), dtype=torch.float64) for factor in shifts]
         inputs, inner = kernels[0].shape[1], len(kernels[0]) // self.groups
-        size = 2 * len(others)  # The largest offset.
+        size = 2 * len(shifts)  # The largest offset.
         count = -(-(size + 3) // 3)
         offsets = [round(i * size / (count - 1)) for i in range(count)]
         units = [(i, h, w) for h in offsets for w in offsets for i in range(inputs)]
         if len(units) > inner:
             return {}
-        # How often a tap is reached, squared, in one dimension.
+        # Count how many offsets reach each tap, in one dimension.
         taps = range(size + 3)
         reached = [sum(t - 2 <= offset <= t for offset in offsets) for t in taps]
         gain = sum(n * n for n in reached) / len(reached) * inner / len(units)
         for channel in range(inner * self.groups):
             i, *offset = units[channel % inner % len(units)]
             for place, kernel in enumerate(kernels):
-                h, w = (min(2, max(0, left - 2 * place)) for left in offset)
+                h, w = (min(2, max(0, whole - 2 * place)) for whole in offset)
                 if place == 0:
                     kernel[channel, i, h, w] = 1
-                else:  # All but the first are flipped.
+                else:  # compose_deep_linear() flips all kernels but the first.
                     kernel[channel, channel % inner, 2 - h, 2 - w] = 1
         has_scale = isinstance(last, BranchKernel)
-        for factor, kernel in zip(others, kernels):
+        for factor, kernel in zip(shifts, kernels):
             if has_scale:
                 factor.set_kernel(kernel, scale=0.2**0.5)
             else:
-                factor.set_kernel(kernel * gain ** (-0.5 / len(others)))
+                factor.set_kernel(kernel * gain ** (-0.5 / len(shifts)))
         return dict(scale=gain**-0.5) if has_scale else {}
 
     def rescale(self, factor: Tensor) -> None:
@@ -140,9 +141,9 @@ class DeepLinearKernel(nn.Module):
 
 
 def _compose(factors: nn.ModuleList, groups: int) -> Tensor:
-    kernel, *others = (factor() for factor in factors)
-    for other in others:
-        kernel = compose_deep_linear(kernel, other, groups)
+    kernel, *next_kernels = (factor() for factor in factors)
+    for next_kernel in next_kernels:
+        kernel = compose_deep_linear(kernel, next_kernel, groups)
     return kernel
 
 

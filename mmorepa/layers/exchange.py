@@ -1,4 +1,4 @@
-"""Replaces plain convs of any model by training forms."""
+"""Replaces plain convs in any model by training forms."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from .conv import ReparamConv2d
 from .plain import PlainConv2d
 from .switch import OF_CONVS, has_hooks, outermost, parallel_wrapper
 
-# What conv layers of mmcv add is for empty batches in old versions of PyTorch.
+# The conv of mmcv differs only for empty batches in old versions of PyTorch.
 _PLAIN_CONVS = (nn.Conv2d, mmcv.cnn.Conv2d)
 
 
@@ -28,35 +28,36 @@ def add_branches(
     exclude: Union[str, Sequence[str]] = (),
     block_cfg: Optional[dict] = None,
 ) -> nn.Module:
-    """Makes a model's convs training forms; the model computes the same.
+    """Makes the convs of a model training forms. The model computes the same.
 
-    Each starts from its kernel, and stays the same object for everybody who holds it.
-    Devices, dtypes, ``requires_grad`` and the mode stay. :func:`switch_to_deploy` gives
-    the plain model back, with a state dict that the original class loads.
+    Each conv starts from its plain kernel and stays the same object. Devices, dtypes,
+    ``requires_grad`` and the mode do not change. :func:`switch_to_deploy` gives the
+    plain model back, with a state dict that the original class loads.
 
-    Left alone, and named in a line of the log, are convs that have no exact fold (even
-    or non-square kernels, other padding than with zeros, depthwise 7×7 kernels) and
-    those that may compute something else: subclasses of :class:`torch.nn.Conv2d`, and
-    convs with hooks, a parametrization, a shared parameter, or a method, parameter,
-    buffer or module of their own. Other attributes go along.
+    Some convs are not changed, and one line in the log names them. Some have no exact
+    fold: even or non-square kernels, padding with other values than zeros, depthwise
+    7×7 kernels. Some may compute something else: subclasses of
+    :class:`torch.nn.Conv2d`, and convs with hooks, a parametrization, a shared
+    parameter, or an added method, parameter, buffer or module. A changed conv keeps
+    its other attributes.
 
     Args:
         model (nn.Module): Any model; it is changed in place.
         block (str): Block type, a name in :data:`mmorepa.layers.BLOCKS`. The convs of
-            ``'dbb'``, ``'repvgg'`` and ``'orepa_repvgg'`` have BatchNorms: they compute
-            the same in eval mode, and while training where another BatchNorm follows,
-            and are deployed with a bias. Defaults to ``'orepa'``.
+            ``'dbb'``, ``'repvgg'`` and ``'orepa_repvgg'`` have BatchNorms. They compute
+            the same in eval mode, and in training mode if another BatchNorm follows.
+            Their deployed form has a bias. Defaults to ``'orepa'``.
         include (str | Sequence[str]): Patterns such as ``'backbone.*'`` of the names
-            of convs to exchange. Defaults to ``'*'``.
-        exclude (str | Sequence[str]): Those to leave alone. Defaults to none.
-        block_cfg (dict, optional): Arguments that only convs of this block type take.
-            Defaults to None.
+            of convs to change. Defaults to ``'*'``.
+        exclude (str | Sequence[str]): Patterns of convs to leave. Defaults to none.
+        block_cfg (dict, optional): Arguments for convs of this block type. Defaults to
+            None.
 
     Returns:
         nn.Module: ``model``.
 
     Raises:
-        ValueError: If the block type is not known, no conv was exchanged, or a pattern
+        ValueError: If the block type is unknown, no conv was changed, or a pattern
             fits no module.
         RuntimeError: If the model is wrapped for data parallelism.
 
@@ -64,7 +65,7 @@ def add_branches(
         >>> net = torchvision.models.resnet50(weights='DEFAULT')
         >>> mmorepa.add_branches(net, exclude='layer1.*')
     """
-    conv_type(block, 3)  # Raises for an unknown one.
+    conv_type(block, 3)  # Raises for an unknown block type.
     wrapper = parallel_wrapper(model)
     if wrapper is not None:
         raise RuntimeError(
@@ -74,7 +75,7 @@ def add_branches(
         )
     include = [include] if isinstance(include, str) else include
     exclude = [exclude] if isinstance(exclude, str) else exclude
-    names: dict[nn.Module, list[str]] = {}  # A shared module has several.
+    names: dict[nn.Module, list[str]] = {}  # A shared module has several names.
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
     for pattern in (*include, *exclude):
@@ -85,7 +86,7 @@ def add_branches(
     inside = {part for _, form in outermost(model) for part in form.modules()}
     users = Counter(p for module in names for p in module._parameters.values())
     exchanged: dict[nn.Module, nn.Module] = {}
-    left: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     for conv, of_conv in names.items():
         if not isinstance(conv, _ConvNd) or conv in inside:
             continue
@@ -97,14 +98,14 @@ def add_branches(
                 raise ValueError('shares a parameter')
             exchanged[conv] = _training_form(conv, block, block_cfg)
             if block != 'plain' and not has_branches(exchanged[conv]):
-                left[of_conv[0]] = f'a {block} network has no branches there'
+                skipped[of_conv[0]] = f'a {block} network has no branches there'
         except ValueError as error:
-            left[of_conv[0]] = str(error)
+            skipped[of_conv[0]] = str(error)
     if not exchanged:
         raise ValueError(
             f'no conv of {type(model).__name__} was re-parameterised: none with a name '
             f'like {include} and not like {list(exclude)} has a fold. '
-            f'{_by_reason(left) or "It has no plain conv"}'
+            f'{_by_reason(skipped) or "It has no plain conv"}'
         )
     for conv, form in exchanged.items():
         conv.__class__ = type(form)
@@ -112,14 +113,14 @@ def add_branches(
     count = sum(map(has_branches, exchanged))
     print_log(
         f'{type(model).__name__}: {count} convs re-parameterised ({block}), '
-        f'{len(left)} left as they are. {_by_reason(left)}'.rstrip(),
+        f'{len(skipped)} left as they are. {_by_reason(skipped)}'.rstrip(),
         logger='current',
     )
     return model
 
 
 def reparameterize(*args, **kwargs) -> None:
-    """The former name of :func:`add_branches`, which is an error."""
+    """The former name of :func:`add_branches`. Always raises a TypeError."""
     raise TypeError(
         'mmorepa.reparameterize is called mmorepa.add_branches now, since elsewhere '
         'the word means to fuse branches, which mmorepa.switch_to_deploy does'
@@ -128,17 +129,17 @@ def reparameterize(*args, **kwargs) -> None:
 
 @MODELS.register_module(name='Reparameterized')
 def build_with_branches(module: dict, **kwargs) -> nn.Module:
-    """Builds a module and exchanges its convs, as :func:`add_branches` does it.
+    """Builds a module and calls :func:`add_branches` on it.
 
     In a config: ``backbone=dict(type='Reparameterized', module=dict(type='ConvNeXt',
-    ...))``. Weights that are loaded later, by ``init_cfg`` or ``load_from``, may be
-    those of the plain module.
+    ...))``. It can load weights of the plain module later, by ``init_cfg`` or
+    ``load_from``.
     """
     return add_branches(MODELS.build(module), **kwargs)
 
 
 def log_plain_starts(model: nn.Module) -> None:
-    """Logs once how many convs started from plain kernels of the last state dict."""
+    """Logs once how many convs started from plain kernels in the last load."""
     convs = [m for m in model.modules() if getattr(m, 'is_plain_start', False)]
     for conv in convs:
         conv.is_plain_start = False
@@ -152,14 +153,14 @@ def log_plain_starts(model: nn.Module) -> None:
 
 
 def has_branches(conv: nn.Module) -> bool:
-    """Whether a conv is a training form of more than one plain kernel."""
+    """Whether a conv is a training form with more than a single plain kernel."""
     is_form = isinstance(conv, ReparamConv2d) and not isinstance(conv, PlainConv2d)
     return is_form and not conv.deployed
 
 
-def _by_reason(left: dict[str, str]) -> str:
+def _by_reason(skipped: dict[str, str]) -> str:
     names: dict[str, list[str]] = {}
-    for name, reason in left.items():
+    for name, reason in skipped.items():
         names.setdefault(reason, []).append(name)
     return '; '.join(f'{", ".join(n)}: {reason}' for reason, n in names.items())
 
@@ -169,7 +170,7 @@ def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
 
 
 def _check_is_plain(conv: nn.Module) -> None:
-    """Raises a ValueError if a conv may compute, or hold, more than a plain one."""
+    """Raises a ValueError if a conv may compute or hold more than a plain conv."""
     if type(conv) not in _PLAIN_CONVS:
         raise ValueError(f'a {type(conv).__name__}')
     if conv._parameters.get('weight') is None:

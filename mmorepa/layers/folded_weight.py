@@ -1,4 +1,4 @@
-"""The ``weight`` of a training form: a fold that can be read and written."""
+"""The ``weight`` of a training form: a kernel that can be read and written."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
@@ -25,7 +25,7 @@ _HOOKS = ('register_hook', 'register_post_accumulate_grad_hook')
 class WeightOfBranches(nn.Conv2d):
     """A conv whose ``weight`` is the fold of its branches until it is deployed."""
 
-    deployed = True  # As long as it is built as a plain conv.
+    deployed = True  # While the constructor of nn.Conv2d runs.
 
     def _weight_of_training_form(self) -> Tensor:
         kernel = self.kernel()
@@ -48,34 +48,34 @@ class WeightOfBranches(nn.Conv2d):
 
 
 class ParametersOfBranches(dict):
-    """Those of a training form, for wrappers that look for its weight there."""
+    """The ``_parameters`` of a training form; ``['weight']`` raises a clear error."""
 
     def __missing__(self, name: str) -> None:
         raise KeyError(NO_PARAMETER if name == 'weight' else name)
 
 
 class FoldedWeight(Tensor):
-    """A fold: a tensor to compute with.
+    """A folded kernel, as a tensor to compute with.
 
-    To write to it in place (``normal_``, ``copy_``, ``weight[0] = …``, also through
-    ``.data`` and views) starts the branches from the kernel that comes out, see
-    :meth:`~mmorepa.layers.ReparamConv2d.set_kernel`. Random numbers, by which networks
-    initialise every conv that they know, are an exception: they make the branches
-    fresh. Then a conv with an initialisation of its own passes them over, and one whose
-    branches cannot give just any kernel takes the norm of every row.
+    Writing to it in place (``normal_``, ``copy_``, ``weight[0] = …``, also through
+    ``.data`` and views) starts the branches from the written kernel, see
+    :meth:`~mmorepa.layers.ReparamConv2d.set_kernel`. Random numbers are an exception,
+    since networks draw the weights of all their convs: the branches are drawn anew. If
+    a norm follows the conv, the written numbers are then ignored. If the branches
+    cannot give the kernel, they take only the norm of each output channel.
 
-    What is computed from it is an ordinary tensor, and so are its copies. The branches'
-    ``requires_grad`` is read and set. To ask for hooks or gradients is an error.
+    Results of computations and copies are ordinary tensors. ``requires_grad`` is that
+    of the branches. Asking for hooks or gradients raises a TypeError.
     """
 
-    conv: Any = None  # The ReparamConv2d whose branches are written to.
-    whole: Any = None  # The kernel that this is a view of, or is.
+    conv: Any = None  # The ReparamConv2d that owns the branches.
+    whole: Any = None  # The whole kernel: this tensor, or the base of this view.
     is_random = False  # Whether random numbers have been written to the whole.
 
     @classmethod
     def of(cls, conv: nn.Conv2d, kernel: Tensor) -> 'FoldedWeight':
-        """The kernel of a conv, in memory of its own."""
-        # Outside of inference mode, whose tensors do not count what is written.
+        """Copies the kernel of a conv."""
+        # Tensors that are made in inference mode do not count writes.
         with torch.inference_mode(False):
             weight = kernel.clone().as_subclass(cls)
         weight.conv, weight.whole = conv, weight
@@ -103,16 +103,16 @@ class FoldedWeight(Tensor):
             for weight, version in zip(weights, versions):
                 if weight._version == version:
                     continue
-                # As for a parameter that requires a gradient.
+                # PyTorch refuses the same for a parameter that requires a gradient.
                 if torch.is_grad_enabled() and weight.requires_grad and not is_rule:
                     raise TypeError(NO_PARAMETER)
                 weight.whole._start_branches(name)
-            if name == 'detach':  # It is taken for parameters of other modules.
+            if name == 'detach':  # Other modules make parameters of the result.
                 return result
             return tree_map(lambda item: _as_view(item, weights), result)
 
     def _as_parameter(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        """What a parameter would do that a tensor of the moment does not."""
+        """Answers calls for which a temporary tensor would differ from a parameter."""
         tensor, name = torch.Tensor, getattr(func, '__name__', '')
         if func == tensor.requires_grad.__get__ and self.whole is self:
             return any(p.requires_grad for p in self.conv.branches.parameters())
@@ -124,13 +124,13 @@ class FoldedWeight(Tensor):
         if func == tensor.data.__set__:
             is_view = isinstance(args[0], FoldedWeight) and args[0].whole is self.whole
             if is_view and args[0].shape == self.shape:
-                return None  # As `conv.weight.data *= 2` ends.
+                return None  # The last step of `conv.weight.data *= 2`.
         if func == tensor.grad.__get__ or name in ('__set__', 'set_', *_HOOKS):
             raise TypeError(NO_PARAMETER)
         return NotImplemented
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not hasattr(FoldedWeight, name):  # It would be lost.
+        if not hasattr(FoldedWeight, name):  # The next fold would lose it.
             raise TypeError(NO_PARAMETER)
         super().__setattr__(name, value)
 
@@ -141,8 +141,8 @@ class FoldedWeight(Tensor):
         return self.detach().__reduce_ex__(protocol)
 
     def _start_branches(self, function: str) -> None:
-        """Starts the branches from this kernel, which a function has written to."""
-        # Draws from a truncated distribution are drawn, and then worked upon.
+        """Starts the branches from this kernel after a function has written to it."""
+        # trunc_normal_ draws numbers and then calls other functions on them.
         was_random = self.is_random
         self.is_random = function in _DRAWS or (was_random and function not in _SETS)
         if self.is_random and not was_random:
@@ -153,7 +153,7 @@ class FoldedWeight(Tensor):
 
 
 def _as_view(result: Any, weights: Sequence[FoldedWeight]) -> Any:
-    """A result of a function, as a fold to be written to if it is a view of one."""
+    """Makes a result of a function a FoldedWeight if it is a view of one."""
     if type(result) is Tensor:
         memory = result.untyped_storage()._cdata
         for weight in weights:

@@ -1,4 +1,4 @@
-"""From branches to a kernel: for a forward pass, and in float64 for deployment."""
+"""Folds branches into a kernel: for a forward pass, or in float64 for deployment."""
 
 from collections.abc import Collection, Sequence
 from operator import is_
@@ -16,14 +16,14 @@ from ..utils.autocast import HALF_DTYPES, no_autocast
 def fold(branches: nn.Module, memory_format: torch.memory_format) -> Tensor:
     """The kernel, (O, Ig, k, k), of a module whose ``forward()`` returns it.
 
-    In float32 or better whatever the context says, and returned in the dtype of the
-    branches: the sum of several branches loses digits in half precision, and costs
-    nothing compared with the convolution itself.
+    It is computed in float32 or float64, also under autocast, and returned in the dtype
+    of the branches. In half precision, a sum of several branches loses digits, and the
+    fold costs little compared with the convolution.
     """
     tensors = list(branches.parameters()) or list(branches.buffers())
-    if not tensors:  # A wrapper has put other tensors in the parameters' place.
+    if not tensors:  # A wrapper has replaced the parameters by other tensors.
         return branches()
-    check_is_whole(tensors)
+    check_not_sharded(tensors)
     like = tensors[0]
     with no_autocast(like.device.type):
         if like.dtype not in HALF_DTYPES:
@@ -35,38 +35,38 @@ def fold(branches: nn.Module, memory_format: torch.memory_format) -> Tensor:
 
 
 def fold_exactly(branches: nn.Module) -> Tensor:
-    """As :func:`fold`, in float64."""
+    """The kernel in float64, (O, Ig, k, k), without a gradient."""
     tensors = named_tensors(branches)
-    check_is_whole(tensors.values())
-    wide = {name: double(tensor) for name, tensor in tensors.items()}
+    check_not_sharded(tensors.values())
+    wide = {name: to_float64(tensor) for name, tensor in tensors.items()}
     return functional_call(branches, wide, ())
 
 
 def in_memory_format(kernel: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """A kernel by whose strides a conv gives its output this format.
+    """The kernel with strides that make a conv give its output this format.
 
-    ``torch.channels_last`` has no effect where a side of 1 leaves the choice to the
-    conv's input.
+    ``torch.channels_last`` has no effect on a kernel with a side of 1 if the strides
+    fit both formats: then the conv follows its input.
     """
     if memory_format == torch.channels_last:
         return kernel.contiguous(memory_format=memory_format)
-    # Flat in between: with a side of 1, memory counts as contiguous although the
-    # strides are those of channels last, and the output would have channels last.
+    # With a side of 1, strides of channels last count as contiguous too, and the output
+    # would have channels last. A flat view in between gives the default strides.
     return kernel.reshape(-1).view(kernel.shape)
 
 
 def is_fusible(norm: Optional[nn.Module]) -> bool:
     """Whether a normalisation layer is linear in eval mode: BatchNorm, as a rule."""
-    # Without running statistics the normalisation depends on the batch.
+    # A norm without running statistics depends on the batch.
     return isinstance(norm, _BatchNorm) and norm.track_running_stats
 
 
 def fuse_norm(
     kernel: Tensor, bias: Optional[Tensor], norm: _BatchNorm
 ) -> tuple[Tensor, Tensor]:
-    """Kernel and bias, in float64, with a norm that :func:`is_fusible` in them."""
-    statistics = double(norm.running_mean), double(norm.running_var), norm.eps
-    affine = (double(norm.weight), double(norm.bias)) if norm.affine else (None, None)
+    """Kernel and bias in float64 after fusing a norm that :func:`is_fusible`."""
+    statistics = to_float64(norm.running_mean), to_float64(norm.running_var), norm.eps
+    affine = [p if p is None else to_float64(p) for p in (norm.weight, norm.bias)]
     kernel, bias = fuse_conv_bn_weights(kernel, bias, *statistics, *affine)
     return kernel.detach(), bias.detach()
 
@@ -78,15 +78,15 @@ def norm_scale(norm: nn.Module) -> Tensor:
 
 
 def is_sharded(tensors: Collection[Tensor]) -> bool:
-    """Whether FSDP has sharded all of some parameters."""
-    # By fully_shard(), or by FullyShardedDataParallel, which flattens what it shards.
+    """Whether FSDP has sharded all of these parameters."""
+    # fully_shard() makes DTensors, and FullyShardedDataParallel makes flat parameters.
     return all(
         hasattr(t, 'full_tensor') or (t.dim() < 2 and hasattr(t, '_fsdp_flattened'))
         for t in tensors
     )
 
 
-def check_is_whole(tensors: Collection[Tensor]) -> None:
+def check_not_sharded(tensors: Collection[Tensor]) -> None:
     """Raises a RuntimeError if FSDP has sharded these tensors of branches."""
     if is_sharded(tensors):
         raise RuntimeError(
@@ -97,9 +97,9 @@ def check_is_whole(tensors: Collection[Tensor]) -> None:
         )
 
 
-def are_the_same(some: Sequence[object], others: Sequence[object]) -> bool:
+def same_objects(first: Sequence[object], second: Sequence[object]) -> bool:
     """Whether two sequences hold the same objects, and not just equal ones."""
-    return len(some) == len(others) and all(map(is_, some, others))
+    return len(first) == len(second) and all(map(is_, first, second))
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -107,7 +107,7 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def double(tensor: Tensor) -> Tensor:
+def to_float64(tensor: Tensor) -> Tensor:
     """The tensor in float64, without a gradient."""
     # Apple's GPUs have no float64.
     device = 'cpu' if tensor.device.type == 'mps' else tensor.device

@@ -1,8 +1,8 @@
-"""What a conv makes of a state dict of another form than its own.
+"""Converts a state dict to the form that a conv is in.
 
-A form is the training form of its block, that of
-:class:`~mmorepa.layers.PlainConv2d`, or a plain conv, with its norm or with the norm
-folded in.
+There are four forms: the branches of a block, the single kernel of a
+:class:`~mmorepa.layers.PlainConv2d`, a plain conv with its norm, and a plain conv with
+the norm folded in.
 """
 
 import copy
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..utils.errors import CheckpointError
 from .changes import check_foldable
-from .folding import double, fuse_norm
+from .folding import fuse_norm, to_float64
 from .starting import load_norm
 
 Entries = dict[str, Tensor]
@@ -27,15 +27,15 @@ def adapt(
     error_msgs: list[str],
     assign: bool,
 ) -> bool:
-    """Gives the entries of a conv, in a state dict, the form that the conv is in.
+    """Converts the entries of a conv in a state dict to the form that the conv is in.
 
     Args:
-        conv (ReparamConv2d): A training form starts from a plain kernel here.
+        conv (ReparamConv2d): If it is a training form, it starts from a plain kernel.
         state_dict (dict[str, Tensor]): Changed in place.
-        prefix (str): That of the conv's keys.
-        error_msgs (list[str]): Takes what is wrong with a shape, for the loader.
-        assign (bool): Whether entries become parameters. Computed ones then have the
-            dtype of the file; otherwise the loader rounds them once.
+        prefix (str): The start of the keys of the conv.
+        error_msgs (list[str]): Wrong shapes are appended here, for the loader.
+        assign (bool): Whether the loader makes parameters of the entries. If so,
+            computed entries get the dtype of the file; if not, the loader rounds them.
 
     Returns:
         bool: Whether the conv has started from a plain kernel.
@@ -44,7 +44,7 @@ def adapt(
     entries = {key[len(prefix) :]: state_dict.pop(key) for key in keys}
     is_plain = conv.deployed or 'weight' in conv.branches._parameters
     if 'branches.weight' in entries and not is_plain:
-        # The training form of a PlainConv2d, whose kernel is a parameter.
+        # The entries are of the training form of a PlainConv2d.
         entries['weight'] = entries.pop('branches.weight')
     dtypes = {key: value.dtype for key, value in entries.items()}
     has_branches = any(key.startswith('branches.') for key in entries)
@@ -79,7 +79,7 @@ def _fuse_norm(conv: nn.Conv2d, entries: Entries) -> None:
     """Fuses the norm of a plain conv, for a deployed one."""
     weight = entries['weight']
     if 'bias' not in entries and getattr(conv, 'has_second_norm', False):
-        # This one has a bias for the norms of its branches, and the plain one none.
+        # The deployed conv has a bias, from the norms of its branches.
         entries['bias'] = weight.new_zeros(conv.out_channels)
     if conv.norm is not None or conv.norm_cfg is None:
         return
@@ -87,14 +87,14 @@ def _fuse_norm(conv: nn.Conv2d, entries: Entries) -> None:
     if norm_entries:
         norm = build_norm_layer(conv.norm_cfg, conv.out_channels)[1]
         load_norm(norm, norm_entries)
-        bias = double(entries['bias']) if 'bias' in entries else None
-        entries['weight'], entries['bias'] = fuse_norm(double(weight), bias, norm)
+        bias = to_float64(entries['bias']) if 'bias' in entries else None
+        entries['weight'], entries['bias'] = fuse_norm(to_float64(weight), bias, norm)
 
 
 def _start(
     conv: nn.Conv2d, entries: Entries, prefix: str, error_msgs: list[str]
 ) -> bool:
-    """Starts a training form; its entries take the place of the plain ones."""
+    """Starts a training form, and replaces the plain entries by its entries."""
     weight, bias = entries['weight'], entries.get('bias')
     has_norm = any(key.startswith('norm.') for key in entries)
     is_folded = conv.norm is not None or (conv.last_norms and not conv.conv_bias)
@@ -115,7 +115,7 @@ def _start(
         )
     del entries['weight']
     if weight.shape != conv.kernel_shape:
-        # In PyTorch's words, and left to the loader: some go on with the rest.
+        # Report it in PyTorch's words. Some loaders then load the other entries.
         error_msgs.append(
             f'size mismatch for {prefix}weight: copying a param with shape '
             f'{weight.shape} from checkpoint, the shape in current model is '
@@ -123,13 +123,13 @@ def _start(
         )
         entries.update(conv.branches.state_dict(prefix='branches.'))
         return False
-    # What is missing or of another shape is reported as for any parameter.
+    # The loader reports a bias that is missing or of another shape.
     has_bias = bias is not None and bias.shape == (conv.out_channels,)
     norm = _take_norm(entries)
     conv.start_from(weight, bias if has_bias else conv.bias, norm or None)
     for name, value in conv.state_dict().items():
-        is_left = name == 'bias' and not has_bias
-        if not is_left and (norm or not name.startswith('norm.')):
+        is_unknown = name == 'bias' and not has_bias
+        if not is_unknown and (norm or not name.startswith('norm.')):
             entries[name] = value
     return True
 
@@ -139,9 +139,9 @@ def _folded(conv: nn.Conv2d, entries: Entries, prefix: str) -> Entries:
     twin = copy.deepcopy(conv)
     with torch.random.fork_rng(devices=[]):
         twin.become_training_form()
-    for module in twin.modules():  # A load within one that has warned.
-        module.warns_of_flaws = False
-    # In the widest dtype at hand, so that the result is rounded once.
+    for module in twin.modules():  # The outer load has warned already.
+        module.warns_of_damage = False
+    # Use the widest dtype of all, so that the result is rounded only once.
     dtypes = [v.dtype for v in entries.values() if v.is_floating_point()]
     twin.to(functools.reduce(torch.promote_types, dtypes, conv.weight.dtype))
     try:
@@ -154,5 +154,5 @@ def _folded(conv: nn.Conv2d, entries: Entries, prefix: str) -> Entries:
     check_foldable(twin)
     kernel, bias = twin.equivalent_kernel_bias()
     folded = ('branches.', 'bias', *(['norm.'] if twin.fuses_norm else []))
-    others = {k: v for k, v in twin.state_dict().items() if not k.startswith(folded)}
-    return {'weight': kernel, **({} if bias is None else {'bias': bias}), **others}
+    kept = {k: v for k, v in twin.state_dict().items() if not k.startswith(folded)}
+    return {'weight': kernel, **({} if bias is None else {'bias': bias}), **kept}

@@ -1,4 +1,4 @@
-"""Channels last: the order of memory in which convs and folds are fastest."""
+"""Channels last: the memory format in which convs and folds are fastest."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ from .conv import ReparamConv2d
 from .folding import in_memory_format
 from .plain import PlainKernel
 
-# Where channels last was tried and is faster: networks, by the name of their class or
-# of one that it inherits from, if they are made of modules of these packages, or of
-# these files of OpenMMLab's.
+# Networks for which channels last was measured to be faster. A network counts if its
+# class or a base class has one of these names, and all its modules come from these
+# packages, or from these files of OpenMMLab.
 _NETWORKS = {'StagedBackbone', 'ResNet', 'RepVGG'}
 _PACKAGES = {'torch', 'torchvision', 'timm', 'mmengine', 'mmorepa'}
 _OPENMMLAB = {'mmcv', 'mmpretrain', 'mmdet', 'mmseg'}
@@ -24,22 +24,22 @@ _FILES = {'resnet', 'resnext', 'res_layer', 'repvgg', 'conv_module', 'drop'}
 def set_channels_last(module: nn.Module, on: bool = True) -> nn.Module:
     """Makes the convs of a module run in ``torch.channels_last`` memory, or not.
 
-    A fold gives a kernel with channels last, which costs no copy then; on CPUs, the
-    whole network is faster as well. Call it before the optimizer is built, since a
-    fused update takes a parameter and its state for memory of one order, and before a
-    wrapper for data parallelism, which remembers the order.
+    A fold computes its kernel in channels last, so this saves a copy. On CPUs, the
+    whole network is faster too. Call it before building the optimizer, because a fused
+    update needs a parameter and its state with the same strides. Call it before
+    wrapping the model for data parallelism, because the wrapper keeps the strides.
 
-    Maps that ``module`` returns, also in tuples, lists and dicts, are contiguous again.
-    So are those that reach modules of ``mmcv.ops`` inside of it, which do not look at
-    the strides, and 1×1 convs with a stride and fewer than 8 inputs, for which oneDNN
-    has a defect; functions of ``mmcv.ops`` have to be given contiguous maps.
+    Outputs of ``module``, also in tuples, lists and dicts, are made contiguous. Inputs
+    are made contiguous for modules of ``mmcv.ops``, which ignore strides, and for
+    strided 1×1 convs with fewer than 8 inputs, because of a bug in oneDNN. If you call
+    a function of ``mmcv.ops``, give it contiguous maps.
 
     Args:
         module (nn.Module): A backbone or a whole model, changed in place and returned.
-        on (bool): False goes back to the default order. Defaults to True.
+        on (bool): False restores the default format. Defaults to True.
 
     Raises:
-        RuntimeError: If it is wrapped for data parallelism.
+        RuntimeError: If ``module`` is wrapped for data parallelism.
     """
     if any(isinstance(part, DistributedDataParallel) for part in module.modules()):
         raise RuntimeError(
@@ -47,10 +47,10 @@ def set_channels_last(module: nn.Module, on: bool = True) -> nn.Module:
             'in the former order of memory: call set_channels_last before the wrapper'
         )
     memory_format = torch.channels_last if on else torch.contiguous_format
-    operators = [part for part in module.modules() if _takes_default_order(part)]
-    left = {inner for operator in operators for inner in operator.modules()}
+    operators = [part for part in module.modules() if _needs_contiguous_inputs(part)]
+    excluded = {inner for operator in operators for inner in operator.modules()}
     for part in module.modules():
-        if part in left:
+        if part in excluded:
             continue
         if isinstance(part, ReparamConv2d):
             part.channels_last = on
@@ -73,8 +73,8 @@ def set_channels_last(module: nn.Module, on: bool = True) -> nn.Module:
 def faster_in_channels_last(model: nn.Module) -> list[nn.Module]:
     """The parts of a model for which channels last was measured to be faster.
 
-    These are ResNets and RepVGGs of this package, of OpenMMLab, torchvision and timm,
-    unless something is plugged into them: whole models, or the backbones of others.
+    These are ResNets and RepVGGs of this package, OpenMMLab, torchvision and timm
+    without added modules, as whole models or as backbones of other models.
     """
     names = {cls.__name__ for cls in type(model).__mro__}
     if _NETWORKS & names:
@@ -89,10 +89,10 @@ def _is_tried(module: nn.Module) -> bool:
     return is_known or names[0] in _PACKAGES
 
 
-def _takes_default_order(module: nn.Module) -> bool:
-    """Whether a module reads channels last wrongly."""
+def _needs_contiguous_inputs(module: nn.Module) -> bool:
+    """Whether a module computes wrong results from channels last."""
     if isinstance(module, nn.Conv2d) and module.in_channels < 8:
-        # On CPUs without AVX-512, oneDNN's derivative writes beyond its memory.
+        # On CPUs without AVX-512, the derivative in oneDNN writes out of bounds.
         return max(module.kernel_size) == 1 and max(module.stride) > 1
     return any(cls.__module__.startswith('mmcv.ops') for cls in type(module).__mro__)
 
@@ -111,5 +111,5 @@ def _with_contiguous_outputs(module: nn.Module, args: tuple, output: Any) -> Any
 
 
 def _contiguous(value: Any) -> Any:
-    """The same, with contiguous maps, in tuples, lists and dicts too."""
+    """Makes maps contiguous, also in tuples, lists and dicts."""
     return tree_map_only(Tensor, lambda t: t.contiguous() if t.dim() == 4 else t, value)

@@ -19,23 +19,22 @@ class MultiBranchConv2d(ReparamConv2d):
 
     A branch is a :class:`ReparamConv2d` or any other module with an
     ``equivalent_kernel_bias``, a ``kernel`` (before the last norm; None if it has no
-    weights) and a ``norm``; subclasses list their names in :attr:`BRANCH_NAMES` and
-    make each in ``build_branch``.
+    weights) and a ``norm``. Subclasses list the names of branches in
+    :attr:`BRANCH_NAMES` and make each branch in ``build_branch``.
 
-    By ``conv_cfg``, in a network that has a norm after the conv, that norm follows
-    theirs: :attr:`has_second_norm`. Deployed, the conv has theirs folded in, and the
-    network keeps its own.
+    Built by ``conv_cfg``, the block may be followed by a norm of the network, see
+    :attr:`has_second_norm`. Deployment folds the norms of the branches, not this norm.
 
     Args:
         branches, single_init: See :class:`OREPAConv2d`.
         initial_scales (dict[str, float], optional): Initial weight of the last
-            BatchNorm of a branch, by name. Defaults to None, ones.
-        *args, **kwargs: See :class:`ReparamConv2d`; ``norm_cfg`` is that of the
-            branches and defaults to ``dict(type='BN')``.
+            BatchNorm of a branch, by branch name. Defaults to None, ones.
+        *args, **kwargs: See :class:`ReparamConv2d`. ``norm_cfg`` describes the norms
+            of the branches and defaults to ``dict(type='BN')``.
 
     Raises:
-        ValueError: If a branch is not known, none is left, the padding differs
-            between the branches' centres, or the norm has no fold.
+        ValueError: If a branch is unknown, no branch is left, the padding does not
+            centre the branches, or the norm has no fold.
     """
 
     BRANCH_NAMES: tuple[str, ...] = ()
@@ -63,11 +62,11 @@ class MultiBranchConv2d(ReparamConv2d):
 
     @property
     def has_second_norm(self) -> bool:
-        """Whether a norm of the network follows, as where there is no bias."""
+        """Whether a norm of the network follows: assumed without bias and norm_cfg."""
         return not self._has_given_norm and not self.conv_bias
 
     def _geometry(self) -> dict:
-        """The geometry of the k×k branches, as it is now."""
+        """The current geometry of the k×k branches."""
         size, dilation = self.kernel_size[0], _pair(self.dilation)
         reach = dilation[0] * (size // 2)
         padding = self.padding
@@ -89,7 +88,7 @@ class MultiBranchConv2d(ReparamConv2d):
         )
 
     def _align(self) -> None:
-        """Gives the branches the geometry that this conv has now."""
+        """Gives the branches the current geometry of this conv."""
         geometry = self._geometry()
         for module in self.branches.modules():
             fixed = getattr(module, 'fixed_geometry', None)
@@ -99,7 +98,7 @@ class MultiBranchConv2d(ReparamConv2d):
                         setattr(module, name, value)
 
     def build_branch(self, name: str) -> Optional[nn.Module]:
-        """Makes the branch of a name, or none where this conv has no such branch."""
+        """Makes the branch of a name, or returns None if this conv has none."""
         raise NotImplementedError
 
     def build_conv(
@@ -109,8 +108,8 @@ class MultiBranchConv2d(ReparamConv2d):
 
         Args:
             kind (type[ReparamConv2d]): Defaults to :class:`PlainConv2d`.
-            **changes: Arguments that differ; ``kernel_size=1`` leaves padding and
-                dilation out.
+            **changes: Arguments that differ. ``kernel_size=1`` also sets padding to 0
+                and dilation to 1.
         """
         names = ('in_channels', 'out_channels', 'kernel_size', 'groups', 'norm_cfg')
         arguments = {name: getattr(self, name) for name in names}
@@ -141,10 +140,10 @@ class MultiBranchConv2d(ReparamConv2d):
         return branches
 
     def build_norm(self) -> None:
-        """None, since the branches have theirs."""
+        """Returns None, because each branch has a norm."""
 
     def _weight_of_training_form(self) -> Tensor:
-        # No attribute, so that hasattr() says so.
+        # With an AttributeError, hasattr(conv, 'weight') is False.
         raise AttributeError(
             f'a {type(self).__name__} has no weight while it trains; call '
             'conv.reset_parameters() to draw it anew, conv.start_from(kernel) to set '
@@ -154,9 +153,9 @@ class MultiBranchConv2d(ReparamConv2d):
     def regularized_kernel(self) -> Tensor:
         """The sum of the branches' kernels, each as its BatchNorm scales it.
 
-        ``K = Σ_b t_b·K_b / √(Σ_b t_b²)`` with ``t_b = γ_b/√(σ_b²+ε)`` held constant,
-        at each tap over the branches that reach it; identity branches have no weight.
-        The denominator makes the decay as strong as that of one plain kernel. For
+        ``K = Σ_b t_b·K_b / √(Σ_b t_b²)`` with constant ``t_b = γ_b/√(σ_b²+ε)``. At each
+        tap, the sums run over the branches that reach it; identity branches do not
+        count. The denominator makes the decay as strong as for one plain kernel. For
         RepVGG blocks this is their authors' "custom L2" (Ding et al., CVPR 2021).
         """
         if self.deployed:
@@ -173,7 +172,7 @@ class MultiBranchConv2d(ReparamConv2d):
             if kernel.shape[-1] != size:
                 term, reach = embed_1x1(term, size), embed_1x1(reach, size)
             total, squares = total + term, squares + reach
-        # Where every scale is zero, so is the sum.
+        # If every scale is zero, the sum is zero too.
         return total / squares.sqrt().clamp_min(1e-12)
 
     def start_from(
@@ -183,7 +182,7 @@ class MultiBranchConv2d(ReparamConv2d):
         norm: Optional[Mapping[str, Tensor]] = None,
     ) -> None:
         if bias is not None and norm is not None and 'running_mean' in norm:
-            # That of the plain conv comes before its norm, this one's after.
+            # The plain bias comes before its norm, and this conv's bias after it.
             norm = {**norm, 'running_mean': norm['running_mean'] - bias}
             bias = None
         super().start_from(weight, bias, norm)
@@ -191,9 +190,9 @@ class MultiBranchConv2d(ReparamConv2d):
     def _start_before_bias(
         self, weight: Tensor, norm: Optional[Mapping[str, Tensor]]
     ) -> None:
-        """``origin`` takes kernel and norm, and the last norms of the others end in 0.
+        """Gives ``origin`` the kernel and the norm. All other branches return zero.
 
-        Without a norm, that of ``origin`` starts as the identity of eval mode.
+        Without a norm, the norm of ``origin`` starts as the identity of eval mode.
         """
         if 'origin' not in self.branches:
             raise ValueError(

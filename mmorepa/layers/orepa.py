@@ -17,8 +17,8 @@ from .deep_linear import DEEP_LINEAR_FROM, DeepLinearKernel
 class OREPAKernel(BranchKernel):
     """The k×k kernel of OREPA: a scaled sum of six linear branches.
 
-    ``K = Σ_b scale_b · K_b`` per output channel (paper, section 3.2; the scaling
-    replaces a BatchNorm in every branch), with the branches
+    ``K = Σ_b scale_b · K_b`` per output channel (paper, section 3.2). The scale of a
+    branch replaces its BatchNorm. The branches are
 
     - ``origin``: a plain k×k kernel
     - ``average``: 1×1 conv, then k×k average pooling
@@ -34,13 +34,13 @@ class OREPAKernel(BranchKernel):
         groups (int): g. Defaults to 1.
         branches (Sequence[str], optional): The names of the branches to build.
             Defaults to all.
-        initial_scales (dict[str, float], optional): Initial values of ``scale``
-            by branch, over :attr:`INITIAL_SCALES`. Defaults to None.
+        initial_scales (dict[str, float], optional): Initial values of ``scale`` by
+            branch, in place of :attr:`INITIAL_SCALES`. Defaults to None.
         kaiming_a (float): The negative slope that the Kaiming-uniform
             initialisation of every weight assumes. Defaults to 0.
 
     Raises:
-        ValueError: If a branch is not known, or none is left.
+        ValueError: If a branch is unknown, or no branch is left.
     """
 
     INITIAL_SCALES = {
@@ -64,7 +64,7 @@ class OREPAKernel(BranchKernel):
     ) -> None:
         inputs, size = in_channels // groups, (kernel_size, kernel_size)
         super().__init__((out_channels, inputs, *size), groups, branches)
-        hidden = in_channels if groups <= 4 else 2 * in_channels
+        hidden = in_channels if groups <= 4 else 2 * in_channels  # As published.
         expansion = self.branch_sum.expansion
         shapes = {
             'weight_origin': (out_channels, inputs, *size),
@@ -80,7 +80,7 @@ class OREPAKernel(BranchKernel):
             if name not in self.branch_sum.roles:
                 continue
             if name == 'weight_pointwise_kxk_1':
-                weight = torch.zeros(shape)  # Learns the difference from the identity.
+                weight = torch.zeros(shape)  # The fold adds the identity.
             else:
                 weight = _kaiming_uniform(shape, kaiming_a)
             weight = self.branch_sum.as_stored(name, weight)
@@ -88,7 +88,7 @@ class OREPAKernel(BranchKernel):
         self.add_scale(initial_scales)
 
     def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)  # A whole module that an earlier version saved.
+        super().__setstate__(state)  # An earlier version may have saved the module.
         for name in self.branch_sum.roles:
             parameter = self._parameters.get(name)
             if parameter is not None:
@@ -109,8 +109,8 @@ class OREPAPointwiseKernel(BranchKernel):
 
     The wider of the two composed 1×1 convs is square and starts as the identity.
 
-    Takes the arguments of :class:`OREPAKernel` but ``kernel_size``, and ``kaiming_a``
-    is 1 by default.
+    Takes the arguments of :class:`OREPAKernel` except ``kernel_size``. ``kaiming_a``
+    defaults to 1.
     """
 
     INITIAL_SCALES = {'origin': 1.0, 'pointwise_pointwise': 0.5}
@@ -142,7 +142,8 @@ class OREPAPointwiseKernel(BranchKernel):
 class OREPADeepLinearKernel(DeepLinearKernel):
     """A large kernel composed of (k−1)/2 OREPA 3×3 kernels: the deep linear stem.
 
-    Takes the arguments of :class:`DeepLinearKernel`, and others for all factors.
+    Takes the arguments of :class:`DeepLinearKernel` except ``build_factor``, and
+    passes all other arguments to each :class:`OREPAKernel`.
     """
 
     def __init__(
@@ -156,22 +157,22 @@ class OREPADeepLinearKernel(DeepLinearKernel):
 
 @BLOCKS.register_module('orepa')
 class OREPAConv2d(ReparamConv2d, nn.Conv2d):
-    """A conv that trains as OREPA's branches, folded online into one kernel.
+    """A conv that trains OREPA's branches and folds them into one kernel in each pass.
 
-    ``conv_cfg=dict(type='OREPAConv2d')`` gives OpenMMLab's modules such convs. The
+    ``conv_cfg=dict(type='OREPAConv2d')`` makes OpenMMLab's modules use such convs. The
     kernel is an :class:`OREPAPointwiseKernel` for k = 1, an :class:`OREPAKernel` for 3
     and 5, and an :class:`OREPADeepLinearKernel` from 7 on, as in the paper's networks.
 
     Args:
         branches (Sequence[str], optional): The names of the branches to build, for
-            ablations. Each kernel takes those that are its own. Defaults to all.
+            ablations. A kernel ignores names of other kernels. Defaults to all.
         initial_scales (dict[str, float], optional): Initial scale by branch name.
-            Defaults to None, the paper's.
-        single_init (bool): Whether only the plain kernel is scaled by one at the
-            start, and every other branch by zero, but for ``initial_scales``.
+            Defaults to None, the scales of the paper.
+        single_init (bool): Whether the plain kernel starts with a scale of one and
+            every other branch with zero, unless ``initial_scales`` names it.
             Defaults to False.
         kaiming_a (float, optional): See :class:`OREPAKernel`. Defaults to None, the
-            paper's for each kernel.
+            paper's value for each kernel.
         inner_mult (float): See :class:`DeepLinearKernel`. Defaults to 1.
         *args, **kwargs: See :class:`ReparamConv2d`.
 
@@ -212,11 +213,11 @@ class OREPAConv2d(ReparamConv2d, nn.Conv2d):
         size = self.kernel_size[0]
         channels = (self.out_channels, self.in_channels)
         kernel = OREPAPointwiseKernel if size == 1 else OREPAKernel
-        own = kernel.INITIAL_SCALES
-        scales = {k: v for k, v in self._initial_scales.items() if k in own}
+        known = kernel.INITIAL_SCALES
+        scales = {k: v for k, v in self._initial_scales.items() if k in known}
         options = dict(groups=self.groups, initial_scales=scales)
         if self._branch_names is not None:
-            options['branches'] = [name for name in self._branch_names if name in own]
+            options['branches'] = [name for name in self._branch_names if name in known]
         if self._kaiming_a is not None:
             options['kaiming_a'] = self._kaiming_a
         if size == 1:

@@ -1,4 +1,4 @@
-"""Parameters for an optimizer, and a warning where they are missing in one."""
+"""Parameter groups for an optimizer, and a warning if an optimizer has no branches."""
 
 import warnings
 from collections.abc import Collection
@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-# Branches that have been folded with a gradient, once and for all, and those of them
-# whose optimizer has not been seen yet.
+# All branches that were ever folded with a gradient, and the ones among them for which
+# no optimizer step was seen yet.
 _seen: WeakSet = WeakSet()
 _waiting: WeakSet = WeakSet()
 _hook: Optional[torch.utils.hooks.RemovableHandle] = None
@@ -21,34 +21,34 @@ def param_groups(
     weight_decay: float = 1e-5,
     no_weight_decay_list: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Every trained parameter of a model, in a group with and one without weight decay.
+    """Groups the trained parameters of a model: one with weight decay, one without.
 
-    For loops that look for modules with a parameter ``weight``, by which they miss the
-    branches of training forms. As timm's ``param_groups_weight_decay``.
+    Use it in place of code that collects the ``weight`` of each module, which would
+    miss the branches. It works like timm's ``param_groups_weight_decay``.
 
     Args:
         model (nn.Module): Any model.
-        weight_decay (float): That of the weights. Biases and other parameters of one
-            dimension get none; the scales of branches, (branches, O), decay, as in the
-            recipes of the papers. Defaults to 1e-5.
-        no_weight_decay_list (Collection[str]): Names of others that get none.
+        weight_decay (float): The decay of weights, and of the scales of branches,
+            (branches, O), as in the recipes of the papers. Parameters of one dimension,
+            such as biases, get none. Defaults to 1e-5.
+        no_weight_decay_list (Collection[str]): Names of other parameters without decay.
 
     Examples:
         >>> optimizer = SGD(mmorepa.param_groups(model, 5e-4), lr=0.01, momentum=0.9)
     """
-    decayed, others = [], []
+    decayed, not_decayed = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_other = parameter.dim() < 2 or name in no_weight_decay_list
-            (others if is_other else decayed).append(parameter)
+            is_exempt = parameter.dim() < 2 or name in no_weight_decay_list
+            (not_decayed if is_exempt else decayed).append(parameter)
     return [
-        dict(params=others, weight_decay=0.0),
+        dict(params=not_decayed, weight_decay=0.0),
         dict(params=decayed, weight_decay=weight_decay),
     ]
 
 
-def watch(branches: nn.Module) -> None:
-    """Warns at the first step of an optimizer that has no branch of any conv."""
+def warn_if_not_optimized(branches: nn.Module) -> None:
+    """Warns at the next optimizer step if that optimizer has no branch of any conv."""
     global _hook
     if branches in _seen:
         return
@@ -72,7 +72,7 @@ def _check(optimizer: torch.optim.Optimizer, *args) -> None:
         _hook.remove()
         _hook = None
     known = {id(p) for group in optimizer.param_groups for p in group['params']}
-    # One that trains a part of the convs was told which.
+    # An optimizer with some of the branches does not need a warning: a user chose them.
     if not any(id(p) in known for parameters in trained.values() for p in parameters):
         warnings.warn(
             f'{len(trained)} re-parameterised convs have gradients, and the optimizer '

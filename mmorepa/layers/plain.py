@@ -1,4 +1,4 @@
-"""Plain convs with the interface of the others: the baseline of every comparison."""
+"""Plain convs with the interface of all blocks: the baseline of every comparison."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from .starting import parameter_of
 
 
 class PlainKernel(nn.Module):
-    """A kernel, (O, Ig, k, k), initialised as those of OpenMMLab's ResNets."""
+    """A single kernel, (O, Ig, k, k), initialised as in OpenMMLab's ResNets."""
 
     def __init__(
         self, out_channels: int, in_channels_per_group: int, kernel_size: int
@@ -26,7 +26,7 @@ class PlainKernel(nn.Module):
 
     @torch.no_grad()
     def set_kernel(self, kernel: Tensor) -> None:
-        """Takes the kernel, shape (O, Ig, k, k)."""
+        """Copies a kernel, shape (O, Ig, k, k), into this one."""
         parameter_of(self, 'weight').copy_(kernel)
 
     @torch.no_grad()
@@ -35,10 +35,10 @@ class PlainKernel(nn.Module):
         self.weight.mul_(factor[:, None, None, None])
 
 
-# 'none' is its older name.
+# 'none' is an older name of this block type.
 @BLOCKS.register_module(['plain', 'none'])
 class PlainConv2d(ReparamConv2d, nn.Conv2d):
-    """Conv, normalisation, activation, with nothing folded but the BatchNorm."""
+    """Conv, normalisation, activation. Deployment folds only the BatchNorm."""
 
     folds_online = False
 

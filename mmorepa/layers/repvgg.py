@@ -15,7 +15,7 @@ from .orepa import OREPAConv2d, OREPAKernel
 
 @BLOCKS.register_module('repvgg')
 class RepVGGConv2d(MultiBranchConv2d):
-    """``BN(conv k×k) + BN(conv 1×1) [+ BN(x)]``, the last where shapes allow it.
+    """``BN(conv k×k) + BN(conv 1×1) [+ BN(x)]``, the last term if shapes allow it.
 
     Takes the arguments of :class:`MultiBranchConv2d`.
     """
@@ -46,22 +46,22 @@ class OREPARepVGGConv2d(RepVGGConv2d):
 
 
 class IdentityBranch(nn.Module):
-    """BatchNorm of the input, in a block of some groups."""
+    """BatchNorm of the input, as a branch."""
 
     def __init__(self, channels: int, groups: int, norm_cfg: dict) -> None:
         super().__init__()
         self.groups = groups
         self.norm = build_norm_layer(norm_cfg, channels)[1]
         self.stride = (1, 1)
-        self.fixed_geometry: dict = {}  # All is that of the block.
+        self.fixed_geometry: dict = {}  # This branch follows the block in everything.
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C, H, W) to the same shape, or every stride-th pixel of it."""
-        rows, columns = self.stride
-        return self.norm(x if self.stride == (1, 1) else x[:, :, ::rows, ::columns])
+        height, width = self.stride
+        return self.norm(x if self.stride == (1, 1) else x[:, :, ::height, ::width])
 
     def kernel(self) -> None:
-        """It has no weights."""
+        """Returns None, because an identity has no weights."""
 
     def equivalent_kernel_bias(self) -> tuple[Tensor, Tensor]:
         """Kernel, shape (C, C/g, 1, 1), and bias, shape (C,), in float64."""

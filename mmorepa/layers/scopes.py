@@ -1,8 +1,8 @@
-"""Scopes that fold a model's kernels once and serve them until they end.
+"""Scopes: ``with`` blocks that fold a model's kernels once and reuse them.
 
-Without one, every forward pass folds. Nothing else is remembered, so nothing can be
-out of date outside of a scope. A conv asks its ``training_scope`` first, a
-:class:`KernelLeaf`, and then its ``evaluation_scope``, an :class:`EvaluationScope`.
+Outside of a scope, every forward pass folds, so no kernel can be out of date. Inside,
+a conv asks its ``training_scope`` first, a :class:`KernelLeaf`, and then its
+``evaluation_scope``, an :class:`EvaluationScope`.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,27 +16,27 @@ from ..functional import is_being_traced
 from .capture import RecordedFolds
 from .changes import forward_hooks, overridden_fold
 from .conv import ReparamConv2d
-from .folding import are_the_same, double, fuse_norm, named_tensors
+from .folding import fuse_norm, named_tensors, same_objects, to_float64
 
 FusedConv = tuple[Tensor, Optional[Tensor], Optional[nn.Module]]
 
 
 @contextmanager
 def folded(model: nn.Module, in_traces: bool = False) -> Iterator[nn.Module]:
-    """Folds every conv of a model once, and serves that until the end of the block.
+    """Folds each conv of a model once and reuses its kernel until the block ends.
 
-    For loops of evaluation: a conv in eval mode, without gradients, runs as the plain
-    conv that it equals, BatchNorm included. Elsewhere its kernel is folded once, with a
-    gradient where one is asked for. A conv folds when it first runs. What is written to
-    a parameter or a BatchNorm inside of the block after that is not seen;
+    This speeds up evaluation: a conv in eval mode, without gradients, runs as the plain
+    conv that it equals, BatchNorm included. In training mode, the block reuses the
+    kernel alone. A conv folds when it first runs, with a gradient if gradients are
+    enabled. After that, the block ignores writes to its parameters and BatchNorms.
     :meth:`~torch.nn.Module.train`, :meth:`~torch.nn.Module.eval`, loading a state dict
-    and moving the model are. A block is for one backward pass. Of nested blocks, the
-    outermost one counts.
+    or moving the model makes the conv fold again. A block allows one backward pass.
+    A nested block has no effect: the outermost one keeps the kernels.
 
     Args:
         model (nn.Module): A layer or a whole model, wrapped or not.
-        in_traces (bool): Whether a tracer sees finished kernels too, rather than the
-            fold. Defaults to False.
+        in_traces (bool): Whether a traced graph contains the finished kernels instead
+            of the fold. Defaults to False.
 
     Examples:
         >>> with mmorepa.folded(model), torch.no_grad():
@@ -50,12 +50,12 @@ def folded(model: nn.Module, in_traces: bool = False) -> Iterator[nn.Module]:
         yield model
     finally:
         for conv in convs:
-            if isinstance(conv, ReparamConv2d):  # Or it has been deployed.
+            if isinstance(conv, ReparamConv2d):  # Deployment changes the class.
                 conv.evaluation_scope = None
 
 
 class Sources:
-    """The tensors and modules of a conv, in whose place a call may put others."""
+    """The tensors and modules of a conv, to notice when a call replaces one of them."""
 
     def __init__(self, conv: ReparamConv2d) -> None:
         modules = list(conv.modules())
@@ -64,14 +64,14 @@ class Sources:
         self._places = [(place, [*place.values()]) for place in places if place]
 
     def are_current(self) -> bool:
-        """Whether the conv has these very ones, and not just equal ones."""
+        """Whether the conv still has the same objects."""
         return all(
-            are_the_same([*place.values()], sources) for place, sources in self._places
+            same_objects([*place.values()], sources) for place, sources in self._places
         )
 
 
 class EvaluationScope:
-    """The folds of one conv; each is made when it is first asked for."""
+    """The folds of one conv; each is made at the first request."""
 
     def __init__(self, in_traces: bool = False) -> None:
         self._in_traces = in_traces
@@ -86,9 +86,9 @@ class EvaluationScope:
         return self._once(conv, name, conv.folded_kernel, with_grad)
 
     def fused_conv(self, conv: ReparamConv2d) -> Optional[FusedConv]:
-        """Kernel and bias in eval mode, with the norm that is not fused into them.
+        """Kernel, bias and norm in eval mode; a fused norm is None.
 
-        None if the conv has to run as it is.
+        Returns None if the conv must run its training form.
         """
         if conv.training or torch.is_grad_enabled() or is_being_traced():
             return None
@@ -101,33 +101,33 @@ class EvaluationScope:
     def _once(
         self, conv: ReparamConv2d, name: str, make: Callable[[], Any], with_grad: bool
     ) -> Any:
-        if '_is_replica' in vars(conv):  # Of DataParallel, for one forward pass.
+        if '_is_replica' in vars(conv):  # DataParallel uses it for one forward pass.
             return make()
         folds = self._folds
         if folds is None or not (is_being_traced() or folds[0].are_current()):
             folds = self._folds = Sources(conv), {}
         by_name = folds[1]
         if name not in by_name:
-            # Outside of inference mode, whose tensors could serve nothing else.
+            # Autograd could not use tensors that are made in inference mode.
             with torch.inference_mode(False), torch.set_grad_enabled(with_grad):
                 by_name[name] = make()
         return by_name[name]
 
 
 def _fused_conv(conv: ReparamConv2d) -> Optional[FusedConv]:
-    # A BatchNorm may be in another mode than the conv that it belongs to, and somebody
-    # may be waiting for its inputs or outputs.
+    # A BatchNorm may be in training mode though the conv is not, or may have hooks.
+    # In both cases it must run.
     inner = list(conv.modules())[1:]
     if conv.deployed or overridden_fold(conv) or any(map(_must_run, inner)):
         return None
-    bias = None if conv.bias is None else double(conv.bias)
+    bias = None if conv.bias is None else to_float64(conv.bias)
     if conv.folds_online:
-        # Fast, in the precision that training forms run in.
+        # This fold is fast and has the precision of the training form.
         like = conv.folded_kernel()
-        kernel = double(like)
+        kernel = to_float64(like)
     else:
         kernel, bias = conv.branches_kernel_bias(bias)
-        # A branch may have no parameter (an average), or those of norms.
+        # Some branches have no kernel: they average, or they consist of a norm.
         like = next(t for t in named_tensors(conv.branches).values() if t.dim() == 4)
     norm = conv.norm
     if conv.fuses_norm:
@@ -144,17 +144,17 @@ def _must_run(module: nn.Module) -> bool:
 def held(
     model: nn.Module, recorded: Optional[RecordedFolds] = None
 ) -> Iterator[list['KernelLeaf']]:
-    """Folds the trained kernels of a model, and cuts the graph there.
+    """Folds the trained kernels of a model once, as leaves of the autograd graph.
 
-    Inside of the block, passes with gradients see each kernel as a leaf, an ordinary
-    plain weight, folded at the beginning of the outermost block. Its gradient goes on
-    to the branches in the same backward pass or, if :attr:`KernelGraph.is_deferred`,
-    when :func:`backward_to_branches` is called.
+    Inside of the block, passes with gradients use each kernel as a leaf, like a plain
+    weight. The outermost block folds when it begins. The gradient of a leaf reaches
+    the branches in the same backward pass or, if :attr:`KernelGraph.is_deferred` is
+    True, when :func:`backward_to_branches` is called.
 
     Args:
-        model (nn.Module): Wrapped for data parallelism or not.
-        recorded (RecordedFolds, optional): Replays the fold of all kernels, whose
-            leaves have the dtype of autocast where that is on. Defaults to None.
+        model (nn.Module): With or without a wrapper for data parallelism.
+        recorded (RecordedFolds, optional): Replays the fold of all kernels. The leaves
+            have the dtype of autocast if autocast is on. Defaults to None.
 
     Yields:
         list[KernelLeaf]: One for each trained kernel.
@@ -182,7 +182,7 @@ def _hold(model: nn.Module, recorded: Optional[RecordedFolds]) -> list['KernelLe
         kernels = None
         if recorded is not None:
             device, dtype = next(model.parameters()).device.type, None
-            # What is left is of data parallelism, which counts on its dtype.
+            # The remaining leaves belong to data parallelism, which fixes their dtype.
             is_reduced = any(conv.training_scope is not None for conv in fresh)
             if torch.is_autocast_enabled(device) and not is_reduced:
                 dtype = torch.get_autocast_dtype(device)
@@ -194,7 +194,7 @@ def _hold(model: nn.Module, recorded: Optional[RecordedFolds]) -> list['KernelLe
             if leaf is None:
                 parameter = nn.Parameter(kernel.detach())
                 leaf = conv.training_scope = KernelLeaf(parameter, is_reduced=False)
-            elif not leaf.leaf.requires_grad:
+            elif not leaf.parameter.requires_grad:
                 name = next(name for name, m in model.named_modules() if m is conv)
                 raise RuntimeError(
                     f'{name} was frozen when the model was wrapped for data '
@@ -202,7 +202,7 @@ def _hold(model: nn.Module, recorded: Optional[RecordedFolds]) -> list['KernelLe
                     'averaged. Freeze it after that, with find_unused_parameters=True '
                     'in model_wrapper_cfg'
                 )
-            leaf.take(kernel, conv)
+            leaf.serve(kernel, conv)
     leaves = [conv.training_scope for conv in convs]
     for leaf in leaves:
         leaf.depth += 1
@@ -220,30 +220,30 @@ def backward_to_branches(leaves: list['KernelLeaf']) -> None:
 
     ``dL/dθ += Jᵀ · dL/dW`` with ``J = dW/dθ``, and ``dL/dW`` is taken from the leaves.
     """
-    leaves = [leaf for leaf in leaves if leaf.leaf.grad is not None]
-    gradients = [leaf.leaf.grad for leaf in leaves]
+    leaves = [leaf for leaf in leaves if leaf.parameter.grad is not None]
+    gradients = [leaf.parameter.grad for leaf in leaves]
     for leaf in leaves:
-        leaf.leaf.grad = None
+        leaf.parameter.grad = None
     kernels = [leaf.graph.kernel for leaf in leaves]
-    # There may be another backward pass through the same forward pass.
+    # The caller may run another backward pass through the same forward pass.
     torch.autograd.backward(kernels, gradients, retain_graph=True)
 
 
 class KernelGraph:
     """The graph that connects the leaf of a folded kernel with the branches.
 
-    The leaf's hook holds this object, invisibly to Python's garbage collector. A
-    reference back would leak both.
+    The hook of the leaf refers to this object, and Python's garbage collector does not
+    see that reference. So this object must not refer to the leaf: both would leak.
     """
 
-    kernel: Tensor  # The leaf's numbers, as a function of the branches.
+    kernel: Tensor  # The values of the leaf, as a function of the branches.
     is_deferred = False  # Whether backward_to_branches() is called afterwards.
 
     def __init__(self, is_reduced: bool) -> None:
-        self.is_reduced = is_reduced  # By data parallelism, after a backward pass.
+        self.is_reduced = is_reduced  # Whether data parallelism averages the gradient.
 
     def on_gradient(self, leaf: nn.Parameter) -> None:
-        """Passes the leaf's gradient on to the branches, or leaves it to others."""
+        """Passes the gradient of the leaf on to the branches, unless deferred."""
         if self.is_deferred:
             return
         gradient, leaf.grad = leaf.grad, None
@@ -258,68 +258,68 @@ class KernelGraph:
 
 
 class KernelLeaf:
-    """The training scope of one conv: a kernel cut off from its branches.
+    """The training scope of one conv: a kernel that is a leaf of the autograd graph.
 
     Args:
-        leaf (nn.Parameter): What the conv runs with.
-        is_reduced (bool): Whether data parallelism averages its gradients, and it
-            serves all blocks. Others serve one block. Defaults to True.
+        parameter (nn.Parameter): The conv runs with this.
+        is_reduced (bool): Whether data parallelism averages the gradient. If so, every
+            block reuses this object; otherwise one block does. Defaults to True.
 
     Attributes:
-        graph (KernelGraph): What turns its gradient into those of the branches.
-        sources (Sources, optional): What it is folded from; none once that has changed.
+        graph (KernelGraph): Passes the gradient of the kernel on to the branches.
+        sources (Sources, optional): The folded parameters; None once the conv changed.
         depth (int): The number of open blocks.
-        awaits_sync (bool): Whether data parallelism does not average its gradient in
-            this pass, as in :meth:`~torch.nn.parallel.DistributedDataParallel.no_sync`.
+        awaits_sync (bool): Whether data parallelism averages the gradient later, as in
+            :meth:`~torch.nn.parallel.DistributedDataParallel.no_sync`.
     """
 
-    def __init__(self, leaf: nn.Parameter, is_reduced: bool = True) -> None:
-        self.leaf = leaf
+    def __init__(self, parameter: nn.Parameter, is_reduced: bool = True) -> None:
+        self.parameter = parameter
         self.is_reduced = is_reduced
         self.graph = KernelGraph(is_reduced)
         self.sources: Optional[Sources] = None
         self.depth = 0
         self.awaits_sync = False
-        if leaf.requires_grad:
-            leaf.register_post_accumulate_grad_hook(self.graph.on_gradient)
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(self.graph.on_gradient)
 
-    def take(self, kernel: Tensor, conv: ReparamConv2d) -> None:
-        """Serves this kernel of the conv, with a graph, from now on."""
+    def serve(self, kernel: Tensor, conv: ReparamConv2d) -> None:
+        """Gives the conv this kernel, which has a graph, from now on."""
         self.graph.kernel, self.sources = kernel, Sources(conv)
         self.dtype = next(conv.branches.parameters()).dtype
         if self.is_reduced:
-            self.leaf.data = kernel.detach()
-            # A graph that used the former numbers must not go on with these.
-            torch.autograd.graph.increment_version(self.leaf)
+            self.parameter.data = kernel.detach()
+            # Autograd must refuse a graph that used the former values.
+            torch.autograd.graph.increment_version(self.parameter)
 
     def kernel(self, conv: ReparamConv2d) -> Optional[Tensor]:
-        """The leaf for passes with gradients in the block, and None for others."""
+        """The parameter in passes with gradients in the block, None in other passes."""
         if not torch.is_grad_enabled() or self.sources is None:
             return None
-        # Checkpointed blocks run their forward pass again in the backward one.
+        # Activation checkpointing repeats a forward pass inside of the backward pass,
+        # possibly after the block.
         if self.depth == 0 and torch._C._current_graph_task_id() == -1:
-            # Passes outside of the block fold, and so do their checkpointed parts
-            # when they run again.
+            # No backward pass runs, so this is a new pass outside of the block.
             self.forget(conv)
             return None
-        # A compiler takes parameters for granted.
+        # The guards of a compiler notice by themselves if a parameter is replaced.
         if not torch.compiler.is_compiling() and not self.sources.are_current():
             return None
-        # A leaf in half precision may be used where autocast is off for a while.
-        leaf = self.leaf
-        if leaf.dtype == self.dtype or torch.is_autocast_enabled(leaf.device.type):
-            return leaf
-        return leaf.to(self.dtype)
+        # Code that turns autocast off needs the dtype of the branches.
+        kernel = self.parameter
+        if kernel.dtype == self.dtype or torch.is_autocast_enabled(kernel.device.type):
+            return kernel
+        return kernel.to(self.dtype)
 
     def forget(self, conv: ReparamConv2d) -> None:
-        """Serves the conv no longer, since it has changed."""
+        """Stops serving the kernel, because the conv has changed."""
         self.sources = None
         if not self.is_reduced:
             conv.training_scope = None
 
     def has_final_gradient(self) -> bool:
-        """Whether the leaf's gradient can be passed on to the branches."""
-        return not self.awaits_sync and self.leaf.grad is not None
+        """Whether the gradient is complete and can be passed on to the branches."""
+        return not self.awaits_sync and self.parameter.grad is not None
 
 
 def _training_forms(model: nn.Module) -> list[ReparamConv2d]:

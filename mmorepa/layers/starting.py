@@ -1,4 +1,4 @@
-"""How branches take a given kernel, or start again from fresh parameters."""
+"""Starts branches from a given kernel or from fresh parameters."""
 
 from collections.abc import Mapping
 from typing import Optional
@@ -6,7 +6,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from .folding import check_is_whole, named_tensors
+from .folding import check_not_sharded, named_tensors
 
 _COMPUTED = (
     'computed from other tensors (pruned or parametrized), and what is written to it '
@@ -16,7 +16,7 @@ _COMPUTED = (
 
 
 class StartsFromKernels(nn.Conv2d):
-    """How a re-parameterised conv takes the kernel of a plain one, or fresh ones."""
+    """A conv whose branches can start from a plain kernel or from fresh parameters."""
 
     _fresh: Optional[list[float]] = None
 
@@ -26,24 +26,24 @@ class StartsFromKernels(nn.Conv2d):
         bias: Optional[Tensor] = None,
         norm: Optional[Mapping[str, Tensor]] = None,
     ) -> None:
-        """Makes the training form compute what a plain conv computes.
+        """Makes the training form compute the same as a plain conv.
 
-        ``origin`` (in a deep linear kernel, that of the last factor) becomes the plain
-        kernel, scaled by one, and every other branch is scaled by zero and made small:
-        the kernel moves about as far in a first step as that of a plain conv. Where
-        branches have BatchNorms, that of ``origin`` becomes the norm of the plain conv,
-        and the others' last weights and biases become zero.
+        ``origin`` becomes the plain kernel, scaled by one. Every other branch is scaled
+        by zero and made small, so that a first step moves the kernel about as far as
+        that of a plain conv. A deep linear kernel does this in its last factor. If the
+        branches have BatchNorms, the norm of ``origin`` becomes the norm of the plain
+        conv, and the last weights and biases of all other norms become zero.
 
         Args:
             weight (Tensor): The plain kernel, shape (O, Ig, k, k).
             bias (Tensor, optional): The plain bias, shape (O,). Defaults to None:
-                zeros, where this conv has a bias.
+                zeros if this conv has a bias.
             norm (Mapping[str, Tensor], optional): The state dict of the BatchNorm
-                after the plain conv, where this conv has one. Defaults to None, which
-                leaves the norm as it is.
+                after the plain conv, if this conv has one. Defaults to None, which
+                keeps the norm unchanged.
 
         Raises:
-            ValueError: If the conv is deployed, shapes do not fit, or the branches
+            ValueError: If the conv is deployed, a shape does not fit, or the branches
                 cannot give this kernel.
         """
         if self.deployed:
@@ -72,12 +72,13 @@ class StartsFromKernels(nn.Conv2d):
         self.set_kernel(weight)
 
     def set_kernel(self, kernel: Tensor, exactly: bool = True) -> None:
-        """Gives the branches the weights with which they fold to a kernel.
+        """Sets the branches so that they fold to a kernel.
 
         Args:
             kernel (Tensor): Shape (O, Ig, k, k).
-            exactly (bool): Whether it is a ValueError if the branches cannot give this
-                kernel. False gives the norms of its output channels. Defaults to True.
+            exactly (bool): Whether to raise a ValueError if the branches cannot give
+                this kernel. If False, the branches then take only the norms of its
+                output channels. Defaults to True.
         """
         branches = self.branches
         parameters = list(branches.parameters())
@@ -85,7 +86,7 @@ class StartsFromKernels(nn.Conv2d):
             raise ValueError(f'{type(self).__name__} has a fixed kernel')
         if not parameters or parameters[0].is_meta:
             return
-        check_is_whole(parameters)
+        check_not_sharded(parameters)
         with torch.inference_mode(False), torch.no_grad():
             kernel = kernel.to(parameters[0].device, torch.float64)
             try:
@@ -102,7 +103,7 @@ class StartsFromKernels(nn.Conv2d):
         self.forget_folds()
 
     def reset_parameters(self) -> None:
-        """Draws all parameters anew, as the constructor does."""
+        """Draws all parameters again, as the constructor does."""
         if self.deployed:
             super().reset_parameters()
             return
@@ -121,7 +122,7 @@ class StartsFromKernels(nn.Conv2d):
             self._fresh = fingerprint(self.branches)
 
     def refresh(self) -> None:
-        """Makes the branches fresh, unless they are so to the last bit."""
+        """Draws the branches again, unless nothing has changed since the last draw."""
         if self._fresh == fingerprint(self.branches):
             return
         copy_fresh(self.branches, self.build_branches())
@@ -130,27 +131,27 @@ class StartsFromKernels(nn.Conv2d):
 
     @property
     def keeps_own_init(self) -> bool:
-        """Whether the fresh branches are left as they are by a network's init_weights.
+        """Whether init_weights of a network leaves fresh branches unchanged.
 
-        They are where a norm follows, its own or one of the network, which makes the
-        scale of the kernel irrelevant.
+        This is so if a norm follows, because a norm cancels the scale of the kernel. A
+        conv without a bias counts as followed by a norm.
         """
         return self.norm is not None or not self.conv_bias
 
 
 @torch.no_grad()
 def copy_fresh(branches: nn.Module, fresh: nn.Module) -> None:
-    """Gives branches the values of fresh ones, in place."""
+    """Copies the values of fresh branches into branches, in place."""
     tensors, values = named_tensors(branches), named_tensors(fresh)
     if tensors.keys() != values.keys():
         raise ValueError(f'a weight of its branches is {_COMPUTED}')
-    check_is_whole(tensors.values())
+    check_not_sharded(tensors.values())
     for name, tensor in tensors.items():
         tensor.copy_(values[name])
 
 
 def load_norm(norm: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Loads a norm layer; only its ``num_batches_tracked`` may be missing."""
+    """Loads a norm layer. The state dict may lack only ``num_batches_tracked``."""
     keys = norm.load_state_dict(state_dict, strict=False)
     missing = [key for key in keys.missing_keys if key != 'num_batches_tracked']
     if missing or keys.unexpected_keys:
@@ -161,15 +162,15 @@ def load_norm(norm: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 
 
 def fingerprint(branches: nn.Module) -> list[float]:
-    """The sums of the parameters, which tell whether any was written to."""
+    """The sums of the parameters. If a sum differs later, a parameter was changed."""
     tensors = [p.detach() for p in branches.parameters()]
-    # Fake ones have no sum.
+    # Fake tensors have no sum.
     is_real = all(type(t) is Tensor and not t.is_meta for t in tensors)
     return [float(t.sum()) for t in tensors] if is_real else []
 
 
 def parameter_of(module: nn.Module, name: str) -> nn.Parameter:
-    """A parameter to write to."""
+    """A parameter to write to. Raises a ValueError if the tensor is computed."""
     if module._parameters.get(name) is None:
         raise ValueError(f'{name!r} is {_COMPUTED}')
     return module._parameters[name]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .conv import ReparamConv2d
-from .folding import check_is_whole
+from .folding import check_not_sharded
 
 # The attributes that any conv has.
 OF_CONVS = vars(nn.Conv2d(1, 1, 1, device='meta')).keys()
@@ -20,30 +20,30 @@ _PARALLEL = {'DistributedDataParallel', 'FullyShardedDataParallel', 'FSDPModule'
 def switch_to_deploy(module: nn.Module) -> nn.Module:
     """Switches every re-parameterised conv inside ``module`` to its plain form.
 
-    Each conv becomes a :class:`torch.nn.Conv2d`, or a :class:`ConvAct2d` where an
-    activation belongs to it, whoever holds it. Attributes that were set on it stay. A
-    conv keeps its class if its norm cannot be folded (GroupNorm and the like), if it
-    has methods of its own, if it has an activation and also hooks, or parameters or
-    modules of its own, or if it is ``module`` itself. The keys of the state dict are
-    those of a model that was built with ``deploy=True``.
+    Each conv becomes a :class:`torch.nn.Conv2d`, or a :class:`ConvAct2d` if it has an
+    activation. It stays the same object and keeps the attributes that were set on it. A
+    conv keeps its class if its norm cannot be folded (GroupNorm and the like), if a
+    user has overridden its methods, if it has an activation and also hooks, parameters
+    or modules of its own, or if it is ``module`` itself. The keys of the state dict are
+    the same as in a model that is built with ``deploy=True``.
 
     Args:
         module (nn.Module): A layer, a backbone, or a whole model, changed in place and
             returned.
 
     Raises:
-        RuntimeError: If a wrapper for data parallelism around it is in training mode.
-            One in eval mode may be tested after this, and not trained.
+        RuntimeError: If a wrapper for data parallelism contains ``module`` and is in
+            training mode. After deployment, a wrapper can run in eval mode only.
     """
     convs = dict.fromkeys(conv for _, conv in outermost(module))
     forms = [conv for conv in convs if not conv.deployed]
     wrapper = parallel_wrapper(module) if forms else None
     if wrapper is not None:
         for conv in forms:
-            check_is_whole(list(conv.parameters()))
+            check_not_sharded(list(conv.parameters()))
         _refuse_training(wrapper)
         wrapper.register_forward_pre_hook(_refuse_training)
-    for conv in forms:  # All of them, before the first one is changed.
+    for conv in forms:  # Check all convs before the first one is changed.
         conv.check_deployable()
     for conv in convs:
         conv.switch_to_deploy()
@@ -53,7 +53,7 @@ def switch_to_deploy(module: nn.Module) -> nn.Module:
 
 
 def _become_plain(conv: ReparamConv2d) -> None:
-    """Makes a deployed conv a plain one, for everybody who holds it."""
+    """Makes a deployed conv a plain conv; it stays the same object."""
     act = conv.act
     has_more = act is not None and (
         has_hooks(conv)
@@ -77,7 +77,7 @@ def _become_plain(conv: ReparamConv2d) -> None:
 
 
 def _overrides(conv: ReparamConv2d) -> bool:
-    """Whether a conv has methods by which it computes something else."""
+    """Whether overridden methods of a conv may compute something else."""
     return any(map(callable, vars(conv).values())) or any(
         getattr(type(conv), name) is not getattr(ReparamConv2d, name)
         for name in ('forward', '_conv_forward', '__call__')
@@ -85,15 +85,15 @@ def _overrides(conv: ReparamConv2d) -> bool:
 
 
 def parallel_wrapper(model: nn.Module) -> Optional[nn.Module]:
-    """What averages gradients, or shards parameters, in or around a model."""
+    """A wrapper that averages gradients or shards parameters, in or around a model."""
     for module in model.modules():
         if _is_parallel(type(module)):
             return module
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return None
-    gc.collect()  # A wrapper that was dropped is in a cycle of references.
+    gc.collect()  # Deletes dropped wrappers, which are cycles of references.
     for item in gc.get_objects():
-        kind = type(item)  # Some objects say that they are of another class.
+        kind = type(item)  # isinstance() may believe a wrong __class__.
         is_wrapper = issubclass(kind, nn.Module) and _is_parallel(kind)
         if is_wrapper and any(module is model for module in item.modules()):
             return item
@@ -161,14 +161,14 @@ def is_switchable(module: nn.Module) -> bool:
 def outermost(
     module: nn.Module, kind: type[nn.Module] = ReparamConv2d, name: str = ''
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a type that are inside no other one of it, with their names.
+    """Yields names and modules of a type that are not inside of another such module.
 
-    A branch that is itself a re-parameterised conv counts within its block.
+    So a branch that is itself a re-parameterised conv is not listed beside its block.
 
     Args:
         module (nn.Module): Any module.
         kind (type[nn.Module]): Defaults to :class:`ReparamConv2d`.
-        name (str): That of ``module``. Defaults to ``''``, the model.
+        name (str): The name of ``module``. Defaults to ``''``, the whole model.
     """
     if isinstance(module, kind):
         yield name, module

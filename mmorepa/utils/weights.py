@@ -39,7 +39,7 @@ def describe_damage(key: str, value: Tensor) -> str:
     return ''
 
 
-def warn_of_flaws(
+def warn_of_damage(
     state_dict: Mapping[str, Tensor], prefix: str, error_msgs: list[str]
 ) -> None:
     """Warns once per load if entries under a prefix are damaged.

@@ -187,7 +187,7 @@ def test_conv_that_is_compiled():
         torch.testing.assert_close(compiled(image), conv(image))
         kernel.graph.is_deferred = True
         compiled(image).sum().backward()
-    assert kernel.leaf.grad is not None
+    assert kernel.parameter.grad is not None
     backward_to_branches([kernel])
     assert conv.branches.weight_origin.grad is not None
-    assert kernel.leaf.grad is None
+    assert kernel.parameter.grad is None

@@ -23,13 +23,13 @@ def calls(monkeypatch):
     """Whether compiled code was taken, by fold and derivative."""
     results = []
 
-    takes = compiled.takes
+    supports = compiled.supports
 
     def record(*args):
-        results.append(takes(*args))
+        results.append(supports(*args))
         return results[-1]
 
-    monkeypatch.setattr(compiled, 'takes', record)
+    monkeypatch.setattr(compiled, 'supports', record)
     return results
 
 

@@ -245,9 +245,9 @@ class TestHeld:
         with held(model) as kernels:
             assert len(kernels) == 2
             for kernel, conv in zip(kernels, model):
-                assert kernel.leaf.is_leaf and kernel.leaf is conv.kernel()
+                assert kernel.parameter.is_leaf and kernel.parameter is conv.kernel()
                 with torch.no_grad():
-                    assert conv.kernel() is not kernel.leaf
+                    assert conv.kernel() is not kernel.parameter
         assert all(conv.kernel().grad_fn is not None for conv in model)
 
     @pytest.mark.parametrize('is_deferred', [False, True])
@@ -309,7 +309,7 @@ class TestHeld:
                 found = torch.func.grad(loss)(others).values()
             else:
                 found = torch.autograd.grad(loss(others), others.values())
-            assert model[0].kernel() is kernels[0].leaf
+            assert model[0].kernel() is kernels[0].parameter
         assert_near(list(found), expected, 1e-11)
 
     def test_changed_kernels_cannot_be_differentiated(self, twins):

@@ -56,7 +56,7 @@ def test_same_numbers(block):
     assert has_channels_last(inner[0]) and not inner[0].is_contiguous()
     assert all(output.is_contiguous() for output in net(x))
     with held(net) as found:
-        assert all(has_channels_last(kernel.leaf) for kernel in found)
+        assert all(has_channels_last(kernel.parameter) for kernel in found)
 
     set_channels_last(net, False)
     assert all(kernel.is_contiguous() for kernel in kernels(net))

@@ -109,7 +109,7 @@ class Trainer:
         if isinstance(self.wrapper, FoldedOptimWrapper):
             convs = folded_convs(self.network)
             leaves = (conv.training_scope for conv in convs)
-            parameters += [leaf.leaf for leaf in leaves if leaf]
+            parameters += [leaf.parameter for leaf in leaves if leaf]
         return parameters
 
     def gradient_bytes(self) -> int:
@@ -247,7 +247,7 @@ def measure_fold(network: nn.Module, rounds: int, clock: Clock) -> pd.DataFrame:
     def fold_and_backward() -> None:
         with held(network) as kernels:
             for kernel, grad in zip(kernels, grads):
-                kernel.leaf.grad = grad
+                kernel.parameter.grad = grad
             backward_to_branches(kernels)
 
     def seconds(function: Callable[[], None]) -> float:

@@ -91,7 +91,7 @@ class _FoldedTraining:
             super().backward(loss, **kwargs)
         except BaseException:
             for kernel in kernels:
-                kernel.leaf.grad = None
+                kernel.parameter.grad = None
             raise
         finally:
             for kernel in kernels:
@@ -105,7 +105,7 @@ class _FoldedTraining:
         """Clears the pending gradients of held kernels as well."""
         super().zero_grad(**kwargs)
         for kernel in self._kernels:
-            kernel.leaf.grad = None
+            kernel.parameter.grad = None
 
 
 def folds_online(model: nn.Module) -> bool:
