@@ -26,7 +26,10 @@ def overridden_fold(conv: nn.Conv2d) -> Optional[str]:
 
 
 def check_foldable(conv: nn.Conv2d) -> None:
-    """Raises a TypeError if the deployed form would ignore a method of the user."""
+    """Raises a TypeError if the deployed form would ignore a method of the user.
+
+    Also if the branches have no parameters, whose dtype the deployed form would have.
+    """
     name = overridden_fold(conv)
     if name is not None:
         raise TypeError(
@@ -34,6 +37,8 @@ def check_foldable(conv: nn.Conv2d) -> None:
             'deployed form does not call: override _conv_forward() or forward(), '
             'which it does, or branches_kernel_bias() too'
         )
+    if next(conv.branches.parameters(), None) is None:
+        raise TypeError(f'the branches of {type(conv).__name__} have no parameters')
 
 
 def forward_hooks(module: nn.Module) -> list[Callable]:

@@ -206,7 +206,7 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
         """
         if self.deployed:
             return
-        self.check_deployable()
+        check_foldable(self)
         warn_of_silent_hooks(self)
         like = next(self.branches.parameters())
         # With a norm, the deployed bias comes from the norm, not from this parameter.
@@ -224,12 +224,6 @@ class ReparamConv2d(StartsFromKernels, WeightOfBranches):
             if former is not None:
                 self.bias.requires_grad_(former.requires_grad)
                 vars(self.bias).update(vars(former))
-
-    def check_deployable(self) -> None:
-        """Raises a TypeError where :meth:`switch_to_deploy` does."""
-        check_foldable(self)
-        if next(self.branches.parameters(), None) is None:
-            raise TypeError(f'the branches of {type(self).__name__} have no parameters')
 
     @property
     def memory_format(self) -> torch.memory_format:

@@ -8,6 +8,7 @@ from typing import Optional, Union
 import torch
 from torch import Tensor, nn
 
+from .changes import check_foldable
 from .conv import ReparamConv2d
 from .folding import check_not_sharded
 
@@ -44,7 +45,7 @@ def switch_to_deploy(module: nn.Module) -> nn.Module:
         _refuse_training(wrapper)
         wrapper.register_forward_pre_hook(_refuse_training)
     for conv in forms:  # Check all convs before the first one is changed.
-        conv.check_deployable()
+        check_foldable(conv)
     for conv in convs:
         conv.switch_to_deploy()
         if conv is not module:
