@@ -122,6 +122,7 @@ class TestTrain:
         ('accuracy', '.', 'evidence.md'),
         ('int8', 'int8', 'int8.md'),
         ('plain_start', 'plain_start', 'plain_start.md'),
+        ('plain_start', 'detector_stems', 'evidence.md'),
         ('stem_lr_sweep', 'stem_lr_sweep', 'transfer.md'),
         ('compatibility', 'compatibility', 'compatibility.md'),
     ],

@@ -163,7 +163,7 @@ TASKS = {
 
 # Does a longer pretraining help a deep linear stem?
 TASKS['detector-long'] = TASKS['detector']._replace(
-    text='scenes of digits, after 24 epochs of pretraining, box AP (%)',
+    text='box AP (%), pretrained for 24 epochs',
     pretraining=TASKS['detector'].pretraining._replace(epochs=24),
 )
 
@@ -274,6 +274,8 @@ def table(task: str, values: dict[str, pd.Series]) -> str:
         row = {TASKS[task].text: TEXTS[name][0]}
         row['mean ± deviation'] = studies.mean_and_deviation(found)
         for reference, names in COMPARED.items():
+            if reference not in values:
+                continue
             base = values[reference] if name in names else found[:0]
             row[f'minus {TEXTS[reference][0]}'] = studies.difference(found, base)
         rows.append({**row, 'seeds': str(len(found))})
