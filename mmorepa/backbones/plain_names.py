@@ -4,7 +4,7 @@ The plain networks are from torchvision, timm and OpenMMLab.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
@@ -44,7 +44,7 @@ _REPVGG = (
 
 def repvgg_name(name: str) -> str:
     """The name in an ``OREPARepVGG`` for an entry of a plain network."""
-    return _replaced(name, _REPVGG)
+    return renamed(name, _REPVGG)
 
 
 def resnet_name(network: nn.Module, name: str, names: Collection[str]) -> str:
@@ -54,7 +54,7 @@ def resnet_name(network: nn.Module, name: str, names: Collection[str]) -> str:
         return f'stem.conv3.norm.{name[4:]}'
     match = re.fullmatch(r'(layer\d\.\d+\.downsample)\.([012])\.(\w+)', name)
     if not match:
-        return _replaced(name, _RESNET)
+        return renamed(name, _RESNET)
     shortcut, number, entry = match.groups()
     # If a pooling (or timm's nn.Identity) comes first, the conv is the second module.
     has_first = f'{shortcut}.2.weight' in names
@@ -65,7 +65,8 @@ def resnet_name(network: nn.Module, name: str, names: Collection[str]) -> str:
     return f'{shortcut}.{entry}' if is_kernel else f'{shortcut}.norm.{entry}'
 
 
-def _replaced(name: str, table: tuple[tuple[str, str], ...]) -> str:
+def renamed(name: str, table: Sequence[tuple[str, str]]) -> str:
+    """Applies all (pattern, replacement) pairs of a table to a name, in their order."""
     for pattern, replacement in table:
         name = re.sub(pattern, replacement, name)
     return name

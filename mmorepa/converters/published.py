@@ -4,7 +4,6 @@ Published keys start with ``stage0`` to ``stage4`` or ``linear``. They end with 
 of a block, such as ``weight_orepa_origin`` or ``dbb_1x1.conv.weight``.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Optional
 
@@ -12,6 +11,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from ..backbones.plain_names import renamed
 from ..functional import BranchSum, frequency_prior, identity_1x1
 from ..layers import OREPAKernel
 from ..utils.errors import CheckpointError, describe_misfit, name_keys
@@ -77,8 +77,9 @@ def from_published(
         ``backbone`` config and whether the checkpoint is ``deployed``.
 
     Raises:
-        CheckpointError: If entries are missing, left over or of another shape, or if a
-            published constant has another value. The error names these entries.
+        CheckpointError: If weights are missing, left over or of another shape, or if a
+            published constant has another value. The error names these entries. The
+            constants may be missing.
     """
     published = {k.removeprefix('module.'): value for k, value in state_dict.items()}
     if backbone is None:
@@ -137,8 +138,7 @@ def from_published(
 
 
 def _our_name(key: str, deployed: bool) -> str:
-    for pattern, replacement in _NAMES:
-        key = re.sub(pattern, replacement, key)
+    key = renamed(key, _NAMES)
     return key.replace('.branches.', '.') if deployed else key
 
 
