@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..runs import build_loader, innermost
 from ..utils.files import PathLike
-from .networks import require
+from ..utils.requirements import require
 from .onnx_files import INPUT
 
 ACTIVATIONS = {'uint8': 'QUInt8', 'int8': 'QInt8', 'uint16': 'QUInt16'}

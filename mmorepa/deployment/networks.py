@@ -8,8 +8,6 @@ import torch
 from mmengine.utils import is_seq_of
 from torch import Tensor, nn
 
-from ..utils.requirements import require as require
-
 Outputs = dict[str, Union[Tensor, list[Tensor]]]
 
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ..runs import innermost
 from ..utils.files import PathLike
+from ..utils.requirements import require
 from ..version import __version__
-from .networks import DeployedNetwork, Network, as_batch, output_names, require
+from .networks import DeployedNetwork, Network, as_batch, output_names
 
 EXPORTERS = ('torchscript', 'dynamo')
 # The lowest version that both exporters can write.

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .networks import DeployedNetwork, Network, as_batch, output_names, require
+from ..utils.requirements import require
+from .networks import DeployedNetwork, Network, as_batch, output_names
 
 
 def export_program(model: nn.Module, image: Tensor) -> torch.export.ExportedProgram:

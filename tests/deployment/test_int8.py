@@ -12,8 +12,8 @@ from mmorepa.deployment.int8 import (
     prepare,
     quantize_onnx,
 )
-from mmorepa.deployment.networks import require
 from mmorepa.deployment.onnx_files import OnnxNetwork, export_onnx
+from mmorepa.utils.requirements import require
 
 
 @pytest.fixture(autouse=True)

@@ -15,10 +15,10 @@ from mmorepa.deployment.networks import (
     DeployedNetwork,
     named_outputs,
     network_from,
-    require,
 )
 from mmorepa.deployment.onnx_files import OnnxNetwork, export_onnx, preprocessing
 from mmorepa.runs import build_model
+from mmorepa.utils.requirements import require
 
 CONFIGS = Path(__file__).parents[2] / 'configs/digits'
 FOLDER = 'custom/resnet18-orepa_1xb32_folder.py'

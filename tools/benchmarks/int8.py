@@ -38,10 +38,11 @@ from mmorepa.deployment.int8 import (
     prepare,
     quantize_onnx,
 )
-from mmorepa.deployment.networks import network_from, require
+from mmorepa.deployment.networks import network_from
 from mmorepa.deployment.onnx_files import OnnxNetwork, export_onnx, preprocessing
 from mmorepa.hub import get_config
 from mmorepa.runs import check_data_folders
+from mmorepa.utils.requirements import require
 
 # By the variants of the trainings.
 DECAYS = {

@@ -18,12 +18,12 @@ from typing import NamedTuple, Optional
 
 import pandas as pd
 import studies
-import torch
 from mmengine.runner import load_checkpoint
 from studies import charts
 from trainings import epochs_options, last_checkpoint, merged, train
 
 from mmorepa.cli import one_line_errors, positive
+from mmorepa.converters import write_checkpoint
 from mmorepa.layers import ReparamConv2d
 from mmorepa.runs import build_model, check_data_folders
 
@@ -245,7 +245,7 @@ def fold_weights(phase: Phase, network: str, weights: Path) -> Path:
                 del entries[f'{name}.branches.{key}']
             entries[f'{name}.branches.weight'] = module.folded_kernel().detach()
     path = weights.with_name('folded.pth')
-    torch.save(dict(state_dict=entries), path)
+    write_checkpoint(dict(state_dict=entries), path)
     return path
 
 

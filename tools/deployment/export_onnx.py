@@ -55,10 +55,11 @@ from mmorepa.cli import one_line_errors
 from mmorepa.converters import read_checkpoint
 from mmorepa.deployment import dataset_meta, load_deployed
 from mmorepa.deployment.inputs import image_shape, test_batch
-from mmorepa.deployment.networks import DeployedNetwork, require
+from mmorepa.deployment.networks import DeployedNetwork
 from mmorepa.deployment.onnx_files import OnnxNetwork, export_onnx, preprocessing
 from mmorepa.hub import get_config
 from mmorepa.utils.files import atomic_write, check_outputs, write_json
+from mmorepa.utils.requirements import require
 from mmorepa.utils.tables import counted, format_table
 
 

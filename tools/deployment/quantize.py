@@ -105,12 +105,13 @@ from mmorepa.deployment.int8 import (
     prepare,
     quantize_onnx,
 )
-from mmorepa.deployment.networks import Network, network_from, padded, require
+from mmorepa.deployment.networks import Network, network_from, padded
 from mmorepa.deployment.onnx_files import OnnxNetwork, export_onnx, preprocessing
 from mmorepa.deployment.pt2e import ProgramNetwork, export_program, quantize_program
 from mmorepa.hub import get_config
 from mmorepa.runs import check_data_folders
 from mmorepa.utils.files import atomic_write, check_outputs, write_json
+from mmorepa.utils.requirements import require
 from mmorepa.utils.tables import counted, format_table
 
 # Their outputs are kept in memory for the comparison of the layers.
