@@ -6,6 +6,7 @@ defines its ``parse_args`` and calls it: help and mistakes are answered at once.
 
 import argparse
 import os
+import warnings
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from pathlib import Path
 # it is loaded.
 if 'OMP_WAIT_POLICY' not in os.environ:
     os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+
+# The lite form of MMCV, which is all that classifiers need, warns at every import.
+warnings.filterwarnings('ignore', 'Fail to import ``MultiScaleDeformableAttention``')
 
 # By its path: the package around it would be imported first.
 _path = Path(find_spec('mmorepa').origin).parent / 'cli' / 'parser.py'
